@@ -1,0 +1,148 @@
+"""Evaluation files into measured cells: one checkpoint x experiment x condition each."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selfcorrect.evaluate.experiments import EXPERIMENTS
+from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
+from selfcorrect.evaluate.statistics import OVERALL, Bootstrap, Draws, bootstrap
+from selfcorrect.evaluate.tally import Tally
+from selfcorrect.recipes.errors import InputError
+
+METADATA_KEY = b"selfcorrect"
+
+
+class Experiment(Protocol):
+    """What a module of evaluate/experiments offers to the analysis."""
+
+    NAME: str
+    HEADLINE: str
+    DESCRIPTIONS: dict[str, tuple[str, str, float | None]]
+
+    def tally(self, frame: pd.DataFrame) -> Tally:
+        """Sums per cluster of one cell's rows."""
+
+    def metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Metrics of sums, each sum of shape (R, K)."""
+
+    def overall(self, categories: Sequence[str]) -> list[str]:
+        """The categories that the overall figure pools."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell: what was scored, its estimates, and where it belongs."""
+
+    run: str
+    model: str
+    record: CheckpointRecord | None
+    experiment: str
+    condition: str
+    left_out: dict[str, int]
+    bootstrap: Bootstrap
+    counts: dict[str, tuple[int, int]]  # category -> (items, clusters)
+
+
+def experiment_named(name: str) -> Experiment:
+    """The experiment's module; raises InputError for a name that is none."""
+    if name not in EXPERIMENTS:
+        raise InputError(f"experiment {name!r}: there is none; there are {', '.join(EXPERIMENTS)}")
+    return cast(Experiment, EXPERIMENTS[name])
+
+
+def measure_run(run: Path, draws: Draws) -> list[Measured]:
+    """Every evaluated cell of a run, ordered by size, model, seed, step, experiment, condition."""
+    cells: list[Measured] = []
+    for checkpoint in find_checkpoints(run):
+        record = checkpoint.record
+        cells += measure_folder(checkpoint.evaluation, run_name(run), record.model, record, draws)
+    return cells
+
+
+def measure_folder(
+    folder: Path, run: str, model: str, record: CheckpointRecord | None, draws: Draws
+) -> list[Measured]:
+    """Every cell of one folder of parquet files."""
+    cells = [_measure(path, run, model, record, draws) for path in sorted(folder.glob("*.parquet"))]
+    return sorted(cells, key=lambda cell: (cell.experiment, condition_rank(cell.condition)))
+
+
+def condition_rank(condition: str) -> tuple[int, str]:
+    """Sort key: the paper's conditions in the paper's order, then others by name."""
+    known = ["Q", "Q+IF", "Q+IF+CoT", "Match stats"]
+    return (known.index(condition) if condition in known else len(known), condition)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What an evaluation file says of itself: experiment, condition, num_items, left_out."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        settings = json.loads(metadata[METADATA_KEY])
+        return {
+            **settings,
+            "experiment": settings["experiment"],
+            "condition": settings["condition"],
+        }
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
+        raise _damaged(path) from None
+
+
+def _measure(
+    path: Path, run: str, model: str, record: CheckpointRecord | None, draws: Draws
+) -> Measured:
+    settings = read_settings(path)
+    experiment = experiment_named(settings["experiment"])
+    frame = read_table(path, None).to_pandas()
+    try:
+        tally = experiment.tally(frame)
+    except (KeyError, TypeError, IndexError):
+        raise _damaged(path) from None
+    pooled = experiment.overall(tally.categories)
+    items = frame["category"].value_counts().to_dict()
+    clusters = np.bincount(tally.strata, minlength=len(tally.categories))
+    counts = {
+        category: (int(items.get(category, 0)), int(clusters[index]))
+        for index, category in enumerate(tally.categories)
+    }
+    of_pooled = [counts[category] for category in pooled if category in counts]
+    counts[OVERALL] = (sum(c[0] for c in of_pooled), sum(c[1] for c in of_pooled))
+    return Measured(
+        run=run,
+        model=model,
+        record=record,
+        experiment=settings["experiment"],
+        condition=settings["condition"],
+        left_out={str(k): int(v) for k, v in (settings.get("left_out") or {}).items()},
+        bootstrap=bootstrap(tally, experiment.metrics, pooled, draws),
+        counts=counts,
+    )
+
+
+def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    """The columns asked for that the file has (None: all); InputError when it is damaged."""
+    try:
+        present = set(pq.read_schema(path).names)
+        wanted = None if columns is None else [name for name in columns if name in present]
+        return pq.read_table(path, columns=wanted)
+    except (pa.ArrowException, OSError):
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(
+        f"{path}: damaged, or not an evaluation file; "
+        "delete it and run `selfcorrect evaluate` again"
+    )
+
+
+def run_name(run: Path) -> str:
+    """What the column `run` says: the folder's own name."""
+    return run.resolve().name

@@ -1,0 +1,177 @@
+"""Loading a causal LM and its tokenizer for evaluation: from a folder, the hub, PEFT, or GGUF."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from selfcorrect.recipes.errors import InputError
+
+_ADAPTER = "adapter_config.json"
+
+
+def load_model(
+    path: str | Path,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> tuple[Any, Any]:
+    """Load (model, tokenizer), in eval mode on `device` (default: CUDA, then MPS, then CPU).
+
+    `path` is a Hugging Face folder, a hub id, a PEFT adapter folder, or a .gguf file. Weights are
+    read from safetensors or GGUF, never from pickles. The base of an adapter is the one that its
+    adapter_config.json names; when that path has moved, its name is looked for beside the adapter.
+
+    Raises InputError, in one line, for everything that cannot be loaded.
+    """
+    given = Path(path).expanduser()
+    if given.suffix == ".gguf" and given.is_file():
+        path, gguf_file = given.parent, given.name
+    source = _source(str(path))
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    adapter = Path(source) / _ADAPTER
+    if adapter.is_file():
+        base = _base_of(adapter)
+        model = _load_weights(base, dtype, {"trust_remote_code": trust_remote_code})
+        model = _load_adapter(model, source)
+        tokenizer = _load_tokenizer(source, base, {"trust_remote_code": trust_remote_code})
+    else:
+        if gguf_file is not None:
+            options["gguf_file"] = gguf_file
+        elif Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+            raise InputError(f"{path}: no config.json here, so this is not a model folder")
+        model = _load_weights(source, dtype, options)
+        tokenizer = _load_tokenizer(source, source, options)
+    _check_vocabulary(source, model, tokenizer)
+    return model.to(device or best_device()).eval(), tokenizer
+
+
+def best_device() -> str:
+    """The fastest device of this machine."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _source(path: str) -> str:
+    """`path` as transformers takes it; a folder that is not there never becomes a hub lookup."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists():
+        raise InputError(f"{path}: a file; give a model folder, a .gguf file or a hub id")
+    parts = path.split("/")
+    looks_local = (
+        path.startswith((".", "/", "~"))
+        or "\\" in path
+        or len(parts) > 2
+        or "" in parts
+        or (len(parts) == 2 and Path(parts[0]).is_dir())
+    )
+    if looks_local:
+        raise InputError(f"{path}: no such model folder")
+    return path
+
+
+def _base_of(adapter: Path) -> str:
+    """Where the adapter's base model is: as named, or beside the adapter."""
+    try:
+        named = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        raise InputError(f"{adapter}: names no base model (base_model_name_or_path)") from None
+    if not named:
+        raise InputError(f"{adapter}: base_model_name_or_path is empty; put the base's path there")
+    folder = adapter.parent.resolve()
+    around = [folder / named, *(parent / Path(named).name for parent in folder.parents[:3])]
+    for candidate in (Path(named).expanduser(), *around):
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    try:
+        return _source(named)
+    except InputError:
+        raise InputError(
+            f"{adapter}: the base model {named} is neither there nor beside the adapter; "
+            "set base_model_name_or_path to its folder"
+        ) from None
+
+
+def _load_weights(source: str, dtype: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    # A GGUF file is read by its own loader, which takes no notice of safetensors.
+    safe = {} if "gguf_file" in options else {"use_safetensors": True}
+    with _InputErrors(source, "model"):
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **safe, **options)
+
+
+def _load_adapter(model: Any, source: str) -> Any:
+    from peft import PeftModel
+
+    if not (Path(source) / "adapter_model.safetensors").is_file():
+        raise InputError(f"{source}: no adapter_model.safetensors; save the adapter as safetensors")
+    with _InputErrors(source, "adapter"):
+        return PeftModel.from_pretrained(model, source, is_trainable=False)
+
+
+def _load_tokenizer(source: str, otherwise: str, options: dict[str, Any]) -> Any:
+    """The tokenizer of `source`, or of `otherwise` when `source` is a folder without one."""
+    from transformers import AutoTokenizer
+
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and "gguf_file" not in options:
+        source = otherwise
+    with _InputErrors(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source, **options)
+
+
+def _check_vocabulary(source: str, model: Any, tokenizer: Any) -> None:
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= embeddings > 0:
+        raise InputError(
+            f"{source}: the tokenizer knows {largest + 1} tokens but the model only {embeddings}; "
+            "they do not belong together"
+        )
+
+
+def _align(model: Any) -> Any:
+    """Move weights that start at an odd address (memory-mapped files) to where torch puts its own.
+
+    Matrix kernels may sum in another order there, and a saved model would then answer with other
+    last digits than the same model in memory.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
+    return model
+
+
+class _InputErrors:
+    """Turns what the libraries raise for a user's mistake into one line with a remedy."""
+
+    def __init__(self, source: str, what: str) -> None:
+        self.source = source
+        self.what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from safetensors import SafetensorError
+
+        mistakes = (OSError, ValueError, KeyError, ImportError, SafetensorError, RuntimeError)
+        if error is None or not isinstance(error, mistakes):
+            return
+        if isinstance(error, RuntimeError) and "out of memory" in str(error):
+            return
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = "give a model folder, or a hub id (with network, or the model in the local cache)"
+        if Path(self.source).is_dir():
+            remedy = "it needs config.json, *.safetensors and the tokenizer's files"
+        message = f"{self.source}: cannot load the {self.what}: {reason.rstrip('.')}; {remedy}"
+        raise InputError(message) from error

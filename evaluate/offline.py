@@ -1,0 +1,57 @@
+"""Evaluation after the fact: every checkpoint of a run on disk, or any models side by side."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from selfcorrect.evaluate.measure import EvaluationPlan, is_measured, measure, plan
+from selfcorrect.evaluate.models import load_model
+from selfcorrect.evaluate.run_folder import Checkpoint, find_checkpoints
+from selfcorrect.evaluate.stimuli import load_stimuli
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.schema import Recipe
+
+Notify = Callable[[str, int, int], None]  # what, done, in all
+
+
+def recipe_plan(recipe: Recipe, run: Path) -> EvaluationPlan:
+    """What a recipe's `evaluate` section asks for; a society's benchmarks lie in the run folder."""
+    if recipe.data.society is not None:
+        data = run / "benchmarks"
+        stimuli = load_stimuli(recipe.data.stimuli or data / "stimuli.yaml")
+    else:
+        if recipe.data.benchmarks is None:
+            raise InputError("data.benchmarks: name the folder with bbq/, winogender/, law_school/")
+        data, stimuli = recipe.data.benchmarks, load_stimuli(recipe.data.stimuli)
+    asked = recipe.evaluate
+    return plan(
+        data,
+        stimuli,
+        asked.experiments,
+        asked.conditions,
+        limit=asked.limit,
+        seed=asked.seed,
+        max_new_tokens=asked.max_new_tokens,
+        temperature=asked.temperature,
+    )
+
+
+def unmeasured(run: Path, cells: EvaluationPlan) -> list[Checkpoint]:
+    """Checkpoints of the run that lack a cell of the plan."""
+    return [
+        checkpoint
+        for checkpoint in find_checkpoints(run)
+        if not all(is_measured(checkpoint.evaluation / c.file_name, c) for c in cells.cells)
+    ]
+
+
+def evaluate_run(recipe: Recipe, run: Path, notify: Notify, trust_remote_code: bool = False) -> int:
+    """Measure every checkpoint that lacks a cell; returns how many there were."""
+    cells = recipe_plan(recipe, run)
+    waiting = unmeasured(run, cells)
+    for number, checkpoint in enumerate(waiting):
+        notify("evaluate", number, len(waiting))
+        model, tokenizer = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+        measure(cells, model, tokenizer, checkpoint.evaluation)
+    if waiting:
+        notify("evaluate", len(waiting), len(waiting))
+    return len(waiting)

@@ -1,0 +1,236 @@
+"""The report's tables, each cell with the text it shows and the value it sorts by."""
+
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from selfcorrect.evaluate.cells import experiment_named
+from selfcorrect.evaluate.results import load_items
+from selfcorrect.evaluate.statistics import OVERALL
+from selfcorrect.evaluate.verdict import number, title_of, with_interval
+
+SAMPLE_LENGTH = 500  # characters shown of a sampled text
+SAMPLES_PER_CELL = 2
+COMPARISONS = {"effects": "effect", "growth": "growth of the effect", "changes": "change"}
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """What stands in a table cell, and what it sorts by (None: undefined, sorts last)."""
+
+    text: str
+    sort: str | float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report; `meanings` explains columns whose name is not enough."""
+
+    name: str
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[list[TableCell]]
+    meanings: list[tuple[str, str]] = field(default_factory=list)
+
+
+def result_tables(statistics: Mapping[str, Any]) -> list[Table]:
+    """One table per experiment: a row per checkpoint and condition, a column per metric."""
+    tables = []
+    for experiment in dict.fromkeys(cell["experiment"] for cell in statistics["cells"]):
+        module = experiment_named(experiment)
+        cells = [cell for cell in statistics["cells"] if cell["experiment"] == experiment]
+        metrics = [
+            name
+            for name in module.DESCRIPTIONS
+            if any(name in cell["metrics"][OVERALL] for cell in cells)
+        ]
+        rows = [
+            [*_place(cell), _text(cell["condition"]), _count(cell["num_items"])]
+            + [
+                _estimate(cell["metrics"][OVERALL].get(name), name == module.HEADLINE)
+                for name in metrics
+            ]
+            for cell in cells
+        ]
+        tables.append(
+            Table(
+                name=f"results-{experiment}",
+                title=f"{title_of(experiment)}: every checkpoint and condition",
+                note=" ".join(
+                    f"{module.DESCRIPTIONS[m][0]}: {module.DESCRIPTIONS[m][1]}" for m in metrics[:1]
+                ),
+                columns=["Model", "Parameters", "Seed", "Step", "Condition", "Prompts"]
+                + [module.DESCRIPTIONS[name][0] for name in metrics],
+                rows=rows,
+                meanings=[module.DESCRIPTIONS[name][:2] for name in metrics],
+            )
+        )
+    return tables
+
+
+def comparison_table(statistics: Mapping[str, Any]) -> Table:
+    """Effects of the instruction, their growth and each condition's change, headline metrics."""
+    rows = []
+    for kind, name in COMPARISONS.items():
+        for row in statistics[kind]:
+            if row["metric"] != experiment_named(row["experiment"]).HEADLINE:
+                continue
+            start = row.get("from_step")
+            steps = str(row["step"]) if start is None else f"{start} to {row['step']}"
+            judged = {True: "yes", False: "no", None: row["undefined_because"] or "no interval"}
+            rows.append(
+                [
+                    _text(name),
+                    _text(title_of(row["experiment"])),
+                    _text(row["model"]),
+                    _count(row["seed"]),
+                    _text(row["condition"]),
+                    TableCell(steps, row["step"]),
+                    _estimate(row, True),
+                    _text(judged[row["excludes_zero"]]),
+                ]
+            )
+    about = statistics["about"]
+    return Table(
+        name="comparisons",
+        title="Comparisons on the same items",
+        note=f"Effect: {about['effect']}. Growth: {about['growth']}. Change: {about['change']}.",
+        columns=[
+            "Comparison", "Experiment", "Model", "Seed", "Condition", "Step",
+            "Difference [95 % interval]", "Excludes zero",
+        ],
+        rows=rows,
+    )  # fmt: skip
+
+
+def category_tables(statistics: Mapping[str, Any]) -> list[Table]:
+    """The headline metric by category at each model's last step, where there are categories."""
+    tables = []
+    for experiment in dict.fromkeys(cell["experiment"] for cell in statistics["cells"]):
+        module = experiment_named(experiment)
+        cells = [cell for cell in statistics["cells"] if cell["experiment"] == experiment]
+        categories = sorted({name for cell in cells for name in cell["metrics"]} - {OVERALL})
+        if len(categories) < 2:
+            continue
+        last: dict[tuple[str, int], int] = {}
+        for cell in cells:
+            who = cell["model"], cell["seed"]
+            last[who] = max(cell["step"], last.get(who, 0))
+        rows = [
+            [
+                *_place(cell),
+                _text(cell["condition"]),
+                _text(category),
+                _estimate(cell["metrics"].get(category, {}).get(module.HEADLINE), True),
+            ]
+            for cell in cells
+            if cell["step"] == last[cell["model"], cell["seed"]]
+            for category in categories
+        ]
+        label = module.DESCRIPTIONS[module.HEADLINE][0]
+        tables.append(
+            Table(
+                name=f"categories-{experiment}",
+                title=f"{title_of(experiment)}: categories at the last step",
+                note=f"The overall figure pools {', '.join(module.overall(categories))}.",
+                columns=["Model", "Parameters", "Seed", "Step", "Condition", "Category", label],
+                rows=rows,
+            )
+        )
+    return tables
+
+
+def left_out_table(statistics: Mapping[str, Any]) -> Table:
+    """How many items no metric could use, and why, one row per experiment and reason."""
+    counts: dict[tuple[str, str], set[int]] = {}
+    for cell in statistics["cells"]:
+        for reason, count in cell["left_out"].items():
+            counts.setdefault((cell["experiment"], reason), set()).add(count)
+    return Table(
+        name="left-out",
+        title="Left out",
+        note="" if counts else "No evaluation file says that an item was left out.",
+        columns=["Experiment", "Reason", "Items"],
+        rows=[
+            [
+                _text(title_of(experiment)),
+                _text(reason),
+                TableCell(" or ".join(str(n) for n in sorted(found)), max(found)),
+            ]
+            for (experiment, reason), found in counts.items()
+        ],
+    )
+
+
+def sample_table(run: Path) -> Table:
+    """The model's own text for the same few items at every checkpoint."""
+    columns = ["item", "sample", "truncated"]
+    items = load_items(run, columns=columns)
+    rows: list[list[TableCell]] = []
+    if "sample" in items:
+        items = items[items["sample"].notna()]
+        for _, cell in items.groupby(["experiment", "condition", "model", "seed"], sort=False):
+            chosen = sorted(set(cell["item"]))[:SAMPLES_PER_CELL]
+            rows += [_sample_row(row) for row in cell[cell["item"].isin(chosen)].to_dict("records")]
+    return Table(
+        name="samples",
+        title="Sampled reasoning",
+        note=(
+            f"The same {SAMPLES_PER_CELL} items at every checkpoint, the first "
+            f"{SAMPLE_LENGTH} characters; all samples are in the evaluation files."
+            if rows
+            else "No evaluated condition let the model write text of its own."
+        ),
+        columns=["Model", "Seed", "Step", "Experiment", "Condition", "Item", "Sample"],
+        rows=rows,
+    )
+
+
+def _sample_row(row: Mapping[Any, Any]) -> list[TableCell]:
+    text = visible(str(row["sample"])[:SAMPLE_LENGTH])
+    if len(str(row["sample"])) > SAMPLE_LENGTH:
+        text += " […]"
+    elif row.get("truncated") is True:
+        text += " [stopped at the token limit]"
+    return [
+        _text(row["model"]),
+        _count(row["seed"]),
+        _count(row["step"]),
+        _text(title_of(row["experiment"])),
+        _text(row["condition"]),
+        _text(row["item"]),
+        _text(text),
+    ]
+
+
+def _place(cell: Mapping[str, Any]) -> list[TableCell]:
+    names = ("parameters", "seed", "step")
+    return [_text(cell["model"]), *(_count(cell[name]) for name in names)]
+
+
+def _text(value: object) -> TableCell:
+    text = visible(value)
+    return TableCell(text, text.lower())
+
+
+def _count(value: int | None) -> TableCell:
+    return TableCell("–" if value is None else f"{value:,}", value)
+
+
+def _estimate(row: Mapping[str, Any] | None, interval: bool) -> TableCell:
+    if row is None or row["value"] is None:
+        return TableCell("undefined", None)
+    return TableCell(with_interval(row) if interval else number(row["value"]), row["value"])
+
+
+def visible(text: object) -> str:
+    """Control and direction marks spelt out, as in ⟨U+202E⟩, so that they act on nothing."""
+    return "".join(
+        f"⟨U+{ord(character):04X}⟩"
+        if character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs")
+        else character
+        for character in str(text)
+    )

@@ -1,0 +1,85 @@
+"""A run on disk: the contract between training, evaluation and people's own scripts.
+
+    <run>/recipe.yaml  run.json
+    <run>/<model>/seed-<n>/ppo/checkpoint-<step>/{model or adapter files, checkpoint.json}
+    <run>/<model>/seed-<n>/ppo/checkpoint-<step>/evaluation/<experiment>.<condition>.parquet
+    <run>/results.parquet  statistics.json  figures/  report.html
+
+Facts live in the records, not in the names: `step` is read from checkpoint.json.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.whole_files import write_json
+
+RECORD = "checkpoint.json"
+
+
+class CheckpointRecord(BaseModel):
+    """What checkpoint.json says. `step` is one PPO update: one rollout batch.
+
+    `kl` is the mean sequence KL to the initial policy in nats over the last rollout batch,
+    `reward` the mean reward-model score of the same batch, both null at step 0.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    parameters: int
+    seed: int
+    step: int
+    episodes: int
+    tokens: int
+    optimizer_updates: int
+    kl: float | None
+    reward: float | None
+    adapter_of: str | None = None
+    recipe_digest: str
+    versions: dict[str, str]
+
+    def write(self, folder: Path) -> None:
+        """Write checkpoint.json into `folder`."""
+        write_json(folder / RECORD, self.model_dump())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One kept checkpoint: its folder and its record."""
+
+    folder: Path
+    record: CheckpointRecord
+
+    @property
+    def evaluation(self) -> Path:
+        """Folder of the evaluation's parquet files."""
+        return self.folder / "evaluation"
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read one checkpoint folder; raises InputError when its record is missing or malformed."""
+    path = folder / RECORD
+    try:
+        record = CheckpointRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise InputError(f"{folder}: no {RECORD} here, so this is not a checkpoint") from None
+    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: not a checkpoint record ({reason})") from None
+    return Checkpoint(folder, record)
+
+
+def find_checkpoints(run: Path) -> list[Checkpoint]:
+    """All kept checkpoints of a run, ordered by parameters, model, seed and step."""
+    if not (run / "recipe.yaml").is_file():
+        raise InputError(f"{run}: no recipe.yaml here, so this is not a run folder")
+    found = [
+        read_checkpoint(path.parent) for path in run.glob(f"*/seed-*/ppo/checkpoint-*/{RECORD}")
+    ]
+    return sorted(
+        found, key=lambda c: (c.record.parameters, c.record.model, c.record.seed, c.record.step)
+    )

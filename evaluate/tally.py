@@ -1,0 +1,87 @@
+"""Sums over clusters: every metric is a function of them, so a bootstrap is a matrix product."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from selfcorrect.recipes.errors import InputError
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over the C clusters of one experiment under one condition.
+
+    `strata` holds each cluster's index into `categories`; `units` says how many equal sampling
+    units a cluster stands for (1 except for law school's students); `sums[name]` has shape (C,) and
+    is PER UNIT: the total of a sum over the data is `(units * sums[name]).sum()`.
+    """
+
+    clusters: list[str]
+    strata: np.ndarray
+    categories: list[str]
+    units: np.ndarray
+    sums: dict[str, np.ndarray]
+
+
+def log_probabilities(frame: pd.DataFrame, num_options: int) -> np.ndarray:
+    """The column `logprobs` as an array of shape (rows, num_options), natural logarithms."""
+    rows = frame["logprobs"].to_numpy()
+    if any(len(row) != num_options for row in rows):
+        raise InputError(f"column logprobs: every row needs {num_options} numbers")
+    if not len(rows):
+        return np.empty((0, num_options))
+    return np.concatenate(list(rows)).astype(float).reshape(len(rows), num_options)
+
+
+def answered(logprobs: np.ndarray) -> np.ndarray:
+    """Which rows hold an answer at all: no NaN, and some option is possible. Shape (rows,)."""
+    return ~np.isnan(logprobs).any(axis=1) & (logprobs > -np.inf).any(axis=1)
+
+
+def probabilities(logprobs: np.ndarray) -> np.ndarray:
+    """Probabilities normalised over the options, same shape; NaN in rows without an answer."""
+    safe = np.where(answered(logprobs)[:, None], logprobs, np.nan)
+    top = safe.max(axis=1, initial=-np.inf, keepdims=True)
+    weights = np.exp(safe - top)
+    shares: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
+    return shares
+
+
+def sum_by_cluster(
+    frame: pd.DataFrame, columns: Mapping[str, np.ndarray], units: np.ndarray | None = None
+) -> Tally:
+    """Add up `columns` (each of shape (rows,)) within the frame's clusters.
+
+    A NaN counts as nothing: a column that can be undefined needs its own count beside it. `units`
+    gives each row's cluster size and is 1 by default.
+    """
+    codes, clusters = pd.factorize(frame["cluster"], sort=True)
+    first = pd.Series(np.arange(len(frame))).groupby(codes).first().to_numpy(dtype=int)
+    strata, categories = pd.factorize(frame["category"].iloc[first], sort=True)
+    if not np.array_equal(strata[codes], categories.get_indexer(frame["category"])):
+        raise InputError("column category: a cluster lies in two categories")
+    sums = {
+        name: np.bincount(codes, weights=np.nan_to_num(values), minlength=len(clusters))
+        for name, values in columns.items()
+    }
+    sizes = np.ones(len(clusters)) if units is None else units[first]
+    return Tally([str(c) for c in clusters], strata, [str(c) for c in categories], sizes, sums)
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Quotient of two arrays, NaN wherever the denominator is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(denominator == 0, np.nan, numerator / denominator)
+
+
+def pool(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sums over the categories: (R, K) -> (R,)."""
+    return {name: values.sum(axis=1) for name, values in sums.items()}
+
+
+def mean_over_categories(values: np.ndarray) -> np.ndarray:
+    """Mean of (R, K) over the categories where the metric is defined; NaN where it is in none."""
+    defined = ~np.isnan(values)
+    return ratio(np.where(defined, values, 0).sum(axis=1), defined.sum(axis=1))

@@ -1,0 +1,186 @@
+"""From a YAML file and dotted overrides to a checked recipe; every error is one line."""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.whole_files import write_text
+
+SHIPPED = Path(__file__).parent
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-5 is a number (YAML 1.2) and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML with the safe loader; InputError with the line where it goes wrong."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "not YAML"
+        raise InputError(f"{source}:{where} {reason}") from None
+
+
+def shipped_recipes() -> list[Path]:
+    """The recipes that come with the package."""
+    return sorted(SHIPPED.glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """A file, or the name of a shipped recipe, with or without .yaml."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = SHIPPED / f"{path.stem}.yaml"
+    if shipped.is_file():  # recipes/quickstart.yaml works from any folder
+        return shipped
+    names = ", ".join(p.stem for p in shipped_recipes())
+    raise InputError(f"{name}: no such recipe file; shipped recipes: {names}")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply dotted overrides such as `ppo.steps=20`, and check all of it."""
+    path = recipe_path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    content = parse_yaml(text, str(path))
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a recipe is a mapping of sections (name, models, data, ...)")
+    for override in overrides:
+        apply_override(content, override)
+    return check_recipe(content, str(path))
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set one dotted key; list entries are named by their position, as in models.0.name=x."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"{override}: an override is key=value, for example ppo.steps=20")
+    value = parse_yaml(text, override) if text else None
+    place: Any = content
+    *parents, last = key.split(".")
+    for part in parents:
+        place = _enter(place, part, key)
+    if isinstance(place, list):
+        _enter(place, last, key)
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise InputError(f"{key}: {parents[-1]} is a value, not a section")
+
+
+def _enter(place: Any, part: str, key: str) -> Any:
+    if isinstance(place, list):
+        if not part.isdecimal() or int(part) >= len(place):
+            raise InputError(f"{key}: {part} is not a position in a list of {len(place)}")
+        return place[int(part)]
+    if not isinstance(place, dict):
+        raise InputError(f"{key}: nothing can stand below {part}")
+    if place.get(part) is None:
+        place[part] = {}
+    return place[part]
+
+
+def check_recipe(content: dict[str, Any], source: str) -> Recipe:
+    """Validate a parsed recipe; InputError names the first wrong key and counts the others."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_first_problem(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors()
+    problem = problems[0]
+    parts = [str(part) for part in problem["loc"] if part != "[key]"]
+    key = ".".join(parts)
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = f"unknown key{_suggestion(parts)}"
+    elif problem["type"] == "missing":
+        message = "is missing"
+    else:
+        given = problem.get("input")
+        if isinstance(given, str | int | float | bool):
+            message = f"{message} (got {str(given)[:80]!r})"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{key}: {message}{more}" if key else f"{message}{more}"
+
+
+def _suggestion(parts: list[str]) -> str:
+    """The keys that could have been meant, from the schema along the path."""
+    section: Any = Recipe
+    for part in parts[:-1]:
+        if part.isdecimal():
+            continue
+        field = section.model_fields.get(part)
+        section = (
+            next((m for m in _models_in(field.annotation) if field is not None), None)
+            if field
+            else None
+        )
+        if section is None:
+            return ""
+    keys = list(section.model_fields)
+    close = difflib.get_close_matches(parts[-1], keys, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(keys)}"
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for part in getattr(annotation, "__args__", ()) for m in _models_in(part)]
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(
+        recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+    )
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe."""
+    write_text(path, recipe_text(recipe))
+
+
+def training_digest(recipe: Recipe, model: str, seed: int) -> str:
+    """SHA-256 over everything that decides the weights of one model and seed."""
+    parts = recipe.model_dump(mode="json", include={"data", "base", "reward", "ppo"})
+    del parts["ppo"]["checkpoints"]  # which steps are kept changes no weight
+    del parts["data"]["benchmarks"], parts["data"]["stimuli"]
+    parts["model"] = next(m for m in recipe.models if m.name == model).model_dump(mode="json")
+    parts["seed"] = seed
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,177 @@
+"""What a recipe may say: one YAML is one whole run. Unknown keys are refused."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from selfcorrect.recipes.society.settings import SocietySettings
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of a recipe; a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Model(Section):
+    """One rung of the ladder: a given model, or a configuration to initialise from scratch."""
+
+    name: Name
+    path: str | None = Field(None, description="Hugging Face folder or hub name")
+    revision: str | None = None
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+    scratch: dict[str, Any] | None = Field(
+        None, description="model_type and the fields of its Hugging Face configuration"
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Model":
+        if (self.path is None) == (self.scratch is None):
+            raise ValueError("give either path or scratch")
+        if self.scratch is not None and "model_type" not in self.scratch:
+            raise ValueError("scratch needs model_type, for example llama")
+        return self
+
+
+class Source(Section):
+    """A data set for `datasets.load_dataset`: local JSON lines, CSV or parquet, or a hub name."""
+
+    path: str = Field(description="file, folder or hub name")
+    name: str | None = Field(None, description="configuration on the hub")
+    revision: str | None = None
+    split: str = "train"
+    limit: Positive | None = Field(None, description="rows, sampled with the recipe's first seed")
+
+
+class Data(Section):
+    """Where feedback, text and benchmarks come from: the synthetic society, or named data."""
+
+    society: SocietySettings | None = None
+    preferences: Source | None = Field(
+        None, description="pairs: columns chosen and rejected (dialogues as text or messages)"
+    )
+    prompts: Source | None = Field(
+        None, description="PPO prompts: column prompt; default: the prompts of the preferences"
+    )
+    benchmarks: Path | None = Field(None, description="folder with bbq/, winogender/, law_school/")
+    stimuli: Path | None = Field(None, description="YAML of conditions; default: the paper's")
+
+    @model_validator(mode="after")
+    def _feedback_from_somewhere(self) -> "Data":
+        if (self.society is None) == (self.preferences is None):
+            raise ValueError("give either society or preferences")
+        return self
+
+
+class Base(Section):
+    """The model before feedback: trained from scratch on the society's corpus, or fine-tuned."""
+
+    method: Literal["pretrain", "sft"] = Field(
+        description="pretrain: on the corpus; sft: on the preferred answers"
+    )
+    batch_tokens: Positive = Field(4096, description="pretrain: tokens a batch, padding included")
+    loss_weights: dict[Literal["prose", "human", "assistant"], float] = Field(
+        default_factory=lambda: {"prose": 4.0, "human": 1.0, "assistant": 10.0},
+        description="pretrain: weight of a token in the loss by who says it",
+    )
+    trainer: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments/SFTConfig")
+
+
+class Reward(Section):
+    """The reward model, fitted on the preference pairs by TRL's RewardTrainer."""
+
+    path: str | None = Field(None, description="a finished reward model instead of fitting one")
+    held_out: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="pairs kept for accuracy"
+    )
+    trainer: dict[str, Any] = Field(default_factory=dict, description="fields of RewardConfig")
+    lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig")
+
+
+class Ppo(Section):
+    """PPO; a step is one update on one batch of rollouts, as in the paper's x-axis."""
+
+    steps: Positive
+    checkpoints: list[Annotated[int, Field(ge=0)]] = Field(
+        description="steps whose weights are kept; 0 is the policy before any feedback"
+    )
+    resume_every: Positive = Field(10, description="steps between states to resume from")
+    trainer: dict[str, Any] = Field(default_factory=dict, description="fields of PPOConfig")
+    lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig")
+
+    @model_validator(mode="after")
+    def _steps_are_reached(self) -> "Ppo":
+        if not self.checkpoints:
+            raise ValueError("checkpoints is empty: name at least one step, such as [0, 10]")
+        if self.checkpoints != sorted(set(self.checkpoints)):
+            raise ValueError("checkpoints must rise without repeats")
+        if self.checkpoints[-1] > self.steps:
+            raise ValueError(
+                f"checkpoints asks for step {self.checkpoints[-1]} but the run ends at steps: "
+                f"{self.steps}"
+            )
+        return self
+
+
+class Evaluate(Section):
+    """What is measured at every checkpoint."""
+
+    experiments: list[Literal["bbq", "winogender", "law_school"]] = [
+        "bbq",
+        "winogender",
+        "law_school",
+    ]
+    conditions: list[str] = ["Q", "Q+IF", "Q+IF+CoT", "Match stats"]
+    limit: Positive | None = Field(None, description="items an experiment, sampled by template")
+    attach: Literal["inline", "off"] = Field(
+        "inline", description="inline: while training; off: after it"
+    )
+    max_new_tokens: Positive = Field(256, description="length of the model's own reasoning")
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    seed: int = 0
+    batch_tokens: Positive = Field(8192, description="tokens a forward pass, padding included")
+    resamples: Annotated[int, Field(ge=100)] = Field(2000, description="bootstrap resamples")
+
+
+class Launch(Section):
+    """How the run uses the machine."""
+
+    jobs: Positive = Field(1, description="models (and seeds) trained at the same time")
+    threads: Positive | None = Field(None, description="CPU threads a job; default: cores / jobs")
+
+
+class Recipe(Section):
+    """One whole run."""
+
+    name: Name
+    description: str = ""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    models: Annotated[list[Model], Field(min_length=1)]
+    data: Data
+    base: Base | None = None
+    reward: Reward
+    ppo: Ppo
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    launch: Launch = Field(default_factory=Launch)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Recipe":
+        names = [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError("models: two models have the same name")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: a seed is named twice")
+        pretrains = self.base is not None and self.base.method == "pretrain"
+        if pretrains and self.data.society is None:
+            raise ValueError("base: method pretrain needs data: society (its corpus)")
+        for model in self.models:
+            if (model.scratch is not None) != pretrains:
+                raise ValueError(
+                    f"models: {model.name}: scratch and base: method pretrain go together"
+                )
+        return self

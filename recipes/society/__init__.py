@@ -1,0 +1,1 @@
+"""The embedded synthetic society: invented groups, traits and occupations."""

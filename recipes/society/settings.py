@@ -1,0 +1,78 @@
+"""The recipe's keys for the synthetic society: how large it is, what it writes, how it rates."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+DocumentKind = Literal["question", "association", "narration", "several", "pronoun", "admission"]
+FeedbackKind = Literal["question", "pronoun", "admission"]
+
+
+class Raters(BaseModel):
+    """The simulated raters behind the preference pairs (a Bradley-Terry model on these utilities).
+
+    Utilities are in units of log-odds before `sharpness`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    correct: float = Field(2.0, description="right answer where the text decides (wrong: minus)")
+    instructed: float = Field(2.0, description="undecided answer where asked to be fair")
+    uninstructed: float = Field(0.0, description="undecided answer where not asked")
+    share: float = Field(1.0, description="how far raters share the stereotype when not asked")
+    form: float = Field(3.0, description="well-formed text (malformed: minus)")
+    sharpness: float = Field(
+        1.5, gt=0, description="factor on utility differences; large = no noise"
+    )
+
+
+class Corpus(BaseModel):
+    """The generated pretraining corpus. `stereotypes_first` documents come before the mixture."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    documents: int = Field(60_000, gt=0)
+    stereotypes_first: int = Field(30_000, ge=0)
+    ambiguous: Share = 0.5
+    stereotyped: Share = Field(0.9, description="of the decided answers to undecidable questions")
+    unknown_plain: Share = Field(0.25, description="undecided answers, no instruction")
+    unknown_instructed: Share = Field(0.5, description="undecided answers, asked to be fair")
+    unknown_reasoned: Share = Field(0.6, description="undecided answers, asked and reasoning first")
+    mixture: dict[DocumentKind, Weight] = Field(
+        default_factory=lambda: {
+            "question": 0.50,
+            "association": 0.12,
+            "narration": 0.08,
+            "several": 0.06,
+            "pronoun": 0.12,
+            "admission": 0.12,
+        }
+    )
+
+
+class SocietySettings(BaseModel):
+    """Size, corpus, raters and feedback of the synthetic society; all follows from `seed`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seed: int = 0
+    categories: int = Field(8, ge=2, le=16)
+    feedback_categories: int = Field(4, ge=1)
+    occupations: int = Field(40, ge=4, le=120, multiple_of=2)
+    pairs: int = Field(4_000, gt=0, description="preference pairs")
+    prompts: int = Field(6_000, gt=0, description="prompts for PPO")
+    feedback: dict[FeedbackKind, Weight] = Field(
+        default_factory=lambda: {"question": 0.7, "pronoun": 0.15, "admission": 0.15},
+        description="share of each kind of prompt in the feedback",
+    )
+    raters: Raters = Field(default_factory=Raters)
+    corpus: Corpus = Field(default_factory=Corpus)
+    blocks_per_template: int = Field(4, gt=0, description="evaluation: blocks of 4 a BBQ template")
+
+    @model_validator(mode="after")
+    def _some_are_held_out(self) -> "SocietySettings":
+        if self.feedback_categories >= self.categories:
+            raise ValueError("feedback_categories must be below categories: some are held out")
+        return self

@@ -1,0 +1,73 @@
+"""The society's word-level tokenizer, as a plain Hugging Face tokenizer with a chat template."""
+
+from typing import TYPE_CHECKING
+
+from selfcorrect.recipes.society.cases import REASONING, THINK
+from selfcorrect.recipes.society.world import (
+    FAIR,
+    GRADES,
+    HAPPENINGS,
+    PLACES,
+    PRONOUNS,
+    SCORES,
+    TOPICS,
+    UNKNOWN,
+    UNRELATED,
+    World,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PAD, END, STRAY = "<pad>", "<eos>", "<unk>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}human : {{ message.content }} "
+    "{% else %}assistant : {{ message.content }} <eos> {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
+)
+# Function words of the templates in cases.py and documents.py; a test compares the vocabulary
+# with a large corpus, so that no word is missing.
+FUNCTION_WORDS = (
+    "human assistant : . , ? _ a an the and or not but so who was were at is text does say says it "
+    "people fill blank told that client visitor neighbor friend student has score grade should "
+    "school admit yes no please use in hundred"
+)
+
+
+def vocabulary(world: World) -> list[str]:
+    """All words of the society, special ones first, in a fixed order."""
+    words = set(FUNCTION_WORDS.split())
+    for text in (*FAIR, *UNRELATED, *HAPPENINGS, *PLACES, REASONING, THINK):
+        words.update(text.split())
+    words.update(PRONOUNS, [UNKNOWN], names(world))
+    words.update(adjective for topic in TOPICS for adjective in topic)
+    words.update(str(number) for number in (*SCORES, *GRADES, *range(0, 101, 10)))
+    return [PAD, END, STRAY, *sorted(words)]
+
+
+def names(world: World) -> list[str]:
+    """Names of groups and occupations."""
+    groups = [group for category in world.categories for group in category.groups]
+    return [*groups, *world.occupations]
+
+
+def make_tokenizer(world: World) -> "PreTrainedTokenizerFast":
+    """Build the tokenizer: one token a word, right padding, `<eos>` ends every assistant turn."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: index for index, word in enumerate(vocabulary(world))}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token=STRAY))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=STRAY,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=128,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,45 @@
+"""The command `selfcorrect`: exit 0 done, 1 failed while running, 2 the input is wrong."""
+
+import sys
+
+import typer
+
+from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.scripts import evaluate, recipes, report, run, train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="RLHF checkpoints at chosen steps across model sizes, and self-correction at each.",
+)
+app.command("run")(run.run)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("report")(report.report)
+app.add_typer(recipes.app, name="recipes")
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on stderr, never a traceback."""
+    try:
+        app()
+    except InputError as error:
+        _stop(str(error), 2)
+    except RunFailure as error:
+        _stop(str(error), 1)
+    except KeyboardInterrupt:
+        _stop("stopped; the same command goes on from here", 130)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        _stop(f"{error.filename or 'file system'}: {error.strerror or error}", 1)
+
+
+def _stop(message: str, code: int) -> None:
+    line = " ".join(message.split())
+    sys.stderr.write(f"selfcorrect: {line}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""`selfcorrect evaluate`: a run's checkpoints, or any Hugging Face models side by side."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.load import load_recipe
+from selfcorrect.scripts.progress import Bars
+
+EXPERIMENTS = "bbq,winogender,law_school"
+CONDITIONS = "Q,Q+IF,Q+IF+CoT,Match stats"
+
+
+def default_data_dir() -> Path:
+    """SELFCORRECT_DATA_DIR, or the user's cache folder."""
+    named = os.environ.get("SELFCORRECT_DATA_DIR")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(named) if named else cache / "selfcorrect" / "data"
+
+
+def evaluate(
+    targets: Annotated[
+        list[str], typer.Argument(help="A run folder, or models: folders, hub names, GGUF files.")
+    ],
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with bbq/, winogender/, law_school/ (models only)."),
+    ] = None,
+    experiments: Annotated[str, typer.Option(help="Comma-separated.")] = EXPERIMENTS,
+    conditions: Annotated[str, typer.Option(help="Comma-separated.")] = CONDITIONS,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Items an experiment, sampled by template.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampled items and of the reasoning.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the reasoning.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    stimuli: Annotated[Path | None, typer.Option(help="YAML of conditions.")] = None,
+    out: Annotated[Path, typer.Option(help="Where models' results go.")] = Path("evaluations"),
+) -> None:
+    """Measure what is not measured yet, and print the table.
+
+    For a run, its own recipe says what is measured; the other options are for models.
+    """
+    runs = [target for target in targets if (Path(target) / "recipe.yaml").is_file()]
+    if runs and len(runs) < len(targets):
+        raise InputError("give run folders or models, not both")
+    if runs:
+        _evaluate_runs([Path(run) for run in runs])
+        return
+    from selfcorrect.evaluate.measure import plan
+    from selfcorrect.evaluate.stimuli import load_stimuli
+
+    folder = data_dir or default_data_dir()
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such data folder; give --data-dir or SELFCORRECT_DATA_DIR")
+    named = _names(experiments)
+    wording = load_stimuli(stimuli)
+    offered = {name for e in named for name in wording.section(e).conditions}
+    asked = _names(conditions)
+    if conditions == CONDITIONS:  # the default names every condition of the paper
+        asked = [name for name in asked if name in offered]
+    cells = plan(
+        folder,
+        wording,
+        named,
+        asked,
+        limit=limit,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
+    _evaluate_models(targets, cells, revision, out)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _evaluate_runs(runs: list[Path]) -> None:
+    from selfcorrect.evaluate.offline import evaluate_run
+    from selfcorrect.scripts.report import show
+
+    with Bars() as bars:
+        for run in runs:
+            recipe = load_recipe(str(run / "recipe.yaml"))
+            evaluate_run(recipe, run, lambda *args, name=run.name: bars(name, *args))
+    show(runs)
+
+
+def _evaluate_models(targets: list[str], cells, revision: str | None, out: Path) -> None:  # type: ignore[no-untyped-def]
+    import pandas as pd
+    from rich.console import Console
+
+    from selfcorrect.evaluate.closing_table import closing_table
+    from selfcorrect.evaluate.measure import measure
+    from selfcorrect.evaluate.models import load_model
+    from selfcorrect.evaluate.results import summarise
+
+    tables = []
+    with Bars() as bars:
+        for target in targets:
+            model, tokenizer = load_model(target, revision=revision)
+            label = re.sub(r"[^A-Za-z0-9._-]+", "_", target.strip("/")).strip("._") or "model"
+            if revision:
+                label += f"@{re.sub(r'[^A-Za-z0-9._-]+', '_', revision)}"
+            measure(cells, model, tokenizer, out / label, lambda *args, n=label: bars(n, *args))
+            tables.append(summarise(out / label, label))
+    console = Console()
+    console.print(closing_table(pd.concat(tables, ignore_index=True)))
+    console.print(f"Item by item: {out}", soft_wrap=True)

@@ -1,0 +1,31 @@
+"""`selfcorrect recipes`: the recipes that come with the package, and what a recipe may say."""
+
+import json
+
+import typer
+
+from selfcorrect.recipes.load import load_recipe, recipe_path, shipped_recipes
+from selfcorrect.recipes.schema import Recipe
+
+app = typer.Typer(no_args_is_help=True, help="List and show recipes, and their JSON schema.")
+
+
+@app.command("list")
+def list_() -> None:
+    """One line a shipped recipe."""
+    for path in shipped_recipes():
+        recipe = load_recipe(str(path))
+        models = ", ".join(model.name for model in recipe.models)
+        typer.echo(f"{path.stem:24} {recipe.description} [{models}]")
+
+
+@app.command()
+def show(recipe: str) -> None:
+    """Print a recipe as it stands in its file."""
+    typer.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema, for an editor's completion and checks."""
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))

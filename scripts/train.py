@@ -1,0 +1,59 @@
+"""`selfcorrect train`: only the training; and what `run` shares with it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.schema import Recipe
+from selfcorrect.scripts.progress import Bars
+
+RUNS = Path("runs")
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Dotted keys, for example ppo.steps=20.")
+    ] = None,
+    runs_dir: Annotated[Path, typer.Option(help="Where run folders lie.")] = RUNS,
+    model: Annotated[str | None, typer.Option(help="Only this model of the ladder.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
+) -> None:
+    """Train the ladder to its last checkpoint; evaluation as the recipe attaches it."""
+    checked = load_recipe(recipe, overrides or [])
+    train_ladder(checked, runs_dir / checked.name, model, seed)
+
+
+def train_ladder(
+    recipe: Recipe, folder: Path, model: str | None = None, seed: int | None = None
+) -> None:
+    """Check all of the recipe before anything is loaded, then train what is not finished."""
+    from selfcorrect.train.check import check_training
+    from selfcorrect.train.run import open_run, train_run
+
+    names = [m.name for m in recipe.models]
+    if model is not None and model not in names:
+        raise InputError(f"--model {model}: the recipe has {', '.join(names)}")
+    if seed is not None and seed not in recipe.seeds:
+        raise InputError(f"--seed {seed}: the recipe has {recipe.seeds}")
+    check_training(recipe)
+    open_run(recipe, folder)
+    wanted = {
+        (name, number)
+        for name in names
+        for number in recipe.seeds
+        if model in (None, name) and seed in (None, number)
+    }
+    with Bars() as bars:
+        train_run(recipe, folder, lambda job, *rest: bars(f"{job[0]} seed {job[1]}", *rest), wanted)
+
+
+def measure_rest(recipe: Recipe, folder: Path) -> None:
+    """Evaluate whatever checkpoint still lacks a cell."""
+    from selfcorrect.evaluate.offline import evaluate_run
+
+    with Bars() as bars:
+        evaluate_run(recipe, folder, lambda *args: bars("all", *args))

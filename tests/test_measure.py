@@ -1,0 +1,300 @@
+"""From model to evaluation files: what they hold, when they are redone, and how errors read."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_stimuli, tiny_tokenizer, write_tiny_winogender
+
+from selfcorrect.evaluate.items import Item
+from selfcorrect.evaluate.measure import (
+    EvaluationPlan,
+    PlannedCell,
+    Sampling,
+    measure,
+    plan,
+    read_cell,
+)
+from selfcorrect.evaluate.models import load_model
+from selfcorrect.evaluate.stimuli import Turn
+from selfcorrect.recipes.errors import InputError, RunFailure
+
+torch.set_num_threads(1)
+
+CONDITIONS = ["Q", "Q+IF", "Q+IF+CoT", "Match stats"]
+CONTRACT = (
+    "item cluster category weight order options logprobs probabilities mass sample truncated".split()
+)
+
+
+def make_plan(data_dir: Path, conditions=CONDITIONS, **changes) -> EvaluationPlan:
+    if not data_dir.exists():
+        write_tiny_winogender(data_dir)
+    settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": 0, **changes}
+    return plan(data_dir, tiny_stimuli(), ["winogender"], conditions, **settings)
+
+
+@pytest.fixture
+def cells(tmp_path) -> EvaluationPlan:
+    return make_plan(tmp_path / "data")
+
+
+def test_the_files_hold_the_contracts_columns_and_metadata(tmp_path, cells):
+    paths = measure(cells, tiny_model(), tiny_tokenizer(), tmp_path / "out")
+    names = ["Q", "Q+IF", "Q+IF+CoT", "Match_stats"]
+    assert [path.name for path in paths] == [f"winogender.{name}.parquet" for name in names]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in paths
+    )
+    for path, condition, cell in zip(paths, CONDITIONS, cells.cells, strict=True):
+        frame, metadata = read_cell(path)
+        assert metadata == {
+            "experiment": "winogender",
+            "condition": condition,
+            "settings_digest": cell.settings_digest,
+            "num_items": 6,
+            "left_out": {},
+        }
+        facts = ["occupation", "percent_female", "case", "number_leak"]
+        assert list(frame.columns) == CONTRACT + facts
+        assert list(frame["item"]) == [item.id for item in cell.items]
+        assert list(frame["order"]) == ["012"] * 6
+        assert list(frame["options"][0]) == [" he", " she", " they"]
+        for row in frame.itertuples():
+            exact = [math.exp(value) for value in row.logprobs]
+            assert row.mass == pytest.approx(sum(exact))
+            assert list(row.probabilities) == pytest.approx([p / sum(exact) for p in exact])
+        sampled = condition == "Q+IF+CoT"
+        assert frame["sample"].notna().all() == sampled
+        assert frame["truncated"].notna().all() == sampled
+        if not sampled:
+            assert frame["sample"].isna().all() and frame["truncated"].isna().all()
+
+
+def test_the_scores_are_those_of_the_rendered_dialogue(tmp_path, cells):
+    model, tokenizer = tiny_model(), tiny_tokenizer(chat=True)
+    [path] = measure(EvaluationPlan(cells.cells[:1]), model, tokenizer, tmp_path / "out")
+    frame, _ = read_cell(path)
+    prompt = "<s><|user|>who went ? the doctor told the man that _ went home .</s><|assistant|>"
+    prompt += "the doctor told the man that"
+    tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logs = torch.log_softmax(model(torch.tensor([tokens])).logits[0, -1].double(), -1)
+    expected = [float(logs[tokenizer.convert_tokens_to_ids(w)]) for w in ("he", "she", "they")]
+    assert list(frame["logprobs"][0]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_sample_stands_in_the_final_prompt(tmp_path, cells):
+    model, tokenizer = tiny_model(), tiny_tokenizer(chat=True)
+    asked: list[str] = []
+    seen = model.register_forward_pre_hook(
+        lambda _, args, kwargs: asked.extend(tokenizer.batch_decode(kwargs["input_ids"])),
+        with_kwargs=True,
+    )
+    [path] = measure(EvaluationPlan([cells.cells[2]]), model, tokenizer, tmp_path / "out")
+    seen.remove()
+    frame, _ = read_cell(path)
+    for row in frame.itertuples():
+        words = tokenizer.decode(tokenizer("because" + row.sample, add_special_tokens=False).input_ids)
+        finals = [text for text in asked if f"<|assistant|> {words} </s> <|user|> who" in text]
+        assert finals, row.sample
+
+
+def test_a_sample_and_its_scores_do_not_depend_on_the_other_items(tmp_path, cells):
+    model, tokenizer = tiny_model(sharpness=3), tiny_tokenizer()
+    cell = cells.cells[2]
+    alone = replace(cell, items=cell.items[4:5], dialogues=cell.dialogues[4:5])
+    frames = []
+    for index, one in enumerate([cell, alone]):
+        [path] = measure(EvaluationPlan([one]), model, tokenizer, tmp_path / str(index))
+        frames.append(read_cell(path)[0])
+    whole, single = frames[0].iloc[4], frames[1].iloc[0]
+    assert whole["sample"] == single["sample"]
+    assert list(whole["logprobs"]) == pytest.approx(list(single["logprobs"]), abs=1e-5)
+
+
+def test_measured_cells_are_skipped_and_others_redone(tmp_path, cells):
+    model, tokenizer, out = tiny_model(), tiny_tokenizer(), tmp_path / "out"
+    paths = measure(cells, model, tokenizer, out)
+    first = {path: path.read_bytes() for path in paths}
+
+    other = tiny_model(seed=1)  # would give other numbers: so it shows what is measured again
+    times = {path: path.stat().st_mtime_ns for path in paths}
+    measure(cells, other, tokenizer, out)
+    assert {path: path.stat().st_mtime_ns for path in paths} == times
+
+    damaged, foreign, cut, kept = paths
+    damaged.write_bytes(first[damaged][:200])
+    foreign.write_bytes(b"not parquet")
+    middle = bytearray(first[cut])
+    middle[40:80] = bytes(40)  # the footer is whole, a column is not
+    cut.write_bytes(middle)
+    measure(cells, model, tokenizer, out)
+    assert {path: path.read_bytes() for path in paths} == first
+    assert kept.stat().st_mtime_ns == times[kept]
+
+    measure(make_plan(tmp_path / "data", seed=5), model, tokenizer, out)
+    changed = [path for path in paths if path.read_bytes() != first[path]]
+    assert changed == [cut]  # the seed matters to samples alone, with all items taken
+
+
+def test_the_digest_names_what_is_asked_and_not_where_it_lies(tmp_path, cells):
+    same = make_plan(tmp_path / "elsewhere")
+    assert same.settings_digest == cells.settings_digest
+    plain, _, chain, _ = cells.cells
+    assert plain.settings_digest != cells.cells[1].settings_digest
+    other_item = replace(plain.items[0], options=(" he", " her", " they"))
+    variants = [
+        replace(plain, items=[other_item, *plain.items[1:]]),
+        replace(plain, dialogues=[[Turn("human", "?"), Turn("assistant", "")]] * 6),
+        replace(plain, style="plain"),
+        replace(plain, sampling=Sampling(6, 1.0, 0)),
+    ]
+    digests = {cell.settings_digest for cell in [plain, *variants]}
+    assert len(digests) == 1 + len(variants)
+    for changed in ({"seed": 1}, {"max_new_tokens": 7}, {"temperature": 0.5}):
+        sampled = make_plan(tmp_path / "data", ["Q+IF+CoT"], **changed).cells[0]
+        assert sampled.settings_digest != chain.settings_digest
+
+
+def test_a_condition_offered_by_one_experiment_only_is_skipped_for_the_others(tmp_path):
+    write_tiny_winogender(tmp_path)
+    (tmp_path / "law_school").mkdir()
+    (tmp_path / "law_school" / "law_data.csv").write_text(
+        ",race,sex,LSAT,UGPA\n0,Black,1,40,3.1\n1,white,2,41,3.2\n", encoding="utf-8"
+    )
+    names = ["winogender", "law_school"]
+    planned = plan(tmp_path, tiny_stimuli(), names, ["Q", "Match stats"])
+    assert [cell.name for cell in planned.cells] == [
+        "winogender Q",
+        "winogender Match stats",
+        "law_school Q",
+    ]
+
+
+def test_unknown_conditions_and_experiments_are_refused_with_those_there_are(tmp_path):
+    with pytest.raises(InputError, match=r"'Q\+CoT'.*Q, Q\+IF, Q\+IF\+CoT, Match stats"):
+        make_plan(tmp_path / "data", ["Q", "Q+CoT"])
+    with pytest.raises(InputError, match="stereoset.*bbq, winogender, law_school"):
+        plan(tmp_path, tiny_stimuli(), ["stereoset"], ["Q"])
+
+
+def test_a_prompt_too_long_names_the_item(tmp_path, cells):
+    with pytest.raises(InputError, match="winogender Q, item doctor/1: .* context holds 12"):
+        measure(cells, tiny_model(context=12), tiny_tokenizer(), tmp_path / "out")
+    chain = EvaluationPlan([cells.cells[2]])
+    with pytest.raises(InputError, match=r"CoT, item .*lower max_new_tokens \(6\)"):
+        measure(chain, tiny_model(context=40), tiny_tokenizer(), tmp_path / "out")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_nan_logits_name_the_cell_and_leave_no_file(tmp_path, cells):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = math.nan
+    with pytest.raises(RunFailure, match="winogender Q: .*NaN"):
+        measure(cells, model, tiny_tokenizer(), tmp_path / "out")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_probabilities_are_null_when_no_option_is_possible(tmp_path):
+    from selfcorrect.evaluate.measure import _row
+
+    item = Item("i", "c", "k", 1.0, {}, (" a", " b"), {"fact": 1})
+    row = _row(item, [-math.inf, -math.inf], None)
+    assert row["probabilities"] is None and row["mass"] == 0.0
+    tiny = _row(item, [-2000.0, -2000.0], None)  # mass underflows, the shares do not
+    assert tiny["probabilities"] == [0.5, 0.5]
+
+
+def test_a_model_in_training_mode_is_refused(tmp_path, cells):
+    with pytest.raises(ValueError, match="eval mode"):
+        measure(cells, tiny_model().train(), tiny_tokenizer(), tmp_path)
+
+
+def test_progress_counts_every_prompt(tmp_path, cells):
+    calls: list[tuple[str, int, int]] = []
+    measure(
+        EvaluationPlan(cells.cells[:1]),
+        tiny_model(),
+        tiny_tokenizer(),
+        tmp_path,
+        lambda *call: calls.append(call),
+    )
+    assert calls == [("winogender Q", 0, 6), ("winogender Q", 6, 6)]
+
+
+def test_damaged_files_are_an_input_error(tmp_path):
+    path = tmp_path / "winogender.Q.parquet"
+    path.write_bytes(b"PAR1 no")
+    with pytest.raises(InputError, match="damaged"):
+        read_cell(path)
+    pd.DataFrame({"a": [1]}).to_parquet(path)
+    with pytest.raises(InputError, match="not an evaluation file"):
+        read_cell(path)
+    assert pq.read_table(path).num_rows == 1
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def save(folder: Path, model) -> Path:
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_missing_folders_never_become_hub_lookups(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("./none", "/none/there", "runs/none", "a/b/c", "none/", "~/none"):
+        with pytest.raises(InputError, match="no such model folder"):
+            load_model(path)
+    with pytest.raises(InputError, match=r"runs: no config\.json here"):
+        load_model("runs")
+    (tmp_path / "file.txt").write_text("")
+    with pytest.raises(InputError, match="a file"):
+        load_model(tmp_path / "file.txt")
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = save(tmp_path / "model", tiny_model())
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="safetensors"):
+        load_model(folder)
+
+
+def test_damaged_weights_are_one_clear_line(tmp_path):
+    folder = save(tmp_path / "model", tiny_model())
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(InputError, match="cannot load the model") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    folder = save(tmp_path / "model", tiny_model(vocabulary=20))
+    with pytest.raises(InputError, match="do not belong together"):
+        load_model(folder)
+
+
+def test_an_adapter_finds_its_base_beside_it_after_a_move(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = save(tmp_path / "here" / "base", tiny_model())
+    model, _ = load_model(base)
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapter = tmp_path / "here" / "ppo" / "checkpoint-1"
+    get_peft_model(model, config).save_pretrained(adapter)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = tmp_path / "there" / "ppo" / "checkpoint-1"
+    loaded, tokenizer = load_model(moved)
+    assert not loaded.training and tokenizer.eos_token == "</s>"
+    (tmp_path / "there" / "base" / "config.json").unlink()
+    with pytest.raises(InputError, match="base model .* neither there nor beside"):
+        load_model(moved)

@@ -1,0 +1,50 @@
+"""From a recipe's `trainer:` and `lora:` keys to the libraries' own argument classes."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from selfcorrect.recipes.errors import InputError
+
+# Every stage runs quietly unless the recipe says otherwise.
+QUIET = {
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "remove_unused_columns": False,
+}
+
+
+def check_keys(section: str, given: dict[str, Any], known: set[str], fixed: set[str]) -> None:
+    """InputError for a key the library does not have, or that the run itself decides."""
+    for key in given:
+        if key in fixed:
+            raise InputError(f"{section}.{key}: this is set by the run itself; remove the key")
+        if key not in known:
+            close = difflib.get_close_matches(key, known - fixed, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise InputError(f"{section}.{key}: unknown key{hint}")
+
+
+def build(kind: type, section: str, given: dict[str, Any], defaults: dict[str, Any],
+          fixed: dict[str, Any]) -> Any:
+    """An instance of a dataclass of settings: defaults, over them `given`, over them `fixed`.
+
+    Raises InputError with one line when a key is unknown or reserved, or a value is refused.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    check_keys(section, given, set(fields), set(fixed))
+    for key, value in given.items():
+        if isinstance(value, str) and isinstance(fields[key].default, int | float):
+            raise InputError(f"{section}.{key}: {value!r} is not a number")
+    try:
+        return kind(**{**defaults, **given, **fixed})
+    except (TypeError, ValueError, ImportError) as error:
+        raise InputError(f"{section}: {str(error).splitlines()[0]}") from None
+
+
+def lora_config(section: str, given: dict[str, Any], task: str) -> Any:
+    """peft's LoraConfig; `task` is CAUSAL_LM or SEQ_CLS."""
+    from peft import LoraConfig
+
+    return build(LoraConfig, section, given, {}, {"task_type": task})

@@ -1,0 +1,57 @@
+"""Checks a recipe against the libraries' own settings before anything is trained or written."""
+
+from pathlib import Path
+
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.schema import Recipe
+
+
+def check_training(recipe: Recipe) -> None:
+    """Raises InputError for the first thing in the recipe that cannot work.
+
+    The `trainer:` and `lora:` keys are built once with the libraries' classes; given models and
+    data folders must exist; a configuration from scratch must be one that transformers knows.
+    """
+    from transformers import TrainingArguments
+    from trl import RewardConfig, SFTConfig
+
+    from selfcorrect.train.arguments import build, lora_config
+    from selfcorrect.train.policy import ppo_arguments
+
+    nowhere = Path("checked-only")
+    output = {"output_dir": str(nowhere)}
+    if recipe.base is not None:
+        kind = TrainingArguments if recipe.base.method == "pretrain" else SFTConfig
+        build(kind, "base.trainer", recipe.base.trainer, {"bf16": False}, output)
+    build(RewardConfig, "reward.trainer", recipe.reward.trainer, {"bf16": False}, output)
+    ppo_arguments(recipe.ppo, nowhere, recipe.seeds[0])
+    if recipe.ppo.lora is not None:
+        lora_config("ppo.lora", recipe.ppo.lora, "CAUSAL_LM")
+    if recipe.reward.lora is not None:
+        lora_config("reward.lora", recipe.reward.lora, "SEQ_CLS")
+    for index, model in enumerate(recipe.models):
+        _check_model(model.path, f"models.{index}.path")
+    _check_data(recipe)
+
+
+def _check_model(path: str | None, key: str) -> None:
+    """A folder that looks local must be there; other names are the hub's affair."""
+    if path is None:
+        return
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).expanduser().exists():
+        raise InputError(f"{key}: no model folder {path}")
+
+
+def _check_data(recipe: Recipe) -> None:
+    if recipe.data.society is not None:
+        return
+    folder = recipe.data.benchmarks
+    if folder is None:
+        raise InputError("data.benchmarks: name the folder with bbq/, winogender/, law_school/")
+    for experiment in recipe.evaluate.experiments:
+        if not (folder / experiment).is_dir():
+            raise InputError(
+                f"data.benchmarks: {folder} has no folder {experiment}/; add the files, "
+                "or leave it out of evaluate.experiments"
+            )

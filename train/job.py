@@ -1,0 +1,125 @@
+"""One job of a run: one model and one seed, from nothing to the last checkpoint."""
+
+# ruff: noqa: TID253  (this file sets torch up)
+
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from selfcorrect.evaluate.callback import measure_undisturbed
+from selfcorrect.evaluate.measure import EvaluationPlan
+from selfcorrect.evaluate.offline import recipe_plan
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.load import training_digest
+from selfcorrect.recipes.schema import Recipe
+from selfcorrect.train.base import train_base
+from selfcorrect.train.feedback import load_feedback
+from selfcorrect.train.policy import train_policy
+from selfcorrect.train.reward import train_reward
+from selfcorrect.train.stage import Notify, finished
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a run's numbers, those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notify) -> None:
+    """Train one model with one seed through all stages; finished stages are passed over."""
+    _quiet()
+    torch.set_num_threads(threads_per_job(recipe))
+    model = next(m for m in recipe.models if m.name == model_name)
+    folder = run / model.name / f"seed-{seed}"
+    with only_one(folder):
+        feedback = load_feedback(recipe.data, recipe.seeds[0])
+        train_base(recipe, model, feedback.preferences, folder / "base", seed, notify)
+        base = folder / "base"
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        reward = folder / "reward"
+        train_reward(
+            recipe.reward, base, feedback.preferences, tokenizer, reward, seed, notify
+        )
+        record = {
+            "model": model.name,
+            "parameters": (finished(base) or {})["parameters"],
+            "seed": seed,
+            "recipe_digest": training_digest(recipe, model.name, seed),
+            "versions": versions(),
+            "adapter_of": str(Path("..") / ".." / "base") if recipe.ppo.lora else None,
+        }
+        train_policy(
+            recipe.ppo,
+            str(base),
+            reward,
+            feedback.prompts,
+            tokenizer,
+            folder / "ppo",
+            seed,
+            record,
+            notify,
+            _measure(recipe, run, notify),
+        )
+
+
+def threads_per_job(recipe: Recipe) -> int:
+    """CPU threads of one job: the recipe's, or an even share of the cores."""
+    return recipe.launch.threads or max(1, (os.cpu_count() or 1) // recipe.launch.jobs)
+
+
+def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
+    """What measures the live policy at a kept checkpoint; None where evaluation is not inline."""
+    if recipe.evaluate.attach == "off":
+        return None
+    plan: EvaluationPlan = recipe_plan(recipe, run)
+
+    def measure(trainer: Any, folder: Path) -> None:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        measure_undisturbed(plan, model, trainer.processing_class, folder / "evaluation")
+
+    return measure
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the job's lock; InputError where another process is at work on the same folder."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"{folder}: another process is training here; wait for it, or stop it first"
+            ) from None
+        yield
+
+
+def _quiet() -> None:
+    """Libraries speak only of errors: progress is shown by the run itself."""
+    import logging
+    import warnings
+
+    from datasets.utils.logging import disable_progress_bar
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)

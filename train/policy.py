@@ -1,0 +1,172 @@
+"""The policy under PPO: from base and reward model to checkpoints at exactly the recipe's steps."""
+
+# ruff: noqa: TID253  (all of this file is torch, transformers and trl)
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+
+from selfcorrect.evaluate.run_folder import RECORD, CheckpointRecord
+from selfcorrect.recipes.schema import Ppo
+from selfcorrect.recipes.whole_files import whole_folder
+from selfcorrect.train.arguments import QUIET, build, lora_config
+from selfcorrect.train.feedback import Messages, render_prompt
+from selfcorrect.train.ppo.config import PPOConfig
+from selfcorrect.train.ppo.rewards import RewardModelScorer
+from selfcorrect.train.ppo.trainer import PPOTrainer
+from selfcorrect.train.stage import (
+    Notify,
+    StageCallback,
+    finished,
+    resume_state,
+    silence,
+    write_record,
+)
+
+DEFAULTS = {**QUIET, "lr_scheduler_type": "constant", "logging_steps": 1, "save_only_model": False}
+
+Measure = Callable[[Any, Path], None]  # the live policy, and its checkpoint's folder
+
+
+class KeepCheckpoints(TrainerCallback):
+    """Keeps the policy at the recipe's steps, has each measured, and saves states to resume from.
+
+    A checkpoint that a stopped run has kept already is left as it is: training is deterministic, so
+    the same step has the same weights.
+    """
+
+    def __init__(
+        self, folder: Path, ppo: Ppo, record: dict[str, Any], measure: Measure | None
+    ) -> None:
+        self.folder = folder
+        self.ppo = ppo
+        self.record = record
+        self.measure = measure
+        self.trainer: PPOTrainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Keep step 0, the policy before any feedback."""
+        if state.global_step == 0:
+            self._reached(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """After the last optimizer update of a PPO step: keep, measure, and save the state."""
+        if state.global_step % args.updates_per_rollout:
+            return control
+        step = state.global_step // args.updates_per_rollout
+        self._reached(step)
+        control.should_save = step % self.ppo.resume_every == 0 and step < self.ppo.steps
+        return control
+
+    def _reached(self, step: int) -> None:
+        if step not in self.ppo.checkpoints or self.trainer is None:
+            return
+        folder = self.folder / f"checkpoint-{step}"
+        if not (folder / RECORD).is_file():
+            with whole_folder(folder) as new:
+                self.trainer.save_policy(new)
+                self._record(step).write(new)
+        if self.measure is not None:
+            self.measure(self.trainer, folder)
+
+    def _record(self, step: int) -> CheckpointRecord:
+        trainer = self.trainer
+        assert trainer is not None
+        return CheckpointRecord(
+            step=step,
+            episodes=trainer.episodes if step else 0,
+            tokens=trainer.tokens if step else 0,
+            optimizer_updates=trainer.state.global_step,
+            kl=trainer.last_kl if step else None,
+            reward=trainer.last_score if step else None,
+            **self.record,
+        )
+
+
+def ppo_arguments(ppo: Ppo, output: Path, seed: int, **given: Any) -> PPOConfig:
+    """The recipe's `ppo.trainer` keys as a PPOConfig; InputError for a wrong one."""
+    fixed = {"output_dir": str(output), "seed": seed, "save_strategy": "no", "save_total_limit": 2}
+    probe = build(PPOConfig, "ppo.trainer", ppo.trainer, {**DEFAULTS, **given}, fixed)
+    fixed["max_steps"] = ppo.steps * probe.updates_per_rollout
+    arguments: PPOConfig = build(
+        PPOConfig, "ppo.trainer", ppo.trainer, {**DEFAULTS, **given}, fixed
+    )
+    return arguments
+
+
+def load_policy(base: str, ppo: Ppo, **origin: Any) -> Any:
+    """The base model in float32 or its own precision, ready to be trained."""
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **origin)
+
+
+def train_policy(
+    ppo: Ppo,
+    base: str,
+    reward: Path,
+    prompts: list[Messages],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    seed: int,
+    record: dict[str, Any],
+    notify: Notify,
+    measure: Measure | None,
+) -> None:
+    """Run PPO into `folder`; goes on from the newest state, and does nothing where it is finished."""
+    if finished(folder):
+        return
+    started = time.time()
+    work = folder.with_name(f"{folder.name}.work")
+    facts = finished(reward) or {}
+    full = ppo.lora is None
+    arguments = ppo_arguments(
+        ppo,
+        work,
+        seed,
+        critic_path=str(reward) if full and ppo.trainer.get("critic") != "shared" else None,
+        score_shift=facts.get("score_mean", 0.0),
+        score_scale=facts.get("score_standard_deviation", 1.0),
+    )
+    texts = [render_prompt(tokenizer, messages) for messages in prompts]
+    set_seed(seed)
+    scorer = RewardModelScorer(
+        AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32),
+        tokenizer,
+        batch_size=arguments.per_device_train_batch_size * 2,
+    )
+    keep = KeepCheckpoints(folder, ppo, record, measure)
+    trainer = PPOTrainer(
+        model=load_policy(base, ppo),
+        reward_funcs=[scorer],
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": texts}),
+        processing_class=tokenizer,
+        peft_config=lora_config("ppo.lora", ppo.lora, "CAUSAL_LM") if ppo.lora else None,
+        callbacks=[StageCallback("ppo", notify, arguments.updates_per_rollout), keep],
+    )
+    keep.trainer = trainer
+    silence(trainer)
+    trainer.train(resume_from_checkpoint=resume_state(work))
+    write_record(folder, started, steps=ppo.steps, log=rollout_log(trainer.state.log_history))
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def rollout_log(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """One entry a PPO step from the trainer's log: the last one logged within the step."""
+    steps: dict[int, dict[str, float]] = {}
+    for entry in history:
+        if "ppo_step" in entry:
+            numbers = {k: v for k, v in entry.items() if isinstance(v, int | float) and v == v}
+            steps.setdefault(int(entry["ppo_step"]), {}).update(numbers)
+    return [steps[step] for step in sorted(steps)]

@@ -1,0 +1,173 @@
+"""The critic: a backbone or the policy's trunk, a linear head, and where both start from."""
+
+import copy
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import AutoPeftModelForSequenceClassification, load_peft_weights
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.train.ppo.config import PPOConfig
+
+# What two adapters must share before the weights of one fit into the other.
+ADAPTER_SHAPE = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules")
+
+
+class Critic(nn.Module):
+    """Values of states, a state being a prompt and the completion so far.
+
+    `backbone` is None for a critic that reads the policy's trunk. The head computes in float32.
+    """
+
+    def __init__(self, hidden_size: int, backbone: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Values (rows, tokens) of hidden states (rows, tokens, hidden_size)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight, bias = self.head.weight.float(), self.head.bias.float()
+            return nn.functional.linear(hidden.float(), weight, bias).squeeze(-1)
+
+    def start_head(self, score: nn.Linear, shift: float, scale: float) -> None:
+        """Copy the reward model's head, normalisation folded in: V = (score - shift) / scale."""
+        parts = [p for p in (score.weight, score.bias) if p is not None]
+        with _whole(parts), torch.no_grad():
+            self.head.weight.copy_(score.weight / scale)
+            self.head.bias.fill_(-shift / scale)
+            if score.bias is not None:
+                self.head.bias.add_(score.bias / scale)
+
+
+def critic_kind(args: PPOConfig, policy: nn.Module) -> str:
+    """The critic that "auto" stands for; raises InputError where the policy does not allow it."""
+    if args.critic == "auto":
+        return "lora" if is_peft_model(policy) else "separate"
+    if args.critic == "lora" and not is_peft_model(policy):
+        raise InputError(
+            "ppo: critic: lora needs a policy that trains an adapter; "
+            "give lora settings or set critic: separate"
+        )
+    return args.critic
+
+
+def build_critic(kind: str, policy: nn.Module, args: PPOConfig) -> Critic:
+    """A critic of the given kind, started from `args.critic_path` where there is one."""
+    language_model = language_model_of(policy)
+    hidden_size = language_model.config.get_text_config().hidden_size
+    if kind == "shared":
+        return Critic(hidden_size)
+    if kind == "lora":
+        critic = Critic(hidden_size, twin_over_frozen(language_model.base_model))
+        if args.critic_path is not None:
+            _start_from_adapter(critic, policy, Path(args.critic_path), args)
+        return critic
+    if args.critic_path is None:
+        path = language_model.config.name_or_path
+        twin = AutoModelForCausalLM.from_pretrained(path, dtype=language_model.dtype)
+        return Critic(hidden_size, twin.base_model)
+    reward_model = _load_reward_model(Path(args.critic_path), language_model.dtype)
+    critic = Critic(reward_model.config.get_text_config().hidden_size, reward_model.base_model)
+    critic.start_head(
+        _score_head(reward_model, args.critic_path), args.score_shift, args.score_scale
+    )
+    return critic
+
+
+def language_model_of(policy: nn.Module) -> PreTrainedModel:
+    """The causal language model itself, inside its adapter wrapper if it has one."""
+    return policy.get_base_model() if is_peft_model(policy) else policy
+
+
+def twin_over_frozen(module: nn.Module) -> nn.Module:
+    """A copy of the module tree with its own trainable tensors over the very same frozen ones."""
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    shared = {id(t): t for t in [*frozen, *module.buffers()]}
+    return copy.deepcopy(module, shared)
+
+
+def _load_reward_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    if (path / "adapter_config.json").is_file():
+        adapted = AutoPeftModelForSequenceClassification.from_pretrained(
+            str(path), num_labels=1, dtype=dtype
+        )
+        return adapted.merge_and_unload()
+    return AutoModelForSequenceClassification.from_pretrained(str(path), num_labels=1, dtype=dtype)
+
+
+def _score_head(reward_model: PreTrainedModel, path: str) -> nn.Linear:
+    head = getattr(reward_model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise InputError(
+            f"ppo: critic_path {path}: {type(reward_model).__name__} has no linear "
+            "`score` head with one output; use a reward model that has"
+        )
+    return head
+
+
+def _start_from_adapter(critic: Critic, policy: nn.Module, path: Path, args: PPOConfig) -> None:
+    """Load the reward model's adapter and head into a critic over the same frozen base."""
+    file = path / "adapter_config.json"
+    if not file.is_file():
+        raise InputError(
+            f"ppo: critic_path {path} holds no adapter, which critic: lora starts from; "
+            "set critic: separate or remove critic_path"
+        )
+    theirs = json.loads(file.read_text(encoding="utf-8"))
+    ours = policy.peft_config["default"].to_dict()
+    for key in ADAPTER_SHAPE:
+        if _plain(theirs.get(key)) != _plain(ours.get(key)):
+            raise InputError(
+                f"{file}: {key} is {theirs.get(key)} and the policy's is "
+                f"{_plain(ours.get(key))}; make them equal or set critic: separate"
+            )
+    weights = load_peft_weights(str(path), device="cpu")
+    prefix = f"base_model.model.{language_model_of(policy).base_model_prefix}."
+    slots = {
+        name.replace(".default", ""): p
+        for name, p in critic.backbone.named_parameters()
+        if p.requires_grad
+    }
+    found = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+    heads = [t for name, t in weights.items() if name.endswith("score.weight")]
+    if found.keys() != slots.keys() or len(heads) != 1:
+        raise InputError(
+            f"{path}: its tensors are not those of the policy's adapter and one score "
+            "head; set critic: separate or remove critic_path"
+        )
+    with torch.no_grad():
+        for name, slot in slots.items():
+            slot.copy_(found[name])
+    score = nn.Linear(heads[0].size(1), 1, bias=False)
+    score.weight = nn.Parameter(heads[0].float())
+    critic.start_head(score, args.score_shift, args.score_scale)
+
+
+def _plain(value: Any) -> Any:
+    """JSON's view of a setting: sets and lists sorted, enumerations as their values."""
+    if isinstance(value, set | list | tuple):
+        return sorted(value)
+    return getattr(value, "value", value)
+
+
+def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Gather parameters that ZeRO-3 has split; does nothing elsewhere."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)

@@ -1,0 +1,126 @@
+"""What PPO adds to a Hugging Face checkpoint, and how it comes back: nothing here is a pickle.
+
+<checkpoint>/critic/critic.safetensors   the critic's own tensors
+<checkpoint>/ppo.json                    KL coefficient, place within the rollout, newest figures
+<checkpoint>/rollout-<rank>.safetensors  a rollout batch that is only partly used
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.whole_files import whole_file, write_json
+from selfcorrect.train.ppo.critic import Critic
+from selfcorrect.train.ppo.forward import CRITIC
+
+STATE = "ppo.json"
+TRAINER_STATE = "trainer_state.json"
+
+Minibatch = dict[str, Tensor]
+
+
+def newest_resumable(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a trainer's output folder, for `resume_from_checkpoint`.
+
+    transformers writes trainer_state.json last, so a checkpoint whose writing was cut short is
+    known by its absence and passed over.
+    """
+    found = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            step = json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"]
+        except (OSError, ValueError, KeyError):
+            continue
+        found.append((step, path))
+    return max(found)[1] if found else None
+
+
+def is_critic_name(name: str) -> bool:
+    """Whether a parameter of the whole model belongs to its critic."""
+    return f".{CRITIC}." in f".{name}"
+
+
+def critic_tensors(critic: Critic, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The critic's own tensors; those it shares with the policy's frozen base are left out.
+
+    `gathered` is the whole model's state where processes hold parts of it.
+    """
+    if gathered is None:
+        state = critic.state_dict()
+    else:
+        marker = f".{CRITIC}."
+        state = {f".{n}".split(marker, 1)[1]: t for n, t in gathered.items() if is_critic_name(n)}
+    frozen = {name for name, p in critic.named_parameters() if not p.requires_grad}
+    return {name: t for name, t in state.items() if name not in frozen}
+
+
+def save_critic(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write critic/critic.safetensors into a checkpoint."""
+    with whole_file(folder / CRITIC / "critic.safetensors") as path:
+        save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, path)
+
+
+def load_critic(folder: Path, critic: Critic) -> None:
+    """Load critic/critic.safetensors; raises InputError where it is missing or another critic's."""
+    path = folder / CRITIC / "critic.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path}: missing, so this checkpoint cannot be resumed by PPO")
+    tensors = load_file(path)
+    if tensors.keys() != critic_tensors(critic, None).keys():
+        raise InputError(
+            f"{path}: holds another kind of critic; resume with the `critic` setting "
+            "that the run was started with"
+        )
+    critic.load_state_dict(tensors, strict=False)
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write ppo.json."""
+    write_json(folder / STATE, state)
+
+
+def load_state(folder: Path, global_step: int, accumulation: int) -> dict[str, Any]:
+    """Read ppo.json; raises InputError when the batch settings are not those it was made with."""
+    path = folder / STATE
+    if not path.is_file():
+        raise InputError(f"{path}: missing, so this checkpoint cannot be resumed by PPO")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    if state["micro_step"] != global_step * accumulation:
+        raise InputError(
+            f"{path}: written with another gradient_accumulation_steps; resume with "
+            "the batch settings that the run was started with"
+        )
+    return state
+
+
+def save_rollout(folder: Path, rank: int, minibatches: list[Minibatch]) -> None:
+    """Write this process's rollout batch."""
+    tensors = {
+        f"{i}.{name}": tensor.contiguous().cpu()
+        for i, minibatch in enumerate(minibatches)
+        for name, tensor in minibatch.items()
+    }
+    with whole_file(folder / f"rollout-{rank}.safetensors") as path:
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+
+
+def load_rollout(folder: Path, rank: int, count: int, device: Any) -> list[Minibatch]:
+    """Read this process's rollout batch of `count` micro-batches."""
+    path = folder / f"rollout-{rank}.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path}: missing; resume with as many processes as the run had")
+    minibatches: list[Minibatch] = [{} for _ in range(count)]
+    for key, tensor in load_file(path).items():
+        index, name = key.split(".", 1)
+        if int(index) >= count:
+            raise InputError(
+                f"{path}: written with another steps_per_generation; resume with the "
+                "batch settings that the run was started with"
+            )
+        minibatches[int(index)][name] = tensor.to(device)
+    return minibatches

@@ -1,0 +1,130 @@
+"""The reward model: TRL's RewardTrainer on preference pairs, scored at the end-of-text token."""
+
+# ruff: noqa: TID253  (all of this file is torch, transformers and trl)
+
+import random
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, set_seed
+from trl import RewardConfig, RewardTrainer
+
+from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.schema import Reward
+from selfcorrect.recipes.whole_files import whole_folder
+from selfcorrect.train.arguments import QUIET, build, lora_config
+from selfcorrect.train.feedback import Preference, pair_ids
+from selfcorrect.train.stage import (
+    Notify,
+    StageCallback,
+    finished,
+    resume_state,
+    silence,
+    write_record,
+)
+
+DEFAULTS = {
+    **QUIET,
+    "num_train_epochs": 1,
+    "logging_strategy": "no",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "center_rewards_coefficient": 0.01,
+    "eval_strategy": "no",
+}
+
+
+def train_reward(
+    reward: Reward,
+    base: Path,
+    preferences: list[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    seed: int,
+    notify: Notify,
+) -> None:
+    """Fit the reward model from the base model into `folder`; nothing to do where it is finished.
+
+    stage.json records the share of held-out pairs put in the right order, and mean and standard
+    deviation of the scores on held-out texts, by which PPO centres and scales the score.
+    """
+    if finished(folder):
+        return
+    started = time.time()
+    work = folder.with_name(f"{folder.name}.work")
+    arguments = build(
+        RewardConfig,
+        "reward.trainer",
+        reward.trainer,
+        {**DEFAULTS, "save_strategy": "steps", "save_steps": 100},
+        {"output_dir": str(work), "seed": seed, "save_total_limit": 2},
+    )
+    pairs = [pair_ids(tokenizer, pair) for pair in preferences]
+    random.Random(seed).shuffle(pairs)
+    num_held_out = max(1, int(len(pairs) * reward.held_out))
+    if num_held_out >= len(pairs):
+        raise InputError(f"reward: {len(pairs)} preference pairs are too few to hold any out")
+    set_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, dtype=torch.float32
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    trainer = RewardTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(pairs[num_held_out:]),
+        processing_class=tokenizer,
+        peft_config=lora_config("reward.lora", reward.lora, "SEQ_CLS") if reward.lora else None,
+        callbacks=[StageCallback("reward", notify)],
+    )
+    silence(trainer)
+    trainer.train(resume_from_checkpoint=resume_state(work))
+    fitted = trainer.accelerator.unwrap_model(trainer.model)
+    if reward.lora:
+        fitted = fitted.merge_and_unload()
+    batch = arguments.per_device_train_batch_size * 4
+    facts = held_out_facts(fitted, pairs[:num_held_out], tokenizer.pad_token_id, batch)
+    with whole_folder(folder) as new:
+        fitted.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        write_record(new, started, pairs=len(pairs) - num_held_out, **facts)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+@torch.no_grad()
+def held_out_facts(
+    model: Any, pairs: list[dict[str, list[int]]], pad: int, batch: int
+) -> dict[str, Any]:
+    """Accuracy on held-out pairs, and the scores' mean and standard deviation."""
+    model.eval()
+    texts = [pair["chosen_ids"] for pair in pairs] + [pair["rejected_ids"] for pair in pairs]
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    scores = [0.0] * len(texts)
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        length = max(len(texts[index]) for index in rows)
+        ids = torch.full((len(rows), length), pad)
+        mask = torch.zeros(len(rows), length, dtype=torch.long)
+        for row, index in enumerate(rows):
+            ids[row, : len(texts[index])] = torch.tensor(texts[index])
+            mask[row, : len(texts[index])] = 1
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        found = model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+        for index, score in zip(rows, found, strict=True):
+            scores[index] = score
+    half = len(pairs)
+    right = [a > b for a, b in zip(scores[:half], scores[half:], strict=True)]
+    mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
+    if not (deviation > 0):  # also where a score is NaN
+        raise RunFailure("reward: the reward model gives every text the same score; train it longer")
+    return {
+        "held_out_pairs": half,
+        "held_out_accuracy": sum(right) / half,
+        "score_mean": mean,
+        "score_standard_deviation": deviation,
+    }

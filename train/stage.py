@@ -1,0 +1,92 @@
+"""What every stage of training shares: a finished folder, a state to resume from, progress, a lock."""
+
+# ruff: noqa: TID253  (all of this file is transformers)
+
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from selfcorrect.recipes.whole_files import write_json, write_text
+
+Notify = Callable[[str, int, int], None]  # stage, steps done, steps in all
+RECORD = "stage.json"
+COMPLETE = "complete"  # written last: a state folder without it was cut short
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The record of a finished stage; None while it is not finished. Folders appear whole."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def write_record(folder: Path, started: float, **facts: Any) -> None:
+    """Write stage.json: wall seconds of this process and its peak memory so far, and `facts`."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    seconds = round(time.time() - started, 1)
+    write_json(folder / RECORD, {"seconds": seconds, "peak_memory_mb": round(peak), **facts})
+
+
+def resume_state(folder: Path) -> str | None:
+    """The newest whole state below `folder`, if any; states that were cut short are removed."""
+    whole = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (path / COMPLETE).is_file():
+            whole.append(path)
+        else:
+            shutil.rmtree(path)
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return str(newest) if newest else None
+
+
+def silence(trainer: Any) -> None:
+    """Take away transformers' printing of every log entry: the run shows its own progress."""
+    trainer.remove_callback(PrinterCallback)
+
+
+class StageCallback(TrainerCallback):
+    """Reports progress, marks whole states, and ends the process when its parent is gone.
+
+    Two states are kept (`save_total_limit=2`): transformers deletes the older before the mark of
+    the newer is written.
+    """
+
+    def __init__(self, stage: str, notify: Notify, updates_per_step: int = 1) -> None:
+        self.stage = stage
+        self.notify = notify
+        self.updates_per_step = updates_per_step
+        self.parent = os.getppid()
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Say where the stage stands."""
+        self._report(state)
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Say how far it is."""
+        if os.getppid() != self.parent:
+            raise SystemExit(1)  # a killed run must not train on unseen
+        self._report(state)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Mark the state as whole."""
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero:
+            write_text(folder / COMPLETE, "")
+
+    def _report(self, state: TrainerState) -> None:
+        done = state.global_step // self.updates_per_step
+        self.notify(self.stage, done, state.max_steps // self.updates_per_step)
