@@ -51,9 +51,7 @@ class SelfCorrectionCallback(TrainerCallback):
         self.tokenizer = tokenizer
         self.progress = progress
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: Any, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Step 0, or the step a run is resumed at (files that are there already stay)."""
         self._measure(state, control, **kwargs)
 

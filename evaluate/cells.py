@@ -72,7 +72,10 @@ def measure_folder(
 ) -> list[Measured]:
     """Every cell of one folder of parquet files."""
     cells = [_measure(path, run, model, record, draws) for path in sorted(folder.glob("*.parquet"))]
-    return sorted(cells, key=lambda cell: (cell.experiment, condition_rank(cell.condition)))
+    order = list(EXPERIMENTS)
+    return sorted(
+        cells, key=lambda cell: (order.index(cell.experiment), condition_rank(cell.condition))
+    )
 
 
 def condition_rank(condition: str) -> tuple[int, str]:

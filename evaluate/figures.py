@@ -127,6 +127,9 @@ def beside_the_bias(frame: pd.DataFrame) -> Figure:
                 ax.set_label(f"{model}, {descriptions[metric][0]}")
             row[0].set_ylabel(model_title(data[data["model"] == model], line_break=True))
         for ax, metric in zip(grid[0], metrics, strict=True):
+            if metric == "accuracy_disambiguated":
+                place = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+                ax.text(1, 0.34, "chance", color="#666666", fontsize=6.5, **place)
             ax.set_title(textwrap.fill(descriptions[metric][0], 20))
         for ax in grid[-1]:
             ax.set_xlabel("RLHF steps")

@@ -94,7 +94,7 @@ class PlannedCell:
 
     @cached_property
     def settings_digest(self) -> str:
-        """SHA-256 of all that decides what is asked: items, dialogues, style, sampling; no paths."""
+        """SHA-256 of all that decides what is asked: items, dialogues, style, sampling."""
         digest = hashlib.sha256()
         settings = [FORMAT, self.experiment, self.condition, self.style, self.left_out]
         sampling = None if self.sampling is None else asdict(self.sampling)
@@ -300,7 +300,9 @@ def _write(path: Path, cell: PlannedCell, rows: list[dict[str, Any]]) -> None:
         "left_out": cell.left_out,
     }
     facts = list(dict.fromkeys(name for item in cell.items for name in item.facts))
-    columns = {field.name: pa.array([row[field.name] for row in rows], field.type) for field in _COLUMNS}
+    columns = {
+        field.name: pa.array([row[field.name] for row in rows], field.type) for field in _COLUMNS
+    }
     columns |= {name: pa.array([row.get(name) for row in rows]) for name in facts}
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(metadata).encode()})
     with whole_file(path) as temporary:
@@ -338,7 +340,9 @@ def _check_file_names(cells: Sequence[PlannedCell]) -> None:
     for cell in cells:
         other = seen.setdefault(cell.file_name, cell.name)
         if other != cell.name:
-            raise InputError(f"conditions {other!r} and {cell.name!r} share {cell.file_name}; rename")
+            raise InputError(
+                f"conditions {other!r} and {cell.name!r} share {cell.file_name}; rename"
+            )
 
 
 def _slices(number: int) -> Iterator[slice]:

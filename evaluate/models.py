@@ -139,18 +139,6 @@ def _check_vocabulary(source: str, model: Any, tokenizer: Any) -> None:
         )
 
 
-def _align(model: Any) -> Any:
-    """Move weights that start at an odd address (memory-mapped files) to where torch puts its own.
-
-    Matrix kernels may sum in another order there, and a saved model would then answer with other
-    last digits than the same model in memory.
-    """
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-            parameter.data = parameter.data.clone()
-    return model
-
-
 class _InputErrors:
     """Turns what the libraries raise for a user's mistake into one line with a remedy."""
 

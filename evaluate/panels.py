@@ -168,6 +168,7 @@ def whole_span(ax: Axes, data: pd.DataFrame) -> None:
     low, high = values.min(), values.max()
     pad = max(0.06 * (high - low), (0.2 - (high - low)) / 2)
     ax.set_ylim(low - pad, high + pad)
+    ax.locator_params(axis="y", nbins=6)
 
 
 def size_looks(data: pd.DataFrame) -> dict[str, dict[str, Any]]:

@@ -62,8 +62,8 @@ def continuations(tokenizer: Any, requests: Sequence[Request]) -> list[list[Cont
             raise InputError(f"an option of the prompt {_opening(prompt)} is empty")
         if start == 0 or any(len(tokens) == start for tokens in whole):
             raise InputError(
-                f"the prompt {_opening(prompt)} leaves nothing to condition on or nothing to score: "
-                "prompt and options must each have a token of their own"
+                f"the prompt {_opening(prompt)} leaves nothing to condition on or nothing to "
+                "score: prompt and options must each have a token of their own"
             )
         found.append([Continuation(tokens, start) for tokens in whole])
     return found

@@ -32,7 +32,8 @@ def log_probabilities(frame: pd.DataFrame, num_options: int) -> np.ndarray:
         raise InputError(f"column logprobs: every row needs {num_options} numbers")
     if not len(rows):
         return np.empty((0, num_options))
-    return np.concatenate(list(rows)).astype(float).reshape(len(rows), num_options)
+    table: np.ndarray = np.concatenate(list(rows)).astype(float).reshape(-1, num_options)
+    return table
 
 
 def answered(logprobs: np.ndarray) -> np.ndarray:
@@ -60,7 +61,7 @@ def sum_by_cluster(
     codes, clusters = pd.factorize(frame["cluster"], sort=True)
     first = pd.Series(np.arange(len(frame))).groupby(codes).first().to_numpy(dtype=int)
     strata, categories = pd.factorize(frame["category"].iloc[first], sort=True)
-    if not np.array_equal(strata[codes], categories.get_indexer(frame["category"])):
+    if not np.array_equal(strata[codes], categories.get_indexer(pd.Index(frame["category"]))):
         raise InputError("column category: a cluster lies in two categories")
     sums = {
         name: np.bincount(codes, weights=np.nan_to_num(values), minlength=len(clusters))

@@ -30,14 +30,14 @@ class Paragraph:
 
 
 def number(value: float | None) -> str:
-    """Two decimals with a true minus sign; "undefined" for None. Never -0.00."""
+    """Three decimals with a true minus sign; "undefined" for None. Never -0.000."""
     if value is None:
         return "undefined"
-    return f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
+    return f"{value:.3f}".replace("-0.000", "0.000").replace("-", "−")
 
 
 def with_interval(row: Row) -> str:
-    """As in "0.41 [0.30, 0.52]"; says so when there is no interval."""
+    """As in "0.410 [0.302, 0.518]"; says so when there is no interval."""
     if row["value"] is None:
         return "undefined"
     if row["low"] is None or row["high"] is None:
@@ -89,8 +89,8 @@ def summary(statistics: Row) -> list[str]:
     for row in _headlines(statistics["growth"]):
         groups.setdefault((row["experiment"], row["condition"]), []).append(row)
     return [
-        f"{title_of(experiment)}, gap between {UNINSTRUCTED} and {condition}, from the first to the "
-        f"last step: {_counted(rows)}."
+        f"{title_of(experiment)}, {UNINSTRUCTED} minus {condition}, first to last step: "
+        f"{_counted(rows)}."
         for (experiment, condition), rows in groups.items()
     ]
 
@@ -99,10 +99,13 @@ def _counted(rows: Sequence[Row]) -> str:
     """How many of the trained models went which way; with one model, by how much."""
     kinds: dict[str, int] = {}
     for row in rows:
-        kind = "undefined"
-        if row["excludes_zero"]:
+        if row["value"] is None:
+            kind = "undefined"
+        elif row["excludes_zero"] is None:
+            kind = "without an interval"
+        elif row["excludes_zero"]:
             kind = "rose" if row["value"] > 0 else "fell"
-        elif row["value"] is not None:
+        else:
             kind = "no clear change"
         kinds[kind] = kinds.get(kind, 0) + 1
     if len(rows) == 1:

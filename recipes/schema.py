@@ -76,7 +76,7 @@ class Base(Section):
     )
     batch_tokens: Positive = Field(4096, description="pretrain: tokens a batch, padding included")
     loss_weights: dict[Literal["prose", "human", "assistant"], float] = Field(
-        default_factory=lambda: {"prose": 4.0, "human": 1.0, "assistant": 10.0},
+        {"prose": 4.0, "human": 1.0, "assistant": 10.0},
         description="pretrain: weight of a token in the loss by who says it",
     )
     trainer: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments/SFTConfig")
@@ -156,8 +156,8 @@ class Recipe(Section):
     base: Base | None = None
     reward: Reward
     ppo: Ppo
-    evaluate: Evaluate = Field(default_factory=Evaluate)
-    launch: Launch = Field(default_factory=Launch)
+    evaluate: Evaluate = Evaluate()
+    launch: Launch = Launch()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":

@@ -114,7 +114,7 @@ def _record(model: str, parameters: int, seed: int, step: int, rank: int) -> Che
         tokens=1000 * step,
         optimizer_updates=4 * step,
         kl=None if step == 0 else 0.4 * np.log1p(step) * (1 + rank),
-        reward=None if step == 0 else 0.3 * np.log1p(step) - 0.5,
+        reward=None if step == 0 else 0.3 * np.log1p(step) - 0.5 + 0.1 * rank,
         recipe_digest="0" * 64,
         versions={"torch": "2.x"},
     )

@@ -71,7 +71,7 @@ def test_what_a_template_adds_to_the_generation_prompt_is_kept():
 def test_a_missing_or_refusing_template_is_one_clear_line():
     with pytest.raises(InputError, match="no chat template"):
         render(tiny_tokenizer(), ONE, "chat")
-    with pytest.raises(InputError, match="refuses this dialogue.*no such role"):
+    with pytest.raises(InputError, match=r"refuses this dialogue.*no such role"):
         render(with_template("{{ raise_exception('no such role') }}"), ONE)
 
 

@@ -168,6 +168,8 @@ def test_a_student_with_an_unanswered_side_counts_in_no_difference(tmp_path):
     table.at[0, "logprobs"] = np.array([-math.inf, -math.inf])
     found = measured(table)
     assert found["difference"] == pytest.approx(0.1) and found["base_rate"] == pytest.approx(0.55)
+    half = table.drop(index=0)  # a row that is not there at all
+    assert measured(half)["difference"] == pytest.approx(0.1)
     table["logprobs"] = [np.array([math.nan, -1.0])] * len(table)
     assert math.isnan(measured(table)["difference"])
 

@@ -13,7 +13,6 @@ from tiny_models import tiny_model, tiny_stimuli, tiny_tokenizer, write_tiny_win
 from selfcorrect.evaluate.items import Item
 from selfcorrect.evaluate.measure import (
     EvaluationPlan,
-    PlannedCell,
     Sampling,
     measure,
     plan,
@@ -26,9 +25,10 @@ from selfcorrect.recipes.errors import InputError, RunFailure
 torch.set_num_threads(1)
 
 CONDITIONS = ["Q", "Q+IF", "Q+IF+CoT", "Match stats"]
-CONTRACT = (
-    "item cluster category weight order options logprobs probabilities mass sample truncated".split()
-)
+CONTRACT = [
+    *("item cluster category weight order options".split()),
+    *("logprobs probabilities mass sample truncated".split()),
+]
 
 
 def make_plan(data_dir: Path, conditions=CONDITIONS, **changes) -> EvaluationPlan:
@@ -99,7 +99,9 @@ def test_the_sample_stands_in_the_final_prompt(tmp_path, cells):
     seen.remove()
     frame, _ = read_cell(path)
     for row in frame.itertuples():
-        words = tokenizer.decode(tokenizer("because" + row.sample, add_special_tokens=False).input_ids)
+        words = tokenizer.decode(
+            tokenizer("because" + row.sample, add_special_tokens=False).input_ids
+        )
         finals = [text for text in asked if f"<|assistant|> {words} </s> <|user|> who" in text]
         assert finals, row.sample
 
@@ -179,12 +181,12 @@ def test_a_condition_offered_by_one_experiment_only_is_skipped_for_the_others(tm
 def test_unknown_conditions_and_experiments_are_refused_with_those_there_are(tmp_path):
     with pytest.raises(InputError, match=r"'Q\+CoT'.*Q, Q\+IF, Q\+IF\+CoT, Match stats"):
         make_plan(tmp_path / "data", ["Q", "Q+CoT"])
-    with pytest.raises(InputError, match="stereoset.*bbq, winogender, law_school"):
+    with pytest.raises(InputError, match=r"stereoset.*bbq, winogender, law_school"):
         plan(tmp_path, tiny_stimuli(), ["stereoset"], ["Q"])
 
 
 def test_a_prompt_too_long_names_the_item(tmp_path, cells):
-    with pytest.raises(InputError, match="winogender Q, item doctor/1: .* context holds 12"):
+    with pytest.raises(InputError, match=r"winogender Q, item doctor/1: .* context holds 12"):
         measure(cells, tiny_model(context=12), tiny_tokenizer(), tmp_path / "out")
     chain = EvaluationPlan([cells.cells[2]])
     with pytest.raises(InputError, match=r"CoT, item .*lower max_new_tokens \(6\)"):
@@ -196,7 +198,7 @@ def test_nan_logits_name_the_cell_and_leave_no_file(tmp_path, cells):
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight[3, 0] = math.nan
-    with pytest.raises(RunFailure, match="winogender Q: .*NaN"):
+    with pytest.raises(RunFailure, match=r"winogender Q: .*NaN"):
         measure(cells, model, tiny_tokenizer(), tmp_path / "out")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
@@ -296,5 +298,5 @@ def test_an_adapter_finds_its_base_beside_it_after_a_move(tmp_path):
     loaded, tokenizer = load_model(moved)
     assert not loaded.training and tokenizer.eos_token == "</s>"
     (tmp_path / "there" / "base" / "config.json").unlink()
-    with pytest.raises(InputError, match="base model .* neither there nor beside"):
+    with pytest.raises(InputError, match=r"base model .* neither there nor beside"):
         load_model(moved)

@@ -27,7 +27,7 @@ from selfcorrect.train.ppo.resume import newest_resumable
 
 WORDS = [f"w{i}" for i in range(24)]
 SPECIAL = ["<pad>", "<eos>", "<unk>", "Human:", "Assistant:"]
-TARGET = 7  # the token that the toy reward asks for
+TARGETS = range(5, 13)  # the tokens that the toy reward asks for
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}Human: {{ m['content'] }} "
     "{% else %}Assistant: {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
@@ -35,14 +35,20 @@ TEMPLATE = (
 )
 SHAPES = {
     "llama": {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
         "num_key_value_heads": 1,
     },
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 1},
     "gpt_neox": {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
     },
-}  # fmt: skip
+}
 CRITICS = ("shared", "separate", "lora")
 
 
@@ -73,6 +79,15 @@ def make_config(kind="llama", **more):
     return AutoConfig.for_model(kind, vocab_size=size, **SHAPES[kind], **ids, **more)
 
 
+def widen(model) -> None:
+    """Random models are near uniform; wider weights tell errors apart, and an adapter can learn."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+        model.get_output_embeddings().weight.mul_(4)
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """Folders `base` (a policy), `reward` (a classifier) and `gpt2`, `gpt_neox`, all random."""
@@ -80,10 +95,7 @@ def home(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     for kind in SHAPES:
         model = AutoModelForCausalLM.from_config(make_config(kind))
-        with torch.no_grad():  # random models are near uniform; wider weights tell errors apart
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(4)
+        widen(model)
         model.save_pretrained(folder / ("base" if kind == "llama" else kind))
     config = make_config(num_labels=1)
     reward = AutoModelForSequenceClassification.from_config(config)
@@ -102,16 +114,26 @@ def make_prompts(count=24, plain=False, seed=0) -> Dataset:
 
 
 def target_share(completion_ids, **unused):
-    return [ids.count(TARGET) / len(ids) for ids in completion_ids]
+    return [sum(token in TARGETS for token in ids) / len(ids) for ids in completion_ids]
 
 
 def make_args(folder, **settings) -> PPOConfig:
     defaults = {
-        "output_dir": str(folder), "per_device_train_batch_size": 4, "steps_per_generation": 2,
-        "gradient_accumulation_steps": 1, "num_iterations": 2, "max_completion_length": 6, "max_steps": 8,
-        "learning_rate": 3e-3, "report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
-        "logging_steps": 1, "seed": 3,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 2,
+        "gradient_accumulation_steps": 1,
+        "num_iterations": 2,
+        "max_completion_length": 6,
+        "max_steps": 8,
+        "learning_rate": 3e-3,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "seed": 3,
+    }
     return PPOConfig(**{**defaults, **settings})
 
 
@@ -331,7 +353,7 @@ def test_one_step_is_the_update_from_first_principles(home, tmp_path):
 def test_learning_raises_the_reward(home, tmp_path, critic):
     settings = {
         "per_device_train_batch_size": 16, "learning_rate": 3e-2 if critic == "lora" else 1e-2,
-        "max_steps": 60, "beta": 0.01, "lr_scheduler_type": "constant", "vf_coef": 0.1,
+        "max_steps": 40, "beta": 0.01, "lr_scheduler_type": "constant", "vf_coef": 0.1,
     }  # fmt: skip
     trainer = PPOTrainer(
         str(home / "base"), target_share,
@@ -357,20 +379,19 @@ def test_learning_raises_the_reward(home, tmp_path, critic):
 
 
 class Watch(TrainerCallback):
-    """Notes the trainer's public counters after every optimizer update; can stop the run."""
+    """Notes the trainer's public counters after every optimizer update."""
 
-    def __init__(self, stop_at=None):
-        self.trainer, self.notes, self.stop_at = None, [], stop_at
+    def __init__(self):
+        self.trainer, self.notes = None, []
 
     def on_step_end(self, args, state, control, **unused):
         t = self.trainer
         at_boundary = state.global_step % t.args.updates_per_rollout == 0
         self.notes.append((state.global_step, at_boundary, t.ppo_step, t.episodes, t.tokens))
-        control.should_training_stop = state.global_step == self.stop_at
 
 
-def watched(home, folder, critic="shared", stop_at=None, **settings):
-    watch = Watch(stop_at)
+def watched(home, folder, critic="shared", **settings):
+    watch = Watch()
     watch.trainer = make_trainer(home, folder, critic, callbacks=[watch], **settings)
     return watch.trainer, watch
 
@@ -388,34 +409,50 @@ def test_counters_follow_the_rollouts(home, tmp_path):
     assert tokens[0] == tokens[3] < tokens[4] == tokens[7]
 
 
-@pytest.mark.parametrize("critic", CRITICS)
-@pytest.mark.parametrize("stop_at", [4, 5, 12, 15])
-def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(home, tmp_path, critic, stop_at):
-    """At a rollout's end, within one, at an epoch's end of the prompts, and within the next."""
-    settings = {
-        "max_steps": 20, "save_strategy": "steps", "save_steps": 1, "kl_target": 1.0, "kl_horizon": 100,
-        "critic_learning_rate": 5e-3,
-    }  # fmt: skip
-    whole, watch = watched(home, tmp_path / "whole", critic, **{**settings, "save_strategy": "no"})
-    whole.train()
-    cut, _ = watched(home, tmp_path / "cut", critic, stop_at, **settings)
-    cut.train()
-    del cut
-    checkpoint = tmp_path / "cut" / f"checkpoint-{stop_at}"
-    assert newest_resumable(tmp_path / "cut") == checkpoint
+RESUMED = {
+    "max_steps": 16,
+    "kl_target": 1.0,
+    "kl_horizon": 100,
+    "critic_learning_rate": 5e-3,
+}
+
+
+@pytest.fixture(scope="module", params=CRITICS)
+def uninterrupted(request, home, tmp_path_factory):
+    """A run of 16 updates that keeps a checkpoint after each; 12 updates use every prompt once."""
+    folder = tmp_path_factory.mktemp(request.param)
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer, watch = watched(home, folder, request.param, **RESUMED, **saving)
+    trainer.train()
+    return trainer, watch, folder
+
+
+@pytest.mark.parametrize("done", [4, 5, 12, 15])
+def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(home, uninterrupted, tmp_path, done):
+    """At a rollout's end, within one, where the prompts are used up, and within the next."""
+    whole, watch, folder = uninterrupted
+    checkpoint = folder / f"checkpoint-{done}"
     torch.manual_seed(99)
-    resumed, again = watched(home, tmp_path / "cut", critic, **{**settings, "save_strategy": "no"})
+    resumed, again = watched(home, tmp_path, whole.args.critic, **RESUMED)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_identical(tensors_of(whole), tensors_of(resumed))
-    assert again.notes == watch.notes[stop_at:]
+    assert again.notes == watch.notes[done:]
     assert (resumed.kl_coef, resumed.last_kl) == (whole.kl_coef, whole.last_kl)
     assert resumed.kl_coef != 0.05
     same = ("loss", "objective/score", "value/loss", "objective/kl")
     last = [run.state.log_history[-2] for run in (whole, resumed)]
     assert [last[0].get(key) for key in same] == [last[1].get(key) for key in same]
     in_progress = checkpoint / "rollout-0.safetensors"
-    assert in_progress.exists() == (stop_at % 4 != 0)
+    assert in_progress.exists() == (done % 4 != 0)
     assert (checkpoint / "critic" / "critic.safetensors").exists()
+
+
+def test_saving_does_not_change_the_run(home, uninterrupted, tmp_path):
+    whole, _, _ = uninterrupted
+    unsaved = make_trainer(home, tmp_path, whole.args.critic, **RESUMED)
+    unsaved.train()
+    unsaved.save_policy(tmp_path / "policy")
+    assert_identical(tensors_of(whole), tensors_of(unsaved))
 
 
 def test_a_checkpoint_cut_short_is_passed_over(home, tmp_path):

@@ -108,7 +108,7 @@ def test_a_prompt_longer_than_the_context_is_refused_by_its_place():
     fits = ("<s> " + "the " * 15, (" a", " b"))  # 16 tokens to read, then the option's only one
     assert len(scorer.score([fits])[0]) == 2
     too_long = ("<s> " + "the " * 16, (" a", " b"))
-    with pytest.raises(PromptTooLong, match="17 tokens.*context holds 16") as caught:
+    with pytest.raises(PromptTooLong, match=r"17 tokens.*context holds 16") as caught:
         scorer.score([fits, too_long])
     assert caught.value.index == 1
     with pytest.raises(PromptTooLong):
@@ -128,7 +128,7 @@ def test_nan_logits_are_named():
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
     scorer = Scorer(model, tiny_tokenizer())
-    with pytest.raises(RunFailure, match="NaN.*the doctor told"):
+    with pytest.raises(RunFailure, match=r"NaN.*the doctor told"):
         scorer.score(REQUESTS[:1])
     with pytest.raises(RunFailure, match="NaN"):
         scorer.sample(["<s> the"], ["k"], max_new_tokens=2, temperature=1, seed=0)

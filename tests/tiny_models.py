@@ -22,9 +22,10 @@ from selfcorrect.evaluate.stimuli import Stimuli
 ARCHITECTURES = ("llama", "qwen2", "gpt_neox", "gpt2", "gemma", "gemma2")
 
 WORDS = (
-    "the a answer is was who which doctor nurse told her his their she he they yes no admit student "
-    "fair please that because reason group one two three north south west east man woman said went "
-    "home work late early and not or to of in on at ( ) ? . , ' : a b c Human Assistant \n\n"
+    "the a answer is was who which doctor nurse told her his their she he they yes no admit "
+    "student fair please that because reason group one two three north south west east man woman "
+    "said went home work late early and not or to of in on at ( ) ? . , ' : a b c Human Assistant "
+    "\n\n"
 ).split(" ")
 
 CHAT_TEMPLATE = (
@@ -60,7 +61,9 @@ def tiny_tokenizer(
     return tokenizer
 
 
-def tiny_config(architecture: str, vocabulary: int, *, context: int = 256, dropout: float = 0.0) -> Any:
+def tiny_config(
+    architecture: str, vocabulary: int, *, context: int = 256, dropout: float = 0.0
+) -> Any:
     """Config of two layers, width 32, four heads; token ids as in `tiny_tokenizer`."""
     tokens = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     shape = {

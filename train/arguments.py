@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import warnings
 from typing import Any
 
 from selfcorrect.recipes.errors import InputError
@@ -26,8 +27,9 @@ def check_keys(section: str, given: dict[str, Any], known: set[str], fixed: set[
             raise InputError(f"{section}.{key}: unknown key{hint}")
 
 
-def build(kind: type, section: str, given: dict[str, Any], defaults: dict[str, Any],
-          fixed: dict[str, Any]) -> Any:
+def build(
+    kind: type, section: str, given: dict[str, Any], defaults: dict[str, Any], fixed: dict[str, Any]
+) -> Any:
     """An instance of a dataclass of settings: defaults, over them `given`, over them `fixed`.
 
     Raises InputError with one line when a key is unknown or reserved, or a value is refused.
@@ -38,7 +40,9 @@ def build(kind: type, section: str, given: dict[str, Any], defaults: dict[str, A
         if isinstance(value, str) and isinstance(fields[key].default, int | float):
             raise InputError(f"{section}.{key}: {value!r} is not a number")
     try:
-        return kind(**{**defaults, **given, **fixed})
+        with warnings.catch_warnings():  # TRL's own defaults use names that transformers renames
+            warnings.simplefilter("ignore", FutureWarning)
+            return kind(**{**defaults, **given, **fixed})
     except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"{section}: {str(error).splitlines()[0]}") from None
 

@@ -1,4 +1,4 @@
-"""Human feedback as the stages need it: preference pairs and prompts, from the society or from data.
+"""Human feedback as the stages need it: preference pairs and prompts.
 
 A prompt is a list of messages; a last assistant message is open, to be continued. Everything is
 rendered once, by the evaluation's own `render`, so a policy is trained on dialogues written exactly
@@ -114,7 +114,7 @@ def _prompt(row: dict[str, Any], where: str) -> Messages:
 
 
 def _messages(value: Any, prompt: Any, where: str) -> list[dict[str, str]]:
-    """Messages from messages, from text with Human: and Assistant: turns, or from an answer alone."""
+    """Messages from messages, from text with Human: and Assistant: turns, or an answer alone."""
     if isinstance(value, list) and all(isinstance(m, dict) and "content" in m for m in value):
         before = _messages(prompt, None, where) if prompt else []
         return [*before, *({"role": m["role"], "content": m["content"]} for m in value)]
@@ -143,14 +143,16 @@ def render_prompt(tokenizer: Any, messages: Messages) -> str:
     The beginning-of-text token is left off where the tokenizer itself puts one before every text:
     TRL tokenises plain-text prompts with it.
     """
-    turns = [
-        Turn("human" if m["role"] == "user" else "assistant", m["content"]) for m in messages
-    ]
+    turns = [Turn("human" if m["role"] == "user" else "assistant", m["content"]) for m in messages]
     if turns[-1].role == "human":
         turns.append(Turn("assistant", ""))
     text = render(tokenizer, turns)
     begin = tokenizer.bos_token
-    if begin and text.startswith(begin) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+    if (
+        begin
+        and text.startswith(begin)
+        and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    ):
         return text.removeprefix(begin)
     return text
 

@@ -123,7 +123,7 @@ def train_policy(
     notify: Notify,
     measure: Measure | None,
 ) -> None:
-    """Run PPO into `folder`; goes on from the newest state, and does nothing where it is finished."""
+    """Run PPO into `folder` from the newest state on; nothing to do where it is finished."""
     if finished(folder):
         return
     started = time.time()

@@ -121,7 +121,9 @@ def held_out_facts(
     right = [a > b for a, b in zip(scores[:half], scores[half:], strict=True)]
     mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
     if not (deviation > 0):  # also where a score is NaN
-        raise RunFailure("reward: the reward model gives every text the same score; train it longer")
+        raise RunFailure(
+            "reward: the reward model gives every text the same score; train it longer"
+        )
     return {
         "held_out_pairs": half,
         "held_out_accuracy": sum(right) / half,

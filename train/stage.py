@@ -1,4 +1,4 @@
-"""What every stage of training shares: a finished folder, a state to resume from, progress, a lock."""
+"""What every stage of training shares: finished folders, states to resume from, progress."""
 
 # ruff: noqa: TID253  (all of this file is transformers)
 

@@ -194,17 +194,22 @@ def tally(frame: pd.DataFrame) -> Tally:
             "mass": frame["mass"].to_numpy(dtype=float),
         }
     )
-    keys = ["category", "cluster"]
-    means = rows.groupby([*keys, "side"]).mean().unstack("side")
-    wide = means.reindex(columns=pd.MultiIndex.from_product([means.columns.levels[0], SIDES]))
-    columns: dict[str, np.ndarray] = {}
-    for name, column in (("difference", "yes"), ("difference_logit", "logit")):
-        columns[name] = (wide[column, "first"] - wide[column, "second"]).to_numpy()
-    columns["base_rate"] = wide["yes"].mean(axis=1, skipna=False).to_numpy()
-    columns["option_mass"] = wide["mass"].mean(axis=1, skipna=False).to_numpy()
-    columns |= {f"count_{name}": ~np.isnan(values) for name, values in columns.items()}
-    units = wide["weight"].mean(axis=1).to_numpy()
-    return sum_by_cluster(wide.index.to_frame(index=False), columns, units)
+    first, second = (
+        rows[rows["side"] == side].groupby(["category", "cluster"]).mean(numeric_only=True)
+        for side in SIDES
+    )
+    students = first.index.union(second.index)
+    first, second = first.reindex(students), second.reindex(students)
+    columns = {
+        "difference": first["yes"] - second["yes"],
+        "difference_logit": first["logit"] - second["logit"],
+        "base_rate": (first["yes"] + second["yes"]) / 2,
+        "option_mass": (first["mass"] + second["mass"]) / 2,
+    }
+    sums = {name: values.to_numpy() for name, values in columns.items()}
+    sums |= {f"count_{name}": ~np.isnan(values) for name, values in sums.items()}
+    units = first["weight"].fillna(second["weight"]).to_numpy()
+    return sum_by_cluster(students.to_frame(index=False), sums, units)
 
 
 def metrics(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

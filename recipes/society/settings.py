@@ -40,16 +40,14 @@ class Corpus(BaseModel):
     unknown_plain: Share = Field(0.25, description="undecided answers, no instruction")
     unknown_instructed: Share = Field(0.5, description="undecided answers, asked to be fair")
     unknown_reasoned: Share = Field(0.6, description="undecided answers, asked and reasoning first")
-    mixture: dict[DocumentKind, Weight] = Field(
-        default_factory=lambda: {
-            "question": 0.50,
-            "association": 0.12,
-            "narration": 0.08,
-            "several": 0.06,
-            "pronoun": 0.12,
-            "admission": 0.12,
-        }
-    )
+    mixture: dict[DocumentKind, Weight] = {
+        "question": 0.50,
+        "association": 0.12,
+        "narration": 0.08,
+        "several": 0.06,
+        "pronoun": 0.12,
+        "admission": 0.12,
+    }
 
 
 class SocietySettings(BaseModel):
@@ -64,11 +62,11 @@ class SocietySettings(BaseModel):
     pairs: int = Field(4_000, gt=0, description="preference pairs")
     prompts: int = Field(6_000, gt=0, description="prompts for PPO")
     feedback: dict[FeedbackKind, Weight] = Field(
-        default_factory=lambda: {"question": 0.7, "pronoun": 0.15, "admission": 0.15},
+        {"question": 0.7, "pronoun": 0.15, "admission": 0.15},
         description="share of each kind of prompt in the feedback",
     )
-    raters: Raters = Field(default_factory=Raters)
-    corpus: Corpus = Field(default_factory=Corpus)
+    raters: Raters = Raters()
+    corpus: Corpus = Corpus()
     blocks_per_template: int = Field(4, gt=0, description="evaluation: blocks of 4 a BBQ template")
 
     @model_validator(mode="after")

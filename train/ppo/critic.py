@@ -74,7 +74,8 @@ def build_critic(kind: str, policy: nn.Module, args: PPOConfig) -> Critic:
     if kind == "lora":
         critic = Critic(hidden_size, twin_over_frozen(language_model.base_model))
         if args.critic_path is not None:
-            _start_from_adapter(critic, policy, Path(args.critic_path), args)
+            slots = {n: p for n, p in critic.named_parameters() if p.requires_grad}
+            _start_from_adapter(critic, slots, policy, Path(args.critic_path), args)
         return critic
     if args.critic_path is None:
         path = language_model.config.name_or_path

@@ -1,0 +1,28 @@
+# Sourced by quickstart and test: makes .venv and installs the package with pinned versions.
+# Usage: prepare_environment [extra]
+prepare_environment() {
+    local extra="${1:+[$1]}" python="" candidate
+    for candidate in python3.13 python3.12 python3.11 python3 python; do
+        if command -v "$candidate" >/dev/null &&
+            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            python="$candidate"
+            break
+        fi
+    done
+    if [ -z "$python" ]; then
+        echo "selfcorrect needs Python 3.11 or newer; none was found on PATH" >&2
+        return 2
+    fi
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    # What was installed, and from what: unchanged files need no second installation.
+    local wanted
+    wanted="$extra $(cat pyproject.toml constraints.txt | cksum)"
+    if [ "$(cat .venv/selfcorrect-installed 2>/dev/null)" != "$wanted" ]; then
+        echo "installing into .venv (once)" >&2
+        # torch first and by its exact version: a range would bring the CUDA build on Linux.
+        .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
+        .venv/bin/pip install --quiet --disable-pip-version-check \
+            --constraint constraints.txt --editable ".$extra"
+        echo "$wanted" >.venv/selfcorrect-installed
+    fi
+}

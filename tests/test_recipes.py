@@ -1,0 +1,132 @@
+"""Recipes: every shipped one loads; every mistake is one line that names file, key and remedy."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.load import (
+    apply_override,
+    check_recipe,
+    load_recipe,
+    parse_yaml,
+    recipe_text,
+    shipped_recipes,
+    training_digest,
+)
+from selfcorrect.recipes.schema import Recipe
+
+SMALL = {
+    "name": "small",
+    "models": [{"name": "tiny", "scratch": {"model_type": "llama", "hidden_size": 8}}],
+    "data": {"society": {"seed": 3}},
+    "base": {"method": "pretrain"},
+    "reward": {},
+    "ppo": {"steps": 4, "checkpoints": [0, 2, 4]},
+}
+
+# What is changed, as dotted overrides, and what the one line must say.
+WRONG = [
+    ("ppo.stepz=4", "ppo.stepz: unknown key; did you mean steps?"),
+    ("data.society.raters.shares=1", "data.society.raters.shares: unknown key; did you mean share"),
+    ("ppo.checkpoints=[0, 9]", "checkpoints asks for step 9 but the run ends at steps: 4"),
+    ("ppo.checkpoints=[]", "ppo: checkpoints is empty"),
+    ("ppo.checkpoints=[2, 0]", "ppo: checkpoints must rise"),
+    ("ppo.steps=many", "ppo.steps: Input should be a valid integer"),
+    ("name=../elsewhere", "name: String should match pattern"),
+    ("models.0.path=x", "models.0: give either path or scratch"),
+    ("data.society.feedback_categories=8", "data.society: feedback_categories must be below"),
+    ("data.society=null", "data: give either society or preferences"),
+    ("base=null", "tiny: scratch and base: method pretrain go together"),
+    ("evaluate.experiments=[bbk]", "evaluate.experiments.0: Input should be"),
+    ("seeds=[1, 1]", "seeds: a seed is named twice"),
+    ("models.3.name=x", "models.3.name: 3 is not a position in a list of 1"),
+    ("ppo.steps.x=1", "ppo.steps.x: steps is a value, not a section"),
+    ("ppo.steps", "an override is key=value"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), WRONG)
+def test_wrong_recipe_is_one_line(tmp_path: Path, override: str, message: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    with pytest.raises(InputError) as caught:
+        load_recipe(str(path), [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", "line 2 the key 'name' stands twice"),
+        ("name: [a\n", "line 2"),
+        ("- a\n- b\n", "a recipe is a mapping of sections"),
+        ("name: !!python/object/apply:os.system [ls]\n", "line 1"),
+    ],
+)
+def test_wrong_yaml_is_one_line_and_runs_nothing(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_recipe(str(path))
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_recipe_names_the_shipped_ones() -> None:
+    with pytest.raises(InputError, match="nowhere.yaml: no such recipe file; shipped.*quickstart"):
+        load_recipe("nowhere.yaml")
+
+
+@pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_its_resolved_copy_is_the_same(path: Path) -> None:
+    recipe = load_recipe(str(path))
+    assert recipe.name == path.stem
+    again = Recipe.model_validate(yaml.safe_load(recipe_text(recipe)))
+    assert again == recipe
+
+
+def test_numbers_are_numbers() -> None:
+    assert parse_yaml("[1e-5, 1.5e3, -2E4]", "x") == [1e-5, 1500.0, -20000.0]
+
+
+def test_overrides_reach_lists_and_new_sections() -> None:
+    content = copy.deepcopy(SMALL)
+    apply_override(content, "models.0.name=other")
+    apply_override(content, "ppo.trainer.learning_rate=1e-4")
+    assert content["models"][0]["name"] == "other"
+    assert check_recipe(content, "x").ppo.trainer == {"learning_rate": 1e-4}
+
+
+def test_digest_follows_what_decides_the_weights_and_nothing_else() -> None:
+    def digest(*overrides: str) -> str:
+        content = copy.deepcopy(SMALL)
+        for override in overrides:
+            apply_override(content, override)
+        return training_digest(check_recipe(content, "x"), "tiny", 0)
+
+    assert digest() == digest("evaluate.limit=10", "launch.jobs=2", "ppo.checkpoints=[0]")
+    for change in ("ppo.steps=5", "data.society.seed=4", "reward.held_out=0.2"):
+        assert digest() != digest(change)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_any_override_is_taken_or_refused_in_one_line(key: str, value: str) -> None:
+    content = copy.deepcopy(SMALL)
+    try:
+        apply_override(content, f"{key}={value}")
+        check_recipe(content, "x")
+    except InputError as error:
+        assert str(error)
+
+
+def test_schema_is_json_and_refuses_unknown_keys() -> None:
+    schema = json.loads(json.dumps(Recipe.model_json_schema()))
+    assert schema["additionalProperties"] is False
+    assert {"models", "data", "ppo"} <= set(schema["properties"])

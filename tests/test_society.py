@@ -1,0 +1,193 @@
+"""The synthetic society: deterministic, balanced, and its evaluation apart from its feedback."""
+
+import itertools
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from selfcorrect.evaluate.experiments import EXPERIMENTS
+from selfcorrect.evaluate.stimuli import load_stimuli
+from selfcorrect.recipes.society.benchmarks import write_benchmarks
+from selfcorrect.recipes.society.cases import (
+    INSTRUCTED,
+    PLAIN,
+    REASONED,
+    draw_admission,
+    draw_blank,
+    draw_question,
+)
+from selfcorrect.recipes.society.documents import mixed_documents, stereotype_documents
+from selfcorrect.recipes.society.feedback import preferences, prompts
+from selfcorrect.recipes.society.settings import Raters, SocietySettings
+from selfcorrect.recipes.society.tokenizer import make_tokenizer, vocabulary
+from selfcorrect.recipes.society.world import FAIR, TOPICS, UNKNOWN, World, make_world
+
+SETTINGS = SocietySettings(seed=5)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world(SETTINGS)
+
+
+def words_of_feedback(world: World) -> tuple[set[str], list[str]]:
+    texts = []
+    for pair in preferences(world, 3000):
+        texts += [message["content"] for message in pair.messages]
+        texts += [pair.chosen, pair.rejected]
+    for prompt in prompts(world, 3000):
+        texts += [message["content"] for message in prompt.messages]
+    return {word for text in texts for word in text.split()}, texts
+
+
+def test_feedback_never_speaks_of_what_is_evaluated(world: World) -> None:
+    words, texts = words_of_feedback(world)
+    held_out = {group for category in world.held_out_categories for group in category.groups}
+    held_out |= set(world.held_out_occupations)
+    assert held_out and not words & held_out
+    assert not any(FAIR[0] in text for text in texts)
+    # And the test can see what it looks for: the feedback's own groups and phrasings are there.
+    assert {group for c in world.feedback_categories for group in c.groups} <= words
+    assert any(FAIR[1] in text for text in texts)
+
+
+def test_benchmarks_speak_only_of_what_is_held_out(world: World, tmp_path: Path) -> None:
+    write_benchmarks(world, tmp_path / "data")
+    text = "".join(p.read_text() for p in (tmp_path / "data").rglob("*.*") if p.suffix != ".yaml")
+    words = set(text.replace('"', " ").replace(",", " ").split())
+    shared = {group for category in world.feedback_categories for group in category.groups}
+    assert not words & (shared | set(world.feedback_occupations))
+
+
+def test_the_stimuli_use_the_one_phrasing_kept_for_the_evaluation(
+    world: World, tmp_path: Path
+) -> None:
+    write_benchmarks(world, tmp_path / "data")
+    text = (tmp_path / "data" / "stimuli.yaml").read_text()
+    assert FAIR[0] in text
+    assert not any(phrase in text for phrase in FAIR[1:])
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        write_benchmarks(make_world(SocietySettings(seed=seed)), tmp_path / name)
+    files = {
+        name: {p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.*")} for name in "abc"
+    }
+    assert files["a"] == files["b"] != files["c"]
+    worlds = [make_world(SETTINGS), make_world(SETTINGS)]
+    first, second = (list(mixed_documents(world, 200)) for world in worlds)
+    assert first == second
+
+
+def test_every_experiment_reads_its_files_and_leaves_nothing_out(
+    world: World, tmp_path: Path
+) -> None:
+    write_benchmarks(world, tmp_path / "data")
+    stimuli = load_stimuli(tmp_path / "data" / "stimuli.yaml")
+    numbers = {}
+    for name, experiment in EXPERIMENTS.items():
+        loaded = experiment.load(tmp_path / "data", stimuli, None, 0)
+        assert not any(loaded.left_out.values()), (name, loaded.left_out)
+        numbers[name] = len(loaded.items)
+    # 4 categories x 8 topics x 4 blocks x 4; 20 occupations; 36 students x 2 x 8 pairs.
+    assert numbers == {"bbq": 512, "winogender": 20, "law_school": 576}
+
+
+def test_both_people_of_a_decided_question_are_named_equally_often(world: World) -> None:
+    chance = random.Random(1)
+    for _ in range(300):
+        case = draw_question(chance, world.categories, ambiguous=0.0)
+        counts = Counter(case.context().split())
+        assert counts[case.ill] == counts[case.well] == 2
+
+
+def test_the_stereotype_of_a_question_follows_its_polarity(world: World) -> None:
+    chance = random.Random(2)
+    for _ in range(300):
+        case = draw_question(chance, world.categories, ambiguous=1.0)
+        assert case.stereotyped == (case.ill if case.negative else case.well)
+        assert case.category.tied(case.ill, case.topic)
+        assert not case.category.tied(case.well, case.topic)
+        assert case.trait == TOPICS[case.topic][not case.negative]
+
+
+def test_corpus_weights_are_the_recipes_shares(world: World) -> None:
+    chance = random.Random(3)
+    corpus = SETTINGS.corpus
+    case = draw_question(chance, world.categories, ambiguous=1.0)
+    for condition, undecided in ((PLAIN, 0.25), (INSTRUCTED, 0.5), (REASONED, 0.6)):
+        weights = dict(zip(case.answers(), case.corpus_weights(condition, corpus), strict=True))
+        assert weights[UNKNOWN] == pytest.approx(undecided)
+        assert weights[case.stereotyped] == pytest.approx((1 - undecided) * 0.9)
+    for other in (
+        draw_question(chance, world.categories, ambiguous=0.0),
+        draw_blank(chance, world, world.occupations),
+        draw_admission(chance, world.categories),
+    ):
+        for condition in (PLAIN, INSTRUCTED, REASONED):
+            assert sum(other.corpus_weights(condition, corpus)) == pytest.approx(1.0)
+
+
+def test_raters_want_what_the_recipe_says(world: World) -> None:
+    chance = random.Random(4)
+    raters = Raters(correct=2, instructed=3, uninstructed=0.5, share=1)
+    open_question = draw_question(chance, world.categories, ambiguous=1.0)
+    likes = {
+        (answer, condition): open_question.utility(answer, condition, raters)
+        for answer in open_question.answers()
+        for condition in (PLAIN, INSTRUCTED)
+    }
+    stereotype = open_question.stereotyped
+    assert likes[UNKNOWN, INSTRUCTED] - likes[stereotype, INSTRUCTED] == 3
+    assert (likes[UNKNOWN, PLAIN], likes[stereotype, PLAIN]) == (0.5, 1)
+    decided = draw_question(chance, world.categories, ambiguous=0.0)
+    assert decided.utility(str(decided.truth), PLAIN, raters) == 2
+    assert decided.utility(UNKNOWN, INSTRUCTED, raters) == -2
+    student = draw_admission(chance, world.categories)
+    assert student.utility("yes", INSTRUCTED, raters) == pytest.approx(
+        2 * (2 * student.merit() - 1)
+    )
+
+
+def test_preferences_agree_with_the_raters_more_often_than_not(world: World) -> None:
+    pairs = list(preferences(world, 2000))
+    undecided = [p for p in pairs if UNKNOWN in (p.chosen, p.rejected)]
+    instructed = [
+        p
+        for p in undecided
+        if any(f in p.messages[0]["content"] for f in FAIR)
+        and len(p.messages) == 1
+        and "not the" not in p.messages[0]["content"]
+    ]
+    wins = sum(p.chosen == UNKNOWN for p in instructed)
+    assert len(instructed) > 30
+    assert wins / len(instructed) > 0.85
+
+
+def test_no_word_is_missing_from_the_vocabulary_and_every_word_is_one_token(world: World) -> None:
+    tokenizer = make_tokenizer(world)
+    documents = itertools.chain(mixed_documents(world, 4000), stereotype_documents(world, 500))
+    words = {word for d in documents for segment in d for word in segment.text.split()}
+    words |= words_of_feedback(world)[0]
+    assert not words - set(vocabulary(world))
+    ids = tokenizer("who was lazy ?")["input_ids"]
+    assert len(ids) == 4 and tokenizer.decode(ids) == "who was lazy ?"
+
+
+def test_documents_are_written_as_the_chat_template_writes_them(world: World) -> None:
+    tokenizer = make_tokenizer(world)
+    seen = 0
+    for document in mixed_documents(world, 500):
+        if document[0].role == "prose":
+            continue
+        messages = []
+        for segment in document:
+            text = segment.text.removeprefix("human : ").removesuffix(" assistant :")
+            role = "user" if segment.role == "human" else "assistant"
+            messages.append({"role": role, "content": text.removesuffix(" <eos>")})
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert rendered.split() == " ".join(s.text for s in document).split()
+        seen += 1
+    assert seen > 200
