@@ -51,7 +51,7 @@ def record_run(folder: Path, size: Size | None = None) -> Path:
                 place = folder / model / f"seed-{seed}" / "ppo" / f"checkpoint-{step}"
                 place.mkdir(parents=True)
                 _record(model, parameters, seed, step, rank).write(place)
-                progress = np.log1p(step) / np.log1p(max(size.steps)) * (0.9 - 0.1 * seed)
+                progress = np.log1p(step) / np.log1p(max(1, *size.steps)) * (0.9 - 0.1 * seed)
                 strength = 0.2 + 0.5 * (rank + 1) / len(size.models)
                 for experiment, conditions in CONDITIONS.items():
                     for condition in conditions:

@@ -1,7 +1,11 @@
 """What the figures show, and what they leave out."""
 
+from itertools import pairwise
+
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from recorded_run import Size, record_run
 
 from selfcorrect.evaluate import figures
@@ -87,10 +91,7 @@ def test_several_seeds_become_a_mean_with_the_range_of_seeds(tmp_path):
     assert len(rows) == 2
     assert line_of(ax, "Q+IF").get_ydata()[-1] == pytest.approx(rows["value"].mean())
     band = ax.collections[1].get_paths()[0].vertices
-    assert band[:, 1].max() <= frame["high"].max()
-    assert {rows["value"].min(), rows["value"].max()} <= set(np.round(band[:, 1], 12)) | set(
-        band[:, 1]
-    )
+    assert {rows["value"].min(), rows["value"].max()} <= set(band[:, 1])
 
 
 def test_conditions_differ_in_colour_and_in_marker():
@@ -107,27 +108,25 @@ def test_every_figure_lands_on_disk_twice_and_repeats_to_the_byte(results, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{name}.{kind}" for name in names for kind in ("png", "svg")
     )
-    first = {path.name: path.read_bytes() for path in tmp_path.glob("s*.svg")}
-    figures.draw_all(frame, statistics, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("s*.svg")} == first
+    first = (tmp_path / "size.svg").read_bytes(), (tmp_path / "size.png").read_bytes()
+    figures.save(figures.against_size(frame), tmp_path, "size")
+    assert ((tmp_path / "size.svg").read_bytes(), (tmp_path / "size.png").read_bytes()) == first
     assert all("undefined" not in drawing.alt for drawing in drawings)
     assert "Match stats" in drawings[0].alt
 
 
 def test_figures_without_data_are_left_out_with_a_reason(tmp_path):
-    size = Size(models=(("org/one", 10),), steps=(0,), templates=3, blocks=1)
+    size = Size(models=(("one", 10),), steps=(0,), templates=3, blocks=1)
     frame, statistics = write_results(record_run(tmp_path / "run", size), 20)
     drawings, notes = figures.draw_all(frame, statistics, tmp_path / "figures")
     assert drawings == []
     assert len(notes) == 5
     assert "two sizes" in notes[1]
     with pytest.raises(NothingToDraw, match="two steps"):
-        figures.against_steps(frame, "org/one")
+        figures.against_steps(frame, "one")
 
 
 def test_step_labels_never_overlap_and_keep_both_ends():
-    import pandas as pd
-    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.2, 2))
     ax = figure.subplots()
@@ -136,7 +135,7 @@ def test_step_labels_never_overlap_and_keep_both_ends():
     labels = [label for label in ax.get_xticklabels() if label.get_text()]
     boxes = [label.get_window_extent() for label in labels]
     assert [labels[0].get_text(), labels[-1].get_text()] == ["0", "1000"]
-    assert all(one.x1 < other.x0 for one, other in zip(boxes, boxes[1:], strict=False))
+    assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
 
 
 def test_sizes_are_named_briefly():

@@ -721,6 +721,13 @@ def test_inputs_that_do_not_fit_are_one_clear_line(home, tmp_path):
             processing_class=make_tokenizer())  # fmt: skip
 
 
+def test_a_folder_that_is_no_reward_model_is_refused(home, tmp_path):
+    with pytest.raises(InputError, match=r"no reward model at .*nowhere"):
+        make_trainer(home, tmp_path, reward=str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match=r"is no reward model: it lacks score\.weight"):
+        make_trainer(home, tmp_path, "separate", critic_path=str(home / "base"))
+
+
 def test_a_run_that_drifts_too_far_stops_by_name(home, tmp_path):
     with pytest.raises(RunFailure, match=r"above max_kl 0\.01"):
         make_trainer(home, tmp_path, learning_rate=0.1, max_kl=0.01, max_steps=20).train()

@@ -13,12 +13,7 @@ from accelerate.utils import is_peft_model, set_seed
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import AutoTokenizer, PreTrainedModel, ProcessorMixin
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model
@@ -26,7 +21,12 @@ from trl.trainer.utils import disable_dropout_in_model
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.train.ppo import resume
 from selfcorrect.train.ppo.config import PPOConfig
-from selfcorrect.train.ppo.critic import build_critic, critic_kind, language_model_of
+from selfcorrect.train.ppo.critic import (
+    build_critic,
+    critic_kind,
+    language_model_of,
+    load_reward_model,
+)
 from selfcorrect.train.ppo.forward import CompletionPass, attach, hidden_critic, takes_positions
 from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded
 
@@ -265,10 +265,9 @@ def _as_reward(reward: Any, tokenizer: Any, args: PPOConfig) -> Reward:
     """A reward function; classifiers and folders of classifiers become a RewardModelScorer."""
     if not isinstance(reward, str | Path | PreTrainedModel):
         return reward
-    path = reward.config.name_or_path if isinstance(reward, PreTrainedModel) else str(reward)
     if not isinstance(reward, PreTrainedModel):
-        reward = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+        reward = load_reward_model(str(reward), torch.float32)
+    path = reward.config.name_or_path
     own = AutoTokenizer.from_pretrained(path)
     template = args.chat_template_kwargs or {}
-    name = Path(path).name
-    return RewardModelScorer(reward, own, tokenizer, template, name=name)
+    return RewardModelScorer(reward, own, tokenizer, template, name=Path(path).name)

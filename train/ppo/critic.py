@@ -74,14 +74,13 @@ def build_critic(kind: str, policy: nn.Module, args: PPOConfig) -> Critic:
     if kind == "lora":
         critic = Critic(hidden_size, twin_over_frozen(language_model.base_model))
         if args.critic_path is not None:
-            slots = {n: p for n, p in critic.named_parameters() if p.requires_grad}
-            _start_from_adapter(critic, slots, policy, Path(args.critic_path), args)
+            _start_from_adapter(critic, policy, Path(args.critic_path), args)
         return critic
     if args.critic_path is None:
         path = language_model.config.name_or_path
         twin = AutoModelForCausalLM.from_pretrained(path, dtype=language_model.dtype)
         return Critic(hidden_size, twin.base_model)
-    reward_model = _load_reward_model(Path(args.critic_path), language_model.dtype)
+    reward_model = load_reward_model(args.critic_path, language_model.dtype)
     critic = Critic(reward_model.config.get_text_config().hidden_size, reward_model.base_model)
     critic.start_head(
         _score_head(reward_model, args.critic_path), args.score_shift, args.score_scale
@@ -101,13 +100,26 @@ def twin_over_frozen(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, shared)
 
 
-def _load_reward_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    if (path / "adapter_config.json").is_file():
-        adapted = AutoPeftModelForSequenceClassification.from_pretrained(
-            str(path), num_labels=1, dtype=dtype
+def load_reward_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A sequence classifier with one output, an adapter merged into its base.
+
+    Raises InputError where there is no model, or a model without a trained score head.
+    """
+    try:
+        if (Path(path) / "adapter_config.json").is_file():
+            load = AutoPeftModelForSequenceClassification.from_pretrained
+            return load(path, num_labels=1, dtype=dtype).merge_and_unload()
+        load = AutoModelForSequenceClassification.from_pretrained
+        model, report = load(path, num_labels=1, dtype=dtype, output_loading_info=True)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"ppo: no reward model at {path} ({reason})") from None
+    if report["missing_keys"]:
+        raise InputError(
+            f"ppo: {path} is no reward model: it lacks {sorted(report['missing_keys'])[0]}; "
+            "train one with num_labels=1"
         )
-        return adapted.merge_and_unload()
-    return AutoModelForSequenceClassification.from_pretrained(str(path), num_labels=1, dtype=dtype)
+    return model
 
 
 def _score_head(reward_model: PreTrainedModel, path: str) -> nn.Linear:
@@ -139,9 +151,9 @@ def _start_from_adapter(critic: Critic, policy: nn.Module, path: Path, args: PPO
     weights = load_peft_weights(str(path), device="cpu")
     prefix = f"base_model.model.{language_model_of(policy).base_model_prefix}."
     slots = {
-        name.replace(".default", ""): p
-        for name, p in critic.backbone.named_parameters()
-        if p.requires_grad
+        name.removeprefix("backbone.").replace(".default", ""): p
+        for name, p in critic.named_parameters()
+        if name.startswith("backbone.") and p.requires_grad
     }
     found = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
     heads = [t for name, t in weights.items() if name.endswith("score.weight")]
