@@ -133,7 +133,7 @@ def beside_the_bias(frame: pd.DataFrame) -> Figure:
             ax.set_title(textwrap.fill(descriptions[metric][0], 20))
         for ax in grid[-1]:
             ax.set_xlabel("RLHF steps")
-        shared_legend(figure, grid.ravel())
+        shared_legend(figure, list(grid.ravel()))
     return figure
 
 

@@ -1,5 +1,6 @@
 """Loading a causal LM and its tokenizer for evaluation: from a folder, the hub, PEFT, or GGUF."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -163,3 +164,14 @@ class _InputErrors:
             remedy = "it needs config.json, *.safetensors and the tokenizer's files"
         message = f"{self.source}: cannot load the {self.what}: {reason.rstrip('.')}; {remedy}"
         raise InputError(message) from error
+
+
+def weights_digest(model: Any) -> str:
+    """SHA-256 over the names, types and values of a model's parameters, wherever they came from."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

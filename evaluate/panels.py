@@ -88,7 +88,7 @@ def line(
     label: str,
 ) -> None:
     """One line over `positions`; a position without a defined value is a gap."""
-    series = _over_seeds(data, x).reindex(positions)
+    series = _over_seeds(data, x).reindex(list(positions))
     at = np.asarray(positions, dtype=float)
     middle, low, high = (series[name].to_numpy(dtype=float) for name in ("value", "low", "high"))
     ax.fill_between(at, low, high, color=look["color"], alpha=0.13, linewidth=0)
@@ -198,7 +198,7 @@ def model_title(data: pd.DataFrame, line_break: bool = False) -> str:
 
 def shared_legend(figure: Figure, axes: Sequence[Axes]) -> None:
     """One legend under all panels, each name once."""
-    handles = {}
+    handles: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)

@@ -228,9 +228,12 @@ def _estimate(row: Mapping[str, Any] | None, interval: bool) -> TableCell:
 
 def visible(text: object) -> str:
     """Control and direction marks spelt out, as in ⟨U+202E⟩, so that they act on nothing."""
+    shown = str(text)
+    if shown.isprintable():
+        return shown
     return "".join(
         f"⟨U+{ord(character):04X}⟩"
         if character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs")
         else character
-        for character in str(text)
+        for character in shown
     )

@@ -3,13 +3,16 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.progress import Bars
+
+if TYPE_CHECKING:
+    from selfcorrect.evaluate.measure import EvaluationPlan
 
 EXPERIMENTS = "bbq,winogender,law_school"
 CONDITIONS = "Q,Q+IF,Q+IF+CoT,Match stats"
@@ -92,13 +95,16 @@ def _evaluate_runs(runs: list[Path]) -> None:
     show(runs)
 
 
-def _evaluate_models(targets: list[str], cells, revision: str | None, out: Path) -> None:  # type: ignore[no-untyped-def]
+def _evaluate_models(
+    targets: list[str], cells: "EvaluationPlan", revision: str | None, out: Path
+) -> None:
+    """Measure each model into out/<its name>/<digest of its weights>, so that no answers are stale."""
     import pandas as pd
     from rich.console import Console
 
     from selfcorrect.evaluate.closing_table import closing_table
     from selfcorrect.evaluate.measure import measure
-    from selfcorrect.evaluate.models import load_model
+    from selfcorrect.evaluate.models import load_model, weights_digest
     from selfcorrect.evaluate.results import summarise
 
     tables = []
@@ -108,8 +114,9 @@ def _evaluate_models(targets: list[str], cells, revision: str | None, out: Path)
             label = re.sub(r"[^A-Za-z0-9._-]+", "_", target.strip("/")).strip("._") or "model"
             if revision:
                 label += f"@{re.sub(r'[^A-Za-z0-9._-]+', '_', revision)}"
-            measure(cells, model, tokenizer, out / label, lambda *args, n=label: bars(n, *args))
-            tables.append(summarise(out / label, label))
+            folder = out / label / weights_digest(model)[:12]
+            measure(cells, model, tokenizer, folder, lambda *args, n=label: bars(n, *args))
+            tables.append(summarise(folder, label))
     console = Console()
     console.print(closing_table(pd.concat(tables, ignore_index=True)))
     console.print(f"Item by item: {out}", soft_wrap=True)

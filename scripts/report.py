@@ -15,14 +15,14 @@ def report(
 
 def show(runs: list[Path]) -> None:
     """Write each run's report, print its closing table, and name the report."""
+    import pandas as pd
     from rich.console import Console
 
     from selfcorrect.evaluate.closing_table import closing_table
     from selfcorrect.evaluate.report import write_report
-    from selfcorrect.evaluate.results import load
 
     console = Console()
     for run in runs:
         path = write_report(run)
-        console.print(closing_table(load(run)))
+        console.print(closing_table(pd.read_parquet(run / "results.parquet")))
         console.print(f"Report: {path}", soft_wrap=True)

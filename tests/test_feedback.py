@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.schema import Data, Source
 from selfcorrect.recipes.society.settings import SocietySettings

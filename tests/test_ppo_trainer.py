@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from selfcorrect.recipes.errors import InputError, RunFailure
-from selfcorrect.train.ppo import PPOConfig, PPOTrainer, RewardModelScorer
+from selfcorrect.train.ppo import PPOConfig, PPOTrainer, RewardModelScorer, returns
 from selfcorrect.train.ppo.resume import newest_resumable
 
 WORDS = [f"w{i}" for i in range(24)]
@@ -584,6 +584,23 @@ def test_single_update_per_rollout_still_has_values(home, tmp_path):
     trainer.train()
     assert trainer.ppo_step == 2
     assert trainer.state.log_history[-2]["value/loss"] > 0
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_old_values_are_those_of_the_critic_that_learns(home, tmp_path, critic, monkeypatch):
+    """Not those of the reference pass, in which an adapter critic is switched off as well."""
+    seen = []
+    inner = returns.value_errors
+
+    def note(values, old_values, *rest):
+        seen.append((values.detach(), old_values))
+        return inner(values, old_values, *rest)
+
+    monkeypatch.setattr(returns, "value_errors", note)
+    make_trainer(home, tmp_path, critic, max_steps=8, learning_rate=1e-2).train()
+    values, old_values = seen[4]  # the first minibatch of the second rollout
+    torch.testing.assert_close(values, old_values)
+    assert values.abs().max() > 1e-3
 
 
 def test_every_epoch_deals_the_same_rows_in_another_order(home, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import (
     apply_override,

@@ -1,6 +1,5 @@
 """The report: self-contained, escaped, and its verdict claims no more than the intervals."""
 
-import json
 from html.parser import HTMLParser
 
 import pytest
@@ -8,6 +7,7 @@ from recorded_run import Size, record_run
 
 from selfcorrect.evaluate.report import flatten, write_report
 from selfcorrect.evaluate.report_tables import SAMPLE_LENGTH, visible
+from selfcorrect.evaluate.results import write_results
 from selfcorrect.evaluate.verdict import caveats, summary, verdicts
 from selfcorrect.recipes.errors import InputError
 
@@ -147,8 +147,7 @@ def test_the_verdict_reports_missing_data_and_what_one_seed_cannot_show(tmp_path
     (run / "nano/seed-0/ppo/checkpoint-2/evaluation/bbq.Q.parquet").unlink()
     for step in (0, 2, 10):
         (run / f"small/seed-0/ppo/checkpoint-{step}/evaluation/law_school.Q.parquet").unlink()
-    write_report(run, num_resamples=20)
-    statistics = json.loads((run / "statistics.json").read_text())
+    _, statistics = write_results(run, num_resamples=20)
     said = " ".join(caveats(statistics))
     assert "one training run per model" in said
     assert "nano, seed 0, step 2: no bbq under Q;" in said

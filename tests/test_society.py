@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.stimuli import load_stimuli
 from selfcorrect.recipes.society.benchmarks import write_benchmarks

@@ -35,7 +35,7 @@ from selfcorrect.train.stage import (
     write_record,
 )
 
-DEFAULTS = {**QUIET, "lr_scheduler_type": "constant", "logging_steps": 1, "save_only_model": False}
+DEFAULTS = {**QUIET, "lr_scheduler_type": "constant", "save_only_model": False}
 
 Measure = Callable[[Any, Path], None]  # the live policy, and its checkpoint's folder
 
@@ -54,6 +54,7 @@ class KeepCheckpoints(TrainerCallback):
         self.ppo = ppo
         self.record = record
         self.measure = measure
+        self.measure_seconds = 0.0
         self.trainer: PPOTrainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -79,7 +80,9 @@ class KeepCheckpoints(TrainerCallback):
                 self.trainer.save_policy(new)
                 self._record(step).write(new)
         if self.measure is not None:
+            started = time.time()
             self.measure(self.trainer, folder)
+            self.measure_seconds += time.time() - started
 
     def _record(self, step: int) -> CheckpointRecord:
         trainer = self.trainer
@@ -100,6 +103,7 @@ def ppo_arguments(ppo: Ppo, output: Path, seed: int, **given: Any) -> PPOConfig:
     fixed = {"output_dir": str(output), "seed": seed, "save_strategy": "no", "save_total_limit": 2}
     probe = build(PPOConfig, "ppo.trainer", ppo.trainer, {**DEFAULTS, **given}, fixed)
     fixed["max_steps"] = ppo.steps * probe.updates_per_rollout
+    given["logging_steps"] = probe.updates_per_rollout  # one entry a PPO step
     arguments: PPOConfig = build(
         PPOConfig, "ppo.trainer", ppo.trainer, {**DEFAULTS, **given}, fixed
     )
@@ -158,12 +162,18 @@ def train_policy(
     keep.trainer = trainer
     silence(trainer)
     trainer.train(resume_from_checkpoint=resume_state(work))
-    write_record(folder, started, steps=ppo.steps, log=rollout_log(trainer.state.log_history))
+    write_record(
+        folder,
+        started,
+        steps=ppo.steps,
+        evaluation_seconds=round(keep.measure_seconds, 1),
+        log=rollout_log(trainer.state.log_history),
+    )
     shutil.rmtree(work, ignore_errors=True)
 
 
 def rollout_log(history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """One entry a PPO step from the trainer's log: the last one logged within the step."""
+    """One entry a PPO step from the trainer's log, numbers only."""
     steps: dict[int, dict[str, float]] = {}
     for entry in history:
         if "ppo_step" in entry:

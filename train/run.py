@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
+from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.schema import Recipe
@@ -30,14 +32,20 @@ def open_run(recipe: Recipe, run: Path) -> None:
     else belongs to another run.
     """
     path = run / "recipe.yaml"
-    if path.is_file():
+    new = not path.is_file()
+    if not new:
         _check_same(load_recipe(str(path)), recipe, run)
     elif run.exists() and any(run.iterdir()):
         raise InputError(f"{run}: not empty and no run (no recipe.yaml); choose another folder")
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        if recipe.data.society is not None and not (run / "benchmarks").is_dir():
+            write_benchmarks(make_world(recipe.data.society), run / "benchmarks")
+        recipe_plan(recipe, run)  # conditions and benchmark files, before hours of training
+    except InputError:
+        if new:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
     save_recipe(recipe, path)
-    if recipe.data.society is not None and not (run / "benchmarks").is_dir():
-        write_benchmarks(make_world(recipe.data.society), run / "benchmarks")
     write_json(run / "run.json", run_facts(recipe))
 
 

@@ -35,6 +35,7 @@ class ActorCriticTrainer(GRPOTrainer):
     """GRPOTrainer with a critic in the policy's forward pass; a subclass says what they learn."""
 
     args: PPOConfig
+    beta: float
 
     def __init__(self, model: Any, reward_funcs: Any, args: PPOConfig, **kwargs: Any) -> None:
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -265,9 +266,9 @@ def _as_reward(reward: Any, tokenizer: Any, args: PPOConfig) -> Reward:
     """A reward function; classifiers and folders of classifiers become a RewardModelScorer."""
     if not isinstance(reward, str | Path | PreTrainedModel):
         return reward
+    path = reward.config.name_or_path if isinstance(reward, PreTrainedModel) else str(reward)
     if not isinstance(reward, PreTrainedModel):
-        reward = load_reward_model(str(reward), torch.float32)
-    path = reward.config.name_or_path
+        reward = load_reward_model(path, torch.float32)
     own = AutoTokenizer.from_pretrained(path)
     template = args.chat_template_kwargs or {}
     return RewardModelScorer(reward, own, tokenizer, template, name=Path(path).name)

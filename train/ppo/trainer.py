@@ -190,8 +190,7 @@ class PPOTrainer(ActorCriticTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Clipped policy loss plus `vf_coef` times the clipped value loss, means over tokens."""
         mode = "train" if self.model.training else "eval"
-        beta: float = self.beta
-        self.beta = 0.0  # the KL penalty is in the reward, not in the loss
+        beta, self.beta = self.beta, 0.0  # the KL penalty is in the reward, not in the loss
         try:
             policy_loss = super()._compute_loss(model, inputs)
         finally:

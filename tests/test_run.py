@@ -1,0 +1,249 @@
+"""Whole runs of the smallest recipe: inline equals offline, killed equals uninterrupted."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from selfcorrect.evaluate.measure import read_cell
+from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.load import check_recipe, load_recipe
+from selfcorrect.train.check import check_training
+from selfcorrect.train.run import open_run, train_run
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "name=small",
+    "models=[{name: tiny, scratch: {model_type: llama, hidden_size: 8, intermediate_size: 16, "
+    "num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2, "
+    "max_position_embeddings: 128}}]",
+    "data.society.corpus.documents=800",
+    "data.society.corpus.stereotypes_first=200",
+    "data.society.pairs=200",
+    "data.society.prompts=100",
+    "data.society.blocks_per_template=1",
+    "base.trainer.save_steps=5",
+    "reward.trainer.save_steps=3",
+    "ppo.steps=4",
+    "ppo.checkpoints=[0, 2, 4]",
+    "ppo.resume_every=1",
+    "ppo.trainer.per_device_train_batch_size=8",
+    "launch.jobs=1",
+    "launch.threads=1",
+]
+
+
+def command(runs: Path, *more: str) -> list[str]:
+    code = [sys.executable, "-m", "selfcorrect.scripts.cli", "run", "quickstart"]
+    return [*code, *SMALL, *more, "--runs-dir", str(runs)]
+
+
+def go(runs: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(runs, *more), capture_output=True, text=True, timeout=280, cwd=runs.parent
+    )
+
+
+def digests(run: Path) -> dict[str, str]:
+    """Digest of every file of weights and every parquet file, by path."""
+    files = [*run.rglob("*.safetensors"), *run.rglob("*.parquet")]
+    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one uninterrupted run."""
+    runs = tmp_path_factory.mktemp("whole") / "runs"
+    runs.mkdir()
+    done = go(runs)
+    assert done.returncode == 0, done.stderr
+    assert "Report:" in done.stdout
+    return runs / "small"
+
+
+def test_a_run_ends_with_checkpoints_results_figures_and_a_report(whole: Path) -> None:
+    checkpoints = find_checkpoints(whole)
+    assert [c.record.step for c in checkpoints] == [0, 2, 4]
+    for checkpoint in checkpoints:
+        assert len(list(checkpoint.evaluation.glob("*.parquet"))) == 10
+        assert (checkpoint.folder / "model.safetensors").is_file()
+    first, _, last = (c.record for c in checkpoints)
+    assert (first.episodes, first.kl, first.reward) == (0, None, None)
+    assert (last.episodes, last.optimizer_updates) == (4 * 16, 4 * 4)
+    assert last.kl is not None and last.reward is not None
+    for name in ("results.parquet", "statistics.json", "report.html", "run.json"):
+        assert (whole / name).stat().st_size > 0
+    assert list((whole / "figures").glob("*.png")) and list((whole / "figures").glob("*.svg"))
+    assert load_recipe(str(whole / "recipe.yaml")).name == "small"
+    leftovers = [p for p in whole.rglob("*") if p.name.endswith((".part", ".work"))]
+    assert not leftovers
+
+
+def test_weights_change_with_the_steps(whole: Path) -> None:
+    found = digests(whole)
+    weights = {v for k, v in found.items() if k.startswith("tiny/seed-0/ppo") and "model" in k}
+    assert len(weights) == 3
+
+
+def test_offline_evaluation_gives_the_same_numbers_to_the_last_digit(
+    whole: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "runs" / "small"
+    shutil.copytree(whole, copy)
+    before = digests(copy)
+    for checkpoint in find_checkpoints(copy):
+        shutil.rmtree(checkpoint.evaluation)
+    done = subprocess.run(
+        [sys.executable, "-m", "selfcorrect.scripts.cli", "evaluate", str(copy)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert digests(copy) == before
+
+
+def test_running_again_does_no_finished_work_twice(whole: Path) -> None:
+    weights = {p: p.stat().st_mtime_ns for p in whole.rglob("*.safetensors")}
+    cells = {p: p.stat().st_mtime_ns for p in whole.rglob("evaluation/*.parquet")}
+    done = go(whole.parent)
+    assert done.returncode == 0, done.stderr
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*.safetensors")} == weights
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("evaluation/*.parquet")} == cells
+
+
+def test_killed_at_any_stage_and_run_again_ends_with_the_same_bytes(
+    whole: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    folder = runs / "small" / "tiny" / "seed-0"
+    moments = [
+        lambda: any(folder.glob("base.work/checkpoint-*")),
+        lambda: any(folder.glob("reward.work/checkpoint-*/complete")),
+        lambda: (folder / "ppo" / "checkpoint-0" / "evaluation").is_dir(),
+        lambda: any(folder.glob("ppo.work/checkpoint-*/complete")),
+        lambda: (folder / "ppo" / "checkpoint-4").is_dir(),
+    ]
+    for reached in moments:
+        process = subprocess.Popen(
+            command(runs), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 200
+        while not reached() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = go(runs)
+    assert done.returncode == 0, done.stderr
+    assert digests(runs / "small") == digests(whole)
+
+
+def test_two_jobs_side_by_side_give_what_one_after_the_other_gives(
+    whole: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    done = go(runs, "seeds=[0, 1]", "launch.jobs=2")
+    assert done.returncode == 0, done.stderr
+    found = {k: v for k, v in digests(runs / "small").items() if "seed-0" in k}
+    assert found == {k: v for k, v in digests(whole).items() if "seed-0" in k}
+
+
+@pytest.mark.parametrize(
+    ("more", "message", "code"),
+    [
+        (["reward.held_out=0.5"], "another recipe, which differs in reward.held_out", 2),
+        (["ppo.trainer.learning_ratio=1"], "ppo.trainer.learning_ratio: unknown key; did you", 2),
+        (["ppo.trainer.max_steps=1"], "ppo.trainer.max_steps: this is set by the run itself", 2),
+        (["ppo.checkpoints=[0, 9]"], "checkpoints asks for step 9", 2),
+        (["ppo.trainer.steps_per_generation=3", "ppo.trainer.gradient_accumulation_steps=2"],
+         "steps_per_generation (3) must be a multiple", 2),
+        (["evaluate.conditions=[Q, R]"], "condition 'R'", 2),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_changes_nothing(
+    whole: Path, more: list[str], message: str, code: int
+) -> None:
+    before = digests(whole)
+    recipe = (whole / "recipe.yaml").read_bytes()
+    done = go(whole.parent, *more)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert re.fullmatch(r"selfcorrect: [^\n]*\n", done.stderr), done.stderr
+    assert digests(whole) == before
+    assert (whole / "recipe.yaml").read_bytes() == recipe
+
+
+def test_a_given_model_is_trained_as_an_adapter_by_the_same_path(
+    whole: Path, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"who was {trait} ?", "chosen": "unknown", "rejected": "the the"}
+        for trait in ("lazy", "rude", "greedy", "sly") * 10
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 1}
+    recipe = check_recipe(
+        {
+            "name": "given",
+            "models": [{"name": "given", "path": str(whole / "tiny" / "seed-0" / "base")}],
+            "data": {
+                "preferences": {"path": str(pairs)},
+                "prompts": {"path": str(pairs)},
+                "benchmarks": str(whole / "benchmarks"),
+                "stimuli": str(whole / "benchmarks" / "stimuli.yaml"),
+            },
+            "base": {"method": "sft", "trainer": {"max_steps": 2}},
+            "reward": {"trainer": {"max_steps": 3}, "lora": {"r": 2, "target_modules": ["q_proj"]}},
+            "ppo": {
+                "steps": 2,
+                "checkpoints": [0, 2],
+                "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
+                "trainer": {**trainer, "max_completion_length": 4, "learning_rate": 0.01},
+            },
+            "evaluate": {"limit": 16, "max_new_tokens": 4, "experiments": ["bbq"],
+                         "conditions": ["Q"]},
+        },
+        "given",
+    )  # fmt: skip
+    check_training(recipe)
+    run = tmp_path / "runs" / "given"
+    open_run(recipe, run)
+    train_run(recipe, run, lambda *_: None)
+    first, last = find_checkpoints(run)
+    assert (last.folder / "adapter_model.safetensors").is_file()
+    cells = [c.evaluation / "bbq.Q.parquet" for c in (first, last)]
+    inline = [read_cell(path)[0]["logprobs"].tolist() for path in cells]
+    assert [list(x) for x in inline[0]] != [list(x) for x in inline[1]]
+    for checkpoint in (first, last):
+        shutil.rmtree(checkpoint.evaluation)
+    from selfcorrect.evaluate.offline import evaluate_run
+
+    assert evaluate_run(recipe, run, lambda *_: None) == 2
+    offline = [read_cell(path)[0]["logprobs"].tolist() for path in cells]
+    assert [[list(x) for x in rows] for rows in offline] == [
+        [list(x) for x in rows] for rows in inline
+    ]
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty and no run"):
+        open_run(load_recipe("quickstart", SMALL), folder)
+    assert os.listdir(folder) == ["thesis.txt"]
