@@ -98,7 +98,7 @@ def _evaluate_runs(runs: list[Path]) -> None:
 def _evaluate_models(
     targets: list[str], cells: "EvaluationPlan", revision: str | None, out: Path
 ) -> None:
-    """Measure each model into out/<its name>/<digest of its weights>, so that no answers are stale."""
+    """Measure each model into out/<its name>/<digest of its weights>: no answer can be stale."""
     import pandas as pd
     from rich.console import Console
 

@@ -1,6 +1,6 @@
 """Show the packages to type checkers: links under build/typing, from pyproject's own mapping.
 
-mypy and pyright do not follow setuptools' package-dir. After this, `mypy_path = build/typing` works.
+mypy and pyright do not follow setuptools' package-dir; they follow `mypy_path = build/typing`.
 """
 
 import shutil

@@ -80,7 +80,9 @@ def test_wrong_yaml_is_one_line_and_runs_nothing(tmp_path: Path, text: str, mess
 
 
 def test_a_missing_recipe_names_the_shipped_ones() -> None:
-    with pytest.raises(InputError, match="nowhere.yaml: no such recipe file; shipped.*quickstart"):
+    with pytest.raises(
+        InputError, match=r"nowhere\.yaml: no such recipe file; shipped.*quickstart"
+    ):
         load_recipe("nowhere.yaml")
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -246,4 +245,4 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (folder / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty and no run"):
         open_run(load_recipe("quickstart", SMALL), folder)
-    assert os.listdir(folder) == ["thesis.txt"]
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
