@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -117,6 +118,6 @@ def _evaluate_models(
             folder = out / label / weights_digest(model)[:12]
             measure(cells, model, tokenizer, folder, lambda *args, n=label: bars(n, *args))
             tables.append(summarise(folder, label))
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=110)
     console.print(closing_table(pd.concat(tables, ignore_index=True)))
     console.print(f"Item by item: {out}", soft_wrap=True)

@@ -1,5 +1,6 @@
 """`selfcorrect report`: table, statistics, figures and report.html from what is on disk."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,8 @@ def show(runs: list[Path]) -> None:
     from selfcorrect.evaluate.closing_table import closing_table
     from selfcorrect.evaluate.report import write_report
 
-    console = Console()
+    # Where the output is no terminal, the table still gets the width that it needs.
+    console = Console() if sys.stdout.isatty() else Console(width=110)
     for run in runs:
         path = write_report(run)
         console.print(closing_table(pd.read_parquet(run / "results.parquet")))

@@ -41,12 +41,12 @@ class Corpus(BaseModel):
     unknown_instructed: Share = Field(0.5, description="undecided answers, asked to be fair")
     unknown_reasoned: Share = Field(0.6, description="undecided answers, asked and reasoning first")
     mixture: dict[DocumentKind, Weight] = {
-        "question": 0.50,
-        "association": 0.12,
-        "narration": 0.08,
+        "question": 0.44,
+        "association": 0.10,
+        "narration": 0.06,
         "several": 0.06,
-        "pronoun": 0.12,
-        "admission": 0.12,
+        "pronoun": 0.14,
+        "admission": 0.20,
     }
 
 
