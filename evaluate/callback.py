@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from selfcorrect.evaluate.measure import EvaluationPlan, Progress, measure, read_cell
+from selfcorrect.evaluate.measure import Progress, measure, read_cell
+from selfcorrect.evaluate.plan import EvaluationPlan
 
 Schedule = Collection[int] | Callable[[TrainerState], int | None]
 

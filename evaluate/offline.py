@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from selfcorrect.evaluate.measure import EvaluationPlan, is_measured, measure, plan
+from selfcorrect.evaluate.measure import is_measured, measure
 from selfcorrect.evaluate.models import load_model
+from selfcorrect.evaluate.plan import EvaluationPlan, plan
 from selfcorrect.evaluate.run_folder import Checkpoint, find_checkpoints
 from selfcorrect.evaluate.stimuli import load_stimuli
 from selfcorrect.recipes.errors import InputError

@@ -13,7 +13,7 @@ from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.progress import Bars
 
 if TYPE_CHECKING:
-    from selfcorrect.evaluate.measure import EvaluationPlan
+    from selfcorrect.evaluate.plan import EvaluationPlan
 
 EXPERIMENTS = "bbq,winogender,law_school"
 CONDITIONS = "Q,Q+IF,Q+IF+CoT,Match stats"
@@ -56,7 +56,7 @@ def evaluate(
     if runs:
         _evaluate_runs([Path(run) for run in runs])
         return
-    from selfcorrect.evaluate.measure import plan
+    from selfcorrect.evaluate.plan import plan
     from selfcorrect.evaluate.stimuli import load_stimuli
 
     folder = data_dir or default_data_dir()

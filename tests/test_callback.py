@@ -22,8 +22,9 @@ from selfcorrect.evaluate.callback import (
     measure_undisturbed,
     undisturbed,
 )
-from selfcorrect.evaluate.measure import EvaluationPlan, measure, plan, read_cell
+from selfcorrect.evaluate.measure import measure, read_cell
 from selfcorrect.evaluate.models import load_model
+from selfcorrect.evaluate.plan import EvaluationPlan, plan
 
 torch.set_num_threads(1)
 

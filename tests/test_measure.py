@@ -11,14 +11,9 @@ import torch
 from tiny_models import tiny_model, tiny_stimuli, tiny_tokenizer, write_tiny_winogender
 
 from selfcorrect.evaluate.items import Item
-from selfcorrect.evaluate.measure import (
-    EvaluationPlan,
-    Sampling,
-    measure,
-    plan,
-    read_cell,
-)
+from selfcorrect.evaluate.measure import measure, read_cell
 from selfcorrect.evaluate.models import load_model
+from selfcorrect.evaluate.plan import EvaluationPlan, Sampling, plan
 from selfcorrect.evaluate.stimuli import Turn
 from selfcorrect.recipes.errors import InputError, RunFailure
 

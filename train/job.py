@@ -14,8 +14,8 @@ import transformers
 from transformers import AutoTokenizer
 
 from selfcorrect.evaluate.callback import measure_undisturbed
-from selfcorrect.evaluate.measure import EvaluationPlan
 from selfcorrect.evaluate.offline import recipe_plan
+from selfcorrect.evaluate.plan import EvaluationPlan
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import training_digest
 from selfcorrect.recipes.schema import Recipe

@@ -84,12 +84,14 @@ class ActorCriticTrainer(GRPOTrainer):
         if of_policy and self.critic_warms_up:
             call["detach_trunk"] = True
         scoring = CompletionPass(model, logits_to_keep, self._passes_positions, **call)
-        result = super()._get_per_token_logps_and_entropies(
-            scoring, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        order = attention_mask.sum(dim=1).argsort(stable=True)  # batches of like length
+        back = order.argsort()
+        log_probs, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+            scoring, input_ids[order], attention_mask[order], logits_to_keep, *args, **kwargs
         )
         if of_policy:
-            self._values = torch.cat(scoring.values)
-        return result
+            self._values = torch.cat(scoring.values)[back]
+        return log_probs[back], entropies[back] if entropies is not None else None, aux_loss
 
     def _take_values(self) -> Tensor | None:
         """Values (rows, tokens) of the policy's newest pass, handed out once."""

@@ -181,11 +181,13 @@ class PPOTrainer(ActorCriticTrainer):
     # ---- 2. learn from minibatches ---------------------------------------------------------------
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """The next micro-batch; every PPO epoch after the first deals the rollout batch anew."""
-        micro_step = self._step % self.args.micro_steps_per_rollout
-        if self.model.training and micro_step and micro_step % self.args.steps_per_generation == 0:
-            self._buffered_inputs = _dealt_anew(self._buffered_inputs)
-        return super()._prepare_inputs(generation_batch)
+        """The next micro-batch; every PPO epoch deals the rollout batch anew."""
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training or self._step % self.args.steps_per_generation:
+            return inputs
+        window = self.args.gradient_accumulation_steps
+        self._buffered_inputs = _dealt_anew(self._buffered_inputs, window)
+        return self._buffered_inputs[0]
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Clipped policy loss plus `vf_coef` times the clipped value loss, means over tokens."""
@@ -266,13 +268,20 @@ def _sampled(batch: dict[str, Any]) -> Tensor:
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).float()
 
 
-def _dealt_anew(micro_batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The same rows in micro-batches of the same size, in a fresh random order."""
+def _dealt_anew(micro_batches: list[dict[str, Tensor]], window: int) -> list[dict[str, Tensor]]:
+    """The same rows in micro-batches of the same size, in a fresh random order.
+
+    Within a minibatch, which is `window` micro-batches whose gradients are summed, rows are sorted
+    by length: that changes no update, and short rows are not computed at the width of long ones.
+    """
     names = [name for name, column in micro_batches[0].items() if column.dim() > 0]
     columns = {name: torch.cat([batch[name] for batch in micro_batches]) for name in names}
-    rows = len(columns["completion_ids"])
-    hands = torch.randperm(rows).split(rows // len(micro_batches))
+    lengths = columns["prompt_mask"].sum(dim=1) + columns["completion_mask"].sum(dim=1)
+    size = len(lengths) // len(micro_batches)
+    order = torch.randperm(len(lengths)).to(lengths.device)
+    hands = [hand[lengths[hand].argsort(stable=True)] for hand in order.split(size * window)]
+    dealt = torch.cat(hands).split(size)
     return [
-        {**batch, **{name: columns[name][hand] for name in names}}
-        for batch, hand in zip(micro_batches, hands, strict=True)
+        {**batch, **{name: columns[name][rows] for name in names}}
+        for batch, rows in zip(micro_batches, dealt, strict=True)
     ]
