@@ -179,7 +179,8 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 def training_digest(recipe: Recipe, model: str, seed: int) -> str:
     """SHA-256 over everything that decides the weights of one model and seed."""
     parts = recipe.model_dump(mode="json", include={"data", "base", "reward", "ppo"})
-    del parts["ppo"]["checkpoints"]  # which steps are kept changes no weight
+    for key in ("checkpoints", "resume_every", "resume_minutes"):
+        del parts["ppo"][key]  # what is kept changes no weight
     del parts["data"]["benchmarks"], parts["data"]["stimuli"]
     parts["model"] = next(m for m in recipe.models if m.name == model).model_dump(mode="json")
     parts["seed"] = seed

@@ -3,12 +3,28 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from selfcorrect.recipes.society.settings import SocietySettings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Positive = Annotated[int, Field(gt=0)]
+
+# What may stand in the file; it is written out as a list.
+KEPT_STEPS = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "array", "items": {"type": "integer", "minimum": 0}},
+            {
+                "type": "object",
+                "properties": {"every": {"type": "integer", "minimum": 1}},
+                "required": ["every"],
+                "additionalProperties": False,
+            },
+            {"const": "powers of two"},
+        ]
+    }
+)
 
 
 class Section(BaseModel):
@@ -97,12 +113,33 @@ class Ppo(Section):
     """PPO; a step is one update on one batch of rollouts, as in the paper's x-axis."""
 
     steps: Positive
-    checkpoints: list[Annotated[int, Field(ge=0)]] = Field(
-        description="steps whose weights are kept; 0 is the policy before any feedback"
+    checkpoints: Annotated[list[Annotated[int, Field(ge=0)]], KEPT_STEPS] = Field(
+        description="steps whose weights are kept; 0 is the policy before any feedback. "
+        "A list, {every: n}, or powers of two"
     )
     resume_every: Positive = Field(10, description="steps between states to resume from")
+    resume_minutes: Annotated[float, Field(gt=0)] = Field(
+        15.0, description="minutes after which a state is saved at the next step all the same"
+    )
     trainer: dict[str, Any] = Field(default_factory=dict, description="fields of PPOConfig")
     lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _write_out_checkpoints(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("steps"), int):
+            return given
+        steps, asked = given["steps"], given.get("checkpoints")
+        if asked == "powers of two":
+            kept = [0, *(2**n for n in range(steps.bit_length()) if 2**n <= steps), steps]
+        elif isinstance(asked, dict) and list(asked) == ["every"]:
+            every = asked["every"]
+            if not isinstance(every, int) or every < 1:
+                raise ValueError("checkpoints: every needs a whole number above 0")
+            kept = [*range(0, steps, every), steps]
+        else:
+            return given
+        return {**given, "checkpoints": sorted(set(kept))}
 
     @model_validator(mode="after")
     def _steps_are_reached(self) -> "Ppo":

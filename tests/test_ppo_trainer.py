@@ -499,8 +499,17 @@ def test_saved_policy_is_the_live_one_and_nothing_else(home, tmp_path, critic, c
         assert torch.equal(loaded.eval()(input_ids=ids).logits, live)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     assert tokenizer.chat_template == TEMPLATE and tokenizer.eos_token == "<eos>"
-    with torch.no_grad():
-        trainer.model(input_ids=ids, labels=ids, fused_lm_head=True, score_last=2, with_values=True)
+    assert "critic" in dict(trainer.language_model.named_children()), "the critic did not come back"
+
+
+def test_output_of_actor_and_critic_is_still_a_dict_of_tensors(home, tmp_path):
+    """DistributedDataParallel walks through it to find what needs gradients."""
+    ids = torch.tensor([[3, 5, 6, 4, 7, 8]])
+    output = make_trainer(home, tmp_path).model(
+        input_ids=ids, labels=ids, fused_lm_head=True, score_last=2, with_values=True
+    )
+    assert {"log_probs", "entropy", "state_values"} <= output.keys()
+    assert all(isinstance(tensor, torch.Tensor) for tensor in output.values())
 
 
 def test_adapters_of_policy_and_critic_share_one_copy_of_the_base(home, tmp_path):

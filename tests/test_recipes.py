@@ -37,6 +37,7 @@ WRONG = [
     ("ppo.checkpoints=[0, 9]", "checkpoints asks for step 9 but the run ends at steps: 4"),
     ("ppo.checkpoints=[]", "ppo: checkpoints is empty"),
     ("ppo.checkpoints=[2, 0]", "ppo: checkpoints must rise"),
+    ("ppo.checkpoints={every: 0}", "checkpoints: every needs a whole number above 0"),
     ("ppo.steps=many", "ppo.steps: Input should be a valid integer"),
     ("name=../elsewhere", "name: String should match pattern"),
     ("models.0.path=x", "models.0: give either path or scratch"),
@@ -104,6 +105,22 @@ def test_overrides_reach_lists_and_new_sections() -> None:
     apply_override(content, "ppo.trainer.learning_rate=1e-4")
     assert content["models"][0]["name"] == "other"
     assert check_recipe(content, "x").ppo.trainer == {"learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "kept"),
+    [
+        ("{every: 10}", 25, [0, 10, 20, 25]),
+        ("powers of two", 20, [0, 1, 2, 4, 8, 16, 20]),
+        ("powers of two", 16, [0, 1, 2, 4, 8, 16]),
+        ("[0, 50, 100]", 100, [0, 50, 100]),
+    ],
+)
+def test_checkpoints_are_written_out(asked: str, steps: int, kept: list[int]) -> None:
+    content = copy.deepcopy(SMALL)
+    apply_override(content, f"ppo.checkpoints={asked}")
+    apply_override(content, f"ppo.steps={steps}")
+    assert check_recipe(content, "x").ppo.checkpoints == kept
 
 
 def test_digest_follows_what_decides_the_weights_and_nothing_else() -> None:

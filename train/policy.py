@@ -55,6 +55,7 @@ class KeepCheckpoints(TrainerCallback):
         self.record = record
         self.measure = measure
         self.measure_seconds = 0.0
+        self.saved = time.time()
         self.trainer: PPOTrainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -68,7 +69,11 @@ class KeepCheckpoints(TrainerCallback):
             return control
         step = state.global_step // args.updates_per_rollout
         self._reached(step)
-        control.should_save = step % self.ppo.resume_every == 0 and step < self.ppo.steps
+        waited = time.time() - self.saved > 60 * self.ppo.resume_minutes
+        due = waited or step % self.ppo.resume_every == 0
+        control.should_save = due and step < self.ppo.steps
+        if control.should_save:
+            self.saved = time.time()
         return control
 
     def _reached(self, step: int) -> None:

@@ -21,9 +21,12 @@ CRITIC = "critic"
 
 @dataclass
 class ActorCriticOutput(FusedCausalLMOutput):
-    """TRL's per-token output, and `values` (rows, tokens): V of the state before each token."""
+    """TRL's per-token output, and `state_values` (rows, tokens): V before each token is sampled.
 
-    values: Tensor | None = None
+    (Not `values`: the output is also a dict, whose `values()` DistributedDataParallel calls.)
+    """
+
+    state_values: Tensor | None = None
 
 
 def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
@@ -69,7 +72,7 @@ def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
                 known = ("input_ids", "attention_mask", "position_ids")
                 inputs = {k: v for k, v in kwargs.items() if k in known}
                 hidden = critic.backbone(**inputs, use_cache=False).last_hidden_state
-            output.values = critic(hidden[:, -score_last - 1 : -1])
+            output.state_values = critic(hidden[:, -score_last - 1 : -1])
         return output
 
     language_model.forward = types.MethodType(forward, language_model)
@@ -128,8 +131,8 @@ class CompletionPass:
         output.log_probs = pad(output.log_probs, (0, cut))
         if output.entropy is not None:
             output.entropy = pad(output.entropy, (0, cut))
-        if output.values is not None:
-            self.values.append(pad(output.values, (0, cut)))
+        if output.state_values is not None:
+            self.values.append(pad(output.state_values, (0, cut)))
         return output
 
 
