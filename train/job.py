@@ -4,6 +4,7 @@
 
 import importlib.metadata
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from selfcorrect.evaluate.callback import measure_undisturbed
 from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.evaluate.plan import EvaluationPlan
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.load import training_digest
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.base import train_base
@@ -45,7 +47,7 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
     torch.set_num_threads(threads_per_job(recipe))
     model = next(m for m in recipe.models if m.name == model_name)
     folder = run / model.name / f"seed-{seed}"
-    with only_one(folder):
+    with only_one(folder), full_disk_is_said(run):
         feedback = load_feedback(recipe.data, recipe.seeds[0])
         train_base(recipe, model, feedback.preferences, folder / "base", seed, notify)
         base = folder / "base"
@@ -90,6 +92,25 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
         measure_undisturbed(plan, model, trainer.processing_class, folder / "evaluation")
 
     return measure
+
+
+@contextmanager
+def full_disk_is_said(run: Path) -> Iterator[None]:
+    """RunFailure with one line where a full disk is behind whatever a library raises.
+
+    torch and safetensors report it as errors of their own; what they leave behind is half a file in
+    a working folder, which the next start removes.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, SafetensorError) as error:
+        said = "No space left" in str(error)
+        if said or shutil.disk_usage(run).free < 2**20:
+            raise RunFailure(
+                f"{run}: no space left on the disk; what was finished is kept, "
+                "make room and run the same command again"
+            ) from None
+        raise
 
 
 @contextmanager
