@@ -5,6 +5,7 @@
 import importlib.metadata
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,12 +121,16 @@ def only_one(folder: Path) -> Iterator[None]:
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        for wait_seconds in (1, 2, 4, 0):  # one that was just killed may still be going down
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(wait_seconds)
+        else:
             raise InputError(
                 f"{folder}: another process is training here; wait for it, or stop it first"
-            ) from None
+            )
         yield
 
 

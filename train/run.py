@@ -3,12 +3,14 @@
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -147,9 +149,8 @@ def _side_by_side(
 
 
 def _child(recipe: Recipe, run: Path, job: Job, events: Any) -> None:
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     from selfcorrect.train.job import run_job
 
     def send(job: Job, stage: str, done: int, total: int) -> None:
@@ -157,6 +158,14 @@ def _child(recipe: Recipe, run: Path, job: Job, events: Any) -> None:
 
     run_job(recipe, run, job[0], job[1], _reporter(send, job))
     sys.stdout.flush()
+
+
+def _end_with_parent() -> None:
+    """A killed run must not train on unseen: when the parent is gone, so is the child."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _reporter(report: Report, job: Job) -> Callable[[str, int, int], None]:

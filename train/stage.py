@@ -3,7 +3,6 @@
 # ruff: noqa: TID253  (all of this file is transformers)
 
 import json
-import os
 import resource
 import shutil
 import time
@@ -55,7 +54,7 @@ def silence(trainer: Any) -> None:
 
 
 class StageCallback(TrainerCallback):
-    """Reports progress, marks whole states, and ends the process when its parent is gone.
+    """Reports progress, and marks whole states.
 
     Two states are kept (`save_total_limit=2`): transformers deletes the older before the mark of
     the newer is written.
@@ -65,7 +64,6 @@ class StageCallback(TrainerCallback):
         self.stage = stage
         self.notify = notify
         self.updates_per_step = updates_per_step
-        self.parent = os.getppid()
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
@@ -77,8 +75,6 @@ class StageCallback(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Say how far it is."""
-        if os.getppid() != self.parent:
-            raise SystemExit(1)  # a killed run must not train on unseen
         self._report(state)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
