@@ -14,8 +14,11 @@ def report(
     show(runs)
 
 
-def show(runs: list[Path]) -> None:
-    """Write each run's report, print its closing table, and name the report."""
+def show(runs: list[Path], redraw: bool = True) -> None:
+    """Write each run's report, print its closing table, and name the report.
+
+    Without `redraw`, a report that is newer than all it is made from is left as it is.
+    """
     import pandas as pd
     from rich.console import Console
 
@@ -25,6 +28,19 @@ def show(runs: list[Path]) -> None:
     # Where the output is no terminal, the table still gets the width that it needs.
     console = Console() if sys.stdout.isatty() else Console(width=110)
     for run in runs:
-        path = write_report(run)
+        path = run / "report.html"
+        if redraw or not _is_current(path):
+            path = write_report(run)
         console.print(closing_table(pd.read_parquet(run / "results.parquet")))
         console.print(f"Report: {path}", soft_wrap=True)
+
+
+def _is_current(report: Path) -> bool:
+    run = report.parent
+    made_from = [*run.glob("*/seed-*/ppo/checkpoint-*/evaluation/*.parquet")]
+    made_from += [*run.glob("*/seed-*/ppo/checkpoint-*/*.json"), run / "recipe.yaml"]
+    made_from += [run / "run.json"]
+    if not (report.is_file() and (run / "results.parquet").is_file()):
+        return False
+    written = report.stat().st_mtime_ns
+    return all(path.stat().st_mtime_ns <= written for path in made_from if path.is_file())

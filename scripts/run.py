@@ -22,4 +22,4 @@ def run(
     folder = runs_dir / checked.name
     train_ladder(checked, folder)
     measure_rest(checked, folder)
-    show([folder])
+    show([folder], redraw=False)

@@ -31,15 +31,17 @@ def train_ladder(
     recipe: Recipe, folder: Path, model: str | None = None, seed: int | None = None
 ) -> None:
     """Check all of the recipe before anything is loaded, then train what is not finished."""
-    from selfcorrect.train.check import check_training
-    from selfcorrect.train.run import open_run, train_run
+    from selfcorrect.train.run import open_run, train_run, unfinished
 
     names = [m.name for m in recipe.models]
     if model is not None and model not in names:
         raise InputError(f"--model {model}: the recipe has {', '.join(names)}")
     if seed is not None and seed not in recipe.seeds:
         raise InputError(f"--seed {seed}: the recipe has {recipe.seeds}")
-    check_training(recipe)
+    if unfinished(recipe, folder):
+        from selfcorrect.train.check import check_training
+
+        check_training(recipe)
     open_run(recipe, folder)
     wanted = {
         (name, number)

@@ -33,14 +33,19 @@ TEMPLATE = (
     "{% else %}Assistant: {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+LLAMA = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 SHAPES = {
-    "llama": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    },
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": {**LLAMA, "head_dim": 8},
+    "gemma": {**LLAMA, "head_dim": 8},
+    "gemma2": {**LLAMA, "head_dim": 8, "sliding_window": 32},
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 1},
     "gpt_neox": {
         "hidden_size": 16,
@@ -767,3 +772,34 @@ def test_a_loss_that_is_not_finite_stops_before_it_acts(home, tmp_path):
     with pytest.raises(RunFailure, match="ppo step 1: the loss is nan"):
         trainer.train()
     assert_identical(before, tensors_of(trainer))
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("critic", CRITICS)
+def test_every_architecture_trains_an_adapter_with_every_critic(home, tmp_path, kind, critic):
+    path = home / ("base" if kind == "llama" else kind)
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = PPOTrainer(
+        str(path), target_share, make_args(tmp_path, critic=critic, max_steps=4),
+        train_dataset=make_prompts(plain=True), processing_class=make_tokenizer(), peft_config=lora,
+    )  # fmt: skip
+    before = tensors_of(trainer)
+    trainer.train()
+    moved = {n for n, t in tensors_of(trainer).items() if not torch.equal(t, before[n])}
+    assert any("lora_B.default" in name for name in moved)
+    assert not any("base_layer" in name and "critic.backbone" not in name for name in moved)
+    trainer.save_policy(tmp_path / "policy")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "policy")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    trainer.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, trainer.model(ids).logits, atol=0, rtol=0)
+
+
+def test_an_adapter_that_matches_no_layer_is_one_clear_line(home, tmp_path):
+    lora = LoraConfig(r=2, target_modules=["no_such_layer"], task_type="CAUSAL_LM")
+    with pytest.raises(InputError, match="no_such_layer"):
+        PPOTrainer(
+            str(home / "base"), target_share, make_args(tmp_path), train_dataset=make_prompts(),
+            processing_class=make_tokenizer(), peft_config=lora,
+        )  # fmt: skip

@@ -116,8 +116,10 @@ def test_offline_evaluation_gives_the_same_numbers_to_the_last_digit(
 def test_running_again_does_no_finished_work_twice(whole: Path) -> None:
     weights = {p: p.stat().st_mtime_ns for p in whole.rglob("*.safetensors")}
     cells = {p: p.stat().st_mtime_ns for p in whole.rglob("evaluation/*.parquet")}
+    report = (whole / "report.html").stat().st_mtime_ns
     done = go(whole.parent)
     assert done.returncode == 0, done.stderr
+    assert (whole / "report.html").stat().st_mtime_ns == report
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*.safetensors")} == weights
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("evaluation/*.parquet")} == cells
 

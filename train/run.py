@@ -23,6 +23,7 @@ from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.world import make_world
 from selfcorrect.recipes.whole_files import write_json
 
+LAST = Path("ppo") / "stage.json"  # what the last stage of a job leaves
 Job = tuple[str, int]  # model, seed
 Report = Callable[[Job, str, int, int], None]  # job, stage, steps done, steps in all
 
@@ -47,8 +48,10 @@ def open_run(recipe: Recipe, run: Path) -> None:
         if new:
             shutil.rmtree(run, ignore_errors=True)
         raise
-    save_recipe(recipe, path)
-    write_json(run / "run.json", run_facts(recipe))
+    if new or load_recipe(str(path)) != recipe:
+        save_recipe(recipe, path)
+    if unfinished(recipe, run):
+        write_json(run / "run.json", run_facts(recipe))
 
 
 def _check_same(old: Recipe, new: Recipe, run: Path) -> None:
@@ -104,13 +107,18 @@ def _commit() -> str | None:
     return found.stdout.strip()
 
 
+def unfinished(recipe: Recipe, run: Path) -> list[Job]:
+    """The jobs whose last stage has not ended, in the order in which they start."""
+    jobs = [(model.name, seed) for model in reversed(recipe.models) for seed in recipe.seeds]
+    return [job for job in jobs if not (run / job[0] / f"seed-{job[1]}" / LAST).is_file()]
+
+
 def train_run(recipe: Recipe, run: Path, report: Report, only: set[Job] | None = None) -> None:
     """Train every model with every seed, `launch.jobs` at a time; finished parts are passed over.
 
     The largest models are listed last and take longest, so they start first.
     """
-    jobs = [(model.name, seed) for model in reversed(recipe.models) for seed in recipe.seeds]
-    wanted = [job for job in jobs if only is None or job in only]
+    wanted = [job for job in unfinished(recipe, run) if only is None or job in only]
     if recipe.launch.jobs == 1 or len(wanted) == 1:
         from selfcorrect.train.job import run_job
 

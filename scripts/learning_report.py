@@ -1,0 +1,3 @@
+def draw(*a): pass
+def publish(*a): pass
+def tables(*a): return ""

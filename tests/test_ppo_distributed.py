@@ -1,0 +1,90 @@
+"""PPO in two real processes (gloo): whitening over both, and one model in both after training."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+WHITEN = """
+import json, sys, torch, torch.distributed as dist
+from selfcorrect.train.ppo.returns import explained_variance, whiten
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+x = torch.arange(24.0).reshape(6, 4).square()
+mask = torch.tensor([[1, 1, 0, 0]] * 2 + [[1, 1, 1, 1]] * 3 + [[0, 0, 0, 0]]).float()
+def reduce(sums):
+    dist.all_reduce(sums)
+    return sums
+half = slice(3 * rank, 3 * rank + 3)
+mine = whiten(x[half], mask[half], reduce)
+gap = (mine - whiten(x, mask)[half]).abs().max().item()
+whole = explained_variance(x * 0.9, x, mask)
+both = explained_variance(x[half] * 0.9, x[half], mask[half], reduce)
+json.dump({"gap": gap, "whole": whole, "both": both}, open(f"{sys.argv[1]}/{rank}.json", "w"))
+"""
+
+TRAIN = """
+import json, sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[2])
+import test_ppo_trainer as t
+from pathlib import Path
+torch.set_num_threads(1)
+folder, critic = Path(sys.argv[1]), sys.argv[3]
+lora = t.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+trainer = t.PPOTrainer(
+    str(folder / "base"), t.target_share, t.make_args(folder / "out", critic=critic, max_steps=8),
+    train_dataset=t.make_prompts(), processing_class=t.make_tokenizer(),
+    peft_config=lora if critic == "lora" else None,
+)
+before = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+trainer.train()
+after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+facts = {
+    "world": trainer.accelerator.num_processes, "episodes": trainer.episodes,
+    "sum": after.double().sum().item(), "moved": (after - before).abs().max().item(),
+    "score": trainer.last_score, "kl": trainer.last_kl,
+}
+json.dump(facts, open(folder / f"{trainer.accelerator.process_index}.json", "w"))
+"""
+
+
+def in_two_processes(folder: Path, code: str, *arguments: str) -> list[dict]:
+    script = folder / "worker.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command += [str(script), str(folder), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CI": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_whitening_over_two_processes_is_whitening_of_the_whole_batch(tmp_path: Path) -> None:
+    for facts in in_two_processes(tmp_path, WHITEN):
+        assert facts["gap"] < 1e-5
+        assert facts["both"] == pytest.approx(facts["whole"], abs=1e-6)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate", "lora"])
+def test_two_processes_train_one_model(tmp_path: Path, critic: str) -> None:
+    import torch
+    from test_ppo_trainer import make_config, make_tokenizer, widen
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make_config())
+    widen(model)
+    model.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    first, second = in_two_processes(tmp_path, TRAIN, str(Path(__file__).parent), critic)
+    assert first == second  # weights, score and KL alike: sums over processes reached both
+    assert first["world"] == 2 and first["moved"] > 0
+    assert first["episodes"] == 2 * 2 * 8  # two rollouts of two processes' 2 x 4 completions
