@@ -57,7 +57,8 @@ def _run_table(data: pd.DataFrame) -> Table:
 
 def _model_table(data: pd.DataFrame) -> Table:
     table = _empty("Self-correction by model")
-    table.add_column("Model, experiment, condition", overflow="fold")
+    table.add_column("Model", overflow="fold")
+    table.add_column("Condition", no_wrap=True)
     table.add_column("Headline metric", justify="right", no_wrap=True)
     for name in (*BESIDE.values(), "Prompts"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -68,7 +69,8 @@ def _model_table(data: pd.DataFrame) -> Table:
             for index, condition in enumerate(conditions):
                 rows = mine[mine["condition"] == condition]
                 table.add_row(
-                    f"  {_short(str(experiment)) if index == 0 else '':<12}{condition}",
+                    f"  {_short(str(experiment))}" if index == 0 else "",
+                    condition,
                     _headline(rows, str(experiment)),
                     *(_plain(rows, metric) for metric in BESIDE),
                     f"{rows['num_items'].max():,}",
@@ -85,7 +87,8 @@ def _empty(title: str) -> Table:
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
-        padding=(0, 1),
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
 
 

@@ -85,6 +85,13 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _label(target: str, revision: str | None) -> str:
+    """A model's short name, safe as a file's: the last part of a path, or the hub name."""
+    name = Path(target).absolute().name if Path(target).exists() else target
+    name = f"{name}@{revision}" if revision else name
+    return re.sub(r"[^A-Za-z0-9.@_-]+", "_", name).strip("._") or "model"
+
+
 def _evaluate_runs(runs: list[Path]) -> None:
     from selfcorrect.evaluate.offline import evaluate_run
     from selfcorrect.scripts.report import show
@@ -108,14 +115,16 @@ def _evaluate_models(
     from selfcorrect.evaluate.models import load_model, weights_digest
     from selfcorrect.evaluate.results import summarise
 
-    tables = []
+    tables, used = [], set[str]()
     with Bars() as bars:
         for target in targets:
             model, tokenizer = load_model(target, revision=revision)
-            label = re.sub(r"[^A-Za-z0-9._-]+", "_", target.strip("/")).strip("._") or "model"
-            if revision:
-                label += f"@{re.sub(r'[^A-Za-z0-9._-]+', '_', revision)}"
-            folder = out / label / weights_digest(model)[:12]
+            digest = weights_digest(model)[:12]
+            label = _label(target, revision)
+            folder = out / label / digest
+            if label in used:  # two folders of the same name
+                label = f"{label} {digest}"
+            used.add(label)
             measure(cells, model, tokenizer, folder, lambda *args, n=label: bars(n, *args))
             tables.append(summarise(folder, label))
     console = Console() if sys.stdout.isatty() else Console(width=110)
