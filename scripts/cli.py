@@ -29,8 +29,10 @@ def main() -> None:
         _stop(str(error), 2)
     except RunFailure as error:
         _stop(str(error), 1)
-    except KeyboardInterrupt:
-        _stop("stopped; the same command goes on from here", 130)
+    except SystemExit as ended:
+        if ended.code == 130:  # Ctrl-C, which typer turns into this
+            _stop("stopped; the same command goes on from here", 130)
+        raise
     except OSError as error:  # a full disk, a folder that may not be written to
         _stop(f"{error.filename or 'file system'}: {error.strerror or error}", 1)
 

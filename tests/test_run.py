@@ -17,6 +17,7 @@ from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.train.check import check_training
+from selfcorrect.train.job import only_one
 from selfcorrect.train.run import open_run, train_run
 
 pytestmark = pytest.mark.slow
@@ -150,6 +151,33 @@ def test_killed_at_any_stage_and_run_again_ends_with_the_same_bytes(
     done = go(runs)
     assert done.returncode == 0, done.stderr
     assert digests(runs / "small") == digests(whole)
+
+
+def test_stopped_by_hand_it_says_so_and_leaves_nothing_running(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    more = ["seeds=[0, 1]", "launch.jobs=2", "data.society.corpus.documents=30000"]
+    process = subprocess.Popen(
+        command(runs, *more),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while not any(runs.glob("small/tiny/seed-*/base.work")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert shown.splitlines()[-1] == "selfcorrect: stopped; the same command goes on from here"
+    locks = list(runs.glob("small/tiny/seed-*/.lock"))
+    assert locks
+    for lock in locks:  # no child holds its job any longer
+        with only_one(lock.parent):
+            pass
 
 
 def test_two_jobs_side_by_side_give_what_one_after_the_other_gives(
