@@ -37,7 +37,8 @@ from selfcorrect.recipes.whole_files import whole_file, write_json
 INTERVAL_MEANING = (
     "Percentile bootstrap over clusters (BBQ templates, occupations, distinct students) within "
     "each category. It says how far the number may move with other items of the same kind; it "
-    "does not cover another training run, seed or wording of the prompt."
+    "does not cover another training run, seed or wording of the prompt. An interval without width "
+    "means that all clusters agree: the rare exception may still exist, in up to about 3 of n."
 )
 
 # Columns of the tidy table, in order: (pandas type, meaning). Undefined is null, never 0.
