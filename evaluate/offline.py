@@ -45,13 +45,15 @@ def unmeasured(run: Path, cells: EvaluationPlan) -> list[Checkpoint]:
     ]
 
 
-def evaluate_run(recipe: Recipe, run: Path, notify: Notify, trust_remote_code: bool = False) -> int:
+def evaluate_run(recipe: Recipe, run: Path, notify: Notify) -> int:
     """Measure every checkpoint that lacks a cell; returns how many there were."""
     cells = recipe_plan(recipe, run)
     waiting = unmeasured(run, cells)
+    trusted = {model.name for model in recipe.models if model.trust_remote_code}
     for number, checkpoint in enumerate(waiting):
         notify("evaluate", number, len(waiting))
-        model, tokenizer = load_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+        trust = checkpoint.record.model in trusted
+        model, tokenizer = load_model(checkpoint.folder, trust_remote_code=trust)
         measure(cells, model, tokenizer, checkpoint.evaluation)
     if waiting:
         notify("evaluate", len(waiting), len(waiting))

@@ -171,8 +171,6 @@ class Evaluate(Section):
     max_new_tokens: Positive = Field(256, description="length of the model's own reasoning")
     temperature: Annotated[float, Field(ge=0)] = 1.0
     seed: int = 0
-    batch_tokens: Positive = Field(8192, description="tokens a forward pass, padding included")
-    resamples: Annotated[int, Field(ge=100)] = Field(2000, description="bootstrap resamples")
 
 
 class Launch(Section):
