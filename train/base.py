@@ -284,7 +284,10 @@ def given_model(model: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.gguf_file is not None:
-        # A model read from GGUF refuses save_pretrained: move its weights into a plain one.
+        # A model read from GGUF counts as quantized, and is neither saved nor trained: its weights,
+        # which were made plain in reading, move into a model that knows nothing of it.
+        if hasattr(policy.config, "quantization_config"):
+            del policy.config.quantization_config
         plain = AutoModelForCausalLM.from_config(policy.config)
         plain.load_state_dict(policy.state_dict())
         plain.generation_config = policy.generation_config

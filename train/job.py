@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
 
 def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notify) -> None:
     """Train one model with one seed through all stages; finished stages are passed over."""
-    _quiet()
+    quiet_libraries()
     torch.set_num_threads(threads_per_job(recipe))
     model = next(m for m in recipe.models if m.name == model_name)
     folder = run / model.name / f"seed-{seed}"
@@ -134,7 +134,7 @@ def only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def _quiet() -> None:
+def quiet_libraries() -> None:
     """Libraries speak only of errors: progress is shown by the run itself."""
     import logging
     import warnings
