@@ -511,7 +511,7 @@ def test_output_of_actor_and_critic_is_still_a_dict_of_tensors(home, tmp_path):
     """DistributedDataParallel walks through it to find what needs gradients."""
     ids = torch.tensor([[3, 5, 6, 4, 7, 8]])
     output = make_trainer(home, tmp_path).model(
-        input_ids=ids, labels=ids, fused_lm_head=True, score_last=2, with_values=True
+        input_ids=ids, labels=ids, fused_lm_head=True, scored_only=True, with_values=True
     )
     assert {"log_probs", "entropy", "state_values"} <= output.keys()
     assert all(isinstance(tensor, torch.Tensor) for tensor in output.values())

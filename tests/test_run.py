@@ -192,28 +192,55 @@ def test_two_jobs_side_by_side_give_what_one_after_the_other_gives(
 
 
 @pytest.mark.parametrize(
-    ("more", "message", "code"),
+    ("more", "message"),
     [
-        (["reward.held_out=0.5"], "another recipe, which differs in reward.held_out", 2),
-        (["ppo.trainer.learning_ratio=1"], "ppo.trainer.learning_ratio: unknown key; did you", 2),
-        (["ppo.trainer.max_steps=1"], "ppo.trainer.max_steps: this is set by the run itself", 2),
-        (["ppo.checkpoints=[0, 9]"], "checkpoints asks for step 9", 2),
-        (["ppo.trainer.steps_per_generation=3", "ppo.trainer.gradient_accumulation_steps=2"],
-         "steps_per_generation (3) must be a multiple", 2),
-        (["evaluate.conditions=[Q, R]"], "condition 'R'", 2),
+        ("reward.held_out=0.5", "another recipe, which differs in reward.held_out"),
+        ("ppo.checkpoints=[0, 9]", "checkpoints asks for step 9"),
+        ("evaluate.conditions=[Q, R]", "condition 'R'"),
     ],
-)  # fmt: skip
-def test_bad_input_is_one_line_and_changes_nothing(
-    whole: Path, more: list[str], message: str, code: int
+)
+def test_bad_input_on_a_finished_run_is_one_line_and_changes_nothing(
+    whole: Path, more: str, message: str
 ) -> None:
     before = digests(whole)
     recipe = (whole / "recipe.yaml").read_bytes()
-    done = go(whole.parent, *more)
-    assert done.returncode == code
+    done = go(whole.parent, more)
+    assert done.returncode == 2
     assert message in done.stderr
     assert re.fullmatch(r"selfcorrect: [^\n]*\n", done.stderr), done.stderr
     assert digests(whole) == before
     assert (whole / "recipe.yaml").read_bytes() == recipe
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("ppo.trainer.learning_ratio=1", "ppo.trainer.learning_ratio: unknown key; did you mean"),
+        ("ppo.trainer.max_steps=1", "ppo.trainer.max_steps: this is set by the run itself"),
+        ("ppo.trainer.gradient_accumulation_steps=3", "steps_per_generation"),
+        ("ppo.trainer.learning_rate=fast", "ppo.trainer.learning_rate: 'fast' is not a number"),
+        ("reward.trainer.num_epochs=2", "reward.trainer.num_epochs: unknown key"),
+        ("models.0.scratch.hidden_sise=8", "hidden_sise is no field of a llama model"),
+        ("evaluate.conditions=[R]", "condition 'R'"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: str,
+    message: str,
+) -> None:
+    from selfcorrect.scripts.cli import main
+
+    arguments = command(tmp_path / "runs", more)[3:]
+    monkeypatch.setattr(sys, "argv", ["selfcorrect", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in shown and re.fullmatch(r"selfcorrect: [^\n]*\n", shown), shown
+    assert not (tmp_path / "runs" / "small").exists()
 
 
 def test_a_given_model_is_trained_as_an_adapter_by_the_same_path(

@@ -50,29 +50,36 @@ from selfcorrect.train.stage import (
 WINDOW = 4096  # documents among which similar lengths are put together
 
 
-def scratch_model(
-    scratch: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int
-) -> PreTrainedModel:
-    """A freshly initialised causal language model; `scratch` holds its configuration's fields."""
+def scratch_config(scratch: dict[str, Any], **tokens: int | None) -> Any:
+    """The configuration that `scratch` describes; InputError for a type or field there is not."""
     fields = dict(scratch)
     model_type = fields.pop("model_type")
-    special = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-    }
     try:
         known = AutoConfig.for_model(model_type).to_dict()
         unknown = [key for key in fields if key not in known]
         if unknown:
             raise InputError(f"models: scratch: {unknown[0]} is no field of a {model_type} model")
-        config = AutoConfig.for_model(model_type, **{**special, **fields})
-        set_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        return AutoConfig.for_model(model_type, **{**tokens, **fields})
     except (ValueError, TypeError) as error:
         raise InputError(f"models: scratch: {str(error).splitlines()[0]}") from None
-    return model.to(torch.float32)
+
+
+def scratch_model(
+    scratch: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    """A freshly initialised causal language model; `scratch` holds its configuration's fields."""
+    config = scratch_config(
+        scratch,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    set_seed(seed)
+    try:
+        return AutoModelForCausalLM.from_config(config).to(torch.float32)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"models: scratch: {str(error).splitlines()[0]}") from None
 
 
 Row = tuple[list[int], list[float]]  # token ids, and how much each weighs in the loss
@@ -268,6 +275,17 @@ def _fine_tuner(
     )
 
 
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token to pad with that is not the end-of-text token, if the vocabulary has one to spare.
+
+    transformers' classifiers score the last token that is not padding: were both the same, a reward
+    model would never see that a text has ended.
+    """
+    named = [token for token in tokenizer.get_added_vocab() if "pad" in token.lower()]
+    spare = [*named, tokenizer.unk_token, tokenizer.bos_token]
+    return next((t for t in spare if t and t != tokenizer.eos_token), tokenizer.eos_token)
+
+
 def given_model(model: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The recipe's given model in float32, with a padding token; GGUF becomes plain weights."""
     assert model.path is not None
@@ -281,8 +299,9 @@ def given_model(model: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     )
     if tokenizer.eos_token is None:
         raise InputError(f"models: {model.name}: its tokenizer has no end-of-text token")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        tokenizer.pad_token = padding_token(tokenizer)
+    policy.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if model.gguf_file is not None:
         # A model read from GGUF counts as quantized, and is neither saved nor trained: its weights,
         # which were made plain in reading, move into a model that knows nothing of it.

@@ -16,6 +16,7 @@ def check_training(recipe: Recipe) -> None:
     from trl import RewardConfig, SFTConfig
 
     from selfcorrect.train.arguments import build, lora_config
+    from selfcorrect.train.base import scratch_config
     from selfcorrect.train.policy import ppo_arguments
 
     nowhere = Path("checked-only")
@@ -31,6 +32,8 @@ def check_training(recipe: Recipe) -> None:
         lora_config("reward.lora", recipe.reward.lora, "SEQ_CLS")
     for index, model in enumerate(recipe.models):
         _check_model(model.path, f"models.{index}.path")
+        if model.scratch is not None:
+            scratch_config(model.scratch)
     _check_data(recipe)
 
 

@@ -27,8 +27,11 @@ from selfcorrect.train.ppo.critic import (
     language_model_of,
     load_reward_model,
 )
-from selfcorrect.train.ppo.forward import CompletionPass, attach, hidden_critic, takes_positions
+from selfcorrect.train.ppo.forward import CompletionPass, attach, hidden_critic
 from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded
+
+# Rows a forward pass where a CPU gains nothing from more of them; then little of it is padding.
+ROWS_ON_CPU = 8
 
 
 class ActorCriticTrainer(GRPOTrainer):
@@ -65,7 +68,6 @@ class ActorCriticTrainer(GRPOTrainer):
         if self.ref_model is not None:
             attach(self.accelerator.unwrap_model(self.ref_model), None)
 
-        self._passes_positions = takes_positions(self.language_model)
         self._values: Tensor | None = None  # of the newest pass of the policy
         self._has_two_rates = False
         self.kl_coef = args.beta
@@ -83,7 +85,9 @@ class ActorCriticTrainer(GRPOTrainer):
         call: dict[str, Any] = {"with_values": True} if of_policy else {}
         if of_policy and self.critic_warms_up:
             call["detach_trunk"] = True
-        scoring = CompletionPass(model, logits_to_keep, self._passes_positions, **call)
+        if self._passes_are_split and not kwargs.get("compute_aux_loss"):
+            kwargs["batch_size"] = min(kwargs.get("batch_size") or len(input_ids), ROWS_ON_CPU)
+        scoring = CompletionPass(model, logits_to_keep, **call)
         order = attention_mask.sum(dim=1).argsort(stable=True)  # batches of like length
         back = order.argsort()
         log_probs, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
@@ -92,6 +96,11 @@ class ActorCriticTrainer(GRPOTrainer):
         if of_policy:
             self._values = torch.cat(scoring.values)[back]
         return log_probs[back], entropies[back] if entropies is not None else None, aux_loss
+
+    @property
+    def _passes_are_split(self) -> bool:
+        """Whether a few rows of like length share a forward pass, and others have their own."""
+        return self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
 
     def _take_values(self) -> Tensor | None:
         """Values (rows, tokens) of the policy's newest pass, handed out once."""
@@ -109,7 +118,7 @@ class ActorCriticTrainer(GRPOTrainer):
         return layer is not None and (layer.disable_adapters or "ref" in layer.active_adapters)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        """Completions of tokenised prompts; raises InputError where they do not fit the context."""
+        """Completions of tokenised prompts; raises InputError for an empty or too long one."""
         config = self.language_model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         longest = max(len(ids) for ids in prompt_ids)
@@ -119,6 +128,8 @@ class ActorCriticTrainer(GRPOTrainer):
                 f"{self.max_completion_length} exceed the model's context of {context}; "
                 "shorten the prompts or lower max_completion_length"
             )
+        if not all(prompt_ids):
+            raise InputError("ppo: a prompt has no tokens; leave empty prompts out")
         # vLLM takes the weights of every parameter it finds; ZeRO-3 needs the critic to stay.
         with hidden_critic(self.language_model) if self.use_vllm else nullcontext():
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)

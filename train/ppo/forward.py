@@ -1,7 +1,6 @@
 """Actor and critic in one forward pass, on real tokens only and at their true positions."""
 
 import functools
-import inspect
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -32,9 +30,10 @@ class ActorCriticOutput(FusedCausalLMOutput):
 def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
     """Teach a model that has TRL's fused head to score completions, with values if it has a critic.
 
-    `model(..., score_last=T)` returns log-probabilities of the last T tokens only, so the LM head
-    does no work on prompts. The critic becomes a submodule, reached through the model's own
-    forward: DistributedDataParallel and ZeRO then see one module, one forward and one backward.
+    `model(input_ids, labels, scored_only=True)` returns flat tensors (1, n) for the n tokens whose
+    label is not -100, row by row: neither the LM head nor the critic's head works on prompts and
+    padding. The critic becomes a submodule, reached through the model's own forward:
+    DistributedDataParallel and ZeRO then see one module, one forward and one backward.
     """
     if critic is not None:
         language_model.add_module(CRITIC, critic)
@@ -44,24 +43,26 @@ def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
     def forward(
         self: PreTrainedModel,
         *args: Any,
-        score_last: int | None = None,
+        scored_only: bool = False,
         with_values: bool = False,
         detach_trunk: bool = False,
         **kwargs: Any,
     ) -> Any:
-        if score_last is None:
+        if not scored_only:
             return plain_forward(*args, **kwargs)
+        labels = kwargs.pop("labels")
+        following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+        places = torch.nonzero(following != -100).squeeze(1)  # of the states that predict them
         states: list[Tensor] = []
 
-        def keep_last(module: nn.Module, inputs: Any, output: Any) -> Any:
-            output.last_hidden_state = output.last_hidden_state[:, -score_last - 1 :]
+        def keep_predicting(module: nn.Module, inputs: Any, output: Any) -> Any:
+            output.last_hidden_state = _states_at(places, output.last_hidden_state)
             states.append(output.last_hidden_state)
             return output
 
-        hook = self.base_model.register_forward_hook(keep_last)
-        labels = kwargs.pop("labels")[:, -score_last - 1 :]
+        hook = self.base_model.register_forward_hook(keep_predicting)
         try:
-            scored = plain_forward(*args, labels=labels, **kwargs)
+            scored = plain_forward(*args, shift_labels=following[places][None], **kwargs)
         finally:
             hook.remove()
         output = ActorCriticOutput(**scored)
@@ -69,13 +70,18 @@ def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
             hidden = states[0].detach() if detach_trunk else states[0]
             critic = getattr(self, CRITIC)
             if critic.backbone is not None:
-                known = ("input_ids", "attention_mask", "position_ids")
-                inputs = {k: v for k, v in kwargs.items() if k in known}
+                inputs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
                 hidden = critic.backbone(**inputs, use_cache=False).last_hidden_state
-            output.state_values = critic(hidden[:, -score_last - 1 : -1])
+                hidden = _states_at(places, hidden)
+            output.state_values = critic(hidden)
         return output
 
     language_model.forward = types.MethodType(forward, language_model)
+
+
+def _states_at(places: Tensor, hidden: Tensor) -> Tensor:
+    """States (1, places, size) out of hidden states (rows, tokens, size)."""
+    return hidden.flatten(0, 1).index_select(0, places)[None]
 
 
 @contextmanager
@@ -88,23 +94,19 @@ def hidden_critic(language_model: PreTrainedModel) -> Iterator[None]:
         language_model._modules[CRITIC] = critic
 
 
-def takes_positions(language_model: PreTrainedModel) -> bool:
-    """Whether the backbone can be told where in its text each token stands."""
-    return "position_ids" in inspect.signature(language_model.base_model.forward).parameters
-
-
 class CompletionPass:
-    """Stands in for the model where TRL scores completions: trims, adds positions, keeps values.
+    """Stands in for the model where TRL scores completions: no padding between, values kept aside.
 
-    TRL passes no position ids, which is wrong for left-padded prompts where positions are absolute
-    (GPT-2), and it passes rows as wide as the whole rollout batch. Columns that are padding in
-    every row of a micro-batch are cut here, and what comes back is as wide as TRL expects.
+    TRL's rows are a left-padded prompt and a right-padded completion, as wide as the whole rollout
+    batch. Here each row's tokens move to the front, and columns that are then padding in every row
+    are cut. Causal attention cannot see the padding behind a row, so no mask is needed, and each
+    token stands at its true position, which matters where positions are absolute (GPT-2; TRL passes
+    none). What comes back is laid out as TRL expects it.
     """
 
-    def __init__(self, model: nn.Module, width: int, positions: bool, **call: Any) -> None:
+    def __init__(self, model: nn.Module, width: int, **call: Any) -> None:
         self.model = model
         self.width = width
-        self.positions = positions
         self.call = call
         self.values: list[Tensor] = []
 
@@ -112,31 +114,30 @@ class CompletionPass:
         self, *, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **extra: Any
     ) -> ActorCriticOutput:
         """One micro-batch; all arguments as TRL passes them."""
-        first, end = real_columns(attention_mask)
-        # At least one completion column stays, and one state before it.
-        end = max(end, input_ids.size(1) - self.width + 1)
-        first = min(first, input_ids.size(1) - self.width - 1)
-        cut = input_ids.size(1) - end
-        mask = attention_mask[:, first:end]
-        if self.positions:
-            extra["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        order = _real_first(attention_mask)
+        if "output_router_logits" in extra:  # experts are balanced over real tokens
+            extra["attention_mask"] = attention_mask.gather(1, order)
         output = self.model(
-            input_ids=input_ids[:, first:end],
-            attention_mask=mask,
-            labels=labels[:, first:end],
-            score_last=self.width - cut,
+            input_ids=input_ids.gather(1, order),
+            labels=labels.gather(1, order),
+            scored_only=True,
             **self.call,
             **extra,
         )
-        output.log_probs = pad(output.log_probs, (0, cut))
+        scored = labels[:, -self.width :] != -100
+
+        def laid_out(flat: Tensor) -> Tensor:
+            return flat.new_zeros(scored.shape).masked_scatter(scored, flat)
+
+        output.log_probs = laid_out(output.log_probs)
         if output.entropy is not None:
-            output.entropy = pad(output.entropy, (0, cut))
+            output.entropy = laid_out(output.entropy)
         if output.state_values is not None:
-            self.values.append(pad(output.state_values, (0, cut)))
+            self.values.append(laid_out(output.state_values))
         return output
 
 
-def real_columns(attention_mask: Tensor) -> tuple[int, int]:
-    """First and one past the last column with a real token in any row."""
-    real = torch.nonzero(attention_mask.any(dim=0)).flatten()
-    return (int(real[0]), int(real[-1]) + 1) if len(real) else (0, attention_mask.size(1))
+def _real_first(attention_mask: Tensor) -> Tensor:
+    """Columns (rows, longest row) that put each row's real tokens first, in their order."""
+    longest = int(attention_mask.sum(dim=1).max())
+    return attention_mask.argsort(dim=1, descending=True, stable=True)[:, : max(longest, 1)]
