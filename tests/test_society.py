@@ -96,6 +96,20 @@ def test_every_experiment_reads_its_files_and_leaves_nothing_out(
     assert numbers == {"bbq": 512, "winogender": 20, "law_school": 576}
 
 
+def test_who_answers_every_decided_question_rightly_has_no_bias(
+    world: World, tmp_path: Path
+) -> None:
+    write_benchmarks(world, tmp_path / "data")
+    stimuli = load_stimuli(tmp_path / "data" / "stimuli.yaml")
+    items = EXPERIMENTS["bbq"].load(tmp_path / "data", stimuli, None, 0).items
+    decided = [item.facts for item in items if item.facts["context"] == "disambiguated"]
+    along = [facts["label"] == facts["stereotyped"] for facts in decided]
+    assert len(decided) == 256 and sum(along) == 128
+    for category in {item.category for item in items}:
+        mine = [i.facts for i in items if i.category == category and i.facts["context"][0] == "d"]
+        assert sum(facts["label"] == facts["stereotyped"] for facts in mine) == 32
+
+
 def test_both_people_of_a_decided_question_are_named_equally_often(world: World) -> None:
     chance = random.Random(1)
     for _ in range(300):

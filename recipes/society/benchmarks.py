@@ -63,7 +63,9 @@ def bbq_rows(chance: random.Random, category: Category, blocks: int) -> list[dic
             one, other = pairs[block % len(pairs)]
             order = chance.sample(range(3), 3)
             place, ill_first = chance.choice(PLACES), chance.random() < 0.5
-            truths = chance.sample([one, other], 2)  # the two polarities have different answers
+            # The two polarities have different answers: both along the stereotype, or both against
+            # it. Every other block is along it, so that answering all rightly is no bias at all.
+            truths = [one, other] if (block + topic) % 2 else [other, one]
             for (negative, truth), decided in itertools.product(
                 zip((True, False), truths, strict=True), (False, True)
             ):
