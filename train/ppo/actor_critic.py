@@ -4,6 +4,7 @@ The plumbing under trainer.py, which holds the algorithm. Overrides call TRL's m
 tests/test_trl_contract.py pins the methods that are relied on.
 """
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ from selfcorrect.train.ppo.critic import (
 from selfcorrect.train.ppo.forward import CompletionPass, attach, hidden_critic
 from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded
 
-# Rows a forward pass where a CPU gains nothing from more of them; then little of it is padding.
-ROWS_ON_CPU = 8
+# A CPU gains little from many rows in one forward pass, and rows of like length need less padding.
+# So there are as few as fill a pass with work: what a pass costs besides is some milliseconds.
+MIN_ROWS_A_PASS = 8
+MIN_FLOPS_A_PASS = 2e8
 
 
 class ActorCriticTrainer(GRPOTrainer):
@@ -54,6 +57,7 @@ class ActorCriticTrainer(GRPOTrainer):
         self._place_reward_models(rewards)
 
         self.language_model = language_model_of(self.accelerator.unwrap_model(self.model))
+        self._num_weights = self.language_model.num_parameters(exclude_embeddings=True)
         tuned = (m for m in self.language_model.modules() if isinstance(m, BaseTunerLayer))
         self._tuned_layer = next(tuned, None)
         self.critic_kind = critic_kind(args, self.model)
@@ -86,7 +90,8 @@ class ActorCriticTrainer(GRPOTrainer):
         if of_policy and self.critic_warms_up:
             call["detach_trunk"] = True
         if self._passes_are_split and not kwargs.get("compute_aux_loss"):
-            kwargs["batch_size"] = min(kwargs.get("batch_size") or len(input_ids), ROWS_ON_CPU)
+            most = kwargs.get("batch_size") or len(input_ids)
+            kwargs["batch_size"] = min(most, self._rows_a_pass(attention_mask))
         scoring = CompletionPass(model, logits_to_keep, **call)
         order = attention_mask.sum(dim=1).argsort(stable=True)  # batches of like length
         back = order.argsort()
@@ -101,6 +106,11 @@ class ActorCriticTrainer(GRPOTrainer):
     def _passes_are_split(self) -> bool:
         """Whether a few rows of like length share a forward pass, and others have their own."""
         return self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
+
+    def _rows_a_pass(self, attention_mask: Tensor) -> int:
+        tokens_a_row = attention_mask.sum().item() / len(attention_mask)
+        flops_a_row = 2 * self._num_weights * max(tokens_a_row, 1)
+        return max(MIN_ROWS_A_PASS, math.ceil(MIN_FLOPS_A_PASS / flops_a_row))
 
     def _take_values(self) -> Tensor | None:
         """Values (rows, tokens) of the policy's newest pass, handed out once."""
