@@ -78,7 +78,7 @@ def plan(
     data_dir: Path,
     stimuli: Stimuli,
     experiments: Sequence[str],
-    conditions: Sequence[str],
+    conditions: Sequence[str] | None,
     *,
     limit: int | None = None,
     seed: int = 0,
@@ -88,7 +88,8 @@ def plan(
 ) -> EvaluationPlan:
     """Load the items and fill in their dialogues, experiment by experiment.
 
-    A condition that one experiment does not offer is skipped for it. `limit` and `seed` choose
+    `conditions` None means all that are offered. A condition that one experiment does not offer is
+    skipped for it. `limit` and `seed` choose
     the items (see each experiment's `load`); `seed` also drives the samples.
 
     Raises InputError for unknown experiments, for a condition that none of them offers, and for
@@ -98,6 +99,7 @@ def plan(
 
     offered = {name: stimuli.section(name).conditions for name in experiments}
     known = list(dict.fromkeys(name for conditions_ in offered.values() for name in conditions_))
+    conditions = known if conditions is None else conditions
     for condition in conditions:
         if condition not in known:
             names = ", ".join(experiments)

@@ -163,7 +163,9 @@ class Evaluate(Section):
         "winogender",
         "law_school",
     ]
-    conditions: list[str] = ["Q", "Q+IF", "Q+IF+CoT", "Match stats"]
+    conditions: list[str] | None = Field(
+        None, description="for example [Q, Q+IF]; default: all that the experiments offer"
+    )
     limit: Positive | None = Field(None, description="items an experiment, sampled by template")
     attach: Literal["inline", "off"] = Field(
         "inline", description="inline: while training; off: after it"

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from selfcorrect.evaluate.plan import EvaluationPlan
 
 EXPERIMENTS = "bbq,winogender,law_school"
-CONDITIONS = "Q,Q+IF,Q+IF+CoT,Match stats"
 
 
 def default_data_dir() -> Path:
@@ -35,7 +34,9 @@ def evaluate(
         typer.Option(help="Folder with bbq/, winogender/, law_school/ (models only)."),
     ] = None,
     experiments: Annotated[str, typer.Option(help="Comma-separated.")] = EXPERIMENTS,
-    conditions: Annotated[str, typer.Option(help="Comma-separated.")] = CONDITIONS,
+    conditions: Annotated[
+        str | None, typer.Option(help="Comma-separated, for example Q,Q+IF; default: all.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Items an experiment, sampled by template.")
     ] = None,
@@ -62,17 +63,11 @@ def evaluate(
     folder = data_dir or default_data_dir()
     if not folder.is_dir():
         raise InputError(f"{folder}: no such data folder; give --data-dir or SELFCORRECT_DATA_DIR")
-    named = _names(experiments)
-    wording = load_stimuli(stimuli)
-    offered = {name for e in named for name in wording.section(e).conditions}
-    asked = _names(conditions)
-    if conditions == CONDITIONS:  # the default names every condition of the paper
-        asked = [name for name in asked if name in offered]
     cells = plan(
         folder,
-        wording,
-        named,
-        asked,
+        load_stimuli(stimuli),
+        _names(experiments),
+        None if conditions is None else _names(conditions),
         limit=limit,
         seed=seed,
         max_new_tokens=max_new_tokens,

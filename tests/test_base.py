@@ -68,6 +68,7 @@ def test_the_seed_decides_the_weights() -> None:
     [
         ({"hiden_size": 8}, "hiden_size is no field of a llama model"),
         ({"model_type": "lama"}, "lama"),
+        ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
     ],
 )
 def test_a_wrong_configuration_is_one_line(change: dict, message: str) -> None:

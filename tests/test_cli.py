@@ -59,6 +59,14 @@ def test_two_models_side_by_side(
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
+def test_one_experiment_is_asked_under_all_the_conditions_that_it_has(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*evaluate(place, str(place / "one")), "--out", str(tmp_path)]
+    assert call(monkeypatch, *arguments, "--experiments", "bbq") == 0
+    assert len(list(tmp_path.rglob("bbq.*.parquet"))) == 3
+
+
 def test_other_weights_under_the_same_name_are_measured_anew(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -60,8 +61,8 @@ def scratch_config(scratch: dict[str, Any], **tokens: int | None) -> Any:
         if unknown:
             raise InputError(f"models: scratch: {unknown[0]} is no field of a {model_type} model")
         return AutoConfig.for_model(model_type, **{**tokens, **fields})
-    except (ValueError, TypeError) as error:
-        raise InputError(f"models: scratch: {str(error).splitlines()[0]}") from None
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"models: scratch: {' '.join(str(error).split())}") from None
 
 
 def scratch_model(
@@ -78,8 +79,8 @@ def scratch_model(
     set_seed(seed)
     try:
         return AutoModelForCausalLM.from_config(config).to(torch.float32)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"models: scratch: {str(error).splitlines()[0]}") from None
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"models: scratch: {' '.join(str(error).split())}") from None
 
 
 Row = tuple[list[int], list[float]]  # token ids, and how much each weighs in the loss

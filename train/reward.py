@@ -74,14 +74,18 @@ def train_reward(
         base, num_labels=1, dtype=torch.float32
     )
     model.config.pad_token_id = tokenizer.pad_token_id
-    trainer = RewardTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list(pairs[num_held_out:]),
-        processing_class=tokenizer,
-        peft_config=lora_config("reward.lora", reward.lora, "SEQ_CLS") if reward.lora else None,
-        callbacks=[StageCallback("reward", notify)],
-    )
+    lora = lora_config("reward.lora", reward.lora, "SEQ_CLS") if reward.lora else None
+    try:
+        trainer = RewardTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(pairs[num_held_out:]),
+            processing_class=tokenizer,
+            peft_config=lora,
+            callbacks=[StageCallback("reward", notify)],
+        )
+    except ValueError as error:  # LoRA targets that match nothing, pairs that are all too long
+        raise InputError(f"reward: {str(error).splitlines()[0]}") from None
     silence(trainer)
     trainer.train(resume_from_checkpoint=resume_state(work))
     fitted = trainer.accelerator.unwrap_model(trainer.model)
