@@ -7,6 +7,8 @@ Works with any `transformers.Trainer`: SFT, DPO, GRPO, this project's PPO, or on
 # ruff: noqa: TID253  -- a TrainerCallback: imported only where a trainer is
 
 import random
+import sys
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,10 +18,11 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from selfcorrect.evaluate.cell_files import read_cell
-from selfcorrect.evaluate.measure import Progress, measure
+from selfcorrect.evaluate.cell_files import Origin, read_cell
+from selfcorrect.evaluate.measure import Progress, cost, measure
 from selfcorrect.evaluate.packing import Prepared
 from selfcorrect.evaluate.plan import EvaluationPlan
+from selfcorrect.evaluate.processes import ALONE, Processes, joined
 
 Schedule = Collection[int] | Callable[[TrainerState], int | None]
 
@@ -33,8 +36,9 @@ class SelfCorrectionCallback(TrainerCallback):
     attribute) to have the headline metrics logged with the training's own, as
     `eval_<experiment>.<condition>.<metric>`; without one they go to `state.log_history` alone.
 
-    In a run of several processes only the first one measures, while the others wait at their
-    next collective call. Not for ZeRO-3 or FSDP, where no process holds the whole model.
+    In a run of several processes all share the items, and the first one writes. Under ZeRO-3 the
+    weights are gathered while measuring, so each device must hold the whole model for that time.
+    Where it does not fit, and under FSDP, evaluate the saved checkpoints.
     """
 
     def __init__(
@@ -53,15 +57,24 @@ class SelfCorrectionCallback(TrainerCallback):
         self.trainer = trainer
         self.tokenizer = tokenizer
         self.progress = progress
+        self.seconds = 0.0
+        self.started = 0.0
         self._prepared = Prepared()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Step 0, or the step a run is resumed at (files that are there already stay)."""
+        self.started, self.seconds = time.perf_counter(), 0.0
         self._measure(state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """After an optimizer update."""
         self._measure(state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Say what the measuring has cost."""
+        training = time.perf_counter() - self.started - self.seconds
+        if state.is_world_process_zero:
+            print(cost(self.seconds, training), file=sys.stderr)
 
     def _measure(
         self,
@@ -72,16 +85,28 @@ class SelfCorrectionCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         step = self._step(state)
-        if step is None or not state.is_world_process_zero:
+        if step is None:
             return
         tokenizer = self.tokenizer if self.tokenizer is not None else processing_class
         if tokenizer is None:
             raise ValueError("SelfCorrectionCallback: the trainer has no processing_class; give it")
-        folder = self.folder_of_step(step)
-        paths = measure_undisturbed(
-            self.plan, model, tokenizer, folder, self.progress, self._prepared
-        )
-        self._log(state, control, {f"eval_{k}": v for k, v in headlines(paths).items()})
+        started = time.perf_counter()
+        processes = joined() if torch.distributed.is_initialized() else ALONE
+        if getattr(self.trainer, "is_fsdp_enabled", False):
+            raise ValueError("SelfCorrectionCallback: not for FSDP; evaluate the saved checkpoints")
+        with whole(model) as gathered:
+            paths = measure_undisturbed(
+                self.plan,
+                gathered,
+                tokenizer,
+                self.folder_of_step(step),
+                self.progress,
+                self._prepared,
+                processes=processes,
+            )
+        if processes.rank == 0:
+            self._log(state, control, {f"eval_{k}": v for k, v in headlines(paths).items()})
+        self.seconds += time.perf_counter() - started
 
     def _step(self, state: TrainerState) -> int | None:
         if callable(self.at):
@@ -118,6 +143,34 @@ def headlines(paths: Collection[Path]) -> dict[str, float]:
     return found
 
 
+@contextmanager
+def whole(model: Any) -> Iterator[Any]:
+    """The model with all of its weights on every process, also where ZeRO-3 has split them up.
+
+    DeepSpeed's hooks let go of weights after each forward, and wait for the other processes before
+    it: they are set aside meanwhile, since the processes score different items.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        yield model
+        return
+    import deepspeed
+
+    held = [
+        hooks
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+    ]
+    kept = [dict(hooks) for hooks in held]
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        for hooks in held:
+            hooks.clear()
+        try:
+            yield model
+        finally:
+            for hooks, own in zip(held, kept, strict=True):
+                hooks.update(own)
+
+
 def measure_undisturbed(
     plan: EvaluationPlan,
     model: Any,
@@ -125,6 +178,8 @@ def measure_undisturbed(
     folder: Path,
     progress: Progress | None = None,
     prepared: Prepared | None = None,
+    origin: Origin | None = None,
+    processes: Processes = ALONE,
 ) -> list[Path]:
     """`measure` a model in training: it, and every random number drawn later, stay as they are.
 
@@ -132,7 +187,7 @@ def measure_undisturbed(
     mixed-precision wrapper that a trainer may have put around the model.
     """
     with undisturbed(model):
-        return measure(plan, model, tokenizer, folder, progress, prepared)
+        return measure(plan, model, tokenizer, folder, progress, prepared, origin, processes)
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """One parquet file a cell: a row per item, order and draw, and what was asked in its metadata."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pyarrow.parquet as pq
 
 from selfcorrect.evaluate.cells import METADATA_KEY, read_settings, read_table
 from selfcorrect.evaluate.plan import PlannedCell
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.whole_files import whole_file
 
 _COLUMNS = pa.schema(
@@ -34,15 +36,31 @@ _COLUMNS = pa.schema(
 
 Row = dict[str, Any]
 
+# Items after which a cell's rows are put on disk: what a killed evaluation loses at most.
+PART_ITEMS = 2048
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose answers they are: a digest of the weights, and the engine (each rounds differently)."""
+
+    weights: str
+    engine: str = "packed"
+
 
 class CellWriter:
-    """Takes a cell's rows slice by slice, so that memory does not grow with their number."""
+    """Takes a cell's rows slice by slice, so that memory does not grow with their number.
 
-    def __init__(self, path: Path, cell: PlannedCell) -> None:
+    Every PART_ITEMS items they go to disk as a part of their own, beside the cell's file. A later
+    writer of the same cell and origin finds them: `num_items` says how many items they hold.
+    """
+
+    def __init__(self, path: Path, cell: PlannedCell, origin: Origin) -> None:
         metadata = {
             "experiment": cell.experiment,
             "condition": cell.condition,
             "settings_digest": cell.settings_digest,
+            "origin": asdict(origin),
             "num_items": len(cell.items),
             "left_out": cell.left_out,
         }
@@ -54,40 +72,120 @@ class CellWriter:
         self.schema = pa.schema([*_COLUMNS, *own]).with_metadata(
             {METADATA_KEY: json.dumps(metadata).encode()}
         )
-        self._file = pq.ParquetWriter(path, self.schema, compression="zstd")
+        self.path = path
+        self._folder = path.with_name(f".{path.name}.parts")
+        self._parts = self._found()
+        self._held: list[pa.Table] = []
+        self.num_items = self._parts[-1][1] if self._parts else 0
 
-    def write(self, rows: Sequence[Row]) -> None:
-        """Add some rows, in the order of the items."""
+    def _found(self) -> list[tuple[int, int, Path]]:
+        """The parts on disk, as (first item, end, file), as far as they are whole and ours."""
+        found: list[tuple[int, int, Path]] = []
+        for path in sorted(self._folder.glob("*.parquet")):
+            first, _, last = path.stem.partition("-")
+            expected = found[-1][1] if found else 0
+            try:
+                ours = pq.read_schema(path).metadata == self.schema.metadata
+                if not ours or int(first) != expected or not int(last) > expected:
+                    break
+            except (pa.ArrowException, OSError, ValueError):
+                break
+            found.append((int(first), int(last), path))
+        return found
+
+    def go_back(self, num_items: int) -> None:
+        """Forget the items from `num_items` on: other cells of the same slices have no more."""
+        self._parts = [part for part in self._parts if part[1] <= num_items]
+        self.num_items = self._parts[-1][1] if self._parts else 0
+
+    def write(self, rows: Sequence[Row], num_items: int) -> None:
+        """Add the rows of the next `num_items` items, in the order of the items."""
         columns = [
             pa.array([row.get(field.name) for row in rows], field.type) for field in self.schema
         ]
-        self._file.write_table(pa.Table.from_arrays(columns, schema=self.schema))
+        self._held.append(pa.Table.from_arrays(columns, schema=self.schema))
+        self.num_items += num_items
+        if self.num_items - (self._parts[-1][1] if self._parts else 0) >= PART_ITEMS:
+            self.keep()
 
-    def close(self) -> None:
-        """Write the file's footer."""
-        self._file.close()
+    def keep(self) -> None:
+        """Put on disk what has been written since the last part."""
+        if not self._held:
+            return
+        first = self._parts[-1][1] if self._parts else 0
+        path = self._folder / f"{first:09d}-{self.num_items:09d}.parquet"
+        with whole_file(path) as temporary, _table_writer(temporary, self.schema) as file:
+            for table in self._held:
+                file.write_table(table)
+        self._parts.append((first, self.num_items, path))
+        self._held = []
+
+    def write_whole(self, path: Path) -> None:
+        """Write all of the cell to `path`, of the parts and what is held: a row group a slice."""
+        with _table_writer(path, self.schema) as file:
+            for _, _, part in self._parts:
+                try:
+                    rows = pq.ParquetFile(part, page_checksum_verification=True)
+                    for group in range(rows.num_row_groups):
+                        file.write_table(rows.read_row_group(group))
+                except (pa.ArrowException, OSError):
+                    part.unlink(missing_ok=True)
+                    raise RunFailure(
+                        f"{part}: damaged while the cell was measured; run the same command again"
+                    ) from None
+            for table in self._held:
+                file.write_table(table)
+
+    def clear(self) -> None:
+        """Remove the parts: the cell's file has them all."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _table_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
 
 @contextmanager
-def writing(path: Path, cell: PlannedCell) -> Iterator[CellWriter]:
-    """A writer of the cell's file, which appears whole or not at all."""
-    with whole_file(path) as temporary:
-        writer = CellWriter(temporary, cell)
-        try:
-            yield writer
-        finally:
-            writer.close()
+def writing(
+    paths: Sequence[Path], cells: Sequence[PlannedCell], origin: Origin
+) -> Iterator[list[CellWriter]]:
+    """Writers of cells that are measured together; each file appears whole or not at all.
+
+    All go on after the same number of items. What was written stays for the next time, unless the
+    data or the weights are at fault.
+    """
+    writers = [CellWriter(path, cell, origin) for path, cell in zip(paths, cells, strict=True)]
+    while len({writer.num_items for writer in writers}) > 1:  # parts may end at other items
+        common = min(writer.num_items for writer in writers)
+        for writer in writers:
+            writer.go_back(common)
+    try:
+        yield writers
+    except (InputError, RunFailure):
+        raise
+    except BaseException:  # Ctrl-C too
+        for writer in writers:
+            writer.keep()
+        raise
+    with ExitStack() as files:  # all are written before the first takes its name
+        for writer in writers:
+            writer.write_whole(files.enter_context(whole_file(writer.path)))
+    for writer in writers:
+        writer.clear()
 
 
-def is_measured(path: Path, cell: PlannedCell) -> bool:
-    """Whether `path` is an undamaged file of this very cell."""
+def is_measured(path: Path, cell: PlannedCell, origin: Origin | None = None) -> bool:
+    """Whether `path` is an undamaged file of this very cell, and of `origin` if one is given."""
     if not path.is_file():
         return False
     try:
         _, metadata = read_cell(path)
     except InputError:
         return False
-    return metadata.get("settings_digest") == cell.settings_digest
+    theirs = metadata.get("origin")
+    return metadata.get("settings_digest") == cell.settings_digest and (
+        origin is None or theirs == asdict(origin)
+    )
 
 
 def read_cell(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:

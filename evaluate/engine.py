@@ -54,6 +54,33 @@ class Engine(ABC):
         which is cut off. Temperature 0 takes the likeliest token.
         """
 
+    def sample_then_score(
+        self,
+        prompts: Sequence[str],
+        keys: Sequence[str],
+        then: Callable[[int, Sample], Request],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop: str | None = None,
+    ) -> list[tuple[Sample, list[float]]]:
+        """The texts of `sample`, and the scores of what is asked after each of them.
+
+        `then`, called once with each prompt's place and sample, in any order, says what that is.
+        An engine may go on from what it has read and written, instead of reading it again.
+        """
+        samples = self.sample(
+            prompts,
+            keys,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop=stop,
+        )
+        scores = self.score([then(index, sample) for index, sample in enumerate(samples)])
+        return list(zip(samples, scores, strict=True))
+
     def check_room(self, prompts: Sequence[str], num_tokens: int) -> None:
         """Raises PromptTooLong for the first prompt after which `num_tokens` do not fit."""
         self._tokens_with_room(prompts, num_tokens)

@@ -18,7 +18,7 @@ import torch
 
 from selfcorrect.evaluate.packing import Pack
 
-_LARGEST_LOGITS = 2**26  # numbers in the logits of one forward
+LARGEST_LOGITS = 2**26  # numbers in the logits of one forward
 _LARGEST_SOFTMAX = 2**22  # numbers in one piece of the normaliser, to stay in the cache
 
 
@@ -50,19 +50,19 @@ class Forwards:
         wanted = [np.unique(packs[i].wanted_nodes) for i in range(len(packs))]
         for batch in self._batches(order, [len(p) for p in packs], [len(w) for w in wanted]):
             width = len(packs[batch[0]])
-            tokens = _padded([packs[i].tokens for i in batch], width, 0)
-            depths = _padded([packs[i].depths for i in batch], width, 0)
+            tokens = padded([packs[i].tokens for i in batch], width, 0)
+            depths = padded([packs[i].depths for i in batch], width, 0)
             # A padding node is its own subtree: it sees itself, and nobody sees it.
             ends = torch.arange(width, dtype=torch.int32).repeat(len(batch), 1)
             keep = torch.zeros(len(batch), width, dtype=torch.bool)
             for row, i in enumerate(batch):
                 ends[row, : len(packs[i])] = torch.from_numpy(packs[i].ends)
                 keep[row, wanted[i]] = True
-            logits, _ = self._logits(
+            logits, _ = self.logits(
                 keep,
                 input_ids=tokens,
                 position_ids=depths,
-                attention_mask=_ancestors(ends.to(self.device), self.dtype),
+                attention_mask=ancestors(ends.to(self.device), self.dtype),
             )
             yield from self._picked(logits, batch, packs, wanted)
 
@@ -79,9 +79,9 @@ class Forwards:
                 places, keep = _places(pack, rows, 0)
                 width = lengths[batch[0]]
                 inside = torch.arange(width) < torch.tensor([lengths[i] for i in batch])[:, None]
-                logits, _ = self._logits(
+                logits, _ = self.logits(
                     keep,
-                    input_ids=_padded([pack.tokens[row] for row in rows], width, 0),
+                    input_ids=padded([pack.tokens[row] for row in rows], width, 0),
                     position_ids=torch.arange(width).expand(len(batch), -1),
                     attention_mask=inside.long(),
                 )
@@ -108,10 +108,10 @@ class Forwards:
         prefixes = [family.prefix for family in families]
         rows = [row for family in families for row in family.rows]
         places, keep = _places(pack, prefixes, 0)
-        logits, cache = self._logits(
+        logits, cache = self.logits(
             keep,
             use_cache=True,
-            input_ids=_padded([pack.tokens[prefix] for prefix in prefixes], length, 0),
+            input_ids=padded([pack.tokens[prefix] for prefix in prefixes], length, 0),
             position_ids=torch.arange(length).expand(len(prefixes), -1),
             attention_mask=torch.ones(len(prefixes), length, dtype=torch.long),
         )
@@ -124,9 +124,9 @@ class Forwards:
         cache.batch_select_indices(torch.tensor(parents, device=self.device))
         places, keep = _places(pack, suffixes, length)
         inside = torch.arange(width) < torch.tensor([len(s) for s in suffixes])[:, None]
-        logits, _ = self._logits(
+        logits, _ = self.logits(
             keep,
-            input_ids=_padded([pack.tokens[suffix] for suffix in suffixes], width, 0),
+            input_ids=padded([pack.tokens[suffix] for suffix in suffixes], width, 0),
             position_ids=torch.arange(length, length + width).expand(len(rows), -1),
             attention_mask=torch.cat(
                 [torch.ones(len(rows), length, dtype=torch.long), inside.long()], dim=1
@@ -156,7 +156,7 @@ class Forwards:
         for index in order:
             more = logits + wanted[index] * self.vocabulary
             tokens = (len(batch) + 1) * lengths[batch[0] if batch else index]
-            if batch and (tokens > self.batch_tokens or more > _LARGEST_LOGITS):
+            if batch and (tokens > self.batch_tokens or more > LARGEST_LOGITS):
                 yield batch
                 batch, more = [], wanted[index] * self.vocabulary
             batch.append(index)
@@ -164,7 +164,7 @@ class Forwards:
         if batch:
             yield batch
 
-    def _logits(
+    def logits(
         self, keep: torch.Tensor, use_cache: bool = False, **inputs: Any
     ) -> tuple[torch.Tensor, Any]:
         """Logits (N, vocabulary) at the N marked positions, row by row, and the cache."""
@@ -196,7 +196,7 @@ class Forwards:
             for start, i in zip(starts, batch, strict=False)
         ]
         tokens = np.concatenate([packs[i].wanted_tokens for i in batch])
-        values = _log_probabilities(logits, np.concatenate(at), tokens)
+        values = log_probabilities(logits, np.concatenate(at), tokens)
         lengths = np.cumsum([len(places) for places in at])[:-1]
         yield from zip(batch, np.split(values, lengths), strict=True)
 
@@ -206,7 +206,7 @@ class Forwards:
         """Put in the values of the nodes whose logits lie at `places`."""
         at = np.array([places.get(int(node), -1) for node in pack.wanted_nodes])
         here = np.flatnonzero(at >= 0)
-        values[here] = _log_probabilities(logits, at[here], pack.wanted_tokens[here])
+        values[here] = log_probabilities(logits, at[here], pack.wanted_tokens[here])
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +275,7 @@ def _places(
     return places, keep
 
 
-def _padded(rows: Sequence[np.ndarray], width: int, value: int) -> torch.Tensor:
+def padded(rows: Sequence[np.ndarray], width: int, value: int) -> torch.Tensor:
     """Rows of tokens or positions as one tensor, filled up on the right."""
     table = np.full((len(rows), width), value, dtype=np.int64)
     for index, row in enumerate(rows):
@@ -283,15 +283,23 @@ def _padded(rows: Sequence[np.ndarray], width: int, value: int) -> torch.Tensor:
     return torch.from_numpy(table)
 
 
-def _ancestors(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The additive mask (B, 1, L, L) of tries in preorder: 0 for a node and its ancestors."""
+def ancestors(
+    ends: torch.Tensor, dtype: torch.dtype, held: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The additive mask (B, 1, L, C + L) of tries in preorder: 0 for a node and its ancestors.
+
+    `held` (B, C) marks the columns of a cache before them that all nodes of a row see.
+    """
     nodes = torch.arange(ends.shape[1], device=ends.device)
     seen = (nodes[:, None] >= nodes) & (nodes[:, None] <= ends[:, None, :])
+    if held is not None:
+        before = held.to(ends.device)[:, None, :].expand(-1, len(nodes), -1)
+        seen = torch.cat([before, seen], dim=2)
     mask = torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype, device=ends.device)
     return mask.masked_fill_(seen, 0.0)[:, None]
 
 
-def _log_probabilities(logits: torch.Tensor, at: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def log_probabilities(logits: torch.Tensor, at: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """log p(token) at rows `at` of the logits (N, vocabulary), float64; NaN stays NaN."""
     size = max(1, _LARGEST_SOFTMAX // logits.shape[-1])
     pieces = [piece.float().logsumexp(dim=-1) for piece in logits.split(size)]

@@ -1,12 +1,11 @@
 """Any `LM` object of lm-eval (the evaluation harness) as an engine, and engines by name."""
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from selfcorrect.evaluate.continuations import Request, continuations
 from selfcorrect.evaluate.engine import Engine, Sample
+from selfcorrect.evaluate.models import best_device
 from selfcorrect.evaluate.vllm_engine import load_vllm, request_seed
 from selfcorrect.recipes.errors import InputError
 
@@ -126,8 +125,9 @@ def load_engine(name: str, model: str, revision: str | None = None) -> Engine:
     except ImportError:
         raise InputError("lm-eval is not installed: pip install 'selfcorrect[lm-eval]'") from None
     options: dict[str, Any] = {"pretrained": model}
-    if lm == "hf":  # prompts carry their special tokens as text
-        options |= {"add_bos_token": False}
+    if lm == "hf":
+        # Prompts carry their special tokens as text; by itself it asks for CUDA, there or not.
+        options |= {"add_bos_token": False, "device": best_device()}
     if revision is not None:
         options["revision"] = revision
     try:
@@ -135,18 +135,3 @@ def load_engine(name: str, model: str, revision: str | None = None) -> Engine:
     except (ValueError, KeyError, OSError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{model}: lm-eval's {lm} cannot load it: {reason}") from error
-
-
-def files_digest(model: str, revision: str | None = None) -> str:
-    """SHA-256 of a folder's *.safetensors, or of (name, revision) for a name on the hub.
-
-    A name without a commit hash as revision may come to stand for other weights: say so.
-    """
-    digest = hashlib.sha256()
-    files = sorted(Path(model).glob("*.safetensors"))
-    for path in files:
-        with path.open("rb") as handle:
-            digest.update(path.name.encode() + hashlib.file_digest(handle, "sha256").digest())
-    if not files:
-        digest.update(f"{model}@{revision}".encode())
-    return digest.hexdigest()

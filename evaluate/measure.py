@@ -8,13 +8,13 @@ A cell whose file is there already, with the same settings, is not measured agai
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfcorrect.evaluate.cell_files import is_measured, writing
+from selfcorrect.evaluate.cell_files import CellWriter, Origin, Row, is_measured, writing
 from selfcorrect.evaluate.continuations import PromptTooLong, Request
 from selfcorrect.evaluate.dialogue import (
     before_sample,
@@ -25,6 +25,7 @@ from selfcorrect.evaluate.dialogue import (
 from selfcorrect.evaluate.engine import Engine, Sample
 from selfcorrect.evaluate.items import Item
 from selfcorrect.evaluate.plan import EvaluationPlan, PlannedCell, Question
+from selfcorrect.evaluate.processes import ALONE, Processes
 from selfcorrect.evaluate.stimuli import SAMPLE, Turn
 from selfcorrect.recipes.errors import InputError, RunFailure
 
@@ -44,42 +45,110 @@ def measure(
     folder: Path,
     progress: Progress | None = None,
     prepared: "Prepared | None" = None,
+    origin: Origin | None = None,
+    processes: Processes = ALONE,
 ) -> list[Path]:
     """`measure_with` a model in memory, scored in packs.
 
     `prepared` keeps what depends on the tokenizer alone for the next model; hand the same one over
-    for all checkpoints. `model` must be in eval mode (`callback.measure_undisturbed` sees to
-    that for a model in training).
+    for all checkpoints. `origin` names the weights where a digest of their files is known; else one
+    of the values in memory is made. `model` must be in eval mode (`callback.measure_undisturbed`
+    sees to that for a model in training).
     """
     from selfcorrect.evaluate.scoring import Scorer
+    from selfcorrect.evaluate.weights import weights_digest
 
     if model.training:
         raise ValueError("measure a model in eval mode, or call measure_undisturbed")
-    return measure_with(plan, Scorer(model, tokenizer, prepared=prepared), folder, progress)
+    origin = origin or Origin(weights_digest(model))
+    scorer = Scorer(model, tokenizer, prepared=prepared)
+    return measure_with(plan, scorer, folder, origin, progress, processes)
 
 
 def measure_with(
-    plan: EvaluationPlan, engine: Engine, folder: Path, progress: Progress | None = None
+    plan: EvaluationPlan,
+    engine: Engine,
+    folder: Path,
+    origin: Origin,
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> list[Path]:
     """Measure every cell that `folder` does not hold yet; returns the files of all cells.
 
-    Each file appears whole: interrupted and called again, the work goes on with the experiment
-    (or the sampled cell) that was not done.
+    Each file appears whole. Interrupted and called again, the work goes on with the items that are
+    not on disk yet. `processes` share the items; all of them call this.
 
     Raises InputError for prompts that do not fit the model, RunFailure for NaN logits.
     """
-    report = progress or _silent
-    waiting = [cell for cell in plan.cells if not is_measured(folder / cell.file_name, cell)]
+    work = _Work(engine, folder, origin, (progress if processes.rank == 0 else None) or _silent)
+    waiting = processes.agree(
+        lambda: {
+            cell.name
+            for cell in plan.cells
+            if not is_measured(folder / cell.file_name, cell, origin)
+        }
+    )
+    missing = [cell for cell in plan.cells if cell.name in waiting]
     # Cells of one experiment share most of their prompts: those without samples go together.
-    for experiment in dict.fromkeys(cell.experiment for cell in waiting):
-        cells = [cell for cell in waiting if cell.experiment == experiment]
+    for experiment in dict.fromkeys(cell.experiment for cell in missing):
+        cells = [cell for cell in missing if cell.experiment == experiment]
         together = [cell for cell in cells if cell.sampling is None]
         if together:
-            _score_cells(together, engine, folder, report)
+            _measure_together(together, work, processes, _score_part)
         for cell in cells:
             if cell.sampling is not None:
-                _sample_cell(cell, engine, folder, report)
+                _check_room(cell, engine)
+                _measure_together([cell], work, processes, _sample_part)
     return [folder / cell.file_name for cell in plan.cells]
+
+
+def cost(seconds: float, training_seconds: float) -> str:
+    """What attached evaluation has cost, in a line; both in seconds, apart from each other."""
+    share = f", {seconds / training_seconds:.0%} of the training's" if training_seconds > 0 else ""
+    return f"Attached evaluation: {seconds:.1f} s{share} {training_seconds:.1f} s"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What measures, where the files go, whose answers they are, and who is told."""
+
+    engine: Engine
+    folder: Path
+    origin: Origin
+    progress: Progress
+
+
+Rows = list[list[Row]]  # of each cell
+MeasurePart = Callable[[Sequence[PlannedCell], Engine, slice], Rows]
+
+
+def _measure_together(
+    cells: Sequence[PlannedCell], work: _Work, processes: Processes, measure_part: MeasurePart
+) -> None:
+    """Measure cells of one experiment, which have the same items, slice by slice.
+
+    In every round each process takes one slice, and the first process writes them in order.
+    """
+    name = f"{cells[0].experiment} {', '.join(cell.condition for cell in cells)}"
+    num_items = len(cells[0].items)
+    paths = [work.folder / cell.file_name for cell in cells]
+    writes = processes.rank == 0
+    files = writing(paths, cells, work.origin) if writes else nullcontext(list[CellWriter]())
+    with files as writers:
+        done = processes.agree(lambda: writers[0].num_items)
+        work.progress(name, done, num_items)
+        for first in range(done, num_items, _SLICE * processes.size):
+            start = first + _SLICE * processes.rank
+            own = slice(start, min(start + _SLICE, num_items))
+            for part, rows in zip(
+                _slices(num_items, first),
+                processes.gather(partial(measure_part, cells, work.engine, own)),
+                strict=False,  # the last round may have less to do than processes
+            ):
+                for writer, ones in zip(writers, rows, strict=False):
+                    writer.write(ones, part.stop - part.start)
+                done = part.stop
+            work.progress(name, done, num_items)
 
 
 @dataclass
@@ -91,29 +160,24 @@ class _Asked:
     turns: list[Turn]
     samples: list[Sample] = field(default_factory=list)
 
+    def take(self, engine: Engine, sample: Sample) -> None:
+        """Put what the model has written into the dialogue."""
+        self.turns = with_sample(engine.tokenizer, self.turns, sample.text)
+        self.samples.append(sample)
 
-def _score_cells(
-    cells: Sequence[PlannedCell], engine: Engine, folder: Path, progress: Progress
-) -> None:
-    """Score cells of one experiment, which have the same items, slice by slice."""
-    name = f"{cells[0].experiment} {', '.join(cell.condition for cell in cells)}"
-    num_items = len(cells[0].items)
-    progress(name, 0, num_items)
-    with ExitStack() as files:
-        writers = [files.enter_context(writing(folder / c.file_name, c)) for c in cells]
-        for part in _slices(num_items):
-            asked = [[_Asked(q, 0, q.turns) for q in cell.questions(part)] for cell in cells]
-            owners = [
-                (cell, one.question.item)
-                for cell, ones in zip(cells, asked, strict=True)
-                for one in ones
-            ]
-            with _Naming(owners):
-                key = "|".join([str(part), *(cell.settings_digest for cell in cells)])
-                scores = iter(engine.score_kept(key, partial(_requests, cells, asked, engine)))
-            for writer, ones in zip(writers, asked, strict=True):
-                writer.write([_row(one, next(scores)) for one in ones])
-            progress(name, min(part.stop, num_items), num_items)
+
+def _score_part(cells: Sequence[PlannedCell], engine: Engine, part: slice) -> Rows:
+    """Score the options of some items under several conditions at once."""
+    asked = [[_Asked(q, 0, q.turns) for q in cell.questions(part)] for cell in cells]
+    owners = [
+        (cell, one.question.item) for cell, ones in zip(cells, asked, strict=True) for one in ones
+    ]
+    if not owners:
+        return [[] for _ in cells]
+    with _Naming(owners):
+        key = "|".join([str(part), *(cell.settings_digest for cell in cells)])
+        scores = iter(engine.score_kept(key, partial(_requests, cells, asked, engine)))
+    return [[_row(one, next(scores)) for one in ones] for ones in asked]
 
 
 def _requests(
@@ -126,47 +190,52 @@ def _requests(
     ]
 
 
-def _sample_cell(cell: PlannedCell, engine: Engine, folder: Path, progress: Progress) -> None:
-    """Have the model write its own text, and score the final question after it."""
+def _sample_part(cells: Sequence[PlannedCell], engine: Engine, part: slice) -> Rows:
+    """Have the model write its own text, and score the final question after it; for one cell."""
+    (cell,) = cells
     assert cell.sampling is not None
-    progress(cell.name, 0, len(cell.items))
-    _check_room(cell, engine)
-    with writing(folder / cell.file_name, cell) as writer:
-        for part in _slices(len(cell.items)):
-            asked = [
-                _Asked(question, draw, question.turns)
-                for question in cell.questions(part)
-                for draw in range(cell.sampling.draws)
-            ]
-            with _Naming([(cell, one.question.item) for one in asked]):
-                for round_ in range(cell.section.num_samples(cell.condition)):
-                    _write_turn(cell, asked, engine, round_)
-                scores = engine.score(
-                    [(_prompt(cell, engine, one.turns), one.question.options) for one in asked]
-                )
-            writer.write([_row(*answer) for answer in zip(asked, scores, strict=True)])
-            progress(cell.name, min(part.stop, len(cell.items)), len(cell.items))
+    asked = [
+        _Asked(question, draw, question.turns)
+        for question in cell.questions(part)
+        for draw in range(cell.sampling.draws)
+    ]
+    if not asked:
+        return [[]]
+    with _Naming([(cell, one.question.item) for one in asked]):
+        *rounds, last = range(cell.section.num_samples(cell.condition))
+        for round_ in rounds:
+            samples = engine.sample(**_turn_to_write(cell, asked, engine, round_))
+            for one, sample in zip(asked, samples, strict=True):
+                one.take(engine, sample)
+
+        def final_question(index: int, sample: Sample) -> Request:
+            asked[index].take(engine, sample)
+            return _prompt(cell, engine, asked[index].turns), asked[index].question.options
+
+        answers = engine.sample_then_score(
+            then=final_question, **_turn_to_write(cell, asked, engine, last)
+        )
+    return [[_row(one, scores) for one, (_, scores) in zip(asked, answers, strict=True)]]
 
 
-def _write_turn(cell: PlannedCell, asked: Sequence[_Asked], engine: Engine, round_: int) -> None:
-    """Have the model write the next turn of each dialogue that is its own to write."""
+def _turn_to_write(
+    cell: PlannedCell, asked: Sequence[_Asked], engine: Engine, round_: int
+) -> dict[str, Any]:
+    """What `Engine.sample` needs for the next turn of each dialogue that is the model's own."""
     assert cell.sampling is not None
-    samples = engine.sample(
-        [_prompt(cell, engine, before_sample(one.turns)) for one in asked],
+    return {
+        "prompts": [_prompt(cell, engine, before_sample(one.turns)) for one in asked],
         # The same noise for an item at every checkpoint and in every condition: differences are
         # the model's own, and one more round of review goes on from the very same answer.
-        [
+        "keys": [
             f"{cell.experiment}|{one.question.item.id}|{one.question.order}|{one.draw}|{round_}"
             for one in asked
         ],
-        max_new_tokens=cell.sampling.max_new_tokens,
-        temperature=cell.sampling.temperature,
-        seed=cell.sampling.seed,
-        stop=stop_text(engine.tokenizer, cell.style),
-    )
-    for one, sample in zip(asked, samples, strict=True):
-        one.turns = with_sample(engine.tokenizer, one.turns, sample.text)
-        one.samples.append(sample)
+        "max_new_tokens": cell.sampling.max_new_tokens,
+        "temperature": cell.sampling.temperature,
+        "seed": cell.sampling.seed,
+        "stop": stop_text(engine.tokenizer, cell.style),
+    }
 
 
 def _prompt(cell: PlannedCell, engine: Engine, turns: Sequence[Turn]) -> str:
@@ -234,8 +303,8 @@ class _Naming:
             raise RunFailure(f"{where}: {error}") from None
 
 
-def _slices(number: int) -> Iterator[slice]:
-    return (slice(first, first + _SLICE) for first in range(0, number, _SLICE))
+def _slices(number: int, start: int = 0) -> Iterator[slice]:
+    return (slice(at, min(at + _SLICE, number)) for at in range(start, number, _SLICE))
 
 
 def _silent(name: str, done: int, total: int) -> None:

@@ -1,13 +1,12 @@
 """Loading a causal LM and its tokenizer for evaluation: from a folder, the hub, PEFT, or GGUF."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from selfcorrect.recipes.errors import InputError
 
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"
 
 
 def load_model(
@@ -33,9 +32,9 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
-    adapter = Path(source) / _ADAPTER
+    adapter = Path(source) / ADAPTER
     if adapter.is_file():
-        base = _base_of(adapter)
+        base = base_of(adapter)
         model = _load_weights(base, dtype, {"trust_remote_code": trust_remote_code})
         model = _load_adapter(model, source)
         tokenizer = _load_tokenizer(source, base, {"trust_remote_code": trust_remote_code})
@@ -79,8 +78,8 @@ def _source(path: str) -> str:
     return path
 
 
-def _base_of(adapter: Path) -> str:
-    """Where the adapter's base model is: as named, or beside the adapter."""
+def base_of(adapter: Path) -> str:
+    """Where the base of an adapter_config.json is: as named, or beside the adapter."""
     try:
         named = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError, UnicodeDecodeError):
@@ -164,14 +163,3 @@ class _InputErrors:
             remedy = "it needs config.json, *.safetensors and the tokenizer's files"
         message = f"{self.source}: cannot load the {self.what}: {reason.rstrip('.')}; {remedy}"
         raise InputError(message) from error
-
-
-def weights_digest(model: Any) -> str:
-    """SHA-256 over the names, types and values of a model's parameters, wherever they came from."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

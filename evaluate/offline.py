@@ -1,18 +1,27 @@
-"""Evaluation after the fact: every checkpoint of a run on disk, or any models side by side."""
+"""Evaluation after the fact, or beside a live run: every checkpoint of a run on disk."""
 
+import shutil
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from selfcorrect.evaluate.cell_files import is_measured
-from selfcorrect.evaluate.measure import measure
-from selfcorrect.evaluate.models import load_model
+from selfcorrect.evaluate.cell_files import Origin, is_measured
+from selfcorrect.evaluate.claims import claimed
+from selfcorrect.evaluate.measure import measure, measure_with
 from selfcorrect.evaluate.plan import EvaluationPlan, plan
-from selfcorrect.evaluate.run_folder import Checkpoint, find_checkpoints
+from selfcorrect.evaluate.processes import ALONE, Processes
+from selfcorrect.evaluate.run_folder import RECORD, Checkpoint, find_checkpoints
 from selfcorrect.evaluate.stimuli_files import load_stimuli
 from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 
 Notify = Callable[[str, int, int], None]  # what, done, in all
+
+POLL_SECONDS = 2.0  # between two looks for new checkpoints, or at what other processes hold
 
 
 def recipe_plan(recipe: Recipe, run: Path) -> EvaluationPlan:
@@ -40,42 +49,191 @@ def recipe_plan(recipe: Recipe, run: Path) -> EvaluationPlan:
     )
 
 
-def unmeasured(run: Path, cells: EvaluationPlan) -> list[Checkpoint]:
-    """Checkpoints of the run that lack a cell of the plan."""
-    return [
-        checkpoint
-        for checkpoint in find_checkpoints(run)
-        if not all(is_measured(checkpoint.evaluation / c.file_name, c) for c in cells.cells)
-    ]
+def unmeasured(
+    run: Path,
+    cells: EvaluationPlan,
+    engine: str = "packed",
+    malformed: dict[Path, str] | None = None,
+) -> list[Checkpoint]:
+    """Checkpoints of the run that lack a cell of the plan; `malformed`: see `find_checkpoints`."""
+    return [c for c in find_checkpoints(run, malformed) if not _is_whole(c, cells, engine)]
 
 
-def evaluate_run(recipe: Recipe, run: Path, notify: Notify) -> int:
-    """Measure every checkpoint that lacks a cell; returns how many there were.
+def all_kept(recipe: Recipe, run: Path) -> bool:
+    """Whether every checkpoint that the recipe asks for is there, with a record that is whole."""
+    kept = {(c.record.model, c.record.seed, c.record.step) for c in find_checkpoints(run, {})}
+    return all(
+        (model.name, seed, step) in kept
+        for model in recipe.models
+        for seed in recipe.seeds
+        for step in recipe.ppo.checkpoints
+    )
+
+
+def _is_whole(checkpoint: Checkpoint, cells: EvaluationPlan, engine: str) -> bool:
+    digest = checkpoint.record.weights_digest
+    origin = None if digest is None else Origin(digest, engine)
+    folder = checkpoint.evaluation
+    return all(is_measured(folder / cell.file_name, cell, origin) for cell in cells.cells)
+
+
+def evaluate_run(
+    recipe: Recipe,
+    run: Path,
+    notify: Notify,
+    *,
+    watch: bool = False,
+    processes: Processes = ALONE,
+    device: str | None = None,
+) -> int:
+    """Measure every checkpoint that lacks a cell; returns how many this process measured.
+
+    Any number of processes, on machines that share the folder, may do so at the same time: each
+    checkpoint is measured by one of them, and all return when all is done. With `watch`, new
+    checkpoints are waited for until the run has all that its recipe asks for. `processes` are those
+    of one launch, which share the items of each checkpoint.
 
     A checkpoint that cannot be loaded, or whose logits are NaN, does not keep the others from being
-    measured: RunFailure names it when they are done.
+    measured: RunFailure names it when they are done. It is tried again once its files change; one
+    that has vanished is passed over.
     """
-    from selfcorrect.evaluate.packing import Prepared
+    if processes.size > 1 and recipe.evaluate.engine != "packed":
+        raise InputError(f"evaluate.engine: {recipe.evaluate.engine} shares its work by itself")
+    work = _Work(recipe, run, recipe_plan(recipe, run), processes, device)
+    while True:
+        waiting = processes.agree(work.waiting)
+        done_before = work.num_measured
+        for checkpoint in waiting:
+            notify("evaluate", work.num_measured, work.num_measured + len(waiting))
+            work.measure_if_free(checkpoint)
+        is_over = not watch or processes.agree(work.is_over)  # looked at before the last round
+        if not processes.agree(work.waiting) and is_over:
+            break
+        if work.num_measured == done_before:
+            time.sleep(POLL_SECONDS)
+    if work.num_measured:
+        notify("evaluate", work.num_measured, work.num_measured)
+    work.raise_broken()
+    return work.num_measured
 
-    cells = recipe_plan(recipe, run)
-    waiting = unmeasured(run, cells)
-    prepared, broken = Prepared(), list[str]()
-    trusted = {model.name for model in recipe.models if model.trust_remote_code}
-    for number, checkpoint in enumerate(waiting):
-        notify("evaluate", number, len(waiting))
-        trust = checkpoint.record.model in trusted
+
+@dataclass
+class _Work:
+    """One process's part in evaluating a run."""
+
+    recipe: Recipe
+    run: Path
+    cells: EvaluationPlan
+    processes: Processes
+    device: str | None
+    num_measured: int = 0
+    broken: dict[Path, tuple[object, str]] = field(default_factory=dict)  # its files, what is wrong
+    malformed: dict[Path, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from selfcorrect.evaluate.packing import Prepared
+        from selfcorrect.evaluate.weights import Loader
+
+        self.loader = Loader(self.device)
+        self.prepared = Prepared()
+        self.trusted = {m.name for m in self.recipe.models if m.trust_remote_code}
+
+    def waiting(self) -> list[Checkpoint]:
+        """What is to be measured, by anyone; broken checkpoints only once their files change."""
+        self.malformed = {}  # looked at anew every time
+        engine = self.recipe.evaluate.engine
+        return [
+            checkpoint
+            for checkpoint in unmeasured(self.run, self.cells, engine, self.malformed)
+            if self.broken.get(checkpoint.folder, (None,))[0] != _state(checkpoint.folder)
+        ]
+
+    def is_over(self) -> bool:
+        """Whether nothing more is to come; the recipe on disk may have grown."""
+        return all_kept(load_recipe(str(self.run / "recipe.yaml")), self.run)
+
+    def measure_if_free(self, checkpoint: Checkpoint) -> None:
+        """Measure it, unless another process does so or has done so."""
+        folder = checkpoint.folder
+        first = self.processes.rank == 0
+        if not self.processes.agree(lambda: (folder / RECORD).is_file()):
+            return  # vanished
+        with claimed(checkpoint.evaluation) if first else nullcontext(True) as free:
+            if not self.processes.agree(
+                lambda: free and not _is_whole(checkpoint, self.cells, self.recipe.evaluate.engine)
+            ):
+                return
+            state = _state(folder)
+            try:
+                self._measure(checkpoint)
+            except (RunFailure, FileNotFoundError) as error:
+                said = str(error)
+                where = "" if said.startswith(str(folder)) else f"{folder}: "
+                self.broken[folder] = state, where + said
+            else:
+                self.broken.pop(folder, None)
+                self.num_measured += 1
+        if first and [path.name for path in folder.glob("*")] == ["evaluation"]:
+            shutil.rmtree(folder, ignore_errors=True)  # vanished meanwhile: only ours is left
+
+    def _measure(self, checkpoint: Checkpoint) -> None:
+        engine = self.recipe.evaluate.engine
+        digest = self.processes.agree(lambda: _checked_digest(checkpoint))
+        origin = Origin(digest, engine)
+        if engine != "packed":
+            from selfcorrect.evaluate.lm_eval_engine import load_engine
+
+            loaded = load_engine(engine, str(checkpoint.folder))  # InputError: not installed
+            measure_with(self.cells, loaded, checkpoint.evaluation, origin)
+            return
+        trust = checkpoint.record.model in self.trusted
+        pair: list[Any] = []
         try:
-            model, tokenizer = load_model(checkpoint.folder, trust_remote_code=trust)
+            # An error of one process is one of all: they go on to the next checkpoint together.
+            self.processes.gather(
+                lambda: pair.extend(self.loader.load(checkpoint.folder, trust_remote_code=trust))
+            )
         except InputError as error:
-            broken.append(str(error))
-            continue
-        try:
-            measure(cells, model, tokenizer, checkpoint.evaluation, prepared=prepared)
-        except RunFailure as error:
-            broken.append(f"{checkpoint.folder}: {error}")
-    if waiting:
-        notify("evaluate", len(waiting), len(waiting))
-    if broken:
-        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise RunFailure(f"{broken[0]}{more}; the other checkpoints are measured")
-    return len(waiting)
+            raise RunFailure(str(error)) from None
+        model, tokenizer = pair
+        measure(
+            self.cells,
+            model,
+            tokenizer,
+            checkpoint.evaluation,
+            prepared=self.prepared,
+            origin=origin,
+            processes=self.processes,
+        )
+
+    def raise_broken(self) -> None:
+        """RunFailure for the checkpoints that are still there and could not be measured."""
+        said = [line for folder, (_, line) in self.broken.items() if (folder / RECORD).is_file()]
+        said += self.malformed.values()
+        if said:
+            more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
+            raise RunFailure(f"{said[0]}{more}; the other checkpoints are measured")
+
+
+def _checked_digest(checkpoint: Checkpoint) -> str:
+    """The digest of the checkpoint's weights; RunFailure where they are not those once saved."""
+    from selfcorrect.evaluate.weights import files_digest
+
+    try:
+        digest = files_digest(checkpoint.folder)
+    except InputError as error:
+        raise RunFailure(str(error)) from None
+    if checkpoint.record.weights_digest not in (None, digest):
+        raise RunFailure(
+            f"{checkpoint.folder}: the weights are not those that were saved here (half-copied, "
+            "damaged or replaced); copy them again, or delete the folder and train again"
+        )
+    return digest
+
+
+def _state(folder: Path) -> object:
+    """Tells whether a checkpoint's files have changed since."""
+    try:
+        return sorted((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in folder.glob("*.*"))
+    except FileNotFoundError:
+        return None

@@ -44,7 +44,8 @@ class Pack:
 class Packing:
     """The packs of some requests; request i has `num_options[i]` options, `lengths[i]` tokens.
 
-    `specimen` is the trie of the first and the last request alone, for trying a model out.
+    `specimen`, for trying a model out, is the trie of the first and the last request alone, with
+    one branch besides: a chain would not tell a model that goes through a trie from end to end.
     """
 
     packs: list[Pack]
@@ -75,8 +76,20 @@ def pack(asked: Sequence[Sequence[Continuation]], pack_tokens: int) -> Packing:
         _packs(asked, pack_tokens),
         [len(request) for request in asked],
         [max(len(option.row) for option in request) for request in asked],
-        _packs([asked[0], asked[-1]], sys.maxsize)[0],
+        _packs([asked[0], asked[-1], _branch(asked[0][0])], sys.maxsize)[0],
     )
+
+
+def _branch(option: Continuation) -> list[Continuation]:
+    """The option without its middle token, everything behind that to be scored."""
+    middle = len(option.tokens) // 2
+    tokens = option.tokens[:middle] + option.tokens[middle + 1 :]
+    return [Continuation(tokens, middle)] if middle < len(tokens) else []
+
+
+def trie(options: Sequence[Continuation]) -> Pack:
+    """One trie of all these options, however large."""
+    return _packs([options], sys.maxsize)[0]
 
 
 def _packs(asked: Sequence[Sequence[Continuation]], pack_tokens: int) -> list[Pack]:

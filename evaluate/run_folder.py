@@ -25,7 +25,8 @@ class CheckpointRecord(BaseModel):
     """What checkpoint.json says. `step` is one PPO update: one rollout batch.
 
     `kl` is the mean sequence KL to the initial policy in nats over the last rollout batch,
-    `reward` the mean reward-model score of the same batch, both null at step 0.
+    `reward` the mean reward-model score of the same batch, both null at step 0. `weights_digest` is
+    `weights.files_digest` of the folder as it was saved; null in folders of older versions.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -40,6 +41,7 @@ class CheckpointRecord(BaseModel):
     kl: float | None
     reward: float | None
     adapter_of: str | None = None
+    weights_digest: str | None = None
     recipe_digest: str
     versions: dict[str, str]
 
@@ -74,13 +76,24 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, record)
 
 
-def find_checkpoints(run: Path) -> list[Checkpoint]:
-    """All kept checkpoints of a run, ordered by parameters, model, seed and step."""
+def find_checkpoints(run: Path, malformed: dict[Path, str] | None = None) -> list[Checkpoint]:
+    """All kept checkpoints of a run, ordered by parameters, model, seed and step.
+
+    One that is deleted at this moment is passed over. Raises InputError for a malformed record,
+    unless `malformed` is there to take down what is wrong with which folder.
+    """
     if not (run / "recipe.yaml").is_file():
         raise InputError(f"{run}: no recipe.yaml here, so this is not a run folder")
-    found = [
-        read_checkpoint(path.parent) for path in run.glob(f"*/seed-*/ppo/checkpoint-*/{RECORD}")
-    ]
+    found = []
+    for path in run.glob(f"*/seed-*/ppo/checkpoint-*/{RECORD}"):
+        try:
+            found.append(read_checkpoint(path.parent))
+        except InputError as error:
+            if not path.is_file():
+                continue
+            if malformed is None:
+                raise
+            malformed[path.parent] = str(error)
     return sorted(
         found, key=lambda c: (c.record.parameters, c.record.model, c.record.seed, c.record.step)
     )

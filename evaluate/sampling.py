@@ -5,6 +5,7 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,22 @@ from selfcorrect.evaluate.engine import Sample
 from selfcorrect.recipes.errors import RunFailure
 
 
-def sample(
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The samples of a batch of R prompts, and the cache that drawing them left behind.
+
+    `rows` (R lists of C tokens) are what the model has read or written, `padding[r]` of them
+    padding on the left; `cache` (None where the model hands out none) holds keys and values of
+    the first columns. A row's own text may end before its tokens do.
+    """
+
+    samples: list[Sample]
+    rows: list[list[int]]
+    padding: list[int]
+    cache: Any
+
+
+def draw(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
@@ -25,9 +41,8 @@ def sample(
     temperature: float,
     seed: int,
     stop: str | None = None,
-    max_batch_tokens: int = 4096,
-) -> list[Sample]:
-    """Draw one continuation for each tokenised prompt; temperature 0 takes the likeliest token.
+) -> Drawn:
+    """Draw one continuation for each tokenised prompt of a batch; temperature 0: the likeliest.
 
     The Gumbel-max trick: adding Gumbel noise to logits / temperature and taking the largest is
     a draw from the softmax. The noise comes from a stream of its own for each (seed, key), so a
@@ -48,25 +63,28 @@ def sample(
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
         use_cache=True,
+        return_dict_in_generate=True,
     )
-    samples: dict[int, Sample] = {}
-    for batch in _batches(prompts, max_new_tokens, max_batch_tokens):
-        width = max(len(prompts[i]) for i in batch)
-        padding = [width - len(prompts[i]) for i in batch]
-        tokens = [[pad] * n + list(prompts[i]) for n, i in zip(padding, batch, strict=True)]
-        mask = [[0] * n + [1] * (width - n) for n in padding]
-        processor = GumbelNoise([keys[i] for i in batch], seed, temperature)
-        with torch.no_grad(), _own_settings(model, settings):
-            generated = model.generate(
-                input_ids=torch.tensor(tokens, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=settings,
-                logits_processor=[processor],
-                stopping_criteria=[StopText(tokenizer, stop, width)] if stop else [],
-            )[:, width:].tolist()
-        for i, row in zip(batch, generated, strict=True):
-            samples[i] = _finished(tokenizer, row, ends, stop)
-    return [samples[i] for i in range(len(prompts))]
+    width = max(len(prompt) for prompt in prompts)
+    padding = [width - len(prompt) for prompt in prompts]
+    tokens = [[pad] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * n + [1] * (width - n) for n in padding]
+    with torch.no_grad(), _own_settings(model, settings):
+        generated = model.generate(
+            input_ids=torch.tensor(tokens, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=settings,
+            logits_processor=[GumbelNoise(keys, seed, temperature)],
+            stopping_criteria=[StopText(tokenizer, stop, width)] if stop else [],
+            synced_gpus=False,  # each process of a launch has texts of its own
+        )
+    rows = generated.sequences.tolist()
+    return Drawn(
+        [_finished(tokenizer, row[width:], ends, stop) for row in rows],
+        rows,
+        padding,
+        getattr(generated, "past_key_values", None),
+    )
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
@@ -123,7 +141,7 @@ def _own_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
         owner.generation_config = theirs
 
 
-def _batches(
+def batches(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, max_batch_tokens: int
 ) -> Iterator[list[int]]:
     """Indices by falling prompt length, as many as rows x final length allows."""

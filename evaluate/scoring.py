@@ -5,25 +5,31 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from selfcorrect.evaluate.continuations import Request, continuations, opening
+from selfcorrect.evaluate.continuations import Continuation, Request, continuations, opening
 from selfcorrect.evaluate.engine import Engine, Sample
 from selfcorrect.evaluate.forwards import Forwards
+from selfcorrect.evaluate.live_cache import score_after
 from selfcorrect.evaluate.packing import Pack, Packing, Prepared, pack
-from selfcorrect.evaluate.sampling import sample
+from selfcorrect.evaluate.sampling import Drawn, batches, draw
 from selfcorrect.recipes.errors import RunFailure
 
 _log = logging.getLogger(__name__)
 
 Way = Callable[[Sequence[Pack]], Iterable[tuple[int, np.ndarray]]]
 
+# What a model raises that cannot be run in some way.
+_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
+
 # Nodes of a pack: a dense mask costs their square, and more sharing than a BBQ block's is rare.
 PACK_TOKENS = 512
+# Tokens of a scoring forward on a CPU: with more, its activations leave the cache.
+CPU_TOKENS = 1024
 
 
 class Scorer(Engine):
@@ -48,11 +54,17 @@ class Scorer(Engine):
         self.tokenizer = tokenizer
         self.prepared = prepared or Prepared()
         self.pack_tokens = pack_tokens
-        self.batch_tokens = batch_tokens or (4096 if device.type == "cpu" else 32768)
+        on_cpu = device.type == "cpu"
+        self.batch_tokens = batch_tokens or (4096 if on_cpu else 32768)
         self.context = context_length(model)
         self._window = _window(model)
-        self._forwards = Forwards(model, self.batch_tokens)
+        at_once = min(self.batch_tokens, CPU_TOKENS) if on_cpu else self.batch_tokens
+        self._forwards = Forwards(model, at_once)
         self._way: Way | None = None
+        self._live: bool | None = None  # whether its caches can be gone on with, once tried
+        self._told_of_window = False
+        # Rounding differs with the shapes of matrix products; a wrong position or mask is far off.
+        self._allowed = 4 * math.sqrt(torch.finfo(self._forwards.dtype).eps)
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -85,15 +97,14 @@ class Scorer(Engine):
         """The same for requests that were prepared before, by any scorer of this tokenizer."""
         for index, length in enumerate(packing.lengths):
             self._check_length(index, length)
-        if self._way is None:
-            self._way = self._fastest_way(packing.specimen)
-        long = self._window is not None and max(packing.lengths) > self._window
-        way = self._forwards.plain if long else self._way
+        if self._window is not None and max(packing.lengths) > self._window:
+            way = self._beyond_window(self._window)
+        else:
+            self._way = way = self._way or self._fastest_way(packing.specimen)
         totals = np.zeros(sum(packing.num_options))
         for index, values in way(packing.packs):
             one = packing.packs[index]
-            if np.isnan(values).any():
-                self._fail(one, int(np.flatnonzero(np.isnan(values))[0]))
+            self._check_values(one, values)
             np.add.at(totals, one.wanted_options, values)
         ends = np.cumsum(packing.num_options)[:-1]
         return [part.tolist() for part in np.split(totals, ends)]
@@ -110,23 +121,115 @@ class Scorer(Engine):
     ) -> list[Sample]:
         """One sample per prompt, a function of (prompt, key, seed) alone: see sampling.py."""
         tokenised = self._tokens_with_room(prompts, max_new_tokens)
-        return sample(
-            self.model,
-            self.tokenizer,
-            tokenised,
-            keys,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            stop=stop,
-            max_batch_tokens=self.batch_tokens,
+        drawing = partial(
+            draw, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop
         )
+        samples: dict[int, Sample] = {}
+        for batch in batches(tokenised, max_new_tokens, self.batch_tokens):
+            drawn = self._drawn(drawing, tokenised, keys, batch).samples
+            samples |= zip(batch, drawn, strict=True)
+        return [samples[i] for i in range(len(prompts))]
+
+    def sample_then_score(
+        self,
+        prompts: Sequence[str],
+        keys: Sequence[str],
+        then: Callable[[int, Sample], Request],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop: str | None = None,
+    ) -> list[tuple[Sample, list[float]]]:
+        """See `Engine.sample_then_score`: what is asked goes on from the cache of each batch."""
+        tokenised = self._tokens_with_room(prompts, max_new_tokens)
+        drawing = partial(
+            draw, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop
+        )
+        answers: dict[int, tuple[Sample, list[float]]] = {}
+        for batch in batches(tokenised, max_new_tokens, self.batch_tokens):
+            drawn = self._drawn(drawing, tokenised, keys, batch)
+            requests = [then(i, one) for i, one in zip(batch, drawn.samples, strict=True)]
+            asked = continuations(self.tokenizer, requests)
+            for index, (prompt, _), options in zip(batch, requests, asked, strict=True):
+                self._check_length(index, max(len(one.row) for one in options), prompt)
+            scores = self._scores_after(drawn, asked)
+            answers |= zip(batch, zip(drawn.samples, scores, strict=True), strict=True)
+            del drawn  # the next batch's cache takes this one's place
+        return [answers[i] for i in range(len(prompts))]
+
+    def _drawn(
+        self,
+        drawing: Callable[..., Drawn],
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[str],
+        batch: Sequence[int],
+    ) -> Drawn:
+        own = [prompts[i] for i in batch], [keys[i] for i in batch]
+        return drawing(self.model, self.tokenizer, *own)
+
+    def _scores_after(
+        self, drawn: Drawn, asked: Sequence[Sequence[Continuation]]
+    ) -> list[list[float]]:
+        """Scores of what is asked after each text of a batch, from its cache where that can be."""
+        packing = pack(asked, self.pack_tokens)
+        if self._live is False:
+            return self.score_packing(packing)
+        whole: list[list[float]] | None = None
+        if self._live is None:  # the first batch is scored in both ways
+            whole = self.score_packing(packing)
+            if self._way != self._forwards.packed:  # nothing less takes such masks
+                self._live = None if self._way is None else False
+                return whole
+        try:
+            found = score_after(self._forwards, drawn, asked, self._window)
+        except _REFUSALS as error:
+            if self._live:
+                raise
+            self._refuse_live(" ".join(str(error).split())[:120] or type(error).__name__)
+            return whole or self.score_packing(packing)
+        if found is None:
+            return whole or self.score_packing(packing)
+        scores = []
+        for one, values in found:
+            self._check_values(one, values)
+            totals = np.zeros(int(one.wanted_options.max()) + 1)
+            np.add.at(totals, one.wanted_options, values)
+            scores.append(totals.tolist())
+        if whole is not None:
+            off = max(
+                (np.abs(np.subtract(mine, theirs)) / np.bincount(one.wanted_options)).max()
+                for (one, _), mine, theirs in zip(found, scores, whole, strict=True)
+            )
+            if off > self._allowed:
+                self._refuse_live(f"its scores are off by {off:.2g} a token")
+                return whole
+            self._live = True
+        return scores
+
+    def _refuse_live(self, reason: str) -> None:
+        self._live = False
+        _log.warning(
+            "%s cannot go on from the cache of its own text (%s): final questions are read from "
+            "their beginning, which is slower",
+            type(self.model).__name__,
+            reason,
+        )
+
+    def _beyond_window(self, window: int) -> Way:
+        if not self._told_of_window:
+            self._told_of_window = True
+            _log.warning(
+                "%s looks back %d tokens and some prompts are longer: those are scored row by row, "
+                "which is slower",
+                type(self.model).__name__,
+                window,
+            )
+        return self._forwards.plain
 
     def _fastest_way(self, specimen: Pack) -> Way:
         """The first way whose values are those of plain rows, up to rounding."""
         plain = dict(self._forwards.plain([specimen]))[0]
-        # Rounding differs with the shapes of matrix products; a wrong position or mask is far off.
-        allowed = 4 * math.sqrt(torch.finfo(self._forwards.dtype).eps)
         reasons = []
         for way in (self._forwards.packed, self._forwards.prefixed):
             if "position_ids" not in self._forwards.accepts and way == self._forwards.packed:
@@ -134,17 +237,10 @@ class Scorer(Engine):
                 continue
             try:
                 off = float(np.abs(dict(way([specimen]))[0] - plain).max())
-            except (
-                RuntimeError,
-                ValueError,
-                TypeError,
-                IndexError,
-                AttributeError,
-                KeyError,
-            ) as error:
+            except _REFUSALS as error:
                 reasons.append(" ".join(str(error).split())[:120] or type(error).__name__)
                 continue
-            if off <= allowed or np.isnan(plain).any():  # broken weights are told of later
+            if off <= self._allowed or np.isnan(plain).any():  # broken weights are told of later
                 break
             reasons.append(f"its scores are off by {off:.2g}")
         else:
@@ -159,8 +255,10 @@ class Scorer(Engine):
             )
         return way
 
-    def _fail(self, one: Pack, value: int) -> None:
-        node = int(one.wanted_nodes[value])
+    def _check_values(self, one: Pack, values: np.ndarray) -> None:
+        if not np.isnan(values).any():
+            return
+        node = int(one.wanted_nodes[np.flatnonzero(np.isnan(values))[0]])
         nodes = np.arange(len(one))
         path = (nodes <= node) & (one.ends >= node)
         text = opening(self.tokenizer.decode(one.tokens[path].tolist()))

@@ -171,6 +171,9 @@ class Evaluate(Section):
     attach: Literal["inline", "off"] = Field(
         "inline", description="inline: while training; off: after it"
     )
+    engine: Annotated[str, Field(pattern=r"^(packed|vllm|lm-eval:[a-z0-9_-]+)$")] = Field(
+        "packed", description="packed (our own), vllm, or lm-eval:<an LM of lm-eval>, such as hf"
+    )
     max_new_tokens: Positive = Field(256, description="length of the model's own reasoning")
     temperature: Annotated[float, Field(ge=0)] = 1.0
     samples: Positive = Field(1, description="reasonings drawn per question")
@@ -186,6 +189,12 @@ class Evaluate(Section):
     @classmethod
     def _off_is_a_word(cls, given: Any) -> Any:
         return "off" if given is False else given  # YAML reads an unquoted off as false
+
+    @model_validator(mode="after")
+    def _live_models_are_scored_in_packs(self) -> "Evaluate":
+        if self.engine != "packed" and self.attach == "inline":
+            raise ValueError(f"engine: {self.engine} loads saved checkpoints: set attach: off")
+        return self
 
 
 class Launch(Section):

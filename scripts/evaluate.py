@@ -3,9 +3,10 @@
 import os
 import re
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,24 +53,33 @@ def evaluate(
         str, typer.Option(help="auto, chat, plain (Human/Assistant), or a chat template *.jinja.")
     ] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    engine: Annotated[str, typer.Option(help="packed (our own), vllm, or lm-eval:hf.")] = "packed",
+    engine: Annotated[
+        str | None,
+        typer.Option(help="packed (our own), vllm, or lm-eval:hf; default: the recipe's, packed."),
+    ] = None,
     stimuli: Annotated[
         Path | None, typer.Option(help="YAML with conditions of your own, on top of the paper's.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Where models' results go.")] = Path("evaluations"),
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow a live run until its last checkpoint.")
+    ] = False,
 ) -> None:
     """Measure what is not measured yet, and print the table.
 
-    For a run, its own recipe says what is measured; the other options are for models.
+    For a run, its own recipe says what is measured; the other options are for models. Several of
+    these commands may run at the same time, on machines that share the folder: no checkpoint is
+    measured twice. Under `accelerate launch -m selfcorrect.scripts.cli evaluate ...` the processes share the
+    items of each checkpoint.
     """
     runs = [target for target in targets if (Path(target) / "recipe.yaml").is_file()]
     if runs and len(runs) < len(targets):
         raise InputError("give run folders or models, not both")
     if runs:
-        if engine != "packed":
-            raise InputError("--engine is for models; a run's checkpoints are scored in packs")
-        _evaluate_runs([Path(run) for run in runs])
+        _evaluate_runs([Path(run) for run in runs], engine, watch)
         return
+    if watch:
+        raise InputError("--watch follows runs: give a run folder")
     from selfcorrect.evaluate.plan import plan
     from selfcorrect.evaluate.stimuli_files import load_stimuli
 
@@ -93,7 +103,7 @@ def evaluate(
         permutations=permutations,
         style=style,
     )
-    _evaluate_models(targets, cells, revision, engine, out)
+    _evaluate_models(targets, cells, revision, engine or "packed", out)
 
 
 def names(text: str) -> list[str]:
@@ -108,15 +118,23 @@ def label(target: str, revision: str | None) -> str:
     return re.sub(r"[^A-Za-z0-9.@_-]+", "_", name).strip("._") or "model"
 
 
-def _evaluate_runs(runs: list[Path]) -> None:
+def _evaluate_runs(runs: list[Path], engine: str | None, watch: bool) -> None:
     from selfcorrect.evaluate.offline import evaluate_run
+    from selfcorrect.evaluate.processes import launched
     from selfcorrect.scripts.report import show
 
-    with Bars() as bars:
-        for run in runs:
-            recipe = load_recipe(str(run / "recipe.yaml"))
-            evaluate_run(recipe, run, lambda *args, name=run.name: bars(name, *args))
-    show(runs)
+    given = [] if engine is None else [f"evaluate.engine={engine}", "evaluate.attach=off"]
+    recipes = [load_recipe(str(run / "recipe.yaml"), given) for run in runs]
+    with launched() as (processes, device), Bars() as bars:
+        for run, recipe in zip(runs, recipes, strict=True):
+
+            def notify(*args: Any, name: str = run.name) -> None:
+                if processes.rank == 0:
+                    bars(name, *args)
+
+            evaluate_run(recipe, run, notify, watch=watch, processes=processes, device=device)
+    if processes.rank == 0:
+        show(runs)
 
 
 def _evaluate_models(
@@ -126,34 +144,46 @@ def _evaluate_models(
     import pandas as pd
     from rich.console import Console
 
+    from selfcorrect.evaluate.cell_files import Origin
+    from selfcorrect.evaluate.claims import claimed
     from selfcorrect.evaluate.closing_table import closing_table
     from selfcorrect.evaluate.engine import Engine
-    from selfcorrect.evaluate.lm_eval_engine import files_digest, load_engine
+    from selfcorrect.evaluate.lm_eval_engine import load_engine
     from selfcorrect.evaluate.measure import measure_with
-    from selfcorrect.evaluate.models import load_model, weights_digest
+    from selfcorrect.evaluate.models import load_model
     from selfcorrect.evaluate.packing import Prepared
+    from selfcorrect.evaluate.processes import launched
     from selfcorrect.evaluate.results import summarise
     from selfcorrect.evaluate.scoring import Scorer
+    from selfcorrect.evaluate.weights import files_digest, weights_digest
 
     tables, used, prepared = [], set[str](), Prepared()
-    with Bars() as bars:
+    with launched() as (processes, device), Bars() as bars:
+        first = processes.rank == 0
+        if processes.size > 1 and engine != "packed":
+            raise InputError(f"--engine {engine} shares its work itself: run it without a launcher")
         for target in targets:
             name = label(target, revision)
             if engine == "packed":
-                model, tokenizer = load_model(target, revision=revision)
-                digest = weights_digest(model)[:12]
+                model, tokenizer = load_model(target, revision=revision, device=device)
+                origin = Origin(weights_digest(model))
                 runs_it: Engine = Scorer(model, tokenizer, prepared=prepared)
+                folder = out / name / origin.weights[:12]
             else:
                 runs_it = load_engine(engine, target, revision)
                 # Engines round differently: one never takes another's answers for its own.
-                digest = f"{files_digest(target, revision)[:12]}-{engine.replace(':', '-')}"
-            folder = out / name / digest
+                origin = Origin(files_digest(target, revision), engine)
+                folder = out / name / f"{origin.weights[:12]}-{engine.replace(':', '-')}"
             if name in used:  # two folders of the same name
-                name = f"{name} {digest}"
+                name = f"{name} {folder.name}"
             used.add(name)
-            show = partial(bars, name)
-            measure_with(cells, runs_it, folder, show)
-            tables.append(summarise(folder, name))
+            # Another process may be measuring this model for the same folder: then wait for it.
+            with claimed(folder, wait=True) if first else nullcontext():
+                measure_with(cells, runs_it, folder, origin, partial(bars, name), processes)
+            if first:
+                tables.append(summarise(folder, name))
+    if not first:
+        return
     console = Console() if sys.stdout.isatty() else Console(width=110)
     console.print(closing_table(pd.concat(tables, ignore_index=True)))
     console.print(f"Item by item: {out}", soft_wrap=True)

@@ -91,7 +91,8 @@ def _probe_model(
     target: str, cells: "EvaluationPlan", folds: int, seed: int, revision: str | None, out: Path
 ) -> None:
     """Probe a model into out/<its name>/<digest of its weights>: no answer can be stale."""
-    from selfcorrect.evaluate.models import load_model, weights_digest
+    from selfcorrect.evaluate.models import load_model
+    from selfcorrect.evaluate.weights import weights_digest
     from selfcorrect.evaluate.probe import PLACE, is_probed, probe_checkpoint, read_probe
 
     model, tokenizer = load_model(target, revision=revision)

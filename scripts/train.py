@@ -38,7 +38,8 @@ def train_ladder(
         raise InputError(f"--model {model}: the recipe has {', '.join(names)}")
     if seed is not None and seed not in recipe.seeds:
         raise InputError(f"--seed {seed}: the recipe has {recipe.seeds}")
-    if unfinished(recipe, folder):
+    todo = bool(unfinished(recipe, folder))
+    if todo:
         from selfcorrect.train.check import check_training
 
         check_training(recipe)
@@ -51,6 +52,22 @@ def train_ladder(
     }
     with Bars() as bars:
         train_run(recipe, folder, lambda job, *rest: bars(f"{job[0]} seed {job[1]}", *rest), wanted)
+    if todo:
+        _say_cost(folder, wanted)
+
+
+def _say_cost(folder: Path, jobs: set[tuple[str, int]]) -> None:
+    """One line on what attached evaluation took beside PPO, over these jobs."""
+    import json
+
+    paths = [folder / name / f"seed-{seed}" / "ppo" / "stage.json" for name, seed in jobs]
+    stages = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    spent = sum(stage["evaluation_seconds"] for stage in stages)
+    if spent:
+        from selfcorrect.evaluate.measure import cost
+
+        training = sum(stage["seconds"] for stage in stages) - spent
+        print(f"{cost(spent, training)} of PPO")
 
 
 def measure_rest(recipe: Recipe, folder: Path) -> None:

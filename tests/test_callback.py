@@ -1,6 +1,7 @@
 """Measuring during training: the run is left as it was, the numbers are those on disk."""
 
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -240,3 +241,16 @@ def test_everything_is_put_back_after_an_error_too():
         raise RuntimeError("inside")
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_measuring_costs_is_said_at_the_end(tmp_path, cells, capsys):
+    callback = SelfCorrectionCallback(cells, lambda step: tmp_path / f"s{step}", {0, 2})
+    train(tmp_path / "run", [callback])
+    said = re.search(
+        r"Attached evaluation: ([\d.]+) s, (\d+)% of the training's ([\d.]+) s",
+        capsys.readouterr().err,
+    )
+    assert said is not None
+    spent, percent, training = (float(number) for number in said.groups())
+    assert 0 < spent == pytest.approx(callback.seconds, abs=0.06)
+    assert percent == pytest.approx(100 * spent / training, rel=0.5)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_stimuli, tiny_tokenizer, write_tiny_winogender
 
+from selfcorrect.evaluate import cell_files
+from selfcorrect.evaluate import measure as measuring
 from selfcorrect.evaluate.cell_files import read_cell
 from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.items import Item, LoadedItems
@@ -20,6 +23,7 @@ from selfcorrect.evaluate.models import load_model
 from selfcorrect.evaluate.plan import EvaluationPlan, Question, Sampling, plan
 from selfcorrect.evaluate.statistics import Draws, bootstrap
 from selfcorrect.evaluate.stimuli import Condition, Turn
+from selfcorrect.evaluate.weights import weights_digest
 from selfcorrect.recipes.errors import InputError, RunFailure
 
 torch.set_num_threads(1)
@@ -56,6 +60,7 @@ def test_the_files_hold_the_contracts_columns_and_metadata(tmp_path, cells):
             "experiment": "winogender",
             "condition": condition,
             "settings_digest": cell.settings_digest,
+            "origin": {"weights": weights_digest(tiny_model()), "engine": "packed"},
             "num_items": 6,
             "left_out": cell.left_out,
         }
@@ -125,10 +130,14 @@ def test_measured_cells_are_skipped_and_others_redone(tmp_path, cells):
     paths = measure(cells, model, tokenizer, out)
     first = {path: path.read_bytes() for path in paths}
 
-    other = tiny_model(seed=1)  # would give other numbers: so it shows what is measured again
     times = {path: path.stat().st_mtime_ns for path in paths}
-    measure(cells, other, tokenizer, out)
+    measure(cells, tiny_model(), tokenizer, out)
     assert {path: path.stat().st_mtime_ns for path in paths} == times
+    measure(cells, tiny_model(seed=1), tokenizer, out)  # never another model's answers
+    assert all(path.read_bytes() != first[path] for path in paths)
+    measure(cells, model, tokenizer, out)
+    assert {path: path.read_bytes() for path in paths} == first
+    times = {path: path.stat().st_mtime_ns for path in paths}
 
     damaged, foreign, cut, kept = paths
     damaged.write_bytes(first[damaged][:200])
@@ -357,6 +366,78 @@ def test_progress_counts_every_prompt(tmp_path, cells):
         lambda *call: calls.append(call),
     )
     assert calls == [("winogender Q", 0, 6), ("winogender Q", 6, 6)]
+
+
+class Stopped(BaseException):
+    """Ends an evaluation as Ctrl-C does."""
+
+
+@pytest.mark.parametrize("condition", ["Q", "Q+IF+CoT"])
+def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path, cells, monkeypatch, condition):
+    monkeypatch.setattr(measuring, "_SLICE", 2)  # six items in three slices
+    one = EvaluationPlan([cell for cell in cells.cells if cell.condition == condition])
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    whole = measure(one, model, tokenizer, tmp_path / "whole")
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done == 4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        measure(one, model, tokenizer, tmp_path / "out", stop)
+    assert not (tmp_path / "out" / whole[0].name).exists()
+    again: list[int] = []
+    measure(one, model, tokenizer, tmp_path / "out", lambda *call: again.append(call[1]))
+    assert again == [4, 6]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
+        path.name: path.read_bytes() for path in whole
+    }
+
+
+def test_parts_are_ours_whole_and_in_step_or_not_used(tmp_path, cells, monkeypatch):
+    monkeypatch.setattr(measuring, "_SLICE", 2)
+    monkeypatch.setattr(cell_files, "PART_ITEMS", 2)  # as a killed process leaves them
+    pair = EvaluationPlan([cells.cells[0], cells.cells[1]])
+    tokenizer = tiny_tokenizer()
+    whole = measure(pair, tiny_model(), tokenizer, tmp_path / "whole")
+
+    def stop(*call: object) -> None:
+        if call[1] == 4:
+            raise Stopped
+
+    def resumed_at(model: object) -> int:
+        calls: list[int] = []
+        measure(pair, model, tokenizer, tmp_path / "out", lambda *call: calls.append(call[1]))
+        return calls[0]
+
+    def leave_parts() -> list[Path]:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        with pytest.raises(Stopped):
+            measure(pair, tiny_model(), tokenizer, tmp_path / "out", stop)
+        return sorted((tmp_path / "out").glob(".*/*.parquet"))
+
+    parts = leave_parts()
+    assert [part.name for part in parts] == 2 * [
+        "000000000-000000002.parquet",
+        "000000002-000000004.parquet",
+    ]
+    parts[3].unlink()  # the other cell of the pair has one more
+    assert resumed_at(tiny_model()) == 2
+    leave_parts()
+    assert resumed_at(tiny_model(seed=1)) == 0  # another model's
+    first = leave_parts()[0]
+    first.write_bytes(first.read_bytes()[:-20])  # its end is missing
+    assert resumed_at(tiny_model()) == 0
+    first = leave_parts()[0]
+    damaged = bytearray(first.read_bytes())
+    damaged[60] ^= 0xFF  # its end is whole, a column is not
+    first.write_bytes(damaged)
+    with pytest.raises(RunFailure, match="damaged while"):
+        resumed_at(tiny_model())
+    assert resumed_at(tiny_model()) == 0
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
+        path.name: path.read_bytes() for path in whole
+    }
 
 
 def test_damaged_files_are_an_input_error(tmp_path):

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from selfcorrect.evaluate.continuations import Continuation
-from selfcorrect.evaluate.forwards import _ancestors, _families, _paths
+from selfcorrect.evaluate.forwards import _families, _paths, ancestors
 from selfcorrect.evaluate.packing import Pack, Packing, Prepared, pack
 from selfcorrect.evaluate.scoring import Scorer
 
@@ -81,9 +81,9 @@ def test_packs_keep_their_budget_unless_one_row_is_longer(pack_tokens):
     assert repeated <= 12 * (len(packing.packs) - 1)
 
 
-def test_the_mask_lets_a_node_see_its_ancestors_and_itself_alone():
+def test_the_mask_lets_a_node_see_itsancestors_and_itself_alone():
     [one] = pack(random_requests(1), 10_000).packs
-    mask = _ancestors(torch.from_numpy(one.ends)[None], torch.float32)[0, 0]
+    mask = ancestors(torch.from_numpy(one.ends)[None], torch.float32)[0, 0]
     for node in range(len(one)):
         seen = np.flatnonzero(mask[node].numpy() == 0).tolist()
         assert [int(one.tokens[u]) for u in seen] == path(one, node) and seen[-1] == node
@@ -169,20 +169,43 @@ def test_beyond_a_sliding_window_rows_are_run_plainly():
                     parameter.mul_(8)
     tokenizer = tiny_tokenizer()
     scorer = Scorer(model, tokenizer)
-    short = [request for request in REQUESTS if len(request[0]) < 30]
+    short = [REQUESTS[i] for i in (0, 2, 5)]
     assert scorer.score(short) and scorer._way == scorer._forwards.packed
     for (prompt, options), found in zip(REQUESTS, scorer.score(REQUESTS), strict=True):
         plain = [plain_log_probability(model, tokenizer, prompt, option) for option in options]
         assert found == pytest.approx(plain, abs=1e-5)
 
 
-def test_bfloat16_stays_near_float32():
+def test_bfloat16_stays_near_float32_in_packs(caplog):
+    """bfloat16 keeps 8 bits: within 5 % of each log-probability, 0.3 nats at the most here."""
     tokenizer = tiny_tokenizer()
     exact = Scorer(tiny_model(sharpness=2), tokenizer).score(REQUESTS)
-    rough = Scorer(tiny_model(sharpness=2).bfloat16(), tokenizer).score(REQUESTS)
+    scorer = Scorer(tiny_model(sharpness=2).bfloat16(), tokenizer)
+    rough = scorer.score(REQUESTS)
+    assert scorer._way == scorer._forwards.packed
+    assert not [r for r in caplog.records if r.name.startswith("selfcorrect")]
     for one, other in zip(exact, rough, strict=True):
         assert other == pytest.approx(one, rel=0.05)
+        assert other == pytest.approx(one, abs=0.3)
     assert rough != exact
+    scorer._way = scorer._forwards.plain  # rounding, not the way, is what sets them apart
+    for one, other in zip(rough, scorer.score(REQUESTS), strict=True):
+        assert other == pytest.approx(one, abs=0.3)
+
+
+@pytest.mark.parametrize("way", ["packed", "plain"])
+def test_a_lone_chain_is_not_taken_for_a_trie(way, monkeypatch):
+    """A model that reads a trie from end to end is right about one row: found out all the same."""
+    scorer = Scorer(tiny_model(), tiny_tokenizer())
+    if way == "plain":
+        seen = scorer._forwards.packed
+
+        def from_end_to_end(packs):
+            return seen([replace(one, ends=np.full_like(one.ends, len(one) - 1)) for one in packs])
+
+        monkeypatch.setattr(scorer._forwards, "packed", from_end_to_end)
+    scorer.score([("<s> the doctor told her that", (" he", " she"))])  # one row, one wanted node
+    assert (scorer._way == scorer._forwards.packed) == (way == "packed")
 
 
 def test_prepared_packs_serve_every_model_with_the_same_tokenizer():

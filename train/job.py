@@ -17,8 +17,13 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from selfcorrect.evaluate.callback import measure_undisturbed
+from selfcorrect.evaluate.cell_files import Origin
+from selfcorrect.evaluate.claims import claimed
 from selfcorrect.evaluate.offline import recipe_plan
+from selfcorrect.evaluate.packing import Prepared
 from selfcorrect.evaluate.plan import EvaluationPlan
+from selfcorrect.evaluate.run_folder import read_checkpoint
+from selfcorrect.evaluate.weights import files_digest
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.load import training_digest
 from selfcorrect.recipes.schema import Recipe
@@ -96,10 +101,21 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
     if recipe.evaluate.attach == "off":
         return None
     plan: EvaluationPlan = recipe_plan(recipe, run)
+    prepared = Prepared()
 
     def measure(trainer: Any, folder: Path) -> None:
+        checkpoint = read_checkpoint(folder)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        measure_undisturbed(plan, model, trainer.processing_class, folder / "evaluation")
+        origin = Origin(checkpoint.record.weights_digest or files_digest(folder))
+        with claimed(checkpoint.evaluation, wait=True):  # `evaluate --watch` may be at it
+            measure_undisturbed(
+                plan,
+                model,
+                trainer.processing_class,
+                checkpoint.evaluation,
+                prepared=prepared,
+                origin=origin,
+            )
 
     return measure
 

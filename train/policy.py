@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from selfcorrect.evaluate.run_folder import RECORD, CheckpointRecord
+from selfcorrect.evaluate.weights import files_digest
 from selfcorrect.recipes.schema import Ppo
 from selfcorrect.recipes.whole_files import whole_folder
 from selfcorrect.train.arguments import QUIET, build, lora_config
@@ -83,13 +84,13 @@ class KeepCheckpoints(TrainerCallback):
         if not (folder / RECORD).is_file():
             with whole_folder(folder) as new:
                 self.trainer.save_policy(new)
-                self._record(step).write(new)
+                self._record(step, files_digest(new)).write(new)
         if self.measure is not None:
             started = time.time()
             self.measure(self.trainer, folder)
             self.measure_seconds += time.time() - started
 
-    def _record(self, step: int) -> CheckpointRecord:
+    def _record(self, step: int, weights_digest: str) -> CheckpointRecord:
         trainer = self.trainer
         assert trainer is not None
         return CheckpointRecord(
@@ -99,6 +100,7 @@ class KeepCheckpoints(TrainerCallback):
             optimizer_updates=trainer.state.global_step,
             kl=trainer.last_kl if step else None,
             reward=trainer.last_score if step else None,
+            weights_digest=weights_digest,
             **self.record,
         )
 
