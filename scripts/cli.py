@@ -5,7 +5,18 @@ import sys
 import typer
 
 from selfcorrect.recipes.errors import InputError, RunFailure
-from selfcorrect.scripts import data, evaluate, export, probe, recipes, report, run, score, train
+from selfcorrect.scripts import (
+    data,
+    evaluate,
+    export,
+    plan,
+    probe,
+    recipes,
+    report,
+    run,
+    score,
+    train,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +29,7 @@ app.command("run")(run.run)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
+app.command("plan")(plan.plan)
 app.command("probe")(probe.probe)
 app.command("export")(export.export)
 app.add_typer(score.app, name="score")

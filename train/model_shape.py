@@ -1,0 +1,212 @@
+"""What planning needs to know of a model: its matrices, from its configuration alone."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.schema import Model
+from selfcorrect.train.known_models import KNOWN_MODELS
+
+GATED = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
+MODEL_TYPES = (*GATED, "gpt_neox", "gpt2")
+
+# Where a configuration leaves a field out, transformers' own default stands.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+              "num_attention_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False},
+    "mistral": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+                "tie_word_embeddings": False},
+    "qwen2": {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+              "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 151936,
+              "tie_word_embeddings": False},
+    "qwen3": {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+              "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
+              "vocab_size": 151936, "tie_word_embeddings": False},
+    "olmo2": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+              "num_attention_heads": 32, "vocab_size": 50304, "tie_word_embeddings": False},
+    "gpt_neox": {"hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44,
+                 "num_attention_heads": 64, "vocab_size": 50432, "tie_word_embeddings": False},
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None, "n_positions": 1024,
+             "vocab_size": 50257, "tie_word_embeddings": True},
+}  # fmt: skip
+# Configurations may use another name for the same thing (transformers' attribute maps).
+OTHER_NAMES = {
+    "gpt2": {"hidden_size": "n_embd", "num_hidden_layers": "n_layer",
+             "num_attention_heads": "n_head", "max_position_embeddings": "n_positions",
+             "intermediate_size": "n_inner"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder-only transformer.
+
+    `queries` is heads x head size, `keys` the same for key-value heads, `head` the size of one;
+    `positions` counts learned position embeddings (0 where positions are rotary).
+    """
+
+    model_type: str
+    hidden: int
+    layers: int
+    queries: int
+    keys: int
+    head: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    positions: int = 0
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Input and output size of each linear map in a layer, by its name in transformers."""
+        h, q, k, i = self.hidden, self.queries, self.keys, self.intermediate
+        if self.model_type == "gpt_neox":
+            return {"query_key_value": (h, 3 * h), "dense": (h, h),
+                    "dense_h_to_4h": (h, i), "dense_4h_to_h": (i, h)}  # fmt: skip
+        if self.model_type == "gpt2":
+            return {"attn.c_attn": (h, 3 * h), "attn.c_proj": (h, h),
+                    "mlp.c_fc": (h, i), "mlp.c_proj": (i, h)}  # fmt: skip
+        return {"q_proj": (h, q), "k_proj": (h, k), "v_proj": (h, k), "o_proj": (q, h),
+                "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}  # fmt: skip
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one layer."""
+        weights = sum(a * b for a, b in self.matrices.values())
+        if self.model_type in ("gpt_neox", "gpt2"):  # biases everywhere, two layer norms
+            return weights + sum(b for _, b in self.matrices.values()) + 4 * self.hidden
+        vectors = 2 * self.hidden
+        if self.model_type == "qwen2":
+            vectors += self.queries + 2 * self.keys  # biases
+        if self.model_type == "olmo2":
+            vectors += self.queries + self.keys  # norms of queries and keys
+        if self.model_type == "qwen3":
+            vectors += 2 * self.head
+        return weights + vectors
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the token embedding."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def backbone(self) -> int:
+        """Parameters without the language-model head: a critic's or a reward model's trunk."""
+        norm = self.hidden * (2 if self.model_type in ("gpt_neox", "gpt2") else 1)
+        places = self.positions * self.hidden
+        return self.embedding + places + self.layers * self.layer + norm
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the causal language model."""
+        return self.backbone + (0 if self.tied else self.embedding)
+
+    @property
+    def largest_matrix(self) -> int:
+        """The largest single weight."""
+        return max(self.embedding, *(a * b for a, b in self.matrices.values()))
+
+    def adapter(self, rank: int, targets: set[str]) -> int:
+        """Parameters of a LoRA adapter of this rank on the matrices in `targets`."""
+        sizes = [sum(size) for name, size in self.matrices.items() if name in targets]
+        return self.layers * rank * sum(sizes)
+
+
+def shape_of(fields: dict[str, Any], where: str, vocabulary: int | None = None) -> ModelShape:
+    """The shape that a configuration's fields describe; `vocabulary` is used where none stands.
+
+    Raises InputError for a model type whose layers are not known here, and for a field that is
+    no whole number.
+    """
+    model_type = fields.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise InputError(
+            f"{where}: plan does not know the layers of a {model_type!r} model; "
+            f"it knows {', '.join(MODEL_TYPES)}"
+        )
+    own_names = OTHER_NAMES.get(model_type, {})
+    known = {**DEFAULTS[model_type], **({"vocab_size": vocabulary} if vocabulary else {})}
+    known |= {own_names.get(key, key): value for key, value in fields.items()}
+
+    def number(key: str, otherwise: int | None = None) -> int:
+        value = known.get(own_names.get(key, key))
+        value = otherwise if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{where}: {key} is {value!r}; plan needs a whole number above 0")
+        return value
+
+    hidden, heads = number("hidden_size"), number("num_attention_heads")
+    head = number("head_dim", hidden // heads)
+    return ModelShape(
+        model_type,
+        hidden,
+        number("num_hidden_layers"),
+        heads * head,
+        number("num_key_value_heads", heads) * head if model_type in GATED else hidden,
+        head,
+        number("intermediate_size", 4 * hidden),
+        number("vocab_size"),
+        bool(known["tie_word_embeddings"]),
+        number("max_position_embeddings") if model_type == "gpt2" else 0,
+    )
+
+
+def model_shape(model: Model, key: str, vocabulary: int | None = None) -> ModelShape:
+    """A recipe's model: from `scratch`, a folder, the table of known models, or the hub.
+
+    No weights are read. `vocabulary` is that of the society's tokenizer, for models from scratch.
+    Raises InputError, in one line that begins with `key`.
+    """
+    if model.scratch is not None:
+        return shape_of(model.scratch, f"{key}.scratch", vocabulary)
+    assert model.path is not None
+    folder = Path(model.path).expanduser()
+    config = folder / "config.json"
+    if model.gguf_file is None and config.is_file():
+        try:
+            fields = json.loads(config.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise InputError(f"{key}.path: {config}: cannot be read ({error})") from None
+        return shape_of(_text_fields(fields), f"{key}.path: {config}")
+    if model.gguf_file is not None and (folder / model.gguf_file).is_file():
+        return shape_of(_through_transformers(model, key), f"{key}.gguf_file: {model.gguf_file}")
+    if model.path in KNOWN_MODELS:
+        return shape_of(KNOWN_MODELS[model.path], key)
+    if folder.is_dir():
+        missing = model.gguf_file or "config.json"
+        raise InputError(
+            f"{key}.path: {folder}: no {missing} there, so there is nothing to plan by"
+        )
+    if model.path.startswith((".", "/", "~")) or model.path.count("/") > 1:
+        raise InputError(f"{key}.path: no model folder {model.path}")
+    return shape_of(_through_transformers(model, key), f"{key}.path: {model.path}")
+
+
+def _text_fields(fields: Any) -> dict[str, Any]:
+    if not isinstance(fields, dict):
+        return {}
+    text = fields.get("text_config")
+    return text if isinstance(text, dict) else fields
+
+
+def _through_transformers(model: Model, key: str) -> dict[str, Any]:
+    """A configuration from the hub, its cache, or the head of a GGUF file."""
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    options = {"revision": model.revision} if model.revision else {}
+    if model.gguf_file is not None:
+        options["gguf_file"] = model.gguf_file
+    try:
+        config = AutoConfig.from_pretrained(model.path, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{key}.path: {model.path}: its configuration can be had neither from the hub nor from "
+            f"its cache ({reason[:120]}); give a folder with its config.json"
+        ) from None
+    return config.get_text_config().to_dict()
