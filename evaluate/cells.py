@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
-from selfcorrect.evaluate.statistics import OVERALL, Bootstrap, Draws, bootstrap
+from selfcorrect.evaluate.statistics import OVERALL, Bootstrap, Draws, Estimate, bootstrap
 from selfcorrect.evaluate.tally import Tally
 from selfcorrect.recipes.errors import InputError
 
@@ -43,7 +43,8 @@ class Measured:
     """One cell: what was scored, its estimates, and where it belongs.
 
     `num_texts` dialogues hold text of the model's own, of which `num_truncated` were cut off at
-    the length limit before the model ended by itself.
+    the length limit before the model ended by itself. `by_order` is empty where every item was
+    asked in one order.
     """
 
     run: str
@@ -56,6 +57,15 @@ class Measured:
     counts: dict[str, tuple[int, int]]  # category -> (items, clusters)
     num_texts: int
     num_truncated: int
+    by_order: dict[str, "OrderResult"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OrderResult:
+    """What a cell's rows in one order of the options say, where items were asked in several."""
+
+    estimates: dict[str, dict[str, Estimate]]
+    counts: dict[str, tuple[int, int]]
 
 
 def experiment_named(name: str) -> Experiment:
@@ -113,9 +123,35 @@ def _measure(
     frame = read_table(path, None).to_pandas()
     try:
         truncated = frame["truncated"]
-        tally = experiment.tally(frame)
+        boot, counts = _resampled(experiment, frame, draws)
+        orders = _orders(frame)
+        by_order = {
+            order: OrderResult(one.estimates, sizes)
+            for order in orders
+            for one, sizes in [_resampled(experiment, frame[frame["order"] == order], draws)]
+        }
     except (KeyError, TypeError, IndexError):
         raise _damaged(path) from None
+    return Measured(
+        run=run,
+        model=model,
+        record=record,
+        experiment=settings["experiment"],
+        condition=settings["condition"],
+        left_out={str(k): int(v) for k, v in (settings.get("left_out") or {}).items()},
+        bootstrap=boot,
+        counts=counts,
+        num_texts=int(truncated.notna().sum()),
+        num_truncated=int(truncated.eq(True).sum()),
+        by_order=by_order,
+    )
+
+
+def _resampled(
+    experiment: Experiment, frame: pd.DataFrame, draws: Draws
+) -> tuple[Bootstrap, dict[str, tuple[int, int]]]:
+    """Estimates of a cell's rows, and how many rows and clusters are behind each category."""
+    tally = experiment.tally(frame)
     pooled = experiment.overall(tally.categories)
     items = frame["category"].value_counts().to_dict()
     clusters = np.bincount(tally.strata, minlength=len(tally.categories))
@@ -125,18 +161,15 @@ def _measure(
     }
     of_pooled = [counts[category] for category in pooled if category in counts]
     counts[OVERALL] = (sum(c[0] for c in of_pooled), sum(c[1] for c in of_pooled))
-    return Measured(
-        run=run,
-        model=model,
-        record=record,
-        experiment=settings["experiment"],
-        condition=settings["condition"],
-        left_out={str(k): int(v) for k, v in (settings.get("left_out") or {}).items()},
-        bootstrap=bootstrap(tally, experiment.metrics, pooled, draws),
-        counts=counts,
-        num_texts=int(truncated.notna().sum()),
-        num_truncated=int(truncated.eq(True).sum()),
-    )
+    return bootstrap(tally, experiment.metrics, pooled, draws), counts
+
+
+def _orders(frame: pd.DataFrame) -> list[str]:
+    """The orders of options, sorted, where an item was asked in more than one; else none."""
+    orders = sorted(frame["order"].unique())
+    if len(orders) < 2 or (frame.groupby("item")["order"].nunique() < 2).all():
+        return []
+    return orders
 
 
 def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from selfcorrect.evaluate.cells import condition_rank, experiment_named
+from selfcorrect.evaluate.results import ALL_ORDERS
 from selfcorrect.evaluate.statistics import OVERALL
 from selfcorrect.evaluate.verdict import title_of
 
@@ -21,9 +22,11 @@ BESIDE = {
 def closing_table(frame: pd.DataFrame) -> Table:
     """Headline metrics with their 95 % intervals, from the tidy table of results.py.
 
-    A run: per model (and seed), its first and last step, a row per condition. Stand-alone models
+    Runs: per run, model and seed, its first and last step, a row per condition. Stand-alone models
     (no step): a row per experiment and condition, with BBQ's accuracies and the option mass.
     """
+    if "order" in frame:  # orders of the options: only all of them together
+        frame = frame[frame["order"] == ALL_ORDERS]
     overall = frame[frame["category"] == OVERALL]
     if overall["step"].notna().any():
         return _run_table(overall[overall["step"].notna()])
@@ -38,8 +41,10 @@ def closing_table(frame: pd.DataFrame) -> Table:
 
 def _run_table(data: pd.DataFrame) -> Table:
     experiments = list(dict.fromkeys(data["experiment"]))
-    several_seeds = data["seed"].nunique() > 1
+    several_runs, several_seeds = data["run"].nunique() > 1, data["seed"].nunique() > 1
     table = _empty("First and last RLHF step", experiments)
+    if several_runs:
+        table.add_column("Run", overflow="fold")
     table.add_column("Model", overflow="fold")
     if several_seeds:
         table.add_column("Seed", justify="right")
@@ -47,12 +52,13 @@ def _run_table(data: pd.DataFrame) -> Table:
     table.add_column("Condition", no_wrap=True)
     for experiment in experiments:
         table.add_column(_heading(experiment), justify="right", no_wrap=True)
-    for (model, seed), mine in data.groupby(["model", "seed"], sort=False):
+    for (run, model, seed), mine in data.groupby(["run", "model", "seed"], sort=False):
         for step in sorted({mine["step"].min(), mine["step"].max()}):
             here = mine[mine["step"] == step]
             conditions = sorted(set(here["condition"]), key=condition_rank)
             for index, condition in enumerate(conditions):
-                place = [escape(str(model)), *([str(seed)] if several_seeds else []), str(step)]
+                place = [escape(str(run))] if several_runs else []
+                place += [escape(str(model)), *([str(seed)] if several_seeds else []), str(step)]
                 rows = here[here["condition"] == condition]
                 values = [_headline(rows, experiment) for experiment in experiments]
                 start = place if index == 0 else [""] * len(place)

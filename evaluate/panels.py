@@ -34,15 +34,14 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 # The headline metrics in words that fit an axis; other metrics show their own label.
 AXES = {
-    ("bbq", "bias_ambiguous"): "Bias score, ambiguous contexts",
-    ("winogender", "correlation"): "Correlation of p(female) with\nwomen's share of the occupation",
+    ("bbq", "bias_ambiguous"): "Bias score,\nambiguous contexts",
+    ("winogender", "correlation"): "Correlation of p(female)\nwith the share of women",
     ("law_school", "difference"): "p(yes), first minus second race",
 }
 OTHER_COLORS = ("#56B4E9", "#E69F00", "#000000", "#8C8C8C", "#8C510A")
 OTHER_MARKERS = "vPX<>*hd"
 OTHER_LINES = ((0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 MARKERS = "osD^vP*X"
-PUBLISHED = "_published: "  # starts the label of a published point; the underscore: no legend
 STATED = f"{CITATION},\n175B (proprietary)"
 ABOUT = "about, read off\nthe paper's figures"
 
@@ -108,14 +107,14 @@ def line(
     label: str,
 ) -> None:
     """One line over `positions`; a position without a defined value is a gap."""
-    series = _over_seeds(data, x).reindex(list(positions))
+    series = over_seeds(data, x).reindex(list(positions))
     at = np.asarray(positions, dtype=float)
     middle, low, high = (series[name].to_numpy(dtype=float) for name in ("value", "low", "high"))
     ax.fill_between(at, low, high, color=look["color"], alpha=0.13, linewidth=0)
     ax.plot(at, middle, label=label, markeredgecolor="white", clip_on=False, **look)
 
 
-def _over_seeds(data: pd.DataFrame, x: str) -> pd.DataFrame:
+def over_seeds(data: pd.DataFrame, x: str) -> pd.DataFrame:
     """One seed: its values and intervals. Several: mean and range, where every seed has a value."""
     columns = ["value", "low", "high"]
     data = data.assign(**{name: data[name].astype(float) for name in columns})
@@ -134,15 +133,20 @@ def size_lines(ax: Axes, data: pd.DataFrame, looks: Mapping[str, Mapping[str, An
     for index, condition in enumerate(conditions):
         look = looks[condition]
         mine = data[data["condition"] == condition]
-        series = _over_seeds(mine.assign(parameters=mine["parameters"].astype(float)), "parameters")
+        series = over_seeds(mine.assign(parameters=mine["parameters"].astype(float)), "parameters")
         series = series.reindex(sizes)
         apart = (sizes[-1] / sizes[0]) ** (0.018 * (index - (len(conditions) - 1) / 2))
         at = np.asarray(sizes) * apart
         middle, low, high = (series[name].to_numpy() for name in ("value", "low", "high"))
         ax.plot(at, middle, label=condition, markeredgecolor="white", **look)
         ax.vlines(at, low, high, color=look["color"], linewidth=1.1, alpha=0.8)
+    size_axis(ax, sizes)
+
+
+def size_axis(ax: Axes, sizes: Sequence[float]) -> None:
+    """A logarithmic axis of parameters with a tick per size."""
     ax.set_xscale("log")
-    _ticks(ax, sizes, [size_name(size) for size in sizes])
+    named_ticks(ax, sizes, [size_name(size) for size in sizes])
     ax.margins(x=0.08)
 
 
@@ -154,10 +158,10 @@ def step_axis(ax: Axes, steps: pd.Series) -> None:
         ax.set_xscale("symlog", linthresh=positive[0], linscale=0.35)
     ax.set_xlim(values[0], values[-1] if len(values) > 1 else values[0] + 1)
     ax.margins(x=0.03)
-    _ticks(ax, values, [f"{step:.0f}" for step in values])
+    named_ticks(ax, values, [f"{step:.0f}" for step in values])
 
 
-def _ticks(ax: Axes, values: Sequence[float], names: Sequence[str]) -> None:
+def named_ticks(ax: Axes, values: Sequence[float], names: Sequence[str]) -> None:
     """A tick at every value, a name where there is room: the ends first, then from the left."""
     places = ax.transData.transform([(value, 0.0) for value in values])[:, 0]
     points = ax.figure.dpi / 72
@@ -196,70 +200,6 @@ def whole_span(ax: Axes, data: pd.DataFrame, more: Sequence[float] = ()) -> None
     pad = max(0.06 * (high - low), (0.2 - (high - low)) / 2)
     ax.set_ylim(low - pad, high + pad)
     ax.locator_params(axis="y", nbins=6)
-
-
-def published_points(ax: Axes, published: Sequence[Published], x: str) -> None:
-    """The paper's values as open markers, at their `x`: "steps" or "parameters".
-
-    What lies beyond our axis stands in a strip of its own to the right, with its own ticks, so
-    that ours is not squashed; the strip's title says the other of the two. Call it last: the
-    strip copies the panel's span.
-    """
-    low, high = ax.get_xlim()
-    inside = [row for row in published if low <= getattr(row, x) <= high]
-    beyond = [row for row in published if row not in inside]
-    _open_markers(ax, inside, [float(getattr(row, x)) for row in inside])
-    if beyond:
-        places = sorted({getattr(row, x) for row in beyond})
-        at = [float(places.index(getattr(row, x))) for row in beyond]
-        names = [size_name(place) if x == "parameters" else str(place) for place in places]
-        _open_markers(_strip(ax, beyond[0], x, names), beyond, at)
-    for label, exact in ((STATED, True), (ABOUT, False)):
-        if any(row.exact is exact for row in published):
-            ax.plot([], [], label=label, **_open("o", "#333333", exact))
-
-
-def _open_markers(ax: Axes, published: Sequence[Published], at: Sequence[float]) -> None:
-    for place, row in zip(at, published, strict=True):
-        look = LOOKS[row.condition]
-        drawn = _open(look["marker"], look["color"], row.exact)
-        label = PUBLISHED + row.in_words
-        ax.plot([place], [row.value], label=label, zorder=3, clip_on=False, **drawn)
-
-
-def _open(marker: str, color: str, exact: bool) -> dict[str, Any]:
-    return {
-        "marker": marker,
-        "linestyle": "none",
-        "markerfacecolor": "none",
-        "markeredgecolor": color,
-        "markeredgewidth": 1.3 if exact else 0.7,
-        "markersize": 6.0 if exact else 4.2,
-    }
-
-
-def _strip(ax: Axes, first: Published, x: str, names: Sequence[str]) -> Axes:
-    """A narrow panel right of `ax` with one place per name, for what lies beyond its x axis."""
-    strip: Axes = ax.inset_axes((1.05, 0, min(0.12 + 0.055 * (len(names) - 1), 0.42), 1))
-    strip.set_facecolor("#f3f3f3")
-    strip.spines["left"].set_visible(False)
-    strip.set_xlim(-0.7, len(names) - 0.3)
-    strip.set_xticks(range(len(names)), names, rotation=90, fontsize=6.5)
-    strip.set_ylim(ax.get_ylim())
-    strip.locator_params(axis="y", nbins=6)  # the grid goes on where the panel's is
-    strip.tick_params(labelleft=False)
-    no_bias = experiment_named(first.experiment).DESCRIPTIONS[first.metric][2]
-    if no_bias is not None:
-        strip.axhline(no_bias, color="#333333", linewidth=0.9, zorder=1)
-    other = size_name(first.parameters) if x == "steps" else f"{first.steps} steps"
-    place: dict[str, Any] = {
-        "transform": strip.transAxes,
-        "rotation": 270,
-        "ha": "left",
-        "va": "top",
-    }
-    strip.text(1.03, 1, f"paper, {other}", fontsize=6.5, color="#555555", **place)
-    return strip
 
 
 def size_looks(data: pd.DataFrame) -> dict[str, dict[str, Any]]:

@@ -1,27 +1,43 @@
-"""The report of a run: one self-contained HTML file that says what was run and what came out."""
+"""The report of one run or several: one self-contained HTML file on what was run and came out."""
 
 import base64
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from selfcorrect.evaluate.comparison import (
+    differences,
+    flatten,
+    group_runs,
+    grouping_notes,
+    measure_groups,
+    merge_statistics,
+    name_runs,
+)
 from selfcorrect.evaluate.report_tables import (
     category_tables,
     comparison_table,
+    difference_table,
     left_out_table,
     result_tables,
     visible,
 )
-from selfcorrect.evaluate.results import write_results
+from selfcorrect.evaluate.results import load_items, write_results
 from selfcorrect.evaluate.statistics import NUM_RESAMPLES
 from selfcorrect.evaluate.transcripts import transcripts
+from selfcorrect.evaluate.trend_tables import trend_tables
 from selfcorrect.evaluate.verdict import caveats, summary, verdicts
+from selfcorrect.evaluate.watching import begun
 from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.whole_files import write_text
+from selfcorrect.recipes.whole_files import whole_file, write_json, write_text
+
+if TYPE_CHECKING:
+    from selfcorrect.evaluate.drawings import Drawing
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -35,42 +51,133 @@ def write_report(
     Raises InputError for a folder that is no run, a damaged evaluation file, or a run of which
     nothing has been evaluated.
     """
-    from selfcorrect.evaluate.figures import draw_all
+    from selfcorrect.evaluate.drawings import draw_run
+    from selfcorrect.evaluate.experiment_figures import PRONOUN_COLUMNS
 
     frame, statistics = write_results(run, num_resamples, seed)
-    drawings, notes = draw_all(frame, statistics, run / "figures", paper)
-    figures = [
-        {
-            "title": drawing.title,
-            "alt": drawing.alt,
-            "name": drawing.name,
-            "source": _embedded(run / "figures" / f"{drawing.name}.svg"),
-        }
-        for drawing in drawings
-    ]
-    page = render(
+    pronouns = load_items(run, "winogender", columns=PRONOUN_COLUMNS)
+    drawn = draw_run(frame, statistics, pronouns, run / "figures", paper)
+    return _write_page(
+        run,
+        {run.resolve().name: run},
+        [(None, statistics)],
+        statistics,
+        drawn,
         title=run.resolve().name,
-        summary=summary(statistics),
-        verdicts=verdicts(statistics),
-        caveats=caveats(statistics),
-        figures=figures,
-        notes=notes,
         paper=paper,
         several_seeds=frame["seed"].nunique() > 1,
+        notes=[],
+        differing=[],
+    )
+
+
+def write_comparison(
+    runs: Sequence[Path], out: Path, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> Path:
+    """Write results.parquet, statistics.json, figures/ and report.html of several runs into `out`.
+
+    Runs whose recipes agree in all but the seeds are seeds of one model; the column `run` is what
+    tells the others apart. The runs' own folders stay as they are. Returns the report's path.
+    Raises InputError as `write_report` does, and where `out` is a run itself.
+    """
+    from selfcorrect.evaluate.drawings import draw_runs
+
+    if (out / "recipe.yaml").exists():
+        raise InputError(f"{out}: is a run; choose another folder for the comparison with --out")
+    named = name_runs(runs)
+    groups = group_runs(named)
+    parts = measure_groups(groups, num_resamples, seed)
+    frame = pd.concat([table for table, _ in parts], ignore_index=True)
+    statistics = merge_statistics(groups, [one for _, one in parts])
+    with whole_file(out / "results.parquet") as path:
+        frame.to_parquet(path, compression="zstd", index=False)
+    write_json(out / "statistics.json", statistics)
+    return _write_page(
+        out,
+        named,
+        [(group.label, one) for group, (_, one) in zip(groups, parts, strict=True)],
+        statistics,
+        draw_runs(frame, statistics, out / "figures"),
+        title=", ".join(named),
+        paper=False,
+        several_seeds=frame["seed"].nunique() > 1,
+        notes=grouping_notes(groups),
+        differing=[
+            difference_table(name, title, list(named), differences(named, file))
+            for name, title, file in (
+                ("recipes-differ", "Keys in which the recipes differ", "recipe.yaml"),
+                ("facts-differ", "Keys in which run.json differs", "run.json"),
+            )
+        ],
+    )
+
+
+def _write_page(
+    out: Path,
+    named: Mapping[str, Path],
+    parts: Sequence[tuple[str | None, Mapping[str, Any]]],
+    statistics: Mapping[str, Any],
+    drawn: tuple[list["Drawing"], list[str]],
+    **content: Any,
+) -> Path:
+    """The page of one run or of several: `named` says what is shown of which folder."""
+    drawings, not_drawn = drawn
+    page = render(
+        groups=[
+            {
+                "label": label,
+                "summary": summary(part),
+                "caveats": caveats(part),
+                "verdicts": verdicts(part),
+            }
+            for label, part in parts
+        ],
+        unfinished=list(_unfinished(named)),
+        figures=[
+            {
+                "title": drawing.title,
+                "alt": drawing.alt,
+                "name": drawing.name,
+                "source": _embedded(out / "figures" / f"{drawing.name}.svg"),
+            }
+            for drawing in drawings
+        ],
+        not_drawn=not_drawn,
         tables=[
             *result_tables(statistics),
             comparison_table(statistics),
+            *trend_tables(statistics),
             *category_tables(statistics),
-            left_out_table(statistics, _left_out_of_feedback(run)),
+            left_out_table(
+                statistics, [one for run in named.values() for one in _left_out_of_feedback(run)]
+            ),
         ],
-        transcripts=transcripts(run),
+        transcripts=transcripts(named),
         about=statistics["about"],
-        recipe=_recipe_text(run / "recipe.yaml"),
-        facts=list(flatten(_read_json(run / "run.json"))),
+        runs=[
+            {
+                "label": label,
+                "recipe": _recipe_text(run / "recipe.yaml"),
+                "facts": list(flatten(_read_json(run / "run.json"))),
+            }
+            for label, run in named.items()
+        ],
+        **content,
     )
-    path = run / "report.html"
+    path = out / "report.html"
     write_text(path, page)
     return path
+
+
+def _unfinished(named: Mapping[str, Path]) -> Iterable[str]:
+    """A sentence for each run of which the recipe asks for more than there is."""
+    for label, run in named.items():
+        try:
+            progress = begun(run)
+        except InputError:
+            continue  # the recipe cannot be read, which the transcripts' notes say
+        if not progress.complete:
+            yield f"{label} is not finished: {progress} so far."
 
 
 def _left_out_of_feedback(run: Path) -> list[dict[str, int]]:
@@ -94,19 +201,6 @@ def render(**content: Any) -> str:
 
 
 # --- what was run -----------------------------------------------------------------------------
-
-
-def flatten(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
-    """{"a": {"b": 1}} -> ("a.b", "1"): nested records as rows."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from flatten(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list) and any(isinstance(inner, dict | list) for inner in value):
-        for index, inner in enumerate(value):
-            yield from flatten(inner, f"{path}[{index}]")
-    elif path:
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        yield path, "–" if shown is None else str(shown)
 
 
 def _recipe_text(path: Path) -> str | None:

@@ -77,17 +77,18 @@ def _result_table(
         note.append(f"Undefined everywhere: {', '.join(undefined)}.")
     # How often the model's own text ran into the length limit, where it wrote any.
     wrote = any(cell["num_texts"] for cell in cells) and not suffix
+    place = Place(cells)
     rows = [
-        [*_place(cell), _text(cell["condition"]), _count(cell["num_items"])]
+        [*place.cells(cell), text_cell(cell["condition"]), count_cell(cell["num_items"])]
         + ([_cut_off(cell)] if wrote else [])
-        + [_estimate(value.get(name), name == module.HEADLINE) for name in defined]
+        + [estimate_cell(value.get(name), name == module.HEADLINE) for name in defined]
         for cell, value in zip(cells, values, strict=True)
     ]
     return Table(
         name=f"results-{experiment}{suffix}",
         title=f"{title_of(experiment)}: {title}",
         note=" ".join(note),
-        columns=["Model", "Parameters", "Seed", "Step", "Condition", "Prompts"]
+        columns=[*place.columns, "Condition", "Prompts"]
         + (["Texts cut off"] if wrote else [])
         + [label[name] for name in defined],
         rows=rows,
@@ -103,6 +104,7 @@ def _cut_off(cell: Mapping[str, Any]) -> TableCell:
 
 def comparison_table(statistics: Mapping[str, Any]) -> Table:
     """Effects of the instruction, their growth and each condition's change, headline metrics."""
+    place = Place(statistics["cells"])
     rows = []
     for kind, name in COMPARISONS.items():
         for row in statistics[kind]:
@@ -113,24 +115,31 @@ def comparison_table(statistics: Mapping[str, Any]) -> Table:
             judged = {True: "yes", False: "no", None: row["undefined_because"] or "no interval"}
             rows.append(
                 [
-                    _text(name),
-                    _text(title_of(row["experiment"])),
-                    _text(row["model"]),
-                    _count(row["seed"]),
-                    _text(row["condition"]),
+                    text_cell(name),
+                    text_cell(title_of(row["experiment"])),
+                    *place.run(row),
+                    text_cell(row["model"]),
+                    count_cell(row["seed"]),
+                    text_cell(row["condition"]),
                     TableCell(steps, row["step"]),
-                    _estimate(row, True),
-                    _text(judged[row["excludes_zero"]]),
+                    estimate_cell(row, True),
+                    text_cell(judged[row["excludes_zero"]]),
+                    probability_cell(row.get("p_adjusted")),
+                    estimate_cell({"value": row.get("detectable")}, False),
                 ]
             )
     about = statistics["about"]
     return Table(
         name="comparisons",
         title="Comparisons on the same items",
-        note=f"Effect: {about['effect']}. Growth: {about['growth']}. Change: {about['change']}.",
+        note=f"Effect: {about['effect']}. Growth: {about['growth']}. Change: {about['change']}. "
+        "The intervals are those of single rows; the p-values are corrected for the number of rows "
+        "of a kind (Holm). Detectable: the smallest difference that so many items would show with "
+        f"an interval off zero in {about.get('power', 0.8):.0%} of cases.",
         columns=[
-            "Comparison", "Experiment", "Model", "Seed", "Condition", "Step",
-            "Difference [95 % interval]", "Excludes zero",
+            "Comparison", "Experiment", *place.columns[: place.several], "Model", "Seed",
+            "Condition", "Step", "Difference [95 % interval]", "Excludes zero", "p, corrected",
+            "Detectable",
         ],
         rows=rows,
     )  # fmt: skip
@@ -145,19 +154,20 @@ def category_tables(statistics: Mapping[str, Any]) -> list[Table]:
         categories = sorted({name for cell in cells for name in cell["metrics"]} - {OVERALL})
         if len(categories) < 2:
             continue
-        last: dict[tuple[str, int], int] = {}
+        place = Place(cells)
+        last: dict[tuple[str, str, int], int] = {}
         for cell in cells:
-            who = cell["model"], cell["seed"]
+            who = cell["run"], cell["model"], cell["seed"]
             last[who] = max(cell["step"], last.get(who, 0))
         rows = [
             [
-                *_place(cell),
-                _text(cell["condition"]),
-                _text(category),
-                _estimate(cell["metrics"].get(category, {}).get(module.HEADLINE), True),
+                *place.cells(cell),
+                text_cell(cell["condition"]),
+                text_cell(category),
+                estimate_cell(cell["metrics"].get(category, {}).get(module.HEADLINE), True),
             ]
             for cell in cells
-            if cell["step"] == last[cell["model"], cell["seed"]]
+            if cell["step"] == last[cell["run"], cell["model"], cell["seed"]]
             for category in categories
         ]
         label = module.DESCRIPTIONS[module.HEADLINE][0]
@@ -166,11 +176,24 @@ def category_tables(statistics: Mapping[str, Any]) -> list[Table]:
                 name=f"categories-{experiment}",
                 title=f"{title_of(experiment)}: categories at the last step",
                 note=f"The overall figure pools {', '.join(module.overall(categories))}.",
-                columns=["Model", "Parameters", "Seed", "Step", "Condition", "Category", label],
+                columns=[*place.columns, "Condition", "Category", label],
                 rows=rows,
             )
         )
     return tables
+
+
+def difference_table(
+    name: str, title: str, runs: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]
+) -> Table:
+    """The keys in which files of several runs differ, a column a run."""
+    return Table(
+        name=name,
+        title=title,
+        note="" if rows else "They agree in every key.",
+        columns=["Key", *map(visible, runs)],
+        rows=[[text_cell(key), *map(text_cell, values)] for key, values in rows],
+    )
 
 
 def left_out_table(
@@ -194,8 +217,8 @@ def left_out_table(
         columns=["Experiment or feedback", "Reason", "Items or pairs"],
         rows=[
             [
-                _text(where),
-                _text(reason),
+                text_cell(where),
+                text_cell(reason),
                 TableCell(" or ".join(str(n) for n in sorted(found)), max(found)),
             ]
             for (where, reason), found in counts.items()
@@ -203,24 +226,44 @@ def left_out_table(
     )
 
 
-def _place(cell: Mapping[str, Any]) -> list[TableCell]:
-    names = ("parameters", "seed", "step")
-    return [_text(cell["model"]), *(_count(cell[name]) for name in names)]
+class Place:
+    """Which checkpoint a row speaks of; the run is named where there are several."""
+
+    def __init__(self, cells: Sequence[Mapping[str, Any]]) -> None:
+        self.several = len({cell["run"] for cell in cells}) > 1
+        self.columns = ["Run"] * self.several + ["Model", "Parameters", "Seed", "Step"]
+
+    def run(self, row: Mapping[str, Any]) -> list[TableCell]:
+        return [text_cell(row["run"])] if self.several else []
+
+    def cells(self, row: Mapping[str, Any]) -> list[TableCell]:
+        counts = (count_cell(row[name]) for name in ("parameters", "seed", "step"))
+        return [*self.run(row), text_cell(row["model"]), *counts]
 
 
-def _text(value: object) -> TableCell:
+def text_cell(value: object) -> TableCell:
+    """Text as it can be shown, sorted without regard to case."""
     text = visible(value)
     return TableCell(text, text.lower())
 
 
-def _count(value: int | None) -> TableCell:
+def count_cell(value: int | None) -> TableCell:
+    """A whole number; a dash for None."""
     return TableCell("–" if value is None else f"{value:,}", value)
 
 
-def _estimate(row: Mapping[str, Any] | None, interval: bool) -> TableCell:
+def estimate_cell(row: Mapping[str, Any] | None, interval: bool) -> TableCell:
+    """A value, with its interval if asked for."""
     if row is None or row["value"] is None:
         return TableCell("undefined", None)
     return TableCell(with_interval(row) if interval else number(row["value"]), row["value"])
+
+
+def probability_cell(value: float | None) -> TableCell:
+    """A p-value: two digits, or that it is below .001."""
+    if value is None:
+        return TableCell("–", None)
+    return TableCell("< 0.001" if value < 0.001 else f"{value:.2g}", value)
 
 
 def visible(text: object) -> str:

@@ -1,45 +1,39 @@
-"""From the parquet files of a run to one tidy table and its statistics.
+"""From the parquet files of a run to one tidy table, its statistics, and its items.
 
-`load` gives one row per metric of every cell (checkpoint x experiment x condition x category);
-`write_results` keeps that as results.parquet beside statistics.json. COLUMNS documents the table.
+`load` gives one row per metric of every cell (checkpoint x experiment x condition x category x
+order of options); `write_results` keeps that as results.parquet beside statistics.json. COLUMNS
+documents the table, docs/statistics.md both. `items_dataset` reads what lies behind it, lazily.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import and_
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from pyarrow import fs
 
 from selfcorrect.evaluate.cells import (
     Measured,
     measure_folder,
     measure_run,
     read_settings,
-    read_table,
     run_name,
 )
-from selfcorrect.evaluate.run_folder import Checkpoint, CheckpointRecord, find_checkpoints
-from selfcorrect.evaluate.statistics import (
-    CONFIDENCE,
-    NUM_RESAMPLES,
-    OVERALL,
-    Cell,
-    Comparison,
-    Draws,
-    Estimate,
-    compare,
-)
+from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.evaluate.statistics import NUM_RESAMPLES, Draws
+from selfcorrect.evaluate.statistics_file import record_facts
+from selfcorrect.evaluate.statistics_file import statistics_of as statistics_of
+from selfcorrect.evaluate.thresholds import NOT_REACHED
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.whole_files import whole_file, write_json
 
-INTERVAL_MEANING = (
-    "Percentile bootstrap over clusters (BBQ templates, occupations, distinct students) within "
-    "each category. It says how far the number may move with other items of the same kind; it "
-    "does not cover another training run, seed or wording of the prompt. An interval without width "
-    "means that all clusters agree: the rare exception may still exist, in up to about 3 of n."
-)
+ALL_ORDERS = "all"
 
 # Columns of the tidy table, in order: (pandas type, meaning). Undefined is null, never 0.
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -54,6 +48,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "experiment": ("str", "bbq, winogender, law_school or another of EXPERIMENTS"),
     "condition": ("str", "Q, Q+IF, Q+IF+CoT, Match stats, a control, or one of your own"),
     "category": ("str", "a category of the benchmark, or 'overall'"),
+    "order": (
+        "str",
+        "order of the options as in '120'; 'all' together, the only one for one order",
+    ),
     "metric": ("str", "see DESCRIPTIONS in the experiment's module"),
     "value": ("float64", "the metric over all items of the cell"),
     "low": ("float64", "lower end of the 95 % interval"),
@@ -61,6 +59,16 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "num_items": ("Int64", "rows scored behind the value: items x orders of options x draws"),
     "num_clusters": ("Int64", "clusters (templates, occupations, students) behind the value"),
 }
+# What `items_dataset` puts before the columns of the evaluation files.
+ITEM_FACTS = [
+    pa.field("run", pa.string()),
+    pa.field("model", pa.string()),
+    pa.field("parameters", pa.int64()),
+    pa.field("seed", pa.int64()),
+    pa.field("step", pa.int64()),
+    pa.field("experiment", pa.string()),
+    pa.field("condition", pa.string()),
+]
 
 
 def load(*runs: Path, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> pd.DataFrame:
@@ -85,33 +93,45 @@ def summarise(
     return tidy(cells)
 
 
-def load_items(
-    run: Path,
-    experiment: str | None = None,
-    condition: str | None = None,
-    columns: Sequence[str] | None = None,
-) -> pd.DataFrame:
-    """One row per prompt scored at every checkpoint, with what was asked beside the answer.
+def results_of(
+    *runs: Path,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+    thresholds: Mapping[str, float] | None = None,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The tidy table of one or several runs, and what statistics.json holds, of all joined.
 
-    `columns` limits what is read from the files; a column that an experiment lacks is null.
+    `thresholds` names, by experiment, the value of the headline metric to be reached, in place of
+    no bias. Raises InputError as `load`, and for a run of which nothing has been evaluated.
     """
-    tables = []
-    for checkpoint in find_checkpoints(run):
-        for path in sorted(checkpoint.evaluation.glob("*.parquet")):
-            settings = read_settings(path)
-            named = (settings["experiment"], settings["condition"])
-            if experiment not in (None, named[0]) or condition not in (None, named[1]):
-                continue
-            table = read_table(path, columns).replace_schema_metadata(None)
-            record = checkpoint.record
-            facts = [run_name(run), record.model, record.seed, record.step, *named]
-            names = ["run", "model", "seed", "step", "experiment", "condition"]
-            for position, (name, fact) in enumerate(zip(names, facts, strict=True)):
-                table = table.add_column(position, name, pa.array([fact] * len(table)))
-            tables.append(table)
-    if not tables:
-        return pd.DataFrame(columns=["run", "model", "seed", "step", "experiment", "condition"])
-    return pa.concat_tables(tables, promote_options="permissive").to_pandas()
+    draws = Draws(num_resamples, seed)
+    cells: list[Measured] = []
+    joined: dict[str, Any] = {}
+    for run in runs:
+        found = measure_run(run, draws)
+        if not found:
+            raise InputError(
+                f"{run}: no checkpoint has been evaluated; run `selfcorrect evaluate {run}`"
+            )
+        cells += found
+        one = statistics_of(found, find_checkpoints(run), num_resamples, seed, thresholds)
+        for name, content in one.items():
+            if isinstance(content, list):
+                content = [*joined.get(name, []), *content]
+            joined[name] = content
+    return tidy(cells), joined
+
+
+def rows(statistics: Mapping[str, Any], name: str) -> pd.DataFrame:
+    """A list of statistics.json as a dataframe: effects, growth, changes, over_seeds, trends, ...
+
+    Undefined is NaN; a threshold that is not reached is infinity.
+    """
+    frame = pd.DataFrame(statistics[name])
+    if name == "thresholds" and len(frame):
+        for column in ("value", "low", "high"):
+            frame[column] = frame[column].replace(NOT_REACHED, np.inf).astype(float)
+    return frame
 
 
 def write_results(
@@ -122,146 +142,140 @@ def write_results(
     Raises InputError for a folder that is no run, a damaged file, or a run of which nothing has
     been evaluated.
     """
-    cells = measure_run(run, Draws(num_resamples, seed))
-    if not cells:
-        raise InputError(
-            f"{run}: no checkpoint has been evaluated; run `selfcorrect evaluate {run}`"
-        )
-    frame = tidy(cells)
-    statistics = statistics_of(cells, find_checkpoints(run), num_resamples, seed)
+    frame, statistics = results_of(run, num_resamples=num_resamples, seed=seed)
     with whole_file(run / "results.parquet") as path:
         frame.to_parquet(path, compression="zstd", index=False)
     write_json(run / "statistics.json", statistics)
     return frame, statistics
 
 
-# --- the table and the statistics -------------------------------------------------------------
+# --- item by item ------------------------------------------------------------------------------
 
 
-def tidy(cells: Sequence[Measured]) -> pd.DataFrame:
-    """One row per cell, category and metric; see COLUMNS."""
-    rows = [
-        {
-            "run": cell.run,
-            "model": cell.model,
-            **_record_facts(cell.record),
-            "experiment": cell.experiment,
-            "condition": cell.condition,
-            "category": category,
-            "metric": metric,
-            "value": estimate.value,
-            "low": estimate.low,
-            "high": estimate.high,
-            "num_items": cell.counts[category][0],
-            "num_clusters": cell.counts[category][1],
-        }
-        for cell in cells
-        for category, estimates in cell.bootstrap.estimates.items()
-        for metric, estimate in estimates.items()
-    ]
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    return frame.astype({name: kind for name, (kind, _) in COLUMNS.items()})
+def items_dataset(
+    *runs: Path, experiment: str | None = None, condition: str | None = None
+) -> ds.Dataset:
+    """Every prompt scored at every checkpoint, as a pyarrow dataset: no row is read yet.
+
+    Columns are ITEM_FACTS and those of the evaluation files; an experiment's own are null in the
+    others. A filter on the facts opens only the files it needs, and only columns that are asked for
+    are read: `items_dataset(run).to_table(columns=["item", "mass"], filter=field("step") == 40)`.
+    Raises InputError for a folder that is no run, a damaged file, or where nothing was evaluated.
+    """
+    files = _item_files(runs, experiment, condition)
+    if not files:
+        wanted = " under ".join(name for name in (experiment, condition) if name)
+        raise InputError(f"{', '.join(map(str, runs))}: nothing evaluated {wanted}".rstrip())
+    return _dataset(files)
 
 
-def _record_facts(record: CheckpointRecord | None) -> dict[str, Any]:
-    names = ["parameters", "seed", "step", "episodes", "kl", "reward"]
-    return {name: None if record is None else getattr(record, name) for name in names}
+def load_items(
+    run: Path,
+    experiment: str | None = None,
+    condition: str | None = None,
+    columns: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """One row per prompt scored at every checkpoint, in memory, with what was asked beside it.
+
+    `columns` limits what is read from the files; a column that an experiment lacks is null. For
+    many rows, `items_dataset` reads lazily.
+    """
+    facts = [field.name for field in ITEM_FACTS if field.name != "parameters"]
+    files = _item_files([run], experiment, condition)
+    if not files:
+        return pd.DataFrame(columns=facts)
+    dataset = _dataset(files)
+    own = dataset.schema.names[len(ITEM_FACTS) :]
+    wanted = own if columns is None else [name for name in columns if name in own]
+    try:
+        return dataset.to_table(columns=[*facts, *wanted]).to_pandas()
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{run}: an evaluation file is damaged ({reason}); delete it and evaluate again"
+        ) from None
 
 
-def statistics_of(
-    cells: Sequence[Measured], checkpoints: Sequence[Checkpoint], num_resamples: int, seed: int
-) -> dict[str, Any]:
-    """What statistics.json holds: estimates by cell, comparisons, and what they mean."""
-    comparisons = compare([_cell(cell) for cell in cells if cell.record is not None])
-    return {
-        "about": {
-            "num_resamples": num_resamples,
-            "resampling_seed": seed,
-            "confidence": CONFIDENCE,
-            "interval": INTERVAL_MEANING,
-            "effect": "metric(Q) - metric(condition) on the same items, paired resamples",
-            "growth": "effect at the last step - effect at the first step, paired resamples",
-            "change": "metric at the last step - metric at the first step, paired resamples",
-        },
-        "cells": [_cell_json(cell) for cell in cells],
-        "effects": [_comparison_json(c) for c in comparisons if c.kind == "effect"],
-        "growth": [_comparison_json(c) for c in comparisons if c.kind == "growth"],
-        "changes": [_comparison_json(c) for c in comparisons if c.kind == "change"],
-        "missing": _missing(cells, checkpoints),
-    }
+def write_items(
+    path: Path, *runs: Path, experiment: str | None = None, condition: str | None = None
+) -> int:
+    """Write the rows of `items_dataset` as one parquet file, batch by batch; returns their number.
+
+    Plain types only (numbers, strings, lists of them): DuckDB and R's arrow read them.
+    """
+    dataset = items_dataset(*runs, experiment=experiment, condition=condition)
+    number = 0
+    with (
+        whole_file(path) as temporary,
+        pq.ParquetWriter(temporary, dataset.schema, compression="zstd") as writer,
+    ):
+        for batch in dataset.to_batches():
+            writer.write_batch(batch)
+            number += len(batch)
+    return number
 
 
-def _cell(cell: Measured) -> Cell:
-    record = cast(CheckpointRecord, cell.record)
-    return Cell(
-        run=cell.run,
-        model=cell.model,
-        parameters=record.parameters,
-        seed=record.seed,
-        step=record.step,
-        experiment=cell.experiment,
-        condition=cell.condition,
-        replicates=cell.bootstrap.replicates,
+def _item_files(
+    runs: Sequence[Path], experiment: str | None, condition: str | None
+) -> list[tuple[Path, list[Any]]]:
+    """The evaluation files, each with its ITEM_FACTS."""
+    files: list[tuple[Path, list[Any]]] = []
+    for run in runs:
+        for checkpoint in find_checkpoints(run):
+            record = checkpoint.record
+            of_model = [run_name(run), record.model, record.parameters, record.seed, record.step]
+            for path in sorted(checkpoint.evaluation.glob("*.parquet")):
+                settings = read_settings(path)
+                named = settings["experiment"], settings["condition"]
+                if experiment in (None, named[0]) and condition in (None, named[1]):
+                    files.append((path, [*of_model, *named]))
+    return files
+
+
+def _dataset(files: Sequence[tuple[Path, list[Any]]]) -> ds.Dataset:
+    schemas = [pq.read_schema(path).remove_metadata() for path, _ in files]
+    own = pa.unify_schemas(schemas, promote_options="permissive")
+    return ds.FileSystemDataset.from_paths(
+        [str(path) for path, _ in files],
+        schema=pa.schema([*ITEM_FACTS, *own]),
+        format=ds.ParquetFileFormat(),
+        filesystem=fs.LocalFileSystem(),
+        partitions=[
+            reduce(and_, (ds.field(f.name) == x for f, x in zip(ITEM_FACTS, facts, strict=True)))
+            for _, facts in files
+        ],
     )
 
 
-def _cell_json(cell: Measured) -> dict[str, Any]:
-    return {
-        "run": cell.run,
-        "model": cell.model,
-        **_record_facts(cell.record),
-        "experiment": cell.experiment,
-        "condition": cell.condition,
-        "num_items": cell.counts[OVERALL][0],
-        "num_clusters": cell.counts[OVERALL][1],
-        "left_out": cell.left_out,
-        "num_texts": cell.num_texts,
-        "num_truncated": cell.num_truncated,
-        "metrics": {
-            category: {metric: _estimate_json(value) for metric, value in estimates.items()}
-            for category, estimates in cell.bootstrap.estimates.items()
-        },
-    }
+# --- the table -----------------------------------------------------------------------------------
 
 
-def _comparison_json(comparison: Comparison) -> dict[str, Any]:
-    names = ["run", "model", "parameters", "seed", "experiment", "condition", "metric", "step"]
-    facts = {name: getattr(comparison, name) for name in names}
-    if comparison.from_step is not None:
-        facts["from_step"] = comparison.from_step
-    return {
-        **facts,
-        **_estimate_json(comparison.estimate),
-        "excludes_zero": comparison.estimate.excludes_zero,
-        "undefined_because": comparison.reason,
-    }
-
-
-def _estimate_json(estimate: Estimate) -> dict[str, float | None]:
-    return {
-        name: None if np.isnan(value) else float(value)
-        for name, value in zip(
-            ("value", "low", "high"), (estimate.value, estimate.low, estimate.high), strict=True
-        )
-    }
-
-
-def _missing(cells: Sequence[Measured], checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Sentences on what one checkpoint lacks and another has."""
-    asked = {(cell.experiment, cell.condition) for cell in cells}
-    held: dict[tuple[str, int, int], set[tuple[str, str]]] = {}
+def tidy(cells: Sequence[Measured]) -> pd.DataFrame:
+    """One row per cell, category, order and metric; see COLUMNS."""
+    found = []
     for cell in cells:
-        if cell.record is not None:
-            place = (cell.model, cell.record.seed, cell.record.step)
-            held.setdefault(place, set()).add((cell.experiment, cell.condition))
-    sentences = []
-    for record in (checkpoint.record for checkpoint in checkpoints):
-        where = f"{record.model}, seed {record.seed}, step {record.step}"
-        lacking = asked - held.get((record.model, record.seed, record.step), set())
-        if lacking == asked:
-            sentences.append(f"{where}: not evaluated")
-            continue
-        sentences += [
-            f"{where}: no {name} under {condition}" for name, condition in sorted(lacking)
+        results = {ALL_ORDERS: (cell.bootstrap.estimates, cell.counts)} | {
+            order: (one.estimates, one.counts) for order, one in cell.by_order.items()
+        }
+        found += [
+            {
+                "run": cell.run,
+                "model": cell.model,
+                **record_facts(cell.record),
+                "experiment": cell.experiment,
+                "condition": cell.condition,
+                "category": category,
+                "order": order,
+                "metric": metric,
+                "value": estimate.value,
+                "low": estimate.low,
+                "high": estimate.high,
+                "num_items": counts[category][0],
+                "num_clusters": counts[category][1],
+            }
+            for order, (of_category, counts) in results.items()
+            for category, estimates in of_category.items()
+            for metric, estimate in estimates.items()
         ]
-    return sentences
+    frame = pd.DataFrame(found, columns=list(COLUMNS))
+    return frame.astype({name: kind for name, (kind, _) in COLUMNS.items()})

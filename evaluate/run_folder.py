@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.whole_files import write_json
@@ -32,7 +32,7 @@ class CheckpointRecord(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str
-    parameters: int
+    parameters: PositiveInt
     seed: int
     step: int
     episodes: int

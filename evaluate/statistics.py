@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from selfcorrect.evaluate.resampling import fill_multinomial
 from selfcorrect.evaluate.tally import Tally
 
 OVERALL = "overall"
@@ -24,6 +25,8 @@ NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
 # With more undefined resamples than this, the interval would describe a selected few.
 LARGEST_UNDEFINED_SHARE = 0.05
+# Numbers that spread less than this, in parts of the largest, agree up to rounding.
+ROUNDING = 1e-12
 _TAILS = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
 
 Metrics = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
@@ -53,11 +56,13 @@ class Replicates:
     """One cell's overall metrics, each of shape (1 + R,): the data's value, then R resamples.
 
     `population` names the clusters and their units. Two cells of equal population were resampled
-    with the same draws, so their replicates may be subtracted one by one.
+    with the same draws, so their replicates may be subtracted one by one. `degrees` are the
+    degrees of freedom of their spread: sampling units less one for each category pooled.
     """
 
     population: bytes
     metrics: dict[str, np.ndarray]
+    degrees: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,14 @@ class Draws:
 
     def _draw(self, category: str, units: np.ndarray) -> np.ndarray:
         total = round(float(units.sum()))
-        weights = np.empty((1 + self.num_resamples, len(units)))
-        weights[0] = units
         if total < 2:
-            weights[1:] = np.nan
+            weights = np.full((1 + self.num_resamples, len(units)), np.nan)
+            weights[0] = units
             return weights
         generator = np.random.default_rng([self.seed, zlib.crc32(category.encode())])
-        weights[1:] = generator.multinomial(total - 1, units / units.sum(), self.num_resamples)
+        weights = np.empty((len(units), 1 + self.num_resamples)).T
+        weights[0] = units
+        fill_multinomial(generator, total - 1, units, weights[1:])
         weights[1:] *= total / (total - 1)
         return weights
 
@@ -119,17 +125,23 @@ def bootstrap(
     draws = draws or Draws()
     population, sums = _resampled_sums(tally, draws)
     chosen = [c for c in tally.categories if pooled is None or c in pooled]
-    replicates = Replicates(population, _replicates(metrics, sums, chosen))
+    members = [tally.strata == tally.categories.index(category) for category in chosen]
+    sizes = [round(float(np.sum(tally.units[one]))) for one in members]
+    degrees = sum(max(size - 1, 0) for size in sizes)
+    replicates = Replicates(population, _replicates(metrics, sums, chosen), degrees)
     estimates = {OVERALL: estimate(replicates.metrics)}
     for category in tally.categories:
-        estimates[category] = estimate(_replicates(metrics, sums, [category]))
+        if chosen == [category]:  # one category alone is the overall figure
+            estimates[category] = estimates[OVERALL]
+        else:
+            estimates[category] = estimate(_replicates(metrics, sums, [category]))
     return Bootstrap(estimates, replicates)
 
 
 def _resampled_sums(tally: Tally, draws: Draws) -> tuple[bytes, dict[str, dict[str, np.ndarray]]]:
     """Each category's sums, every one of shape (1 + R,), and the name of what was resampled."""
     names = list(tally.sums)
-    table = np.stack([np.asarray(tally.sums[name], dtype=float) for name in names], axis=1)
+    table = np.stack([np.asarray(tally.sums[name], dtype=float) for name in names])
     labels = np.array(tally.clusters, dtype=object)
     population: list[str] = []
     sums: dict[str, dict[str, np.ndarray]] = {}
@@ -139,8 +151,8 @@ def _resampled_sums(tally: Tally, draws: Draws) -> tuple[bytes, dict[str, dict[s
             continue
         members = members[np.argsort(labels[members], kind="stable")]
         units = np.asarray(tally.units, dtype=float)[members]
-        product = draws.weights(category, units) @ table[members]
-        sums[category] = {name: product[:, column] for column, name in enumerate(names)}
+        product = table[:, members] @ draws.weights(category, units).T
+        sums[category] = dict(zip(names, product, strict=True))
         population += [f"{category}\t{labels[i]}\t{tally.units[i]:g}" for i in members]
     return "\n".join(population).encode(), sums
 
@@ -152,17 +164,25 @@ def _replicates(
     chosen = [sums[category] for category in categories if category in sums]
     if not chosen:
         return {}
-    table = {name: np.stack([one[name] for one in chosen], axis=1) for name in chosen[0]}
-    # A category of a single unit has no resamples: a metric must not go on without it.
-    absent = np.any([np.isnan(values).any(axis=1) for values in table.values()], axis=0)
-    return {name: np.where(absent, np.nan, values) for name, values in metrics(table).items()}
+    if len(chosen) == 1:
+        table = {name: values[:, None] for name, values in chosen[0].items()}
+    else:
+        table = {name: np.stack([one[name] for one in chosen], axis=1) for name in chosen[0]}
+    found = metrics(table)
+    # A category of a single unit has no resamples, whatever the sum: metrics must not go on
+    # without it.
+    absent = np.isnan(next(iter(table.values()))).any(axis=1)
+    if not absent.any():
+        return found
+    return {name: np.where(absent, np.nan, values) for name, values in found.items()}
 
 
 def estimate(replicates: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
     """Point values (entry 0) and percentile intervals (the other entries) of several metrics."""
     if not replicates:
         return {}
-    table = np.stack(list(replicates.values()))
+    names, same = _distinct(replicates)
+    table = np.stack([replicates[name] for name in names])
     values, resamples = table[:, 0], table[:, 1:]
     intervals = np.full((len(table), 2), np.nan)
     num_defined = np.isfinite(resamples).sum(axis=1)
@@ -172,10 +192,32 @@ def estimate(replicates: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
     enough = num_defined >= (1 - LARGEST_UNDEFINED_SHARE) * resamples.shape[1]
     for row in np.flatnonzero(enough & ~whole):
         intervals[row] = np.quantile(resamples[row][np.isfinite(resamples[row])], _TAILS)
-    return {
+    found = {
         name: Estimate(float(value), float(low), float(high)) if np.isfinite(value) else UNDEFINED
-        for name, value, (low, high) in zip(replicates, values, intervals, strict=True)
+        for name, value, (low, high) in zip(names, values, intervals, strict=True)
     }
+    return {name: found[same[name]] for name in replicates}
+
+
+def _distinct(replicates: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str, str]]:
+    """Names of the distinct arrays, and which of them each name equals; quantiles are dear.
+
+    In a single category a mean over categories, for one, is the metric itself.
+    """
+    first: dict[bytes, str] = {}
+    same = {}
+    for name, values in replicates.items():
+        same[name] = first.setdefault(values.tobytes(), name)
+    return list(dict.fromkeys(same.values())), same
+
+
+def standard_error(replicates: np.ndarray) -> float:
+    """Standard deviation of the resamples (entries 1 and up); 0 when they agree, NaN undefined."""
+    resamples = replicates[1:][np.isfinite(replicates[1:])]
+    if len(resamples) < 2 or not np.isfinite(replicates[0]):
+        return float("nan")
+    spread = float(resamples.std(ddof=1))
+    return 0.0 if spread <= ROUNDING * max(1.0, abs(float(replicates[0]))) else spread
 
 
 # --- paired comparisons over a run's cells ---------------------------------------------------
@@ -183,7 +225,7 @@ def estimate(replicates: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One experiment under one condition at one checkpoint."""
+    """One experiment under one condition at one checkpoint; `kl` as in checkpoint.json."""
 
     run: str
     model: str
@@ -193,6 +235,7 @@ class Cell:
     experiment: str
     condition: str
     replicates: Replicates
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -201,7 +244,8 @@ class Comparison:
 
     `kind` is "effect" (metric(Q) - metric(condition) at `step`), "growth" (effect at `step` minus
     effect at `from_step`) or "change" (metric at `step` minus metric at `from_step`). `reason`
-    says why the estimate is undefined, when it is.
+    says why the estimate is undefined, when it is. `error` is the standard deviation of its
+    resamples, with `degrees` of freedom.
     """
 
     kind: str
@@ -216,6 +260,8 @@ class Comparison:
     from_step: int | None
     estimate: Estimate
     reason: str | None = field(default=None)
+    error: float = np.nan
+    degrees: int = 0
 
 
 def compare(cells: Sequence[Cell]) -> list[Comparison]:
@@ -292,6 +338,8 @@ def _difference(
                 from_step=from_step,
                 estimate=result,
                 reason=reason,
+                error=standard_error(sums[metric]) if metric in sums else np.nan,
+                degrees=of.replicates.degrees,
             )
         )
     return found

@@ -81,11 +81,29 @@ class _Texts:
         return [self.place(text), *([len(text)] if len(text) > TEXT_LENGTH else [])]
 
 
-def transcripts(run: Path, num_items: int = NUM_ITEMS, budget: int = BUDGET) -> Transcripts:
-    """The run's transcripts for the page; `num_items` per experiment, fewer above the budget.
+def transcripts(
+    named: Mapping[str, Path], num_items: int = NUM_ITEMS, budget: int = BUDGET
+) -> Transcripts:
+    """The transcripts of some runs; `num_items` per experiment, fewer above the budget.
 
-    Raises InputError for a folder that is no run, and for a damaged file.
+    `named` says what a run is called. Runs may have been asked different things, so each brings
+    its own items; they share the budget. Raises InputError for a folder that is no run, and for a
+    damaged file.
     """
+    notes: dict[str, list[str]] = {}
+    shown: list[Markup] = []
+    for label, run in named.items():
+        mine, data = _of_run(run, num_items, budget // len(named))
+        for note in mine:
+            notes.setdefault(note, []).append(label)
+        if data is not None:
+            name = htmlsafe_json_dumps(visible(label))
+            shown.append(Markup('{"run": %s, "data": %s}') % (Markup(name), data))
+    said = [f"{', '.join(of)}: {note}" if len(named) > 1 else note for note, of in notes.items()]
+    return Transcripts(said, Markup("[%s]") % Markup(", ").join(shown) if shown else None)
+
+
+def _of_run(run: Path, num_items: int, budget: int) -> tuple[list[str], Markup | None]:
     files = [
         _File(path, read_settings(path), checkpoint.record)
         for checkpoint in find_checkpoints(run)
@@ -97,7 +115,7 @@ def transcripts(run: Path, num_items: int = NUM_ITEMS, budget: int = BUDGET) -> 
         if any(file.cell[0] == name for file in files)
     }
     if not chosen:
-        return Transcripts(["Nothing has been evaluated."], None)
+        return ["Nothing has been evaluated."], None
     asked, problems = _asked(run, files, chosen)
     rows = {file.path: _rows(file.path, chosen[file.cell[0]]) for file in files}
     while True:
@@ -106,9 +124,9 @@ def transcripts(run: Path, num_items: int = NUM_ITEMS, budget: int = BUDGET) -> 
             break
         if max(map(len, chosen.values())) == 1:
             note = "There are too many checkpoints and conditions to show transcripts in this page"
-            return Transcripts([f"{note}; all answers are in the evaluation files."], None)
+            return [f"{note}; all answers are in the evaluation files."], None
         chosen = {name: items[: max(1, len(items) // 2)] for name, items in chosen.items()}
-    return Transcripts([_what_is_shown(files, chosen), *problems], data)
+    return [_what_is_shown(files, chosen), *problems], data
 
 
 def _what_is_shown(files: Sequence[_File], chosen: Mapping[str, Sequence[str]]) -> str:

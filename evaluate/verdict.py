@@ -6,10 +6,20 @@ from typing import Any
 
 from selfcorrect.evaluate.cells import condition_rank, experiment_named
 from selfcorrect.evaluate.statistics import OVERALL, UNINSTRUCTED
+from selfcorrect.evaluate.trend_sentences import (
+    along_steps,
+    corrected,
+    over_seeds,
+    reached,
+    with_size,
+)
+from selfcorrect.evaluate.trend_sentences import number as number
+from selfcorrect.evaluate.trend_sentences import with_interval as with_interval
 
 Row = Mapping[str, Any]
 # Under this probability on the options, a forced choice between them says little.
 LITTLE_MASS = 0.5
+CLEAR = 0.05  # a corrected p-value below it counts as clear
 
 
 @dataclass(frozen=True)
@@ -27,22 +37,6 @@ class Paragraph:
     heading: str
     meaning: str
     sentences: list[str]
-
-
-def number(value: float | None) -> str:
-    """Three decimals with a true minus sign; "undefined" for None. Never -0.000."""
-    if value is None:
-        return "undefined"
-    return f"{value:.3f}".replace("-0.000", "0.000").replace("-", "−")
-
-
-def with_interval(row: Row) -> str:
-    """As in "0.410 [0.302, 0.518]"; says so when there is no interval."""
-    if row["value"] is None:
-        return "undefined"
-    if row["low"] is None or row["high"] is None:
-        return f"{number(row['value'])} (no interval)"
-    return f"{number(row['value'])} [{number(row['low'])}, {number(row['high'])}]"
 
 
 def verdicts(statistics: Row) -> list[Verdict]:
@@ -70,11 +64,18 @@ def caveats(statistics: Row) -> list[str]:
             "There is one training run per model: how much another training seed would change "
             "these numbers is not known."
         )
+    else:
+        found.append(
+            "The intervals of one training run are over items. Only where seeds are named as the "
+            "unit do they say what another training run might give."
+        )
     num_growths = len(_headlines(statistics["growth"]))
     if num_growths > 1:
         found.append(
-            f"{num_growths} growths are judged here, each by its own 95 % interval, without a "
-            "correction for their number: about one in twenty would exclude zero by chance alone."
+            f"{num_growths} growths are judged here. Their intervals are not widened for that "
+            "number, so about one in twenty would exclude zero by chance alone; p-values are "
+            "corrected for it (Holm), so that by chance hardly one in twenty such tables holds any "
+            f"below {CLEAR}."
         )
     missing = statistics["missing"]
     if missing:
@@ -84,15 +85,22 @@ def caveats(statistics: Row) -> list[str]:
 
 
 def summary(statistics: Row) -> list[str]:
-    """One sentence per experiment and instruction: in how many models its effect grew."""
+    """For each experiment and instruction: in how many models its effect grew, and with size."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in _headlines(statistics["growth"]):
         groups.setdefault((row["experiment"], row["condition"]), []).append(row)
-    return [
-        f"{title_of(experiment)}, {UNINSTRUCTED} minus {condition}, first to last step: "
-        f"{_counted(rows)}."
-        for (experiment, condition), rows in groups.items()
-    ]
+    sentences = []
+    for (experiment, condition), rows in groups.items():
+        what = f"{title_of(experiment)}, {UNINSTRUCTED} minus {condition}"
+        sentences.append(f"{what}, first to last step: {_counted(rows)}.")
+        for kind, sentence in (("over_seeds", over_seeds), ("trends", with_size)):
+            mine = [
+                row
+                for row in _headlines(statistics.get(kind, []))
+                if (row["experiment"], row["condition"]) == (experiment, condition)
+            ]
+            sentences += [f"{what}{end}." for end in sentence(mine)]
+    return sentences
 
 
 def _counted(rows: Sequence[Row]) -> str:
@@ -109,10 +117,12 @@ def _counted(rows: Sequence[Row]) -> str:
             kind = "no clear change"
         kinds[kind] = kinds.get(kind, 0) + 1
     if len(rows) == 1:
-        return f"{next(iter(kinds))}, {_undecided(rows[0])}"
-    return (
-        ", ".join(f"{kind} in {count}" for kind, count in kinds.items()) + f" of {len(rows)} models"
-    )
+        return f"{next(iter(kinds))}, {_undecided(rows[0])}{corrected(rows[0], ', ')}"
+    counted = ", ".join(f"{kind} in {count}" for kind, count in kinds.items())
+    moved = [row for row in rows if row["excludes_zero"]]
+    clear = [row["p_adjusted"] < CLEAR for row in moved if row.get("p_adjusted") is not None]
+    held = f"; after Holm's correction clear in {sum(clear)}" if clear else ""
+    return f"{counted} of {len(rows)} models{held}"
 
 
 def title_of(experiment: str) -> str:
@@ -137,6 +147,9 @@ def _paragraphs(
         kind: [row for row in statistics[kind] if (row["run"], row["model"], row["seed"]) == key]
         for kind in ("effects", "growth", "changes")
     }
+    for kind in ("trends", "thresholds", "side_by_side"):
+        found = statistics.get(kind, [])
+        mine[kind] = [row for row in found if (row["run"], row["model"], row["seed"]) == key]
     paragraphs = []
     for experiment in dict.fromkeys(cell["experiment"] for cell in cells):
         module = experiment_named(experiment)
@@ -145,7 +158,8 @@ def _paragraphs(
             kind: [
                 row
                 for row in found
-                if row["experiment"] == experiment and row["metric"] == module.HEADLINE
+                if row["experiment"] == experiment
+                and row.get("metric", module.HEADLINE) == module.HEADLINE
             ]
             for kind, found in mine.items()
         }
@@ -156,6 +170,7 @@ def _paragraphs(
         for condition in sorted({cell["condition"] for cell in here}, key=condition_rank):
             of_condition = [cell for cell in here if cell["condition"] == condition]
             sentences.append(_course(of_condition, module.HEADLINE, rows["changes"]))
+            sentences += reached(rows["thresholds"], condition)
             if condition not in (UNINSTRUCTED, "Match stats"):
                 sentences += _effect(rows, condition)
         sentences += _beside(here)
@@ -175,8 +190,10 @@ def _course(cells: Sequence[Row], metric: str, changes: Sequence[Row]) -> str:
         f"{condition}: {with_interval(start)} at step {first['step']}, "
         f"{with_interval(end)} at step {last['step']}"
     )
-    (change,) = [row for row in changes if row["condition"] == condition]
-    return f"{path}; {_judged(change, ('a rise', 'a fall'), 'no clear change')}."
+    for change in changes:
+        if change["condition"] == condition:
+            return f"{path}; {_judged(change, ('a rise', 'a fall'), 'no clear change')}."
+    return f"{path}; the metric is missing at one of the two."
 
 
 def _effect(rows: Mapping[str, Sequence[Row]], condition: str) -> list[str]:
@@ -192,7 +209,7 @@ def _effect(rows: Mapping[str, Sequence[Row]], condition: str) -> list[str]:
         if row["condition"] == condition:
             judged = _judged(row, ("it rose", "it fell"), "no clear change")
             sentences[0] = f"{sentences[0][:-1]}; {judged}."
-    return sentences
+    return sentences + along_steps(rows, condition)
 
 
 def _undecided(row: Row) -> str:
@@ -200,7 +217,15 @@ def _undecided(row: Row) -> str:
         return f"undefined ({row['undefined_because']})"
     if row["excludes_zero"] is None:
         return with_interval(row)
-    return f"{with_interval(row)} ({'excludes' if row['excludes_zero'] else 'includes'} zero)"
+    if row["excludes_zero"]:
+        return f"{with_interval(row)} (excludes zero)"
+    return f"{with_interval(row)} (includes zero{_power(row)})"
+
+
+def _power(row: Row) -> str:
+    """What would probably have been found, beside what was not."""
+    least = row.get("detectable")
+    return "" if least is None else f"; 80% power for {number(least)}"
 
 
 def _judged(row: Row, words: tuple[str, str], unclear: str) -> str:
@@ -211,8 +236,8 @@ def _judged(row: Row, words: tuple[str, str], unclear: str) -> str:
         return f"changed by {number(row['value'])}, without an interval"
     if row["excludes_zero"]:
         word = words[0] if row["value"] > 0 else words[1]
-        return f"{word}, by {with_interval(row)} (excludes zero)"
-    return f"{unclear}: {with_interval(row)} (includes zero)"
+        return f"{word}, by {with_interval(row)} (excludes zero{corrected(row, '; ')})"
+    return f"{unclear}: {with_interval(row)} (includes zero{corrected(row, '; ')}{_power(row)})"
 
 
 def _beside(cells: Sequence[Row]) -> list[str]:

@@ -69,8 +69,8 @@ def evaluate(
 
     For a run, its own recipe says what is measured; the other options are for models. Several of
     these commands may run at the same time, on machines that share the folder: no checkpoint is
-    measured twice. Under `accelerate launch -m selfcorrect.scripts.cli evaluate ...` the processes share the
-    items of each checkpoint.
+    measured twice. Under `accelerate launch -m selfcorrect.scripts.cli evaluate ...` the processes
+    share the items of each checkpoint.
     """
     runs = [target for target in targets if (Path(target) / "recipe.yaml").is_file()]
     if runs and len(runs) < len(targets):

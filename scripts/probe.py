@@ -92,8 +92,8 @@ def _probe_model(
 ) -> None:
     """Probe a model into out/<its name>/<digest of its weights>: no answer can be stale."""
     from selfcorrect.evaluate.models import load_model
-    from selfcorrect.evaluate.weights import weights_digest
     from selfcorrect.evaluate.probe import PLACE, is_probed, probe_checkpoint, read_probe
+    from selfcorrect.evaluate.weights import weights_digest
 
     model, tokenizer = load_model(target, revision=revision)
     name = label(target, revision)

@@ -1,6 +1,7 @@
 """What the figures show, and what they leave out."""
 
 from itertools import pairwise
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -8,26 +9,54 @@ import pytest
 from matplotlib.figure import Figure
 from recorded_run import Size, record_run
 
-from selfcorrect.evaluate import figures
-from selfcorrect.evaluate.figures import NothingToDraw
+from selfcorrect.evaluate import drawings, figures, run_figures
+from selfcorrect.evaluate.experiment_figures import (
+    PRONOUN_COLUMNS,
+    beside_the_bias,
+    by_category,
+    female_against_share,
+)
+from selfcorrect.evaluate.figure_data import NothingToDraw
+from selfcorrect.evaluate.maps import effects_by_size_and_step, size_by_steps
 from selfcorrect.evaluate.panels import (
     ABOUT,
     LOOKS,
-    PUBLISHED,
     STATED,
     condition_looks,
     size_name,
     step_axis,
 )
 from selfcorrect.evaluate.paper import LARGEST
-from selfcorrect.evaluate.results import write_results
+from selfcorrect.evaluate.paper_points import PUBLISHED
+from selfcorrect.evaluate.results import load_items, write_results
+from selfcorrect.recipes.errors import InputError
 
 SMALL = Size(steps=(0, 2, 10), templates=4, blocks=1, occupations=10, students=10)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return write_results(record_run(tmp_path_factory.mktemp("figures") / "run", SMALL), 50)
+def run(tmp_path_factory):
+    return record_run(tmp_path_factory.mktemp("figures") / "run", SMALL)
+
+
+@pytest.fixture(scope="module")
+def results(run):
+    return write_results(run, 50)
+
+
+@pytest.fixture(scope="module")
+def pronouns(run):
+    return load_items(run, "winogender", columns=PRONOUN_COLUMNS)
+
+
+def headline(frame, experiment, **where):
+    """The overall rows of the experiment's headline metric, in the order of the steps."""
+    metric = {"bbq": "bias_ambiguous", "winogender": "correlation", "law_school": "difference"}
+    rows = frame[(frame["experiment"] == experiment) & (frame["category"] == "overall")]
+    rows = rows[rows["metric"] == metric[experiment]]
+    for name, value in where.items():
+        rows = rows[rows[name] == value]
+    return rows.sort_values(["parameters", "step"])
 
 
 def line_of(ax, label):
@@ -108,31 +137,290 @@ def test_conditions_differ_in_colour_and_in_marker():
     assert len({look["marker"] for look in LOOKS.values()}) == len(LOOKS)
 
 
-def test_every_figure_lands_on_disk_twice_and_repeats_to_the_byte(results, tmp_path):
+def test_every_figure_lands_on_disk_twice_and_repeats_to_the_byte(results, pronouns, tmp_path):
     frame, statistics = results
-    drawings, notes = figures.draw_all(frame, statistics, tmp_path)
+    drawn, notes = drawings.draw_run(frame, statistics, pronouns, tmp_path)
     assert notes == []
-    names = [drawing.name for drawing in drawings]
-    assert names == ["steps-nano", "steps-small", "size", "effects", "beside", "training"]
+    names = [drawing.name for drawing in drawn]
+    experiments = ["bbq", "winogender", "law_school"]
+    assert names == [
+        "steps-small", "size", *(f"sizes-{name}" for name in experiments), "effects",
+        *(f"map-{kind}{name}" for name in experiments for kind in ("", "effects-")),
+        "beside-bbq", "categories-bbq", "beside-winogender", "beside-law_school",
+        "occupations", "training",
+    ]  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{name}.{kind}" for name in names for kind in ("png", "svg")
     )
     first = (tmp_path / "size.svg").read_bytes(), (tmp_path / "size.png").read_bytes()
-    figures.save(figures.against_size(frame), tmp_path, "size")
+    figures.save(figures.against_size(frame, 0, 10), tmp_path, "size")
     assert ((tmp_path / "size.svg").read_bytes(), (tmp_path / "size.png").read_bytes()) == first
-    assert all("undefined" not in drawing.alt for drawing in drawings)
-    assert "Match stats" in drawings[0].alt
+    assert all("undefined" not in drawing.alt for drawing in drawn)
+    assert "Match stats" in drawn[0].alt
 
 
 def test_figures_without_data_are_left_out_with_a_reason(tmp_path):
     size = Size(models=(("one", 10),), steps=(0,), templates=3, blocks=1)
     frame, statistics = write_results(record_run(tmp_path / "run", size), 20)
-    drawings, notes = figures.draw_all(frame, statistics, tmp_path / "figures")
-    assert drawings == []
-    assert len(notes) == 5
-    assert "two sizes" in notes[1]
+    nothing = load_items(tmp_path / "run", "no such", columns=PRONOUN_COLUMNS)
+    drawn, notes = drawings.draw_run(frame, statistics, nothing, tmp_path / "figures")
+    assert drawn == []
+    assert "Metric against model size: metric against model size needs two sizes" in notes[1]
+    reasons = " ".join(notes)
+    for reason in ("two sizes and two steps or more", "categories need two of them and two steps",
+                   "there are no rows of single occupations", "record neither"):  # fmt: skip
+        assert reason in reasons
     with pytest.raises(NothingToDraw, match="two steps"):
         figures.against_steps(frame, "one")
+
+
+# --- size by steps --------------------------------------------------------------------------------
+
+
+def test_a_map_shows_exactly_what_was_measured(results):
+    frame, statistics = results
+    figure = size_by_steps(frame, "winogender")
+    panels = [ax for ax in figure.axes if ax.get_title(loc="left")]
+    assert [ax.get_title(loc="left") for ax in panels] == ["Q", "Q+IF", "Q+IF+CoT", "Match stats"]
+    expected = headline(frame, "winogender", condition="Q+IF")["value"].to_numpy(dtype=float)
+    (mesh,) = panels[1].collections
+    np.testing.assert_allclose(np.asarray(mesh.get_array()), expected.reshape(2, 3))
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == ["8.2k", "509k"]
+    assert [text.get_text() for text in panels[0].get_xticklabels()] == ["0", "2", "10"]
+    low, high = mesh.get_clim()
+    assert low == -high  # the colour in the middle is the value of no bias
+    assert not any(list(ax.patches) for ax in panels)
+    words = figures.in_words(figure)
+    assert f"small (509k) {expected[3]:.3f}" in words
+    effects = effects_by_size_and_step(statistics["effects"], "bbq")
+    titles = [ax.get_title(loc="left") for ax in effects.axes if ax.get_title(loc="left")]
+    assert titles == ["Q − Q+IF", "Q − Q+IF+CoT"]
+
+
+def test_a_map_leaves_gaps_blank_and_says_what_they_are(results):
+    frame, _ = results
+    frame = frame.copy()
+    gone = (frame["step"] == 2) & (frame["model"] == "small") & (frame["condition"] == "Q")
+    nan = (frame["step"] == 10) & (frame["model"] == "nano") & (frame["condition"] == "Q")
+    frame.loc[nan, ["value", "low", "high"]] = np.nan
+    figure = size_by_steps(frame[~gone], "bbq")
+    ax = figure.axes[0]
+    assert np.ma.getmaskarray(ax.collections[0].get_array()).ravel().tolist() == [
+        False, False, True, False, True, False,
+    ]  # fmt: skip
+    places = {patch.get_xy(): patch.get_hatch() for patch in ax.patches}
+    assert set(places) == {(2, 0), (1, 1)}
+    assert len(set(places.values())) == 2
+    assert legend_of(figure) == ["not measured", "undefined"]
+    assert not figure.axes[1].patches
+    assert "nano (8.2k) " in figures.in_words(figure)
+    assert " to undefined" in figures.in_words(figure)
+
+
+def test_dots_mark_the_effects_whose_interval_excludes_zero(results):
+    _, statistics = results
+    rows = [
+        {**row, "excludes_zero": row["model"] == "small" and row["step"] == 10}
+        for row in statistics["effects"]
+    ]
+    figure = effects_by_size_and_step(rows, "bbq")
+    assert legend_of(figure) == ["95 % interval excludes zero"]
+    for ax in figure.axes[:2]:
+        (dots,) = ax.get_lines()
+        assert (list(dots.get_xdata()), list(dots.get_ydata())) == ([2.5], [1.5])
+    without = [{**row, "excludes_zero": None} for row in rows]
+    assert effects_by_size_and_step(without, "bbq").legends == []
+
+
+def test_a_map_of_several_seeds_is_their_mean_where_all_have_a_value(tmp_path):
+    size = Size(seeds=(0, 1), steps=(0, 10), templates=4, blocks=1, students=10)
+    frame, _ = write_results(record_run(tmp_path / "run", size), 20)
+    gone = (frame["step"] == 10) & (frame["model"] == "nano") & (frame["seed"] == 1)
+    figure = size_by_steps(frame[~gone], "winogender")
+    shown = figure.axes[0].collections[0].get_array()
+    rows = headline(frame, "winogender", condition="Q", model="small", step=10)
+    assert shown[1, 1] == pytest.approx(rows["value"].mean())
+    assert np.ma.getmaskarray(shown).ravel().tolist() == [False, True, False, False]
+
+
+# --- one experiment in detail ---------------------------------------------------------------------
+
+
+def test_the_metrics_beside_the_bias_have_a_column_each_and_a_row_per_model(results):
+    frame, _ = results
+    figure = beside_the_bias(frame, "bbq")
+    labels = [ax.get_label() for ax in figure.axes]
+    assert labels[:2] == ["nano, Bias, ambiguous", "nano, Accuracy, ambiguous"]
+    assert len(labels) == 10
+    rows = frame[
+        (frame["metric"] == "accuracy_disambiguated")
+        & (frame["category"] == "overall")
+        & (frame["model"] == "small")
+        & (frame["condition"] == "Q")
+    ].sort_values("step")
+    drawn = line_of(figure.axes[7], "Q").get_ydata()
+    np.testing.assert_allclose(drawn, rows["value"].astype(float))
+    assert figure.axes[7].get_ylim() == (-0.03, 1.03)
+
+
+def test_categories_have_a_panel_each_and_say_what_the_overall_figure_leaves_out(results):
+    frame, _ = results
+    figure = by_category(frame, "bbq", "nano")
+    titles = [" ".join(ax.get_title(loc="left").split()) for ax in figure.axes]
+    assert titles == ["Age", "Race_x_gender (not in overall)", "Religion"]
+    rows = frame[
+        (frame["model"] == "nano")
+        & (frame["category"] == "Religion")
+        & (frame["metric"] == "bias_ambiguous")
+        & (frame["condition"] == "Q+IF")
+    ].sort_values("step")
+    drawn = line_of(figure.axes[2], "Q+IF").get_ydata()
+    np.testing.assert_allclose(drawn, rows["value"].astype(float))
+    with pytest.raises(NothingToDraw, match="'huge': not in the table; there are nano, small"):
+        by_category(frame, "bbq", "huge")
+    with pytest.raises(NothingToDraw, match="categories need two"):
+        by_category(frame, "winogender")
+    with pytest.raises(NothingToDraw, match="stereoset: not measured"):
+        by_category(frame, "stereoset")
+    with pytest.raises(InputError, match="there is none"):
+        by_category(frame, "nonsense")
+
+
+def test_names_from_data_are_no_formulas_and_no_commands(results, tmp_path):
+    frame, _ = results
+    names = {"Age": "a$\\frac{$b\x07\u202e", "Religion": "<!-- ]]> & $"}
+    hostile = frame.assign(
+        category=frame["category"].replace(names), condition=frame["condition"] + " $_{"
+    )
+    figures.save(by_category(hostile, "bbq"), tmp_path, "hostile")
+    ElementTree.parse(tmp_path / "hostile.svg")
+    text = (tmp_path / "hostile.svg").read_text(encoding="utf-8")
+    assert "\u202e" not in text and "\x07" not in text
+    figures.save(size_by_steps(hostile, "bbq"), tmp_path, "hostile")
+    ElementTree.parse(tmp_path / "hostile.svg")
+
+
+def test_occupations_stand_at_their_probability_and_the_tables_r_beside_them(results, pronouns):
+    frame, _ = results
+    figure = female_against_share(frame, pronouns)
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert titles[0] == "Q, step 0" and titles[-1] == "Match stats, step 10"
+    assert len(titles) == 8
+    ax = figure.axes[titles.index("Q+IF, step 10")]
+    equality, dots = ax.get_lines()
+    assert (list(equality.get_xdata()), list(equality.get_ydata())) == ([0, 100], [0, 1])
+    r = np.corrcoef(dots.get_xdata(), dots.get_ydata())[0, 1]
+    (row,) = headline(frame, "winogender", model="small", step=10, condition="Q+IF").itertuples()
+    assert r == pytest.approx(row.value)
+    assert len(dots.get_xdata()) == 10
+    assert ax.texts[0].get_text().startswith(f"r = {row.value:.2f} [".replace("-", "−"))
+    assert "Q+IF, step 10: r = " in figures.in_words(figure)
+    missing = pronouns[(pronouns["condition"] != "Q") | (pronouns["step"] != 10)]
+    ax = female_against_share(frame, missing).axes[4]
+    assert [text.get_text() for text in ax.texts] == ["not measured"]
+    undefined = frame.assign(value=np.nan, low=np.nan, high=np.nan)
+    assert female_against_share(undefined, pronouns).axes[0].texts[0].get_text() == "r undefined"
+
+
+def test_reward_stands_against_the_root_of_the_kl(results):
+    frame, _ = results
+    mine = frame[frame["model"] == "small"].drop_duplicates("step").sort_values("step")
+    line = line_of(figures.training_curves(frame).axes[2], "small (509k)")
+    assert np.isnan(line.get_xdata()[0])  # step 0 records neither
+    np.testing.assert_allclose(line.get_xdata()[1:], np.sqrt(mine["kl"].to_numpy()[1:]))
+    np.testing.assert_allclose(line.get_ydata()[1:], mine["reward"].to_numpy()[1:])
+    below = frame.assign(kl=frame["kl"].where(frame["step"] != 2, -0.01))
+    line = line_of(figures.training_curves(below).axes[2], "small (509k)")
+    assert np.isnan(line.get_xdata()[1]) and np.isfinite(line.get_xdata()[2])
+
+
+def test_a_panel_a_size_and_chosen_steps(results):
+    frame, _ = results
+    figure = figures.steps_by_size(frame, "law_school")
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["nano (8.2k)", "small (509k)"]
+    expected = headline(frame, "law_school", model="nano", condition="Q")["value"].astype(float)
+    np.testing.assert_allclose(line_of(figure.axes[0], "Q").get_ydata(), expected)
+    assert len({ax.get_ylim() for ax in figure.axes}) == 1
+    chosen = figures.against_size(frame, 2, 0)
+    titles = [ax.get_title(loc="left") for ax in chosen.axes]
+    assert titles[0] == "BBQ, step 0" and titles[3] == "BBQ, step 2"
+    expected = headline(frame, "bbq", step=2, condition="Q")["value"].astype(float)
+    np.testing.assert_allclose(line_of(chosen.axes[3], "Q").get_ydata(), expected)
+    with pytest.raises(NothingToDraw, match="step 7: nothing was measured there; there are 0, 2"):
+        figures.against_size(frame, 7)
+
+
+def test_only_all_orders_of_the_options_together_are_drawn(results):
+    frame, _ = results
+    other = frame.assign(order="120", value=99.0)
+    figure = figures.against_steps(pd.concat([other, frame.assign(order="all")]), "small")
+    assert figure.axes[0].get_ylim()[1] < 2
+
+
+# --- several runs ---------------------------------------------------------------------------------
+
+
+def two_runs(frame):
+    """`nano` in both runs, `small` in the second alone; the second kept other steps."""
+    one = frame[frame["model"] == "nano"].assign(run="one")
+    two = frame[frame["step"] != 2].assign(run="two", value=frame["value"] / 2)
+    return pd.concat([one, two])
+
+
+def test_two_runs_are_never_drawn_as_one(results):
+    frame, _ = results
+    both = two_runs(frame)
+    for draw in (figures.against_steps, figures.against_size,
+                 lambda rows: size_by_steps(rows, "bbq"),
+                 lambda rows: by_category(rows, "bbq")):  # fmt: skip
+        with pytest.raises(NothingToDraw, match=r"nano, seed 0 stands twice .* one, two; draw"):
+            draw(both)
+    with pytest.raises(NothingToDraw, match="two run folders have this name"):
+        figures.against_steps(both.assign(run="same"))
+
+
+def test_runs_stand_side_by_side_in_the_row_of_their_model(results):
+    frame, _ = results
+    figure = run_figures.steps_by_run(two_runs(frame), "winogender")
+    labels = [" ".join(ax.get_label().split()) for ax in figure.axes]
+    assert labels[0] == "nano (8.2k), Q" and labels[4] == "in one run only, Q"
+    assert legend_of(figure) == ["one", "two", "two: small (509k)"]
+    first = line_of(figure.axes[0], "one")
+    expected = headline(frame, "winogender", model="nano", condition="Q")["value"].astype(float)
+    np.testing.assert_allclose(first.get_ydata(), expected)
+    second = line_of(figure.axes[0], "two")
+    assert list(second.get_xdata()) == [0, 10]  # its own steps: no gap where it kept none
+    np.testing.assert_allclose(second.get_ydata(), expected.to_numpy()[[0, 2]] / 2)
+    assert first.get_color() != second.get_color()
+
+
+def test_each_run_is_drawn_at_its_own_last_common_step(results):
+    frame, _ = results
+    rows = two_runs(frame)
+    rows = rows[(rows["run"] != "one") | (rows["step"] != 10)]
+    figure = run_figures.size_by_run(rows)
+    assert legend_of(figure) == ["one (step 2)", "two (step 10)"]
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    line = line_of(figure.axes[titles.index("BBQ, Q+IF")], "two (step 10)")
+    expected = headline(frame, "bbq", step=10, condition="Q+IF")["value"].astype(float) / 2
+    np.testing.assert_allclose(line.get_ydata(), expected)
+
+
+def test_every_figure_of_several_runs_lands_on_disk(results, tmp_path):
+    frame, statistics = results
+    both = [{**row, "run": run} for run in ("one", "two") for row in statistics["effects"]]
+    drawn, notes = drawings.draw_runs(two_runs(frame), {"effects": both}, tmp_path)
+    assert notes == []
+    names = [drawing.name for drawing in drawn]
+    assert names == [
+        "steps-bbq", "steps-winogender", "steps-law_school", "size",
+        "effects-bbq", "effects-winogender", "effects-law_school", "training",
+    ]  # fmt: skip
+    assert all((tmp_path / f"{name}.svg").is_file() for name in names)
+    assert "nano (8.2k), Q − Q+IF" in drawn[4].alt
+
+
+# --- the paper's values ---------------------------------------------------------------------------
 
 
 def published(ax):

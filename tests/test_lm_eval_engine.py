@@ -4,8 +4,8 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from selfcorrect.evaluate.continuations import PromptTooLong
 from selfcorrect.evaluate.lm_eval_engine import LmEvalEngine, load_engine
-from selfcorrect.evaluate.weights import files_digest
 from selfcorrect.evaluate.scoring import Scorer
+from selfcorrect.evaluate.weights import files_digest
 from selfcorrect.recipes.errors import InputError
 
 REQUESTS = [

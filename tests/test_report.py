@@ -1,18 +1,32 @@
 """The report: self-contained, escaped, and its verdict claims no more than the intervals."""
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 from recorded_run import Size, record_run
 
-from selfcorrect.evaluate.report import flatten, write_report
+from selfcorrect.evaluate import drawings
+from selfcorrect.evaluate.comparison import (
+    differences,
+    flatten,
+    group_runs,
+    grouping_notes,
+    name_runs,
+)
+from selfcorrect.evaluate.report import write_comparison, write_report
 from selfcorrect.evaluate.report_tables import result_tables, visible
 from selfcorrect.evaluate.results import write_results
+from selfcorrect.evaluate.trend_tables import trend_tables
 from selfcorrect.evaluate.verdict import caveats, summary, verdicts
 from selfcorrect.recipes.errors import InputError
 
 SMALL = Size(steps=(0, 2, 10), templates=4, blocks=1, occupations=10, students=10)
+
+
+FEW = Size(models=(("nano", 8192),), steps=(0, 10), templates=3, blocks=1, students=8)
 
 
 class Page(HTMLParser):
@@ -46,6 +60,12 @@ def run(tmp_path_factory):
     return run
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For tests on the page's words: figures take most of a report's time."""
+    monkeypatch.setattr(drawings, "draw_run", lambda *_: ([], []))
+
+
 @pytest.fixture(scope="module")
 def page(run):
     return Page(write_report(run, num_resamples=50).read_text(encoding="utf-8"))
@@ -53,7 +73,7 @@ def page(run):
 
 def test_everything_is_in_the_one_file(run, page):
     assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in page.all("img"))
-    assert len(page.all("img")) == 6
+    assert len(page.all("img")) == 18
     assert page.all("link") == []
     assert not any("src" in script for script in page.all("script"))
     targets = [link["href"] for link in page.all("a")]
@@ -107,7 +127,7 @@ def test_a_metric_without_any_value_has_no_column_but_a_sentence():
         "expected_share_stereotyped": {"value": 0.4, "low": 0.3, "high": 0.5},
         "share_unparsed": {"value": None, "low": None, "high": None},
     }
-    place = {"model": "m", "parameters": 1, "seed": 0, "step": 0, "num_items": 3}
+    place = {"run": "r", "model": "m", "parameters": 1, "seed": 0, "step": 0, "num_items": 3}
     place |= {"num_texts": 0, "num_truncated": 0}
     cell = {**place, "experiment": "crows_pairs", "condition": "Q", "metrics": {"overall": metrics}}
     first, variants = result_tables({"cells": [cell]})
@@ -117,7 +137,7 @@ def test_a_metric_without_any_value_has_no_column_but_a_sentence():
     assert [cell.sort for cell in variants.rows[0]][-1] == 0.4
 
 
-def test_pairs_left_out_of_feedback_stand_beside_items_left_out(tmp_path):
+def test_pairs_left_out_of_feedback_stand_beside_items_left_out(tmp_path, no_figures):
     run = record_run(
         tmp_path / "run",
         Size(models=(("one", 10),), steps=(0,), templates=3, blocks=1, samples=False),
@@ -136,7 +156,7 @@ def test_pairs_left_out_of_feedback_stand_beside_items_left_out(tmp_path):
 
 
 def test_texts_cut_off_are_counted_beside_the_conditions_that_have_any():
-    place = {"model": "m", "parameters": 1, "seed": 0, "step": 0, "num_items": 3}
+    place = {"run": "r", "model": "m", "parameters": 1, "seed": 0, "step": 0, "num_items": 3}
     cells = [
         {
             **{**place, "experiment": "crows_pairs", "condition": condition},
@@ -156,7 +176,7 @@ def test_a_run_without_facts_or_recipe_or_samples_still_has_a_report(tmp_path):
     page = Page(write_report(run, num_resamples=20).read_text(encoding="utf-8"))
     text = " ".join(page.text)
     assert "There is no run.json" in text
-    assert "Not drawn: metric against model size needs two sizes or more." in text
+    assert "Not drawn: Metric against model size: metric against model size needs two" in text
     assert "nothing can be said on whether the instruction's effect changes" in text
     assert "Open markers" not in text
     (run / "run.json").write_text("{")
@@ -164,11 +184,11 @@ def test_a_run_without_facts_or_recipe_or_samples_still_has_a_report(tmp_path):
         write_report(run, num_resamples=20)
 
 
-def test_the_papers_values_are_explained_where_they_are_shown(run):
+def test_the_papers_values_are_explained_where_they_are_shown(tmp_path):
+    run = record_run(tmp_path / "run", FEW)
     page = Page(write_report(run, num_resamples=20, paper=True).read_text(encoding="utf-8"))
     assert "Open markers are what Ganguli et al. 2023 published" in " ".join(page.text)
     assert any("Q 0.1845 (175B, 800 steps)" in image["alt"] for image in page.all("img"))
-    write_report(run, num_resamples=50)
 
 
 def growth(value, low, high, model="m", condition="Q+IF"):
@@ -221,3 +241,153 @@ def test_records_become_rows():
         ("e[0].f", "True"),
         ("g", "{}"),
     ]
+
+
+def test_trends_thresholds_and_seeds_have_tables_with_reasons_in_the_place_of_values():
+    place = {"run": "r", "model": "m", "parameters": 1, "seed": 0, "experiment": "bbq"}
+    head = {**place, "condition": "Q", "metric": "bias_ambiguous"}
+    trend = {**head, "quantity": "metric", "against": "sqrt_kl", "unit": "items", "num_seeds": 1,
+             "num_points": 3, "value": -0.00012345, "low": -0.0002, "high": 0.0001,
+             "p_adjusted": 0.0004, "undefined_because": None}  # fmt: skip
+    nothing = {"value": None, "low": None, "high": None, "p_adjusted": None}
+    reached = {**head, "threshold": 0.0, "starts": "above", "value": "not reached", "low": 12.5,
+               "high": "not reached", "share_reached": 0.3, "last": 60.0,
+               "undefined_because": None}  # fmt: skip
+    statistics = {
+        "cells": [{**place, "step": 0}],
+        "trends": [
+            trend,
+            {**trend, **nothing, "model": None, "undefined_because": "one size only"},
+            {**trend, **nothing, "seed": None, "unit": "seeds", "undefined_because": "one seed"},
+            {**trend, "metric": "expected_bias_ambiguous"},
+        ],
+        "thresholds": [
+            reached,
+            {**reached, "value": 4.0, "low": None, "high": None},
+            {**reached, "value": None, "undefined_because": "two steps are needed"},
+        ],
+        "over_seeds": [],
+    }
+    trends, thresholds = trend_tables(statistics)
+    texts = [[cell.text for cell in row] for row in trends.rows]
+    assert texts[0] == ["metric", "√KL (nats)", "BBQ", "m", "0", "Q", "3",
+                        "−0.000123 [−0.0002, 0.0001]", "other items", "< 0.001"]  # fmt: skip
+    assert texts[1][3] == "all sizes" and texts[1][7] == "undefined: one size only"
+    assert len(texts) == 2 and "nothing can be said where there is one training seed" in trends.note
+    texts = [[cell.text for cell in row][-4:] for row in thresholds.rows]
+    assert texts[0] == ["above", "not reached", "12.500 to not reached", "0.300"]
+    assert texts[1][1:3] == ["4", "–"] and texts[2][1] == "undefined: two steps are needed"
+    at = [row[-3].sort for row in thresholds.rows]
+    assert at[1] < at[0] and at[2] is None  # not reached: later than any step
+    assert all(len(row) == len(thresholds.columns) for row in thresholds.rows)
+    assert all(len(row) == len(trends.columns) for row in trends.rows)
+
+
+# --- several runs ---------------------------------------------------------------------------------
+
+RECIPE = """\
+name: {name}
+seeds: [{seed}]
+models: [{{name: nano, path: x}}, {{name: small, path: y}}]
+data: {{preferences: {{path: z}}}}
+reward: {{}}
+ppo: {{steps: 10, checkpoints: [0, 10], trainer: {{learning_rate: {rate}}}}}
+launch: {{jobs: {jobs}}}
+"""
+
+
+def a_run(folder, seed=0, rate="1.0e-5"):
+    run = record_run(folder, replace(FEW, seeds=(seed,)))
+    recipe = RECIPE.format(name=folder.name, seed=seed, jobs=seed + 1, rate=rate)
+    (run / "recipe.yaml").write_text(recipe.replace(", {name: small, path: y}", ""))
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two seeds of one recipe, another recipe, and one of the same name in another folder."""
+    folder = tmp_path_factory.mktemp("several")
+    return [
+        a_run(folder / "x" / "one", seed=0),
+        a_run(folder / "x" / "two", seed=1),
+        a_run(folder / "x" / "three", rate="1.0e-3"),
+        a_run(folder / "y" / "one", seed=0),
+    ]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(runs, tmp_path):
+    assert list(name_runs(runs)) == ["x/one", "two", "three", "y/one"]
+    with pytest.raises(InputError, match="given twice"):
+        name_runs([runs[0], runs[0].parent / "." / "one"])
+    with pytest.raises(InputError, match=r"no recipe\.yaml here"):
+        name_runs([runs[0], tmp_path])
+
+
+def test_only_runs_whose_recipes_agree_and_whose_seeds_differ_are_seeds_of_one(runs, tmp_path):
+    groups = group_runs(name_runs(runs))
+    assert [group.label for group in groups] == ["x/one + two", "three", "y/one"]
+    notes = grouping_notes(groups)
+    assert notes[0].startswith("x/one + two are taken as seeds of one model: ")
+    assert notes[1].startswith("x/one + two, y/one have the same recipe and share a seed")
+    assert len(notes) == 2
+    unreadable = [a_run(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    for run in unreadable:
+        (run / "recipe.yaml").write_text("{")
+    assert len(group_runs(name_runs(unreadable))) == 2
+
+
+def test_the_keys_in_which_recipes_differ_are_named_with_both_values(runs):
+    rows = dict(differences(name_runs(runs[:3]), "recipe.yaml"))
+    assert rows == {
+        "name": ["one", "two", "three"],
+        "seeds": ["0", "1", "0"],
+        "ppo.trainer.learning_rate": ["1e-05", "1e-05", "0.001"],
+        "launch.jobs": ["1", "2", "1"],
+    }
+    assert differences(name_runs(runs[:1]), "recipe.yaml") == []
+
+
+def test_the_report_of_several_runs_compares_them_and_leaves_them_alone(runs, tmp_path):
+    before = {path for run in runs for path in run.rglob("*")}
+    path = write_comparison(runs, tmp_path / "out", num_resamples=20)
+    assert {path for run in runs for path in run.rglob("*")} == before
+    page = Page(path.read_text(encoding="utf-8"))
+    text = " ".join(" ".join(page.text).split())
+    assert "x/one + two are taken as seeds of one model" in text
+    assert "Keys in which the recipes differ" in text and "ppo.trainer.learning_rate" in text
+    frame = pd.read_parquet(tmp_path / "out" / "results.parquet")
+    assert set(frame["run"]) == {"x/one + two", "three", "y/one"}
+    assert set(frame[frame["run"] == "x/one + two"]["seed"]) == {0, 1}
+    statistics = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    assert {row["run"] for row in statistics["effects"]} == set(frame["run"])
+    (table,) = [t for t in result_tables(statistics) if t.name == "results-law_school"]
+    assert table.columns[:3] == ["Run", "Model", "Parameters"]
+    assert {row[0].text for row in table.rows} == set(frame["run"])
+    (size,) = [note for note in page.text if "Metric against model size" in note]
+    assert "needs two sizes" in size
+    assert all("y/one" in image["alt"] for image in page.all("img"))
+    assert len(page.all("img")) == 7
+    identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(identifiers)) == len(identifiers)
+
+
+def test_a_comparison_never_lands_in_a_run_nor_on_nothing(runs, tmp_path):
+    with pytest.raises(InputError, match="is a run; choose another folder"):
+        write_comparison(runs[:2], runs[0])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "recipe.yaml").write_text("name: x")
+    with pytest.raises(InputError, match="no checkpoint has been evaluated"):
+        write_comparison([runs[0], empty], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_not_finished_says_how_far_it_is(tmp_path, no_figures):
+    run = a_run(tmp_path / "run")
+    page = write_report(run, num_resamples=20).read_text(encoding="utf-8")
+    assert "is not finished" not in page
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("steps: 10", "steps: 40").replace(
+        "[0, 10]", "[0, 2, 10, 40]"))  # fmt: skip
+    text = write_report(run, num_resamples=20).read_text(encoding="utf-8")
+    assert "run is not finished: 2 of 4 checkpoints measured so far." in text

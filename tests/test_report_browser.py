@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from recorded_run import HOSTILE, Size, record_run
 
-from selfcorrect.evaluate.report import write_report
+from selfcorrect.evaluate.report import write_comparison, write_report
 
 pytestmark = pytest.mark.browser
 
@@ -193,6 +193,50 @@ def test_everything_that_acts_can_be_reached_and_has_a_name(opened):
     assert unreachable == 0
     opened.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
     assert opened.switch_to.active_element.text == "To the verdict"
+
+
+def test_with_one_run_there_is_no_choice_of_runs(opened):
+    assert not part(opened, "run").is_displayed()
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """Two runs: the second has one model, fewer steps and fewer items."""
+    folder = tmp_path_factory.mktemp("comparison")
+    first = record_run(folder / "first <b>", SMALL)
+    few = Size(models=(("nano", 8192),), steps=(0, 2), templates=3, blocks=1, occupations=8,
+               students=8)  # fmt: skip
+    second = record_run(folder / "second", few)
+    return write_comparison([first, second], folder / "out", num_resamples=20)
+
+
+def test_several_runs_are_compared_in_one_page(chromium, comparison):
+    chromium.get(comparison.as_uri())
+    assert comparison.stat().st_size < 20_000_000
+    runs = Select(part(chromium, "run"))
+    assert [one.text for one in runs.options] == ["first <b>", "second"]
+    Select(part(chromium, "experiment")).select_by_visible_text("Winogender")
+    Select(part(chromium, "model")).select_by_visible_text("nano, seed 0")
+    Select(part(chromium, "item")).select_by_visible_text("occupations: occupation-5.txt")
+    steps = "tbody th"
+    table = part(chromium, "table")
+    assert [h.text for h in table.find_elements(By.CSS_SELECTOR, steps)][1:] == ["0", "2", "10"]
+    runs.select_by_visible_text("second")
+    chosen = [
+        Select(part(chromium, name)).first_selected_option.text
+        for name in ("experiment", "model", "item")
+    ]
+    assert chosen == ["Winogender", "nano, seed 0", "occupations: occupation-5.txt"]
+    assert [h.text for h in table.find_elements(By.CSS_SELECTOR, steps)][1:] == ["0", "2"]
+    runs.select_by_visible_text("first <b>")
+    Select(part(chromium, "item")).select_by_visible_text("occupations: occupation-9.txt")
+    runs.select_by_visible_text("second")  # has no such occupation: its first item instead
+    assert Select(part(chromium, "item")).first_selected_option.text != ""
+    assert part(chromium, "table").text != ""
+    assert column(chromium, BBQ, 1)[0] == "first <b>" and column(chromium, BBQ, 1)[-1] == "second"
+    differing = column(chromium, 'table[aria-labelledby="recipes-differ"]', 1)
+    assert differing == []  # the recorded recipes are alike
+    assert chromium.get_log("browser") == []
 
 
 def test_a_narrow_screen_scrolls_tables_and_not_the_page(opened):

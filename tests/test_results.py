@@ -1,9 +1,12 @@
 """From parquet files to the tidy table, the statistics, and the closing table."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from recorded_run import CONDITIONS, Size, record_cell, record_run
@@ -11,7 +14,19 @@ from rich.console import Console
 
 from selfcorrect.evaluate.closing_table import closing_table
 from selfcorrect.evaluate.experiments import bbq
-from selfcorrect.evaluate.results import COLUMNS, load, load_items, summarise, write_results
+from selfcorrect.evaluate.results import (
+    COLUMNS,
+    ITEM_FACTS,
+    items_dataset,
+    load,
+    load_items,
+    results_of,
+    rows,
+    summarise,
+    write_items,
+    write_results,
+)
+from selfcorrect.evaluate.verdict import caveats, summary, verdicts
 from selfcorrect.recipes.errors import InputError
 
 SMALL = Size(steps=(0, 2, 10), templates=5, blocks=1, occupations=10, students=12)
@@ -21,6 +36,11 @@ CHECKPOINT = "nano/seed-0/ppo/checkpoint-2"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return record_run(tmp_path_factory.mktemp("results") / "recorded", SMALL)
+
+
+@pytest.fixture(scope="module")
+def statistics(run):
+    return results_of(run, num_resamples=200)[1]
 
 
 def test_the_table_has_the_documented_columns_and_every_cell(run):
@@ -159,6 +179,260 @@ def test_item_frames_hold_every_row_and_only_the_columns_asked_for(run):
     everything = load_items(run)
     assert {"percent_female", "stereotyped", "side", "logprobs"} <= set(everything.columns)
     assert everything.loc[everything["experiment"] == "bbq", "percent_female"].isna().all()
+
+
+def ask_in_two_orders(path):
+    """Add each row of an evaluation file once more, as if its options had been shown as 1, 2, 0."""
+    table = pq.read_table(path)
+    turned = []
+    for row in table.to_pylist():
+        for name in ("logprobs", "probabilities"):
+            row[name] = [row[name][i] for i in (1, 2, 0)]
+        turned.append({**row, "order": "120"})
+    both = pa.concat_tables([table, pa.Table.from_pylist(turned, schema=table.schema)])
+    pq.write_table(both.replace_schema_metadata(table.schema.metadata), path)
+
+
+def test_each_order_of_the_options_stands_beside_all_together(tmp_path):
+    folder = tmp_path / "model"
+    ask_in_two_orders(record_cell(folder, "bbq", "Q", 0.6, SMALL))
+    record_cell(folder, "bbq", "Q+IF", 0.3, SMALL)
+    record_cell(folder, "winogender", "Q", 0.3, SMALL)
+    frame = summarise(folder, "m", num_resamples=50)
+    frame = frame[frame["category"] == "overall"].set_index(["experiment", "condition", "metric"])
+    asked = frame.loc[("bbq", "Q", "bias_ambiguous")].set_index("order")
+    assert list(asked.index) == ["all", "012", "120"]
+    # The same answers in another order: the same bias, at other places.
+    assert asked.loc["120", "value"] == pytest.approx(asked.loc["all", "value"])
+    assert list(asked["num_items"]) == [80, 40, 40]
+    assert list(asked["num_clusters"]) == [10, 10, 10]
+    first = frame.loc[("bbq", "Q", "share_option_0")].set_index("order")["value"]
+    third = frame.loc[("bbq", "Q", "share_option_2")].set_index("order")["value"]
+    assert first["012"] == pytest.approx(third["120"])
+    assert first["012"] != pytest.approx(first["120"])
+    assert first["all"] == pytest.approx((first["012"] + first["120"]) / 2)
+    # One order only: one row.
+    assert frame.loc[("bbq", "Q+IF", "bias_ambiguous"), "order"] == "all"
+    assert frame.loc[("winogender", "Q", "correlation"), "order"] == "all"
+
+
+def test_questions_with_more_options_than_others_are_no_second_order(tmp_path):
+    """Two questions of three and of two options: their orders differ, though each has one."""
+    path = record_cell(tmp_path, "bbq", "Q", 0.6, SMALL)
+    table = pq.read_table(path)
+    choices = [
+        {"item": row["item"], "cluster": row["cluster"], "category": row["category"], "weight": 1.0,
+         "order": "012"[:count], "options": ["a", "b", "c"][:count], "mass": 0.9, "draw": 0,
+         "logprobs": row["logprobs"][:count], "probabilities": row["probabilities"][:count],
+         "samples": None, "truncated": None, "label": 0, "stereotyped": None, "unknown": None}
+        for number, row in enumerate(table.to_pylist())
+        for count in [3 - number % 2]
+    ]  # fmt: skip
+    said = json.dumps({"experiment": "multiple_choice", "condition": "Q", "left_out": {}})
+    own = pa.Table.from_pylist(choices).replace_schema_metadata({b"selfcorrect": said})
+    path.unlink()
+    pq.write_table(own, tmp_path / "multiple_choice.Q.parquet")
+    assert set(summarise(tmp_path, "m", num_resamples=20)["order"]) == {"all"}
+
+
+def test_items_are_read_lazily_and_only_where_the_filter_leads(tmp_path):
+    run = record_run(tmp_path / "run", SMALL)
+    dataset = items_dataset(run)
+    assert dataset.schema.names[: len(ITEM_FACTS)] == [field.name for field in ITEM_FACTS]
+    # Every other file may be gone by now: it is never opened.
+    kept = run / CHECKPOINT / "evaluation" / "bbq.Q+IF.parquet"
+    for path in run.rglob("evaluation/*.parquet"):
+        if path != kept:
+            path.unlink()
+    wanted = (
+        (pc.field("step") == 2)
+        & (pc.field("model") == "nano")
+        & (pc.field("experiment") == "bbq")
+        & (pc.field("condition") == "Q+IF")
+    )
+    table = dataset.to_table(columns=["step", "item", "percent_female"], filter=wanted)
+    assert table.num_rows == 60
+    assert table.column("step").to_pylist() == [2] * 60
+    assert table.column("percent_female").null_count == 60  # a column of Winogender
+    assert table.column("item").to_pylist() == pq.read_table(kept).column("item").to_pylist()
+    with pytest.raises(OSError):
+        dataset.to_table(columns=["item"])
+    with pytest.raises(InputError, match="nothing evaluated law_school under Q"):
+        items_dataset(run, experiment="law_school", condition="Q")
+
+
+def test_a_file_damaged_in_its_rows_is_an_error_of_one_line(tmp_path):
+    run = record_run(tmp_path / "run", Size(steps=(0, 2), templates=2, blocks=1))
+    path = run / CHECKPOINT / "evaluation" / "bbq.Q.parquet"
+    content = bytearray(path.read_bytes())
+    content[4:400] = bytes(396)  # the footer stays as it was
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="damaged") as caught:
+        load_items(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_files_hold_plain_types_that_other_tools_read(run, tmp_path):
+    number = write_items(tmp_path / "items.parquet", run, experiment="bbq")
+    write_results(run, num_resamples=20)
+    for path in (tmp_path / "items.parquet", run / "results.parquet"):
+        for field in pq.read_schema(path):
+            kind = field.type
+            if pa.types.is_list(kind):
+                kind = kind.value_type
+            plain = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+            plain = plain or pa.types.is_primitive(kind) or pa.types.is_null(kind)
+            assert plain and not field.name.startswith("__index"), field
+    assert number == pq.read_metadata(tmp_path / "items.parquet").num_rows == 2 * 3 * 3 * 60
+    duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
+    answer = duckdb.sql(
+        f"select count(*), count(distinct item), min(logprobs[1]) "
+        f"from '{tmp_path / 'items.parquet'}' where step = 10 and condition = 'Q'"
+    ).fetchall()[0]
+    assert answer[:2] == (2 * 60, 60)
+    assert answer[2] < 0
+    named = duckdb.sql(f"select distinct model from '{run / 'results.parquet'}'").fetchall()
+    assert {name for (name,) in named} == {"nano", "small"}
+    dataset = items_dataset(run)  # and straight from the dataset, with the filter pushed down
+    assert duckdb.sql("select count(*) from dataset where step = 10").fetchall()[0] == (
+        dataset.count_rows(filter=pc.field("step") == 10),
+    )
+
+
+def test_a_threshold_that_is_not_reached_is_infinity_in_a_dataframe(statistics):
+    frame = rows(statistics, "thresholds")
+    said = [row["value"] for row in statistics["thresholds"]]
+    assert "not reached" in said
+    assert [value == "not reached" for value in said] == list(np.isinf(frame["value"]))
+    assert frame[["value", "low", "high", "share_reached"]].dtypes.eq(float).all()
+    assert rows({"thresholds": []}, "thresholds").empty
+
+
+def test_several_runs_are_joined(tmp_path):
+    size = Size(
+        models=(("m", 1000),), steps=(0, 2), templates=3, blocks=1, occupations=6, students=5
+    )
+    run, other = (record_run(tmp_path / name, size) for name in ("recorded", "other"))
+    frame, statistics = results_of(run, other, num_resamples=20)
+    assert list(dict.fromkeys(frame["run"])) == ["recorded", "other"]
+    for name in ("cells", "effects", "growth", "trends", "thresholds", "side_by_side"):
+        assert {row["run"] for row in statistics[name]} == {"recorded", "other"}
+    # Tests are corrected within a run: what else is in the table changes no p-value.
+    alone = results_of(run, num_resamples=20)[1]
+    mine = [row for row in statistics["trends"] if row["run"] == "recorded"]
+    assert mine == alone["trends"]
+    assert set(load(run, other, num_resamples=20)["run"]) == {"recorded", "other"}
+
+
+def test_effects_and_growths_carry_their_tests(statistics):
+    growth = rows(statistics, "growth")
+    headline = growth[growth["family"].notna()]
+    assert set(headline["family"]) == {"growth, over items"}
+    assert set(headline["metric"]) == {"bias_ambiguous", "correlation", "difference"}
+    assert "Match stats" not in set(headline["condition"])
+    assert growth.loc[growth["family"].isna(), "p_adjusted"].isna().all()
+    tested = headline.dropna(subset=["p_value"]).sort_values("p_value")
+    by_hand = np.maximum.accumulate(tested["p_value"] * np.arange(len(tested), 0, -1)).clip(upper=1)
+    assert tested["p_adjusted"].to_numpy() == pytest.approx(by_hand.to_numpy())
+    effects = rows(statistics, "effects").dropna(subset=["detectable"])
+    assert (effects["detectable"] > 2.8 * effects["standard_error"]).all()
+    assert effects["from_step"].isna().all()
+
+
+def test_choices_and_probabilities_stand_side_by_side(statistics):
+    frame = rows(statistics, "side_by_side").set_index(["experiment", "model", "condition"])
+    frame = frame[frame["quantity"] == "effect"]
+    both = frame.loc[("bbq", "small", "Q+IF")]
+    (growth,) = [
+        row
+        for row in statistics["growth"]
+        if (row["model"], row["condition"], row["metric"])
+        == ("small", "Q+IF", "expected_bias_ambiguous")
+    ]
+    assert both["expected_growth"] == growth["value"]
+    assert both["headline_growth"] != growth["value"]
+    assert np.sign(both["expected_slope"]) == np.sign(both["headline_slope"]) == 1
+    law = frame.loc[("law_school", "small", "Q+IF")]
+    assert pd.isna(law["expected_growth"])
+    assert law["undefined_because"] == "law_school measures no expected_difference"
+
+
+def test_several_seeds_have_rows_and_sentences_of_their_own(tmp_path):
+    size = Size(
+        steps=(0, 10), seeds=(0, 1, 2), categories=("Age",), templates=3, blocks=1,
+        occupations=10, students=6,
+    )  # fmt: skip
+    statistics = results_of(record_run(tmp_path / "run", size), num_resamples=50)[1]
+    over = rows(statistics, "over_seeds")
+    assert set(over["kind"]) == {"effect", "growth", "change"}
+    assert set(over.loc[over["experiment"] != "bbq", "num_seeds"]) == {3}
+    row = over[
+        (over["kind"] == "growth")
+        & (over["model"] == "small")
+        & (over["metric"] == "difference")
+        & (over["condition"] == "Q+IF")
+    ].iloc[0]
+    each = [
+        one["value"]
+        for one in statistics["growth"]
+        if (one["model"], one["metric"], one["condition"]) == ("small", "difference", "Q+IF")
+    ]
+    assert len(each) == 3
+    assert row["value"] == pytest.approx(np.mean(each))
+    assert row["standard_error"] == pytest.approx(np.std(each, ddof=1) / np.sqrt(3))
+    assert row["family"] == "growth, over seeds"
+    assert row["left_out"] == []
+    said = " ".join(summary(statistics))
+    assert "the same with training seeds as the unit: nano" in said
+    assert "3 seeds" in said
+    assert "for each tenfold number of parameters: at step 10" in said
+    assert "(over seeds)" in said
+    cautions = " ".join(caveats(statistics))
+    assert "one training run per model" not in cautions
+    assert "Only where seeds are named as the unit" in cautions
+
+
+def test_a_seed_without_a_value_is_left_out_by_name(tmp_path):
+    size = Size(
+        models=(("m", 1000),), steps=(0, 10), seeds=(0, 1), categories=("Age",), templates=3,
+        blocks=1, occupations=10, students=6,
+    )  # fmt: skip
+    run = record_run(tmp_path / "run", size)
+    place = run / "m/seed-1/ppo/checkpoint-10/evaluation"
+    record_cell(place, "winogender", "Q+IF", 0.1, Size(occupations=9))
+    over = rows(results_of(run, num_resamples=50)[1], "over_seeds")
+    mine = over[(over["experiment"] == "winogender") & (over["condition"] == "Q+IF")]
+    growth = mine[mine["kind"] == "growth"].iloc[0]
+    assert growth["num_seeds"] == 1
+    assert pd.isna(growth["value"]) and pd.isna(growth["p_value"])
+    assert growth["undefined_because"] == "needs two seeds with a value, has 1"
+    assert len(growth["left_out"]) == 1
+    assert growth["left_out"][0].startswith("seed 1: the cells were measured on different items")
+
+
+def test_the_verdict_tells_trends_thresholds_and_corrected_tests(statistics):
+    (small,) = [one for one in verdicts(statistics) if one.title == "small"]
+    sentences = " ".join(s for part in small.paragraphs for s in part.sentences)
+    assert "On a straight line through all 3 steps this difference changes by" in sentences
+    assert "With probabilities in the place of choices, it changes by" in sentences
+    assert "corrected p" in sentences
+    assert "; 80% power for " in sentences
+    assert "(no bias)" in sentences
+    said = " ".join(caveats(statistics))
+    assert "Holm" in said
+    assert "without a correction" not in said
+    assert "after Holm's correction" in " ".join(summary(statistics))
+
+
+def test_every_key_and_column_is_documented(statistics):
+    text = (Path(__file__).parents[1] / "docs" / "statistics.md").read_text(encoding="utf-8")
+    names = [*COLUMNS, *statistics, *statistics["about"]]
+    names += [field.name for field in ITEM_FACTS]
+    for content in statistics.values():
+        if isinstance(content, list) and content and isinstance(content[0], dict):
+            names += content[0]
+    missing = sorted({name for name in names if f"`{name}`" not in text})
+    assert missing == []
 
 
 def test_a_stand_alone_model_has_no_step_and_no_seed(tmp_path):

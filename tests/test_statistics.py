@@ -186,6 +186,50 @@ def test_intervals_cover_the_truth(per_category):
     assert 0.90 <= covered / 300 <= 0.98
 
 
+def test_intervals_of_an_effect_cover_it_and_find_what_is_detectable():
+    """Shares of yes of 30 templates under Q and Q+IF, which answer alike; 300 worlds."""
+    rng = np.random.default_rng(12)
+    num, size = 300, 20
+    covered, errors, detected = 0, [], []
+    for world in range(num):
+        rates = rng.beta(2, 2, 30)
+        hits = rng.binomial(size, rates)
+        falls = rng.binomial(hits, rng.uniform(0, 0.4, 30))  # a fifth of the yes is taken back
+        draws = Draws(400, seed=world)
+        cells = []
+        for condition, found in (("Q", hits), ("Q+IF", hits - falls)):
+            tally = make_tally({"hits": found, "count": np.full(30, size)})
+            replicates = bootstrap(tally, share, draws=draws).replicates
+            cells.append(Cell("run", "m", 10, 0, 0, "bbq", condition, replicates))
+        effect = find(compare(cells), "effect", "Q+IF", 0)
+        covered += effect.estimate.low <= 0.1 <= effect.estimate.high
+        errors.append(effect.error)
+        assert effect.degrees == 29
+        detected.append(effect.estimate.value)
+    assert 0.91 <= covered / num <= 0.98
+    # The bootstrap's standard error is what effects really vary by from world to world.
+    assert np.mean(errors) == pytest.approx(np.std(detected), rel=0.1)
+
+
+@pytest.mark.parametrize("units", [np.ones(7), np.repeat([1.0, 3.0, 20.0], 8)])
+def test_every_resample_stands_for_as_many_units_as_there_are(units):
+    """So that pooled categories keep their share of the whole, though n - 1 of n are drawn."""
+    weights = Draws(200).weights("c", units)
+    assert weights.shape == (201, len(units))
+    np.testing.assert_array_equal(weights[0], units)
+    np.testing.assert_allclose(weights.sum(axis=1), units.sum())
+    assert len(np.unique(weights[1:], axis=0)) > 150
+
+
+def test_degrees_of_freedom_are_the_units_less_one_a_category():
+    tally = make_tally({"hits": np.ones(6), "count": np.ones(6)}, strata=[0, 0, 0, 1, 1, 2])
+    assert bootstrap(tally, share, draws=Draws(5)).replicates.degrees == 3
+    only = bootstrap(tally, share, pooled=["c0"], draws=Draws(5)).replicates
+    assert only.degrees == 2
+    weighted = make_tally({"hits": [1, 0], "count": [1, 1]}, units=[20, 5])
+    assert bootstrap(weighted, share, draws=Draws(5)).replicates.degrees == 24
+
+
 def test_ten_thousand_resamples_of_a_full_bbq_checkpoint_take_under_two_seconds(tmp_path):
     """All metrics of 11 categories of 30 templates, overall and by category."""
     size = Size(categories=tuple(f"c{k}" for k in range(11)), templates=30, blocks=1)

@@ -47,9 +47,15 @@ def measured(tmp_path_factory):
     return run
 
 
+def of(run, **how):
+    return transcripts({"run": run}, **how)
+
+
 def load(found):
     assert found.data is not None
-    return json.loads(str(found.data))
+    (one,) = json.loads(str(found.data))
+    assert one["run"] == "run"
+    return one["data"]
 
 
 def words(data, entry):
@@ -57,7 +63,7 @@ def words(data, entry):
 
 
 def test_every_item_is_whole_and_its_numbers_are_those_of_the_files(recorded):
-    data = load(transcripts(recorded, num_items=6))
+    data = load(of(recorded, num_items=6))
     assert [words(data, e["title"]) for e in data["experiments"]] == [
         "BBQ", "Winogender", "Law school admission",
     ]  # fmt: skip
@@ -107,7 +113,7 @@ def test_items_that_every_file_holds_come_before_those_of_one_file(tmp_path):
 
 
 def test_what_was_asked_is_shown_for_every_order_with_the_answers_to_it(measured):
-    found = transcripts(measured)
+    found = of(measured)
     assert len(found.notes) == 1
     data = load(found)
     bbq, _, law = data["experiments"]
@@ -133,7 +139,7 @@ def test_what_was_asked_is_not_guessed_when_the_recipe_asks_something_else_now(m
     try:
         changed = recipe.replace("permutations: 3", "permutations: 1")
         (measured / "recipe.yaml").write_text(changed, encoding="utf-8")
-        found = transcripts(measured)
+        found = of(measured)
     finally:
         (measured / "recipe.yaml").write_text(recipe, encoding="utf-8")
     assert "What was asked is not shown for bbq Q, bbq Q+IF, bbq Q+IF+CoT:" in found.notes[1]
@@ -143,7 +149,7 @@ def test_what_was_asked_is_not_guessed_when_the_recipe_asks_something_else_now(m
 
 
 def test_a_run_whose_recipe_cannot_be_read_says_why_and_names_no_folder(recorded):
-    _, note = transcripts(recorded).notes
+    _, note = of(recorded).notes
     assert note.startswith("What was asked cannot be shown: recipe.yaml: ")
     assert str(recorded.parent) not in note
 
@@ -156,7 +162,7 @@ def test_hostile_text_is_data_cut_and_spelt_out(tmp_path):
     rows[0]["samples"] = [HOSTILE + "\u2028</script><!--" * 70_000, "second"]
     changed = type(table).from_pylist(rows, schema=table.schema)
     pq.write_table(changed, path)
-    found = transcripts(run)
+    found = of(run)
     assert "<" not in str(found.data) and "\u2028" not in str(found.data)
     data = load(found)
     (item,) = [i for i in data["experiments"][0]["items"] if words(data, i["id"]) == "Age/0"]
@@ -177,7 +183,7 @@ def test_undefined_probabilities_are_null_and_a_tie_chooses_nothing(tmp_path):
     rows[0] |= {"probabilities": None, "logprobs": [float("-inf")] * 2, "mass": 0.0}
     rows[1] |= {"probabilities": [0.5, 0.5], "logprobs": [-1.0, -1.0]}
     pq.write_table(type(table).from_pylist(rows, schema=table.schema), path)
-    data = load(transcripts(run, num_items=100))
+    data = load(of(run, num_items=100))
     law = data["experiments"][2]
     answers = {words(data, i["id"]): a for i in law["items"] for a in i["answers"] if a[2] == 0}
     first, second = answers[rows[0]["item"]], answers[rows[1]["item"]]
@@ -186,11 +192,27 @@ def test_undefined_probabilities_are_null_and_a_tie_chooses_nothing(tmp_path):
 
 
 def test_the_size_is_bounded_by_fewer_items_and_the_page_says_how_many(recorded):
-    whole, budget = transcripts(recorded), 30_000
+    whole, budget = of(recorded), 30_000
     assert len(str(whole.data)) > budget
-    found = transcripts(recorded, budget=budget)
+    found = of(recorded, budget=budget)
     assert len(str(found.data)) <= budget
     for experiment, name in zip(load(found)["experiments"], ("BBQ", "Winogender"), strict=False):
         assert f"{name}: {len(experiment['items'])} of " in found.notes[0]
-    nothing = transcripts(recorded, budget=100)
+    nothing = of(recorded, budget=100)
     assert nothing.data is None and "too many checkpoints and conditions" in nothing.notes[0]
+
+
+def test_several_runs_bring_their_own_items_and_share_the_budget(recorded, measured):
+    named = {"a <b>\u202e": recorded, "second": measured}
+    found = transcripts(named)
+    data = json.loads(str(found.data))
+    assert [one["run"] for one in data] == ["a <b>⟨U+202E⟩", "second"]
+    assert "<" not in str(found.data)
+    alone = load(of(measured))
+    assert data[1]["data"] == alone
+    assert [note.split(":")[0] for note in found.notes] == ["a <b>\u202e"] * 2 + ["second"]
+    budget = 150_000
+    assert len(str(transcripts(named, budget=budget).data)) <= budget + 100
+    assert len(str(found.data)) > budget
+    twice = transcripts({"a": recorded, "b": recorded})
+    assert [note.split(":")[0] for note in twice.notes] == ["a, b"] * 2  # said once

@@ -1,0 +1,261 @@
+"""Trends over steps, KL and size: by hand, what is missing, and whether intervals hold."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from selfcorrect.evaluate.statistics import Cell, Draws, Replicates, estimate, standard_error
+from selfcorrect.evaluate.studies import Quantity, Study, over_training
+from selfcorrect.evaluate.trends import MIXED, ONE_SEED, ROW, T_TEST, trends
+
+METRIC = "bias_ambiguous"
+STEPS = (0, 10, 20, 40)
+SIZES = {"small": 1_000, "middle": 10_000, "large": 100_000}
+BLOCK = np.zeros(20)  # twenty items without any noise: every resample gives the value itself
+
+
+def cell(value, *, model="small", seed=0, step=0, condition="Q", items=BLOCK, draws=None, **more):
+    """One cell whose metric is the mean over the items of `value` plus the item's own number."""
+    weights = (draws or Draws(200)).weights("all", np.ones(len(items)))
+    means = weights @ (value + items) / len(items)
+    metrics = more.pop("metrics", {METRIC: means})
+    population = more.pop("population", b"items")
+    return Cell(
+        run="r", model=model, parameters=SIZES[model], seed=seed, step=step, experiment="bbq",
+        condition=condition, replicates=Replicates(population, metrics, len(items) - 1),
+        kl=more.pop("kl", None if step == 0 else 0.0025 * step**2),
+    )  # fmt: skip
+
+
+def noisy(step, condition="Q", **more):
+    """A cell whose items differ, and differ more with the step."""
+    items = np.random.default_rng(9).normal(0, 1, 20)
+    return cell(0.5, step=step, condition=condition, items=items * (1 + step / 20), **more)
+
+
+def find(rows, **wanted):
+    wanted = {"quantity": "metric", "condition": "Q", "unit": "items", "metric": METRIC} | wanted
+    (row,) = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return row
+
+
+def ladder(seeds=(0,), **shift):
+    """Q stays at .5; Q+IF falls by .001 a step, times log10 of the parameters, and by seed."""
+    return [
+        cell(value, model=model, seed=seed, step=step, condition=condition)
+        for model, parameters in SIZES.items()
+        for seed in seeds
+        for step in STEPS
+        for condition, value in [
+            ("Q", 0.5),
+            ("Q+IF", 0.4 - 0.001 * step * (np.log10(parameters) + shift.get("by", 0) * seed)),
+        ]
+    ]
+
+
+def test_slopes_by_hand():
+    rows = trends(ladder())
+    assert list(rows[0]) == list(ROW)
+    # The middle model has log10(parameters) = 4.
+    step = find(rows, model="middle", against="step", condition="Q+IF")
+    assert step["value"] == pytest.approx(-0.004)
+    assert (step["num_points"], step["first"], step["last"]) == (4, 0, 40)
+    effect = find(rows, model="middle", against="step", condition="Q+IF", quantity="effect")
+    assert effect["value"] == pytest.approx(0.004)
+    # sqrt(KL) is .05 a step, and 0 at step 0, where no KL is recorded.
+    kl = find(rows, model="middle", against="sqrt_kl", condition="Q+IF")
+    assert kl["value"] == pytest.approx(-0.08)
+    assert (kl["num_points"], kl["last"]) == (4, pytest.approx(2.0))
+    # At step 40 the effect is .1 + .04 * log10(parameters).
+    size = find(rows, seed=0, against="log10_parameters", condition="Q+IF", quantity="effect")
+    assert size["value"] == pytest.approx(0.04)
+    assert (size["step"], size["num_points"], size["model"]) == (40, 3, None)
+    grown = find(
+        rows, seed=0, against="step_x_log10_parameters", condition="Q+IF", quantity="effect"
+    )
+    assert grown["value"] == pytest.approx(0.001)
+    # Nothing varies from item to item, so there is a line but no test.
+    assert (size["low"], size["high"]) == pytest.approx((0.04, 0.04))
+    assert size["p_value"] is None
+    assert "resamples agree" in size["undefined_because"]
+
+
+def test_what_all_checkpoints_share_is_no_evidence_for_a_trend():
+    """Items differ widely, but alike at every step: the slope has no spread. Unpaired it would."""
+    items = np.random.default_rng(0).normal(0, 1, 20)
+    row = find(trends([cell(s / 100, step=s, items=items) for s in STEPS]), model="small",
+               against="step", seed=0)  # fmt: skip
+    assert row["value"] == pytest.approx(0.01)
+    assert (row["low"], row["high"]) == pytest.approx((0.01, 0.01))
+
+
+def test_one_seed_and_one_size_are_said():
+    rows = trends([noisy(step) for step in STEPS])
+    seeds = find(rows, model="small", against="step", unit="seeds")
+    assert seeds["value"] is None
+    assert seeds["undefined_because"] == ONE_SEED
+    assert seeds["num_seeds"] == 1
+    size = find(rows, against="log10_parameters", seed=0)
+    assert size["value"] is None
+    assert size["undefined_because"] == "needs two model sizes, has 1"
+    # The same of the slopes, and again over seeds: no trend is silently left away.
+    assert len(rows) == 8
+    assert find(rows, model="small", against="step", seed=0)["p_value"] > 0
+
+
+def test_missing_and_undefined_points_are_left_out_by_name():
+    nothing = {METRIC: np.full(201, np.nan)}
+    cells = [noisy(0), noisy(10, metrics=nothing), noisy(20), noisy(40, kl=-0.01)]
+    cells += [noisy(step, "Q+IF") for step in (0, 20)]
+    rows = trends(cells)
+    step = find(rows, model="small", against="step", seed=0)
+    assert step["left_out"] == ["step 10: undefined under Q"]
+    assert step["num_points"] == 3
+    kl = find(rows, model="small", against="sqrt_kl", seed=0)
+    assert kl["left_out"] == [
+        "step 10: undefined under Q",
+        "step 40: estimate of the KL below zero (-0.01)",
+    ]
+    effect = find(rows, model="small", against="step", seed=0, condition="Q+IF", quantity="effect")
+    assert effect["left_out"] == ["step 10: undefined under Q", "step 40: Q+IF not measured"]
+    alone = trends([noisy(0), noisy(10, metrics=nothing)])
+    row = find(alone, model="small", against="step", seed=0)
+    assert row["undefined_because"] == "needs two checkpoints, has 1"
+    assert row["value"] is None
+
+
+def test_sizes_are_compared_at_the_last_step_that_all_have():
+    cells = [one for one in ladder() if (one.model, one.step) != ("large", 40)]
+    cells = [one for one in cells if (one.model, one.condition) != ("middle", "Q+IF")]
+    rows = trends(cells)
+    plain = find(rows, seed=0, against="log10_parameters")
+    assert (plain["step"], plain["num_points"], plain["left_out"]) == (20, 3, [])
+    row = find(rows, seed=0, against="log10_parameters", condition="Q+IF")
+    assert (row["step"], row["num_points"]) == (20, 2)
+    assert row["left_out"] == ["middle: Q+IF not measured"]
+    assert row["value"] == pytest.approx(-0.02)
+
+
+def test_other_items_at_another_step_leave_no_line():
+    rows = trends([noisy(0), noisy(10), noisy(20, population=b"others")])
+    row = find(rows, model="small", against="step", seed=0)
+    assert row["value"] is None
+    assert "different items" in row["undefined_because"]
+
+
+def test_seeds_are_the_unit_where_there_are_several():
+    seeds = (0, 1, 2)
+    rows = trends(ladder(seeds, by=0.5))
+    row = find(rows, model="small", against="step", condition="Q+IF", unit="seeds")
+    test = stats.ttest_1samp([-0.003, -0.0035, -0.004], 0)
+    assert row["value"] == pytest.approx(-0.0035)
+    assert row["p_value"] == pytest.approx(test.pvalue)
+    assert (row["low"], row["high"]) == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert (row["seed"], row["num_seeds"], row["num_points"]) == (None, 3, 12)
+    assert row["method"] == f"{T_TEST} (no mixed model: fewer than 5 seeds)"
+    # And over items: each seed by itself, and their mean.
+    each = [find(rows, model="small", against="step", condition="Q+IF", seed=s) for s in seeds]
+    assert [one["value"] for one in each] == pytest.approx([-0.003, -0.0035, -0.004])
+    mean = find(rows, model="small", against="step", condition="Q+IF", seed=None)
+    assert mean["value"] == pytest.approx(-0.0035)
+    # Against size every seed has the same slope here, up to rounding.
+    size = find(rows, against="log10_parameters", condition="Q+IF", unit="seeds")
+    assert size["value"] == pytest.approx(-0.04)
+    assert size["undefined_because"] == "the seeds agree: no interval"
+
+
+def test_five_seeds_or_more_have_a_mixed_model():
+    rng = np.random.default_rng(4)
+    cells = [
+        cell(start + slope * step + rng.normal(0, 0.05), seed=seed, step=step)
+        for seed, (start, slope) in enumerate(rng.normal([0.5, 0.01], [0.2, 0.006], (6, 2)))
+        for step in STEPS
+    ]
+    row = find(trends(cells), model="small", against="step", unit="seeds")
+    assert row["method"] == MIXED
+    slopes = [
+        np.polyfit(STEPS, [c.replicates.metrics[METRIC][0] for c in cells if c.seed == seed], 1)[0]
+        for seed in range(6)
+    ]
+    test = stats.ttest_1samp(slopes, 0)  # equal designs: the two agree
+    assert row["value"] == pytest.approx(np.mean(slopes), rel=1e-3)
+    assert row["p_value"] == pytest.approx(test.pvalue, rel=1e-2)
+
+
+def test_headline_metrics_alone_are_in_families_and_match_stats_effects_are_not():
+    cells = [noisy(step, condition) for step in STEPS for condition in ("Q", "Match stats")]
+    for one in cells:
+        metrics = one.replicates.metrics
+        metrics["expected_bias_ambiguous"] = metrics[METRIC] / 2
+    rows = trends(cells)
+    families = {
+        (row["metric"], row["quantity"], row["condition"], row["family"])
+        for row in rows
+        if row["against"] == "step" and row["unit"] == "items"
+    }
+    assert families == {
+        (METRIC, "metric", "Q", "metric against step"),
+        (METRIC, "metric", "Match stats", "metric against step"),
+        (METRIC, "effect", "Match stats", None),
+        ("expected_bias_ambiguous", "metric", "Q", None),
+        ("expected_bias_ambiguous", "metric", "Match stats", None),
+        ("expected_bias_ambiguous", "effect", "Match stats", None),
+    }
+    half = find(rows, metric="expected_bias_ambiguous", against="step", seed=0, model="small")
+    whole = find(rows, against="step", seed=0, model="small")
+    assert half["value"] == pytest.approx(whole["value"] / 2)
+    assert half["p_adjusted"] is None
+    assert whole["p_adjusted"] >= whole["p_value"]
+
+
+# --- do the intervals hold? ----------------------------------------------------------------------
+
+
+def world(rng, num_items, slopes, resamples, seed, shared=1.0):
+    """A run of one model: items with a level and a slope of their own, and noise at every step."""
+    level = rng.normal(0, shared, num_items)
+    own = rng.normal(0, 0.02, num_items)
+    draws = Draws(resamples, seed)
+    return [
+        cell(
+            slope * step,
+            seed=number,
+            step=step,
+            items=level + own * step + rng.normal(0, 0.3, num_items),
+            draws=draws,
+        )
+        for number, slope in enumerate(slopes)
+        for step in STEPS
+    ]
+
+
+def line(cells, seed=0):
+    return over_training(Study(cells), Quantity("metric", "Q", METRIC), "small", seed)
+
+
+def test_intervals_of_a_trend_over_items_cover_the_truth():
+    """30 items, 400 worlds: 95 % of the intervals hold the slope, 5 % of the p-values are small."""
+    rng = np.random.default_rng(2)
+    covered, rejected, num = 0, 0, 400
+    for number in range(num):
+        slopes = line(world(rng, 30, [0.01], 400, number)).slopes()
+        found = estimate({"slope": slopes})["slope"]
+        covered += found.low <= 0.01 <= found.high
+        rejected += 2 * stats.t.sf(abs((slopes[0] - 0.01) / standard_error(slopes)), 29) < 0.05
+    assert 0.91 <= covered / num <= 0.975
+    assert 0.025 <= rejected / num <= 0.08
+
+
+def test_intervals_over_seeds_cover_new_seeds_and_those_over_items_do_not():
+    """Four seeds whose slopes differ more than items do, 300 worlds."""
+    rng = np.random.default_rng(6)
+    by_seeds, by_items, num = 0, 0, 300
+    for number in range(num):
+        cells = world(rng, 30, rng.normal(0.01, 0.02, 4), 50, number)
+        slopes = [line(cells, seed).slopes() for seed in range(4)]
+        low, high = stats.ttest_1samp([one[0] for one in slopes], 0).confidence_interval(0.95)
+        by_seeds += low <= 0.01 <= high
+        found = estimate({"slope": np.mean(slopes, axis=0)})["slope"]
+        by_items += found.low <= 0.01 <= found.high
+    assert 0.92 <= by_seeds / num <= 0.985
+    assert by_items / num < 0.75
