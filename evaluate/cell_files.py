@@ -64,11 +64,15 @@ class CellWriter:
             "num_items": len(cell.items),
             "left_out": cell.left_out,
         }
-        facts = list(dict.fromkeys(name for item in cell.items for name in item.facts))
+        facts = cell.loaded.fact_types
         if clash := set(facts) & set(_COLUMNS.names):
             raise ValueError(f"{cell.name}: facts named like columns: {sorted(clash)}")
-        kinds = [pa.array([item.facts.get(name) for item in cell.items]).type for name in facts]
-        own = [pa.field(name, kind) for name, kind in zip(facts, kinds, strict=True)]
+        # One value of each type tells Arrow's type as well as all of them.
+        samples = {
+            name: [None if kind is type(None) else kind() for kind in kinds]
+            for name, kinds in facts.items()
+        }
+        own = [pa.field(name, pa.array(values).type) for name, values in samples.items()]
         self.schema = pa.schema([*_COLUMNS, *own]).with_metadata(
             {METADATA_KEY: json.dumps(metadata).encode()}
         )

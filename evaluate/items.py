@@ -48,6 +48,15 @@ class LoadedItems:
             digest.update(encode({name: getattr(item, name) for name in names}).encode())
         return digest.hexdigest()
 
+    @cached_property
+    def fact_types(self) -> dict[str, set[type]]:
+        """The types of each fact's values over all items, in the order of the facts."""
+        found: dict[str, set[type]] = {}
+        for item in self.items:
+            for name, value in item.facts.items():
+                found.setdefault(name, set()).add(type(value))
+        return found
+
 
 def systematic_sample(sizes: Sequence[int] | np.ndarray, wanted: int, seed: int) -> np.ndarray:
     """How often each unit falls into a systematic sample of `wanted` draws.

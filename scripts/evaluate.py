@@ -141,23 +141,18 @@ def _evaluate_models(
     targets: list[str], cells: "EvaluationPlan", revision: str | None, engine: str, out: Path
 ) -> None:
     """Measure each model into out/<its name>/<digest of its weights>: no answer can be stale."""
-    import pandas as pd
-    from rich.console import Console
-
     from selfcorrect.evaluate.cell_files import Origin
     from selfcorrect.evaluate.claims import claimed
-    from selfcorrect.evaluate.closing_table import closing_table
     from selfcorrect.evaluate.engine import Engine
     from selfcorrect.evaluate.lm_eval_engine import load_engine
     from selfcorrect.evaluate.measure import measure_with
     from selfcorrect.evaluate.models import load_model
     from selfcorrect.evaluate.packing import Prepared
     from selfcorrect.evaluate.processes import launched
-    from selfcorrect.evaluate.results import summarise
     from selfcorrect.evaluate.scoring import Scorer
     from selfcorrect.evaluate.weights import files_digest, weights_digest
 
-    tables, used, prepared = [], set[str](), Prepared()
+    measured, used, prepared = dict[str, Path](), set[str](), Prepared()
     with launched() as (processes, device), Bars() as bars:
         first = processes.rank == 0
         if processes.size > 1 and engine != "packed":
@@ -180,10 +175,19 @@ def _evaluate_models(
             # Another process may be measuring this model for the same folder: then wait for it.
             with claimed(folder, wait=True) if first else nullcontext():
                 measure_with(cells, runs_it, folder, origin, partial(bars, name), processes)
-            if first:
-                tables.append(summarise(folder, name))
-    if not first:
-        return
+            measured[name] = folder
+    if first:
+        _show_models(measured, out)
+
+
+def _show_models(measured: dict[str, Path], out: Path) -> None:
+    import pandas as pd
+    from rich.console import Console
+
+    from selfcorrect.evaluate.closing_table import closing_table
+    from selfcorrect.evaluate.results import summarise
+
+    tables = [summarise(folder, name) for name, folder in measured.items()]
     console = Console() if sys.stdout.isatty() else Console(width=110)
     console.print(closing_table(pd.concat(tables, ignore_index=True)))
     console.print(f"Item by item: {out}", soft_wrap=True)
