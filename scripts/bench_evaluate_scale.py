@@ -40,8 +40,8 @@ import os, sys, time
 from selfcorrect.scripts import progress
 
 def stop(self, name, stage, done, total):
+    print(time.time(), time.process_time(), flush=True)
     if done:
-        print(time.process_time(), flush=True)
         os._exit(0)
 
 progress.Bars.__call__ = stop
@@ -64,10 +64,15 @@ def measure_start(asked: argparse.Namespace) -> None:
         command += ["--data-dir", str(asked.data_dir)]
         rounds = []
         for _ in range(asked.rounds):
-            started = time.perf_counter()
+            started = time.time()
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=one_thread())
-            rounds.append((time.perf_counter() - started, float(done.stdout)))
-            print(f"wall {rounds[-1][0]:.2f} s, CPU {rounds[-1][1]:.2f} s", flush=True)
+            ready, scored = (map(float, line.split()) for line in done.stdout.split(b"\n")[:2])
+            rounds.append([(clock - started, cpu) for clock, cpu in (ready, scored)])
+            print(
+                "ready to score after {:.2f} s ({:.2f} s CPU), first items scored after {:.2f} s "
+                "({:.2f} s CPU)".format(*(number for pair in rounds[-1] for number in pair)),
+                flush=True,
+            )
     if asked.json:
         asked.json.write_text(json.dumps(rounds) + "\n")
 

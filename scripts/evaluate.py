@@ -1,5 +1,6 @@
 """`selfcorrect evaluate`: a run's checkpoints, or any Hugging Face models side by side."""
 
+import gc
 import os
 import re
 import sys
@@ -80,6 +81,7 @@ def evaluate(
         return
     if watch:
         raise InputError("--watch follows runs: give a run folder")
+    gc.disable()  # what loads now stays: looking for garbage in it takes a seventh of the start
     from selfcorrect.evaluate.plan import plan
     from selfcorrect.evaluate.stimuli_files import load_stimuli
 
@@ -172,6 +174,8 @@ def _evaluate_models(
             if name in used:  # two folders of the same name
                 name = f"{name} {folder.name}"
             used.add(name)
+            gc.freeze()
+            gc.enable()
             # Another process may be measuring this model for the same folder: then wait for it.
             with claimed(folder, wait=True) if first else nullcontext():
                 measure_with(cells, runs_it, folder, origin, partial(bars, name), processes)
