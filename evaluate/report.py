@@ -181,8 +181,11 @@ def _unfinished(named: Mapping[str, Path]) -> Iterable[str]:
 
 
 def _left_out_of_feedback(run: Path) -> list[dict[str, int]]:
-    """What each reward model's stage.json says of pairs that were left out."""
-    records = [_read_json(path) for path in sorted(run.glob("*/seed-*/reward/stage.json"))]
+    """What the stage.json of each reward model and each PPO says of pairs and prompts left out."""
+    paths = [
+        path for stage in ("reward", "ppo") for path in run.glob(f"*/seed-*/{stage}/stage.json")
+    ]
+    records = [_read_json(path) for path in sorted(paths)]
     return [record.get("left_out") or {} for record in records if isinstance(record, dict)]
 
 

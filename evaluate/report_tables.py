@@ -199,9 +199,9 @@ def difference_table(
 def left_out_table(
     statistics: Mapping[str, Any], feedback: Sequence[Mapping[str, int]] = ()
 ) -> Table:
-    """What was left out, and why: items that no metric could use, and preference pairs.
+    """What was left out, and why: items that no metric could use, preference pairs, prompts.
 
-    `feedback` holds what each reward model's training left out, by reason.
+    `feedback` holds what each reward model's and each policy's training left out, by reason.
     """
     counts: dict[tuple[str, str], set[int]] = {}
     for cell in statistics["cells"]:
@@ -213,8 +213,10 @@ def left_out_table(
     return Table(
         name="left-out",
         title="Left out",
-        note="" if counts else "No file says that an item or a preference pair was left out.",
-        columns=["Experiment or feedback", "Reason", "Items or pairs"],
+        note=""
+        if counts
+        else "No file says that an item, a preference pair or a prompt was left out.",
+        columns=["Experiment or feedback", "Reason", "Items, pairs or prompts"],
         rows=[
             [
                 text_cell(where),

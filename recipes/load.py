@@ -60,7 +60,7 @@ def recipe_path(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shipped = SHIPPED / f"{path.stem}.yaml"
+    shipped = SHIPPED / f"{path.name.removesuffix('.yaml')}.yaml"
     if shipped.is_file():  # recipes/quickstart.yaml works from any folder
         return shipped
     names = ", ".join(p.stem for p in shipped_recipes())

@@ -122,3 +122,20 @@ def test_policy_adapter_that_matches_no_layer_is_one_line(home, tmp_path):  # no
             processing_class=make_tokenizer(), peft_config=lora,
         )  # fmt: skip
     assert "\n" not in str(caught.value)
+
+
+def test_prompts_without_room_for_a_completion_are_left_out_and_counted(caplog) -> None:
+    from test_ppo_trainer import make_tokenizer
+
+    from selfcorrect.train.policy import fitting_prompts
+
+    tokenizer = make_tokenizer()
+    texts = ["w1 w2", "w1 " * 9, "w3", "w1 " * 8]
+    kept, left_out = fitting_prompts(texts, tokenizer, context=12, completion=4)
+    assert kept == ["w1 w2", "w3", "w1 " * 8]
+    assert left_out == {"prompt and completion would exceed the context": 1}
+    assert "1 of 4 prompts are left out" in caplog.text
+    assert fitting_prompts(texts, tokenizer, context=None, completion=4) == (texts, {})
+    assert fitting_prompts(texts, tokenizer, context=13, completion=4) == (texts, {})
+    with pytest.raises(InputError, match="the shortest has 1 tokens"):
+        fitting_prompts(texts, tokenizer, context=4, completion=4)

@@ -2,6 +2,7 @@
 
 # ruff: noqa: TID253  (all of this file is torch, transformers and trl)
 
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedTokenizerBase,
@@ -20,6 +22,7 @@ from transformers import (
 
 from selfcorrect.evaluate.run_folder import RECORD, CheckpointRecord
 from selfcorrect.evaluate.weights import files_digest
+from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.schema import Ppo
 from selfcorrect.recipes.whole_files import whole_folder
 from selfcorrect.train.arguments import QUIET, build, lora_config
@@ -37,6 +40,8 @@ from selfcorrect.train.stage import (
 )
 
 DEFAULTS = {**QUIET, "lr_scheduler_type": "constant", "save_only_model": False}
+
+_log = logging.getLogger(__name__)
 
 Measure = Callable[[Any, Path], None]  # the live policy, and its checkpoint's folder
 
@@ -149,7 +154,12 @@ def train_policy(
         score_shift=facts.get("score_mean", 0.0),
         score_scale=facts.get("score_standard_deviation", 1.0),
     )
-    texts = [render_prompt(tokenizer, messages) for messages in prompts]
+    texts, left_out = fitting_prompts(
+        [render_prompt(tokenizer, messages) for messages in prompts],
+        tokenizer,
+        getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None),
+        arguments.max_completion_length,
+    )
     set_seed(seed)
     scorer = RewardModelScorer(
         AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32),
@@ -174,9 +184,36 @@ def train_policy(
         started,
         steps=ppo.steps,
         evaluation_seconds=round(keep.measure_seconds, 1),
+        left_out=left_out,
         log=rollout_log(trainer.state.log_history),
     )
     shutil.rmtree(work, ignore_errors=True)
+
+
+def fitting_prompts(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int | None, completion: int
+) -> tuple[list[str], dict[str, int]]:
+    """The prompts that leave room for a completion, and how many do not, by reason.
+
+    `context` and `completion` are in tokens; a context of None has no bound. Raises InputError
+    where no prompt is left.
+    """
+    if context is None:
+        return texts, {}
+    room = context - completion
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    fitting = [text for text, length in zip(texts, lengths, strict=True) if length <= room]
+    if not fitting:
+        raise InputError(
+            f"ppo: no prompt leaves room for max_completion_length {completion} in the model's "
+            f"context of {context}: the shortest has {min(lengths)} tokens"
+        )
+    if len(fitting) == len(texts):
+        return texts, {}
+    reason = "prompt and completion would exceed the context"
+    _log.warning("ppo: %d of %d prompts are left out: %s", len(texts) - len(fitting),
+                 len(texts), reason)  # fmt: skip
+    return fitting, {reason: len(texts) - len(fitting)}
 
 
 def rollout_log(history: list[dict[str, Any]]) -> list[dict[str, float]]:
