@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from selfcorrect.recipes.whole_files import write_json
@@ -34,7 +34,6 @@ from selfcorrect.scripts.learning_report import draw, publish, tables
 from selfcorrect.train.arguments import QUIET
 from selfcorrect.train.job import quiet_libraries
 from selfcorrect.train.ppo import PPOConfig, PPOTrainer
-from selfcorrect.train.stage import silence
 
 SEEDS = (0, 1, 2)
 METHODS: dict[str, dict[str, Any]] = {
@@ -117,7 +116,7 @@ def train(problem: Problem, method: str, seed: int, folder: Path) -> dict[str, A
         processing_class=problem.tokenizer,
         callbacks=[callback],
     )
-    silence(trainer)
+    trainer.remove_callback(PrinterCallback)
     before = held_out_figures(trainer, problem, raw)
     raw.clear()
     trainer.train()

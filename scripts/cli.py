@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from selfcorrect.recipes import termination
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.scripts import (
     data,
@@ -39,8 +40,11 @@ app.add_typer(recipes.app, name="recipes")
 
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr, never a traceback."""
+    termination.listen()
     try:
         app()
+    except termination.Terminated:
+        _stop("ended as asked (SIGTERM); the same command goes on from here", 0)
     except InputError as error:
         _stop(str(error), 2)
     except RunFailure as error:

@@ -224,8 +224,14 @@ def test_options_that_do_not_fit_are_refused(run):
 
 def test_control_c_is_one_line_and_130(run):
     command_line = [sys.executable, "-m", "selfcorrect.scripts.cli", "report", str(run), "--watch"]
-    with subprocess.Popen(command_line, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-                          text=True) as watching:  # fmt: skip
+    with subprocess.Popen(
+        command_line,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A test run in the background hands on that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as watching:
         line = watching.stderr.readline()
         assert "1 of 2 checkpoints measured" in line
         time.sleep(0.5)

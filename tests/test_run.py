@@ -153,6 +153,39 @@ def test_killed_at_any_stage_and_run_again_ends_with_the_same_bytes(
     assert digests(runs / "small") == digests(whole)
 
 
+def test_ended_by_the_system_it_saves_first_and_goes_on_to_the_same_bytes(
+    whole: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    folder = runs / "small" / "tiny" / "seed-0"
+    moments = [
+        ("base.work", lambda: (folder / "base.work").is_dir()),
+        ("ppo.work", lambda: (folder / "ppo" / "checkpoint-0" / "evaluation").is_dir()),
+        ("ppo.work", lambda: (folder / "ppo" / "checkpoint-4").is_dir()),
+    ]
+    for work, reached in moments:
+        process = subprocess.Popen(
+            command(runs, "ppo.resume_every=100", "ppo.resume_minutes=1000"),
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 200
+        while not reached() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        process.send_signal(signal.SIGTERM)
+        _, shown = process.communicate(timeout=100)
+        assert process.returncode == 0, shown
+        assert "selfcorrect: ended as asked (SIGTERM); the same command goes on" in shown
+        assert list((folder / work).glob("checkpoint-*/complete"))  # states no rule had asked for
+    done = go(runs, "ppo.resume_every=100", "ppo.resume_minutes=1000")
+    assert done.returncode == 0, done.stderr
+    assert digests(runs / "small") == digests(whole)
+
+
 def test_stopped_by_hand_it_says_so_and_leaves_nothing_running(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
@@ -164,6 +197,8 @@ def test_stopped_by_hand_it_says_so_and_leaves_nothing_running(tmp_path: Path) -
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A test run in the background hands on that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 200
     while not any(runs.glob("small/tiny/seed-*/base.work")) and time.monotonic() < deadline:

@@ -43,8 +43,7 @@ from selfcorrect.train.stage import (
     Notify,
     StageCallback,
     finished,
-    resume_state,
-    silence,
+    train_on,
     write_record,
 )
 
@@ -211,8 +210,7 @@ def train_base(
         if recipe.base is not None:
             trainer = _fine_tuner(recipe.base, policy, tokenizer, preferences, fixed, notify)
     if trainer is not None:
-        silence(trainer)
-        trainer.train(resume_from_checkpoint=resume_state(work))
+        train_on(trainer, work)
         policy = trainer.accelerator.unwrap_model(trainer.model)
     with whole_folder(folder) as new:
         policy.save_pretrained(new)

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from selfcorrect.evaluate.packing import Prepared
 from selfcorrect.evaluate.plan import EvaluationPlan
 from selfcorrect.evaluate.run_folder import read_checkpoint
 from selfcorrect.evaluate.weights import files_digest
+from selfcorrect.recipes import termination
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.load import training_digest
 from selfcorrect.recipes.schema import Recipe
@@ -103,18 +104,27 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
     plan: EvaluationPlan = recipe_plan(recipe, run)
     prepared = Prepared()
 
+    def go_on(*_: Any) -> None:
+        if termination.is_asked():
+            raise termination.Terminated
+
     def measure(trainer: Any, folder: Path) -> None:
         checkpoint = read_checkpoint(folder)
         model = trainer.accelerator.unwrap_model(trainer.model)
         origin = Origin(checkpoint.record.weights_digest or files_digest(folder))
-        with claimed(checkpoint.evaluation, wait=True):  # `evaluate --watch` may be at it
+        # What is left unmeasured on SIGTERM is measured after training; the state comes first.
+        with (
+            suppress(termination.Terminated),
+            claimed(checkpoint.evaluation, wait=True),  # `evaluate --watch` may be at it
+        ):
             measure_undisturbed(
                 plan,
                 model,
                 trainer.processing_class,
                 checkpoint.evaluation,
-                prepared=prepared,
-                origin=origin,
+                go_on,
+                prepared,
+                origin,
             )
 
     return measure

@@ -34,8 +34,7 @@ from selfcorrect.train.stage import (
     Notify,
     StageCallback,
     finished,
-    resume_state,
-    silence,
+    train_on,
     write_record,
 )
 
@@ -177,8 +176,7 @@ def train_policy(
         callbacks=[StageCallback("ppo", notify, arguments.updates_per_rollout), keep],
     )
     keep.trainer = trainer
-    silence(trainer)
-    trainer.train(resume_from_checkpoint=resume_state(work))
+    train_on(trainer, work)
     write_record(
         folder,
         started,

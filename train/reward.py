@@ -24,8 +24,7 @@ from selfcorrect.train.stage import (
     Notify,
     StageCallback,
     finished,
-    resume_state,
-    silence,
+    train_on,
     write_record,
 )
 
@@ -88,8 +87,7 @@ def train_reward(
         )
     except ValueError as error:  # LoRA targets that match nothing, pairs that are all too long
         raise InputError(f"reward: {str(error).splitlines()[0]}") from None
-    silence(trainer)
-    trainer.train(resume_from_checkpoint=resume_state(work))
+    train_on(trainer, work)
     fitted = trainer.accelerator.unwrap_model(trainer.model)
     if reward.lora:
         fitted = fitted.merge_and_unload()

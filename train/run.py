@@ -8,14 +8,22 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    CancelledError,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import get_context, parent_process
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 from selfcorrect.evaluate.offline import recipe_plan
+from selfcorrect.recipes import termination
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.schema import Recipe
@@ -137,15 +145,26 @@ def _side_by_side(
     waiting: set[Future[None]] = {pool.submit(_child, recipe, run, job, events) for job in wanted}
     children = list((pool._processes or {}).values())
     try:
-        while waiting:
-            done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            while not events.empty():
-                report(*events.get())
-            for future in done:
-                future.result()
+        with termination.deferred():
+            told = False
+            while waiting:
+                if termination.is_asked() and not told:
+                    told = True
+                    for future in waiting:
+                        future.cancel()  # those that have not begun
+                    for child in children:
+                        child.terminate()
+                done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                while not events.empty():
+                    report(*events.get())
+                for future in done:
+                    with suppress(termination.Terminated, CancelledError):
+                        future.result()
+    except termination.Terminated:
+        raise  # the children have ended their work by themselves
     except BaseException as error:  # Ctrl-C too: nothing may train on unseen
         for child in children:
-            child.terminate()
+            child.kill()
         if isinstance(error, BrokenProcessPool):
             raise RunFailure(
                 "a training process was killed (out of memory?); "
@@ -158,6 +177,7 @@ def _side_by_side(
 
 def _child(recipe: Recipe, run: Path, job: Job, events: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
+    termination.listen()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from selfcorrect.train.job import run_job
 

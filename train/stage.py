@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from selfcorrect.recipes import termination
 from selfcorrect.recipes.whole_files import write_json, write_text
 
 Notify = Callable[[str, int, int], None]  # stage, steps done, steps in all
@@ -48,9 +49,27 @@ def resume_state(folder: Path) -> str | None:
     return str(newest) if newest else None
 
 
-def silence(trainer: Any) -> None:
-    """Take away transformers' printing of every log entry: the run shows its own progress."""
-    trainer.remove_callback(PrinterCallback)
+def train_on(trainer: Any, work: Path) -> None:
+    """Train from the newest state below `work` to the end, without transformers' own printing.
+
+    Raises Terminated on SIGTERM, after the optimizer update under way, with its state saved.
+    """
+    trainer.remove_callback(PrinterCallback)  # the run shows its own progress
+    trainer.add_callback(SaveOnTerm())  # last: what others say of saving comes before
+    with termination.deferred():
+        trainer.train(resume_from_checkpoint=resume_state(work))
+
+
+class SaveOnTerm(TrainerCallback):
+    """Saves the state and stops, once the system has asked the process to end."""
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """After an optimizer update; at the last one, training ends by itself."""
+        if termination.is_asked() and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+        return control
 
 
 class StageCallback(TrainerCallback):
