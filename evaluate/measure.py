@@ -102,10 +102,10 @@ def measure_with(
     return [folder / cell.file_name for cell in plan.cells]
 
 
-def cost(seconds: float, training_seconds: float) -> str:
+def cost(seconds: float, training_seconds: float, of: str = "training") -> str:
     """What attached evaluation has cost, in a line; both in seconds, apart from each other."""
-    share = f", {seconds / training_seconds:.0%} of the training's" if training_seconds > 0 else ""
-    return f"Attached evaluation: {seconds:.1f} s{share} {training_seconds:.1f} s"
+    share = f"{seconds / training_seconds:.0%} of " if training_seconds > 0 else "beside "
+    return f"Attached evaluation took {seconds:.1f} s, {share}the {training_seconds:.1f} s of {of}"
 
 
 @dataclass(frozen=True)

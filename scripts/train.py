@@ -61,13 +61,13 @@ def _say_cost(folder: Path, jobs: set[tuple[str, int]]) -> None:
     import json
 
     paths = [folder / name / f"seed-{seed}" / "ppo" / "stage.json" for name, seed in jobs]
-    stages = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    stages = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
     spent = sum(stage["evaluation_seconds"] for stage in stages)
     if spent:
         from selfcorrect.evaluate.measure import cost
 
         training = sum(stage["seconds"] for stage in stages) - spent
-        print(f"{cost(spent, training)} of PPO")
+        print(cost(spent, training, "PPO"))
 
 
 def measure_rest(recipe: Recipe, folder: Path) -> None:

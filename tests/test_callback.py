@@ -247,7 +247,7 @@ def test_what_measuring_costs_is_said_at_the_end(tmp_path, cells, capsys):
     callback = SelfCorrectionCallback(cells, lambda step: tmp_path / f"s{step}", {0, 2})
     train(tmp_path / "run", [callback])
     said = re.search(
-        r"Attached evaluation: ([\d.]+) s, (\d+)% of the training's ([\d.]+) s",
+        r"Attached evaluation took ([\d.]+) s, (\d+)% of the ([\d.]+) s of training",
         capsys.readouterr().err,
     )
     assert said is not None
