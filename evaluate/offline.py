@@ -104,7 +104,7 @@ def evaluate_run(
         waiting = processes.agree(work.waiting)
         done_before = work.num_measured
         for checkpoint in waiting:
-            notify("evaluate", work.num_measured, work.num_measured + len(waiting))
+            notify("evaluate", work.num_measured, done_before + len(waiting))
             work.measure_if_free(checkpoint)
         is_over = not watch or processes.agree(work.is_over)  # looked at before the last round
         if not processes.agree(work.waiting) and is_over:

@@ -125,6 +125,7 @@ def _evaluate_runs(runs: list[Path], engine: str | None, watch: bool) -> None:
     from selfcorrect.evaluate.processes import launched
     from selfcorrect.scripts.report import show
 
+    _no_loading_bars()
     given = [] if engine is None else [f"evaluate.engine={engine}", "evaluate.attach=off"]
     recipes = [load_recipe(str(run / "recipe.yaml"), given) for run in runs]
     with launched() as (processes, device), Bars() as bars:
@@ -154,6 +155,7 @@ def _evaluate_models(
     from selfcorrect.evaluate.scoring import Scorer
     from selfcorrect.evaluate.weights import files_digest, weights_digest
 
+    _no_loading_bars()
     measured, used, prepared = dict[str, Path](), set[str](), Prepared()
     with launched() as (processes, device), Bars() as bars:
         first = processes.rank == 0
@@ -182,6 +184,13 @@ def _evaluate_models(
             measured[name] = folder
     if first:
         _show_models(measured, out)
+
+
+def _no_loading_bars() -> None:
+    """The command shows its own progress; transformers' bars would break its lines."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def _show_models(measured: dict[str, Path], out: Path) -> None:

@@ -112,7 +112,9 @@ def test_weights_other_than_those_saved_are_never_scored(run: Path) -> None:
         evaluate_run(recipe, run, silent)
     assert not list(place.glob("evaluation/*.parquet"))
     (place / "model.safetensors").write_bytes(whole)
-    assert evaluate_run(recipe, run, silent) == 1
+    calls: list[tuple[str, int, int]] = []
+    assert evaluate_run(recipe, run, lambda *call: calls.append(call)) == 1
+    assert calls == [("evaluate", 0, 1), ("evaluate", 1, 1)]
     metadata = read_cell(place / "evaluation" / "winogender.Q.parquet")[1]
     assert metadata["origin"] == {"weights": files_digest(place), "engine": "packed"}
     assert evaluate_run(recipe, run, silent) == 0
