@@ -36,9 +36,6 @@ _COLUMNS = pa.schema(
 
 Row = dict[str, Any]
 
-# Items after which a cell's rows are put on disk: what a killed evaluation loses at most.
-PART_ITEMS = 2048
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -51,8 +48,8 @@ class Origin:
 class CellWriter:
     """Takes a cell's rows slice by slice, so that memory does not grow with their number.
 
-    Every PART_ITEMS items they go to disk as a part of their own, beside the cell's file. A later
-    writer of the same cell and origin finds them: `num_items` says how many items they hold.
+    `keep` puts them on disk as a part of their own, beside the cell's file. A later writer of the
+    same cell and origin finds the parts: `num_items` says how many items they hold.
     """
 
     def __init__(self, path: Path, cell: PlannedCell, origin: Origin) -> None:
@@ -109,8 +106,6 @@ class CellWriter:
         ]
         self._held.append(pa.Table.from_arrays(columns, schema=self.schema))
         self.num_items += num_items
-        if self.num_items - (self._parts[-1][1] if self._parts else 0) >= PART_ITEMS:
-            self.keep()
 
     def keep(self) -> None:
         """Put on disk what has been written since the last part."""

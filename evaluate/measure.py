@@ -7,6 +7,7 @@ A cell whose file is there already, with the same settings, is not measured agai
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -36,6 +37,10 @@ Progress = Callable[[str, int, int], None]
 """Called with (cell's name, items done, items in the cell) after every slice."""
 
 _SLICE = 256  # items between two calls of the progress function
+
+# What is measured goes to disk after so many items or seconds: a killed evaluation loses no more.
+_PART_ITEMS = 2048
+_PART_SECONDS = 120.0
 
 
 def measure(
@@ -135,7 +140,8 @@ def _measure_together(
     writes = processes.rank == 0
     files = writing(paths, cells, work.origin) if writes else nullcontext(list[CellWriter]())
     with files as writers:
-        done = processes.agree(lambda: writers[0].num_items)
+        done = kept = processes.agree(lambda: writers[0].num_items)
+        kept_at = time.monotonic()
         work.progress(name, done, num_items)
         for first in range(done, num_items, _SLICE * processes.size):
             start = first + _SLICE * processes.rank
@@ -148,6 +154,11 @@ def _measure_together(
                 for writer, ones in zip(writers, rows, strict=False):
                     writer.write(ones, part.stop - part.start)
                 done = part.stop
+            late = time.monotonic() - kept_at > _PART_SECONDS
+            if done < num_items and (late or done - kept >= _PART_ITEMS):
+                for writer in writers:
+                    writer.keep()
+                kept, kept_at = done, time.monotonic()
             work.progress(name, done, num_items)
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_stimuli, tiny_tokenizer, write_tiny_winogender
 
-from selfcorrect.evaluate import cell_files
 from selfcorrect.evaluate import measure as measuring
 from selfcorrect.evaluate.cell_files import read_cell
 from selfcorrect.evaluate.experiments import EXPERIMENTS
@@ -394,9 +393,11 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path, cells, monkeypatch,
     }
 
 
-def test_parts_are_ours_whole_and_in_step_or_not_used(tmp_path, cells, monkeypatch):
+@pytest.mark.parametrize("limit", [("_PART_ITEMS", 2), ("_PART_SECONDS", 0.0)])
+def test_parts_are_ours_whole_and_in_step_or_not_used(tmp_path, cells, monkeypatch, limit):
     monkeypatch.setattr(measuring, "_SLICE", 2)
-    monkeypatch.setattr(cell_files, "PART_ITEMS", 2)  # as a killed process leaves them
+    # As a killed process leaves them: parts are kept by number of items, or by time.
+    monkeypatch.setattr(measuring, *limit)
     pair = EvaluationPlan([cells.cells[0], cells.cells[1]])
     tokenizer = tiny_tokenizer()
     whole = measure(pair, tiny_model(), tokenizer, tmp_path / "whole")
