@@ -153,8 +153,7 @@ def whole(model: Any) -> Iterator[Any]:
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         yield model
         return
-    import deepspeed
-
+    deepspeed = sys.modules["deepspeed"]  # has split them, so it is there
     held = [
         hooks
         for module in model.modules()

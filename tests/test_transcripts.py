@@ -37,9 +37,16 @@ def measured(tmp_path_factory):
     write_benchmarks(world, run / "benchmarks")
     folder = run / "m/seed-0/ppo/checkpoint-3"
     folder.mkdir(parents=True)
-    counts = dict.fromkeys(("parameters", "seed", "episodes", "tokens", "optimizer_updates"), 0)
+    counts = dict.fromkeys(("seed", "episodes", "tokens", "optimizer_updates"), 0)
     CheckpointRecord(
-        model="m", step=3, kl=None, reward=None, recipe_digest="0", versions={}, **counts
+        model="m",
+        parameters=1,
+        step=3,
+        kl=None,
+        reward=None,
+        recipe_digest="0",
+        versions={},
+        **counts,
     ).write(folder)
     tokenizer = make_tokenizer(world)
     model = tiny_model(vocabulary=len(tokenizer))
