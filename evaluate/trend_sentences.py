@@ -54,9 +54,9 @@ def with_size(rows: Sequence[Row]) -> list[str]:
             continue
         units.append("seeds" if row["unit"] == "seeds" else "items, for these training runs")
         if against == "log10_parameters":
-            what, shown = f"at step {row['step']}", row
+            what, shown = f"it changes at step {row['step']} by", row
         else:
-            what = "its slope per 100 steps"
+            what = "its slope per 100 steps by"
             shown = {end: row[end] and 100 * row[end] for end in ("value", "low", "high")}
         parts.append(f"{what} {with_interval(shown)}{corrected(row, ', ')}")
     if not parts:

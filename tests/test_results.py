@@ -385,7 +385,7 @@ def test_several_seeds_have_rows_and_sentences_of_their_own(tmp_path):
     said = " ".join(summary(statistics))
     assert "the same with training seeds as the unit: nano" in said
     assert "3 seeds" in said
-    assert "for each tenfold number of parameters: at step 10" in said
+    assert "for each tenfold number of parameters: it changes at step 10 by" in said
     assert "(over seeds)" in said
     cautions = " ".join(caveats(statistics))
     assert "one training run per model" not in cautions
