@@ -59,15 +59,14 @@ def unmeasured(
     return [c for c in find_checkpoints(run, malformed) if not _is_whole(c, cells, engine)]
 
 
-def all_kept(recipe: Recipe, run: Path) -> bool:
-    """Whether every checkpoint that the recipe asks for is there, with a record that is whole."""
-    kept = {(c.record.model, c.record.seed, c.record.step) for c in find_checkpoints(run, {})}
-    return all(
-        (model.name, seed, step) in kept
+def planned(recipe: Recipe) -> set[tuple[str, int, int]]:
+    """(model, seed, step) of every checkpoint that the recipe keeps."""
+    return {
+        (model.name, seed, step)
         for model in recipe.models
         for seed in recipe.seeds
         for step in recipe.ppo.checkpoints
-    )
+    }
 
 
 def _is_whole(checkpoint: Checkpoint, cells: EvaluationPlan, engine: str) -> bool:
@@ -150,7 +149,10 @@ class _Work:
 
     def is_over(self) -> bool:
         """Whether nothing more is to come; the recipe on disk may have grown."""
-        return all_kept(load_recipe(str(self.run / "recipe.yaml")), self.run)
+        kept = {
+            (c.record.model, c.record.seed, c.record.step) for c in find_checkpoints(self.run, {})
+        }
+        return planned(load_recipe(str(self.run / "recipe.yaml"))) <= kept
 
     def measure_if_free(self, checkpoint: Checkpoint) -> None:
         """Measure it, unless another process does so or has done so."""

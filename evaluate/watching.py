@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selfcorrect.evaluate.cells import read_settings
-from selfcorrect.evaluate.offline import recipe_plan
+from selfcorrect.evaluate.offline import planned, recipe_plan
 from selfcorrect.evaluate.run_folder import Checkpoint, find_checkpoints
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
-
-Place = tuple[str, int, int]  # model, seed, step
 
 
 @dataclass(frozen=True)
@@ -29,23 +27,13 @@ class Progress:
         return f"{self.measured} of {self.planned} checkpoints measured"
 
 
-def planned(recipe: Recipe) -> set[Place]:
-    """Every checkpoint that the recipe keeps: all models x seeds x ppo.checkpoints."""
-    return {
-        (model.name, seed, step)
-        for model in recipe.models
-        for seed in recipe.seeds
-        for step in recipe.ppo.checkpoints
-    }
-
-
 def begun(run: Path) -> Progress:
     """How many checkpoints have any evaluation file at all; reads no file but the records.
 
     Raises InputError for a folder that is no run and for a recipe that cannot be read.
     """
-    places = planned(load_recipe(str(run / "recipe.yaml")))
     found = {_place(c) for c in find_checkpoints(run) if any(c.evaluation.glob("*.parquet"))}
+    places = planned(load_recipe(str(run / "recipe.yaml")))
     return Progress(len(found & places), len(places))
 
 
@@ -62,13 +50,14 @@ class Watched:
 
     def progress(self) -> Progress:
         """How many checkpoints hold every cell of the plan, measured with its present settings."""
+        checkpoints = find_checkpoints(self.run)  # says what is wrong with a folder that is no run
         recipe = load_recipe(str(self.run / "recipe.yaml"))
         if recipe != self._recipe:
             cells = recipe_plan(recipe, self.run).cells
             self._cells = {cell.file_name: cell.settings_digest for cell in cells}
             self._recipe = recipe
         places = planned(recipe)
-        whole = {_place(c) for c in find_checkpoints(self.run) if self._is_whole(c)}
+        whole = {_place(c) for c in checkpoints if self._is_whole(c)}
         return Progress(len(whole & places), len(places))
 
     def _is_whole(self, checkpoint: Checkpoint) -> bool:
@@ -80,7 +69,7 @@ class Watched:
         )
 
 
-def _place(checkpoint: Checkpoint) -> Place:
+def _place(checkpoint: Checkpoint) -> tuple[str, int, int]:
     record = checkpoint.record
     return record.model, record.seed, record.step
 
