@@ -213,6 +213,45 @@ def test_padded_rows_score_as_each_row_does_alone(home, tmp_path, kind):
         torch.testing.assert_close(values[row, : len(completion)], alone, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", SHAPES)
+def test_the_last_feed_forward_works_on_scored_tokens_alone(home, tmp_path, kind):
+    path = home / ("base" if kind == "llama" else kind)
+    trainer = PPOTrainer(
+        str(path), target_share, make_args(tmp_path, critic="separate"),
+        train_dataset=make_prompts(), processing_class=make_tokenizer(),
+    )  # fmt: skip
+    worked = {"policy": [], "critic": []}
+    backbones = {"policy": trainer.language_model.base_model, "critic": trainer.critic.backbone}
+    for name, backbone in backbones.items():
+        layers = next(m for m in backbone.children() if isinstance(m, torch.nn.ModuleList))
+        for layer in layers:
+            seen = worked[name]
+            layer.mlp.register_forward_hook(lambda m, i, o, seen=seen: seen.append(o.numel()))
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 1], [9, 10, 11, 12, 13, 14, 15]])
+    trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, (ids != 0).long(), 2, compute_entropy=False, batch_size=2
+    )
+    for sizes in worked.values():
+        width = sizes[0] // (2 * 7)
+        assert sizes == [2 * 7 * width] * (len(sizes) - 1) + [2 * 2 * width]
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_gradient_checkpointing_changes_no_update(home, tmp_path, critic):
+    """What is computed a second time must be what was computed first."""
+    after = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            home, tmp_path / str(checkpointing), critic, max_steps=4,
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        trainer.train()
+        after.append(tensors_of(trainer))
+    assert after[0].keys() == after[1].keys()
+    for name, tensor in after[0].items():
+        torch.testing.assert_close(after[1][name], tensor, atol=1e-5, rtol=1e-4)
+
+
 def test_critic_starts_as_the_normalised_reward_model(home, tmp_path):
     trainer = make_trainer(
         home, tmp_path, "separate", critic_path=str(home / "reward"), score_shift=0.3,

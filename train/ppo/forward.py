@@ -68,7 +68,8 @@ def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
 
         hook = self.base_model.register_forward_hook(keep_predicting)
         try:
-            scored = plain_forward(*args, shift_labels=following[places][None], **kwargs)
+            with last_feed_forward_at(places, self.base_model):
+                scored = plain_forward(*args, shift_labels=following[places][None], **kwargs)
         finally:
             hook.remove()
         output = ActorCriticOutput(**scored)
@@ -77,7 +78,8 @@ def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
             critic = getattr(self, CRITIC)
             if critic.backbone is not None:
                 inputs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
-                hidden = critic.backbone(**inputs, use_cache=False).last_hidden_state
+                with last_feed_forward_at(places, critic.backbone):
+                    hidden = critic.backbone(**inputs, use_cache=False).last_hidden_state
                 hidden = _states_at(places, hidden)
             output.state_values = critic(hidden)
         return output
@@ -88,6 +90,41 @@ def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
 def _states_at(places: Tensor, hidden: Tensor) -> Tensor:
     """States (1, places, size) out of hidden states (rows, tokens, size)."""
     return hidden.flatten(0, 1).index_select(0, places)[None]
+
+
+@contextmanager
+def last_feed_forward_at(places: Tensor, backbone: PreTrainedModel) -> Iterator[None]:
+    """Inside, only states at `places` (of rows x tokens, flattened) are right at the last layer.
+
+    Nothing reads the others' last states, and a feed-forward network works on each token by itself:
+    so the last layer's is computed at `places` alone, and leaves zeros elsewhere. Attention still
+    sees every token. Models whose layers have no `mlp`, and checkpointed ones, which would compute
+    the layer again without this, do all of it.
+    """
+    stacks = [m for m in backbone.children() if isinstance(m, nn.ModuleList) and len(m)]
+    last = stacks[0][-1] if len(stacks) == 1 else None
+    network = getattr(last, "mlp", None)
+    if network is None or getattr(last, "gradient_checkpointing", False):
+        yield
+        return
+    shapes: list[torch.Size] = []
+
+    def choose(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        shapes.append(inputs[0].shape)
+        return (_states_at(places, inputs[0]),)
+
+    def spread(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # experts' routing beside it
+            return (spread(module, inputs, output[0]), *output[1:])
+        shape = shapes[-1]
+        return output.new_zeros(shape).flatten(0, 1).index_copy(0, places, output[0]).view(shape)
+
+    hooks = [network.register_forward_pre_hook(choose), network.register_forward_hook(spread)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfcorrect.recipes.errors import InputError, RunFailure
-from selfcorrect.train.ppo.forward import rows_a_pass
+from selfcorrect.train.ppo.forward import last_feed_forward_at, rows_a_pass
 
 Prompt = str | list[dict[str, str]]
 Reward = Callable[..., Any]
@@ -130,7 +130,14 @@ class RewardModelScorer:
         ids = torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         mask = (torch.arange(width, device=device) < lengths[:, None]).long()
-        return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+        with last_feed_forward_at(self._scored_places(ids), self.model.base_model):
+            return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+
+    def _scored_places(self, ids: torch.Tensor) -> torch.Tensor:
+        """Where in the flattened rows transformers' classifiers read the score, one place a row."""
+        columns = torch.arange(ids.size(1), device=ids.device)
+        last = (columns * (ids != self.model.config.get_text_config().pad_token_id)).amax(dim=1)
+        return torch.arange(len(ids), device=ids.device) * ids.size(1) + last
 
     def _padding(self, last_tokens: set[int]) -> int:
         """The id to pad with: the model's own, or one that ends no row.
