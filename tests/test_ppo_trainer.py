@@ -214,7 +214,9 @@ def test_padded_rows_score_as_each_row_does_alone(home, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_the_last_feed_forward_works_on_scored_tokens_alone(home, tmp_path, kind):
+def test_feed_forward_networks_work_on_real_tokens_and_the_last_on_scored_ones(
+    home, tmp_path, kind
+):
     path = home / ("base" if kind == "llama" else kind)
     trainer = PPOTrainer(
         str(path), target_share, make_args(tmp_path, critic="separate"),
@@ -225,15 +227,33 @@ def test_the_last_feed_forward_works_on_scored_tokens_alone(home, tmp_path, kind
     for name, backbone in backbones.items():
         layers = next(m for m in backbone.children() if isinstance(m, torch.nn.ModuleList))
         for layer in layers:
-            seen = worked[name]
-            layer.mlp.register_forward_hook(lambda m, i, o, seen=seen: seen.append(o.numel()))
-    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 1], [9, 10, 11, 12, 13, 14, 15]])
+            next(layer.mlp.children()).register_forward_pre_hook(
+                lambda module, inputs, seen=worked[name]: seen.append(inputs[0].shape[:2].numel())
+            )
+    # Rows of 3 + 2 and 5 + 1 tokens. A row's last token predicts nothing, so none is read there.
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 1], [9, 10, 11, 12, 13, 1, 0]])
     trainer._get_per_token_logps_and_entropies(
         trainer.model, ids, (ids != 0).long(), 2, compute_entropy=False, batch_size=2
     )
-    for sizes in worked.values():
-        width = sizes[0] // (2 * 7)
-        assert sizes == [2 * 7 * width] * (len(sizes) - 1) + [2 * 2 * width]
+    assert worked == {"policy": [4 + 5, 2 + 1], "critic": [4 + 5, 2 + 1]}
+
+
+def test_experts_are_balanced_over_whole_rows(tmp_path):
+    """Their loss counts every token of the mask, so no network may leave tokens out."""
+    shape = {**LLAMA, "num_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=len(SPECIAL) + len(WORDS), **shape, head_dim=8, pad_token_id=0,
+        eos_token_id=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "experts")
+    make_tokenizer().save_pretrained(tmp_path / "experts")
+    trainer = PPOTrainer(
+        str(tmp_path / "experts"), target_share, make_args(tmp_path / "out", max_steps=2),
+        train_dataset=make_prompts(), processing_class=make_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert any(math.isfinite(e.get("aux_loss", math.nan)) for e in trainer.state.log_history)
 
 
 @pytest.mark.parametrize("critic", CRITICS)

@@ -4,7 +4,7 @@ import functools
 import math
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +57,11 @@ def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
         if not scored_only:
             return plain_forward(*args, **kwargs)
         labels = kwargs.pop("labels")
-        following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-        places = torch.nonzero(following != -100).squeeze(1)  # of the states that predict them
+        following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        scored = following != -100
+        places = torch.nonzero(scored.flatten()).squeeze(1)  # of the states that predict them
+        up_to_them = scored.flip(1).cumsum(1).flip(1) > 0  # behind a row's last one is padding
+        real = torch.nonzero(up_to_them.flatten()).squeeze(1)
         states: list[Tensor] = []
 
         def keep_predicting(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -67,18 +70,23 @@ def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
             return output
 
         hook = self.base_model.register_forward_hook(keep_predicting)
+        only = feed_forward_at(places, self.base_model, before=real)
+        if kwargs.get("output_router_logits"):
+            only = nullcontext()  # experts are balanced over whole rows
         try:
-            with last_feed_forward_at(places, self.base_model):
-                scored = plain_forward(*args, shift_labels=following[places][None], **kwargs)
+            with only:
+                answer = plain_forward(
+                    *args, shift_labels=following.flatten()[places][None], **kwargs
+                )
         finally:
             hook.remove()
-        output = ActorCriticOutput(**scored)
+        output = ActorCriticOutput(**answer)
         if with_values:
             hidden = states[0].detach() if detach_trunk else states[0]
             critic = getattr(self, CRITIC)
             if critic.backbone is not None:
                 inputs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
-                with last_feed_forward_at(places, critic.backbone):
+                with feed_forward_at(places, critic.backbone, before=real):
                     hidden = critic.backbone(**inputs, use_cache=False).last_hidden_state
                 hidden = _states_at(places, hidden)
             output.state_values = critic(hidden)
@@ -93,38 +101,47 @@ def _states_at(places: Tensor, hidden: Tensor) -> Tensor:
 
 
 @contextmanager
-def last_feed_forward_at(places: Tensor, backbone: PreTrainedModel) -> Iterator[None]:
-    """Inside, only states at `places` (of rows x tokens, flattened) are right at the last layer.
+def feed_forward_at(
+    read: Tensor, backbone: PreTrainedModel, *, before: Tensor | None = None
+) -> Iterator[None]:
+    """Inside, feed-forward networks work on chosen tokens alone and leave zeros elsewhere.
 
-    Nothing reads the others' last states, and a feed-forward network works on each token by itself:
-    so the last layer's is computed at `places` alone, and leaves zeros elsewhere. Attention still
-    sees every token. Models whose layers have no `mlp`, and checkpointed ones, which would compute
-    the layer again without this, do all of it.
+    They work on each token by itself, so nobody else's state changes. `read` are the places, of
+    rows x tokens flattened, whose last states are read: the last layer's network works on no
+    others. `before` are those that the networks below work on: every token that attention carries
+    to a place that is read (default: all tokens). Layers without an `mlp`, and checkpointed ones,
+    which would be computed again without this, do all of it.
     """
     stacks = [m for m in backbone.children() if isinstance(m, nn.ModuleList) and len(m)]
-    last = stacks[0][-1] if len(stacks) == 1 else None
-    network = getattr(last, "mlp", None)
-    if network is None or getattr(last, "gradient_checkpointing", False):
+    *below, last = stacks[0] if len(stacks) == 1 else [None]
+    wanted = [(last, read), *((layer, before) for layer in below if before is not None)]
+    hooks = []
+    for layer, places in wanted:
+        network = getattr(layer, "mlp", None)
+        if network is not None and not getattr(layer, "gradient_checkpointing", False):
+            hooks += _work_at(places, network)
+    try:
         yield
-        return
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _work_at(places: Tensor, network: nn.Module) -> list[Any]:
+    """Hooks that hand `network` the states at `places`, and put its answers back there."""
     shapes: list[torch.Size] = []
 
     def choose(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         shapes.append(inputs[0].shape)
         return (_states_at(places, inputs[0]),)
 
-    def spread(module: nn.Module, inputs: Any, output: Any) -> Any:
+    def put_back(module: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(output, tuple):  # experts' routing beside it
-            return (spread(module, inputs, output[0]), *output[1:])
+            return (put_back(module, inputs, output[0]), *output[1:])
         shape = shapes[-1]
         return output.new_zeros(shape).flatten(0, 1).index_copy(0, places, output[0]).view(shape)
 
-    hooks = [network.register_forward_pre_hook(choose), network.register_forward_hook(spread)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return [network.register_forward_pre_hook(choose), network.register_forward_hook(put_back)]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfcorrect.recipes.errors import InputError, RunFailure
-from selfcorrect.train.ppo.forward import last_feed_forward_at, rows_a_pass
+from selfcorrect.train.ppo.forward import feed_forward_at, rows_a_pass
 
 Prompt = str | list[dict[str, str]]
 Reward = Callable[..., Any]
@@ -130,7 +130,8 @@ class RewardModelScorer:
         ids = torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         mask = (torch.arange(width, device=device) < lengths[:, None]).long()
-        with last_feed_forward_at(self._scored_places(ids), self.model.base_model):
+        real = torch.nonzero(mask.flatten()).squeeze(1)
+        with feed_forward_at(self._scored_places(ids), self.model.base_model, before=real):
             return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
 
     def _scored_places(self, ids: torch.Tensor) -> torch.Tensor:
