@@ -58,7 +58,8 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
         feedback = load_feedback(recipe.data, recipe.seeds[0])
         train_base(recipe, model, feedback.preferences, folder / "base", seed, notify)
         base = folder / "base"
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        trust = {"trust_remote_code": model.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(base, **trust)
         reward = folder / "reward"
         train_reward(
             recipe.reward,
@@ -69,6 +70,7 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
             seed,
             notify,
             feedback.left_out,
+            **trust,
         )
         record = {
             "model": model.name,
@@ -89,6 +91,7 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
             record,
             notify,
             _measure(recipe, run, notify),
+            **trust,
         )
 
 

@@ -18,7 +18,9 @@ from trl import GRPOTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model
 
+from selfcorrect.evaluate.models import no_pickles
 from selfcorrect.recipes.errors import InputError
+from selfcorrect.train.plain_state import PlainState
 from selfcorrect.train.ppo import resume
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.critic import (
@@ -31,7 +33,7 @@ from selfcorrect.train.ppo.forward import CompletionPass, attach, hidden_critic,
 from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded
 
 
-class ActorCriticTrainer(GRPOTrainer):
+class ActorCriticTrainer(GRPOTrainer, PlainState):
     """GRPOTrainer with a critic in the policy's forward pass; a subclass says what they learn."""
 
     args: PPOConfig
@@ -41,10 +43,13 @@ class ActorCriticTrainer(GRPOTrainer):
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         path = model if isinstance(model, str) else model.config.name_or_path
         if kwargs.get("processing_class") is None:
-            kwargs["processing_class"] = AutoTokenizer.from_pretrained(path, padding_side="left")
+            kwargs["processing_class"] = AutoTokenizer.from_pretrained(
+                path, padding_side="left", trust_remote_code=args.trust_remote_code
+            )
         rewards = [_as_reward(reward, kwargs["processing_class"], args) for reward in rewards]
         try:
-            super().__init__(model, [guarded(reward) for reward in rewards], args, **kwargs)
+            with no_pickles(path):
+                super().__init__(model, [guarded(reward) for reward in rewards], args, **kwargs)
         except ValueError as error:
             raise InputError(f"ppo: {str(error).splitlines()[0]}") from error
         self._check_inputs()
@@ -56,7 +61,8 @@ class ActorCriticTrainer(GRPOTrainer):
         self._tuned_layer = next(tuned, None)
         self.critic_kind = critic_kind(args, self.model)
         set_seed(args.seed)  # every process must build the same critic
-        self.critic = build_critic(self.critic_kind, self.model, args)
+        with no_pickles(args.critic_path or path):
+            self.critic = build_critic(self.critic_kind, self.model, args)
         if args.disable_dropout:
             disable_dropout_in_model(self.critic)
         if not self.is_deepspeed_enabled:
@@ -295,7 +301,8 @@ def _as_reward(reward: Any, tokenizer: Any, args: PPOConfig) -> Reward:
         return reward
     path = reward.config.name_or_path if isinstance(reward, PreTrainedModel) else str(reward)
     if not isinstance(reward, PreTrainedModel):
-        reward = load_reward_model(path, torch.float32)
-    own = AutoTokenizer.from_pretrained(path)
+        with no_pickles(path):
+            reward = load_reward_model(path, torch.float32)
+    own = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     template = args.chat_template_kwargs or {}
     return RewardModelScorer(reward, own, tokenizer, template, name=Path(path).name)
