@@ -39,7 +39,7 @@ from selfcorrect.recipes.society.world import World, make_world
 from selfcorrect.recipes.whole_files import whole_folder
 from selfcorrect.train.arguments import NO_CODE, QUIET, build
 from selfcorrect.train.feedback import Preference, pair_ids, render_prompt
-from selfcorrect.train.plain_state import PlainState
+from selfcorrect.train.finite import FiniteTrainer
 from selfcorrect.train.stage import (
     Notify,
     StageCallback,
@@ -137,8 +137,10 @@ def _batch(rows: list[Row], pad: int) -> dict[str, torch.Tensor]:
     }
 
 
-class CorpusTrainer(PlainState):
+class CorpusTrainer(FiniteTrainer):
     """Next-token training with a weight for every token; batches come ready made."""
+
+    stage = "base"
 
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
@@ -250,8 +252,10 @@ def _pretrainer(
     return trainer, tokenizer
 
 
-class _FineTuner(SFTTrainer, PlainState):
-    """TRL's, with states that are no pickles."""
+class _FineTuner(SFTTrainer, FiniteTrainer):
+    """TRL's; see FiniteTrainer."""
+
+    stage = "base"
 
 
 def _fine_tuner(

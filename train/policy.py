@@ -87,6 +87,7 @@ class KeepCheckpoints(TrainerCallback):
             return
         folder = self.folder / f"checkpoint-{step}"
         if not (folder / RECORD).is_file():
+            self.trainer.check_model()
             with whole_folder(folder) as new:
                 self.trainer.save_policy(new)
                 self._record(step, files_digest(new)).write(new)

@@ -21,7 +21,7 @@ from selfcorrect.recipes.schema import Reward
 from selfcorrect.recipes.whole_files import whole_folder
 from selfcorrect.train.arguments import NO_CODE, QUIET, build, lora_config
 from selfcorrect.train.feedback import Preference, pair_ids
-from selfcorrect.train.plain_state import PlainState
+from selfcorrect.train.finite import FiniteTrainer
 from selfcorrect.train.stage import (
     Notify,
     StageCallback,
@@ -41,8 +41,10 @@ DEFAULTS = {
 }
 
 
-class _Fitting(RewardTrainer, PlainState):
-    """TRL's, with states that are no pickles."""
+class _Fitting(RewardTrainer, FiniteTrainer):
+    """TRL's; see FiniteTrainer."""
+
+    stage = "reward"
 
 
 def train_reward(

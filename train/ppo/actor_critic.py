@@ -20,7 +20,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from selfcorrect.evaluate.models import no_pickles
 from selfcorrect.recipes.errors import InputError
-from selfcorrect.train.plain_state import PlainState
+from selfcorrect.train.finite import FiniteTrainer
 from selfcorrect.train.ppo import resume
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.critic import (
@@ -33,11 +33,12 @@ from selfcorrect.train.ppo.forward import CompletionPass, attach, hidden_critic,
 from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded
 
 
-class ActorCriticTrainer(GRPOTrainer, PlainState):
+class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):
     """GRPOTrainer with a critic in the policy's forward pass; a subclass says what they learn."""
 
     args: PPOConfig
     beta: float
+    stage = "ppo"
 
     def __init__(self, model: Any, reward_funcs: Any, args: PPOConfig, **kwargs: Any) -> None:
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -177,6 +178,8 @@ class ActorCriticTrainer(GRPOTrainer, PlainState):
         policy = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
         norm = self.accelerator.clip_grad_norm_(policy, self.args.max_grad_norm)  # unscales both
         critic_norm = nn.utils.clip_grad_norm_(critic, self.args.max_grad_norm)
+        self.check_gradient(norm)
+        self.check_gradient(critic_norm)
         self._metrics["train"]["value/grad_norm"].append(float(critic_norm))
         return norm
 
