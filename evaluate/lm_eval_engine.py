@@ -5,7 +5,7 @@ from typing import Any
 
 from selfcorrect.evaluate.continuations import Request, continuations
 from selfcorrect.evaluate.engine import Engine, Sample
-from selfcorrect.evaluate.models import best_device, no_pickles, refuse_pickles
+from selfcorrect.evaluate.models import best_device, no_pickles
 from selfcorrect.evaluate.vllm_engine import load_vllm, request_seed
 from selfcorrect.recipes.errors import InputError
 
@@ -130,7 +130,6 @@ def load_engine(name: str, model: str, revision: str | None = None) -> Engine:
         options |= {"add_bos_token": False, "device": best_device(), "trust_remote_code": False}
     if revision is not None:
         options["revision"] = revision
-    refuse_pickles(model)
     try:
         with no_pickles(model):
             return LmEvalEngine(get_model(lm).create_from_arg_obj(options))

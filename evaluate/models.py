@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.visible_text import visible
 
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -33,7 +34,9 @@ def load_model(
     """
     given = Path(path).expanduser()
     if trust_remote_code:
-        sys.stderr.write(f"{path}: trust_remote_code is on: code that comes with it is run\n")
+        sys.stderr.write(
+            f"{visible(path)}: trust_remote_code is on: code that comes with it is run\n"
+        )
     if given.suffix == ".gguf" and given.is_file():
         path, gguf_file = given.parent, given.name
     source = _source(str(path))
@@ -64,6 +67,8 @@ def no_pickles(source: str | Path) -> Iterator[None]:
     Libraries fall back to pickles where a folder has no safetensors, or where an index names them.
     """
     import torch
+
+    refuse_pickles(source)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise _pickled(source)
@@ -157,7 +162,6 @@ def _load_weights(source: str, dtype: str, options: dict[str, Any]) -> Any:
 
     # A GGUF file is read by its own loader, which takes no notice of safetensors.
     safe = {} if "gguf_file" in options else {"use_safetensors": True}
-    refuse_pickles(source)
     with _InputErrors(source, "model"), no_pickles(source):
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **safe, **options)
 

@@ -4,6 +4,7 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from safetensors.torch import load_file
 from test_run import SMALL
 
 from selfcorrect.recipes.errors import RunFailure
-from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.train.base import CorpusTrainer
+from selfcorrect.train.base import CorpusTrainer, _FineTuner, train_base
+from selfcorrect.train.feedback import Preference
 from selfcorrect.train.finite import FiniteTrainer
 from selfcorrect.train.job import run_job
 from selfcorrect.train.ppo.rewards import RewardModelScorer
@@ -37,14 +39,23 @@ TRAINERS = {"base": CorpusTrainer, "reward": _Fitting, "ppo": PPOTrainer}
 LATER = {"base": ("reward", "ppo"), "reward": ("ppo",), "ppo": ()}
 
 
-def train(recipe: Recipe, run: Path) -> None:
-    run_job(recipe, run, "tiny", 0, lambda *_: None)
+class Enough(Exception):
+    """The stage that a test is about has ended."""
 
 
-def digest(job: Path) -> dict[str, str]:
+def train(recipe: Recipe, run: Path, last: str = "ppo") -> None:
+    def notify(stage: str, done: int, total: int) -> None:
+        if stage in LATER[last]:
+            raise Enough
+
+    with suppress(Enough):
+        run_job(recipe, run, "tiny", 0, notify)
+
+
+def digest(stage: Path) -> dict[str, str]:
     return {
-        str(path.relative_to(job)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in job.rglob("*.safetensors")
+        str(path.relative_to(stage)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in stage.rglob("*.safetensors")
     }
 
 
@@ -143,9 +154,7 @@ CASES = [
     ("base", nan_loss, "base: update 4: the loss is nan"),
     ("base", infinite_gradient, "base: update 4: the gradient's norm is"),
     ("base", overflowing_answers, "base: after update 3: the model's answers are not finite"),
-    ("base", nan_weight, "base: after update 3: the weight .* is not finite"),
     ("reward", nan_loss, "reward: update 4: the loss is nan"),
-    ("reward", infinite_gradient, "reward: update 4: the gradient's norm is"),
     ("reward", nan_weight, "reward: after update 3: the weight .* is not finite"),
     ("ppo", nan_loss, "ppo step 1: the loss is nan"),
     ("ppo", infinite_gradient, "ppo step 1: the gradient's norm is"),
@@ -180,18 +189,38 @@ def test_what_is_not_finite_stops_the_stage_and_the_last_good_state_goes_on(
     for path in job.rglob("*.safetensors"):
         assert all(t.isfinite().all() for t in load_file(path).values() if t.is_floating_point())
     fault.undo()
-    train(recipe, run)
-    assert digest(job) == digest(whole / "tiny" / "seed-0")
+    train(recipe, run, stage)
+    assert digest(job / stage) == digest(whole / "tiny" / "seed-0" / stage)
 
 
+@pytest.mark.parametrize("rate", ["1e6", "1e30"])
 @pytest.mark.parametrize("stage", ["base", "reward", "ppo"])
-def test_a_learning_rate_of_a_million_is_never_saved_as_a_model(
-    before: Callable, stage: str
+def test_a_huge_learning_rate_never_becomes_a_model_that_is_not_finite(
+    before: Callable, stage: str, rate: str
 ) -> None:
+    """A million may leave numbers, however poor; 1e30 cannot, and stops the stage."""
     run = before(stage)
-    recipe = load_recipe("quickstart", [*FEW, f"{stage}.trainer.learning_rate=1e30"])
-    with pytest.raises(RunFailure, match="not finite|nan|inf"):
-        train(recipe, run)
-    assert not (run / "tiny" / "seed-0" / stage / "stage.json").exists()
-    kept = {path.parent.name for path in (run / "tiny" / "seed-0" / stage).rglob("*.safetensors")}
-    assert kept <= {"checkpoint-0"}
+    recipe = load_recipe("quickstart", [*FEW, f"{stage}.trainer.learning_rate={rate}"])
+    if rate == "1e30":
+        with pytest.raises(RunFailure, match=r"not finite|is nan|is inf|is -inf"):
+            train(recipe, run, stage)
+        assert not (run / "tiny" / "seed-0" / stage / "stage.json").exists()
+    else:
+        with suppress(RunFailure):
+            train(recipe, run, stage)
+    for path in (run / "tiny" / "seed-0").rglob("*.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(path).values() if t.is_floating_point())
+
+
+def test_fine_tuning_stops_too(whole: Path, tmp_path: Path, fault: pytest.MonkeyPatch) -> None:
+    base = {"method": "sft", "trainer": {"max_steps": 6, "save_steps": 1}}
+    model = {"name": "given", "path": str(whole / "tiny" / "seed-0" / "base")}
+    data = {"preferences": {"path": "unused"}, "benchmarks": "unused"}
+    rest = {"reward": {}, "ppo": {"steps": 1, "checkpoints": [1]}}
+    recipe = check_recipe({"name": "x", "models": [model], "data": data, "base": base, **rest}, "x")
+    pairs = [Preference([{"role": "user", "content": "who was lazy ?"}], "unknown", "the")] * 8
+    change_loss(fault, _FineTuner, "compute_loss", lambda loss: loss * math.nan)
+    with pytest.raises(RunFailure, match="base: update 4: the loss is nan"):
+        train_base(recipe, recipe.models[0], pairs, tmp_path / "base", 0, lambda *_: None)
+    assert not (tmp_path / "base").exists()
+    assert (tmp_path / "base.work" / "checkpoint-3" / "complete").is_file()

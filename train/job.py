@@ -4,7 +4,6 @@
 
 import importlib.metadata
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from selfcorrect.evaluate.callback import measure_undisturbed
@@ -22,11 +20,12 @@ from selfcorrect.evaluate.claims import claimed
 from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.evaluate.packing import Prepared
 from selfcorrect.evaluate.plan import EvaluationPlan
-from selfcorrect.evaluate.run_folder import read_checkpoint
+from selfcorrect.evaluate.run_folder import check_inside, read_checkpoint
 from selfcorrect.evaluate.weights import files_digest
 from selfcorrect.recipes import termination
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import training_digest
+from selfcorrect.recipes.machine_faults import machine_faults_are_said
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.base import train_base
 from selfcorrect.train.feedback import load_feedback
@@ -54,7 +53,10 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
     torch.set_num_threads(threads_per_job(recipe))
     model = next(m for m in recipe.models if m.name == model_name)
     folder = run / model.name / f"seed-{seed}"
-    with only_one(folder), full_disk_is_said(run):
+    for stage in ("base", "reward", "ppo"):
+        check_inside(run, folder / stage)
+        check_inside(run, folder / f"{stage}.work")
+    with machine_faults_are_said(run), only_one(folder):
         feedback = load_feedback(recipe.data, recipe.seeds[0])
         train_base(recipe, model, feedback.preferences, folder / "base", seed, notify)
         base = folder / "base"
@@ -134,31 +136,12 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
 
 
 @contextmanager
-def full_disk_is_said(run: Path) -> Iterator[None]:
-    """RunFailure with one line where a full disk is behind whatever a library raises.
-
-    torch and safetensors report it as errors of their own; what they leave behind is half a file in
-    a working folder, which the next start removes.
-    """
-    try:
-        yield
-    except (RuntimeError, OSError, SafetensorError) as error:
-        said = "No space left" in str(error)
-        if said or shutil.disk_usage(run).free < 2**20:
-            raise RunFailure(
-                f"{run}: no space left on the disk; what was finished is kept, "
-                "make room and run the same command again"
-            ) from None
-        raise
-
-
-@contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Hold the job's lock; InputError where another process is at work on the same folder."""
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
+    with (folder / ".lock").open("a") as handle:
         for wait_seconds in (1, 2, 4, 0):  # one that was just killed may still be going down
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -304,8 +304,7 @@ def _as_reward(reward: Any, tokenizer: Any, args: PPOConfig) -> Reward:
         return reward
     path = reward.config.name_or_path if isinstance(reward, PreTrainedModel) else str(reward)
     if not isinstance(reward, PreTrainedModel):
-        with no_pickles(path):
-            reward = load_reward_model(path, torch.float32)
+        reward = load_reward_model(path, torch.float32)
     own = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     template = args.chat_template_kwargs or {}
     return RewardModelScorer(reward, own, tokenizer, template, name=Path(path).name)

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from selfcorrect.evaluate.models import refuse_pickles
+from selfcorrect.evaluate.models import no_pickles
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.train.ppo.config import PPOConfig
 
@@ -108,14 +108,14 @@ def load_reward_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises InputError where there is no model, or a model without a trained score head.
     """
-    refuse_pickles(path)
     safe = {"use_safetensors": True, "trust_remote_code": False}
     try:
-        if (Path(path) / "adapter_config.json").is_file():
-            load = AutoPeftModelForSequenceClassification.from_pretrained
-            return load(path, num_labels=1, dtype=dtype, **safe).merge_and_unload()
-        load = AutoModelForSequenceClassification.from_pretrained
-        model, report = load(path, num_labels=1, dtype=dtype, output_loading_info=True, **safe)
+        with no_pickles(path):
+            if (Path(path) / "adapter_config.json").is_file():
+                load = AutoPeftModelForSequenceClassification.from_pretrained
+                return load(path, num_labels=1, dtype=dtype, **safe).merge_and_unload()
+            load = AutoModelForSequenceClassification.from_pretrained
+            model, report = load(path, num_labels=1, dtype=dtype, output_loading_info=True, **safe)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"ppo: no reward model at {path} ({reason})") from None
@@ -153,8 +153,8 @@ def _start_from_adapter(critic: Critic, policy: nn.Module, path: Path, args: PPO
                 f"{file}: {key} is {theirs.get(key)} and the policy's is "
                 f"{_plain(ours.get(key))}; make them equal or set critic: separate"
             )
-    refuse_pickles(path)
-    weights = load_peft_weights(str(path), device="cpu")
+    with no_pickles(path):
+        weights = load_peft_weights(str(path), device="cpu")
     prefix = f"base_model.model.{language_model_of(policy).base_model_prefix}."
     slots = {
         name.removeprefix("backbone.").replace(".default", ""): p
