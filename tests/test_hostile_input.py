@@ -1,12 +1,16 @@
 """Names, texts and files of strangers: they stay in their folder, and act nowhere."""
 
+import json
 import re
 import sys
 import time
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from recorded_run import Size, record_run
@@ -14,6 +18,7 @@ from rich.console import Console
 from test_recipes import SMALL
 
 from selfcorrect.evaluate.closing_table import closing_table
+from selfcorrect.evaluate.drawings import Drawing
 from selfcorrect.evaluate.model_card import write_model_card
 from selfcorrect.evaluate.report import write_report
 from selfcorrect.evaluate.results import summarise
@@ -209,46 +214,47 @@ MARKUP = (
 )
 
 
-def test_no_name_or_text_becomes_an_element_of_the_report(tmp_path: Path) -> None:
-    """The model, condition, category, item, sample and run facts all hold markup."""
-    import json
+def drawn(frame: object, statistics: object, pronouns: object, folder: Path, paper: bool) -> object:
+    """A figure whose title and words hold markup."""
+    folder.mkdir()
+    (folder / "x.svg").write_text(f"<svg>{MARKUP}</svg>")
+    return [Drawing("x", f"title{MARKUP}", f"words{MARKUP}")], [f"not drawn{MARKUP}"]
 
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    from selfcorrect.evaluate.run_folder import CheckpointRecord
-
-    def elements(hostile: str) -> list[tuple[str, dict[str, str | None]]]:
-        run = record_run(tmp_path / f"[b]run <b> {len(hostile)}", LITTLE)
-        for path in run.rglob("checkpoint.json"):
-            record = CheckpointRecord.model_validate(json.loads(path.read_text()))
-            record.model_copy(update={"model": f"nano{hostile}"}).write(path.parent)
-        (run / "run.json").write_text(json.dumps({f"key{hostile}": f"value{hostile}"}))
-        (run / "recipe.yaml").write_text(f"name: x # {hostile}".replace("\u2028", ""))
-        for path in run.rglob("*.parquet"):
-            table = pq.read_table(path)
-            rows = table.to_pylist()
-            for row in rows:
-                row["item"] = f"{row['item']}{hostile}"
-                row["category"] = f"{row['category']}{hostile}"
-                row["samples"] = [f"said{hostile}"] if row["samples"] else None
-            settings = json.loads(table.schema.metadata[b"selfcorrect"])
-            settings["condition"] += hostile if settings["condition"] == "Q+IF+CoT" else ""
-            settings["left_out"] = {f"reason{hostile}": 1}
-            schema = table.schema.with_metadata({b"selfcorrect": json.dumps(settings)})
-            pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
-        page = Page()
-        page.feed(write_report(run, num_resamples=10).read_text(encoding="utf-8"))
-        return page.elements
-
-    plain, taken = elements(" words"), elements(MARKUP)
-    assert [tag for tag, _ in taken] == [tag for tag, _ in plain]
-    assert [sorted(given) for _, given in taken] == [sorted(given) for _, given in plain]
-    for tag, given in taken:
+def test_no_name_or_text_becomes_an_element_of_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model, condition, category, item, sample, figure, run and its facts all hold markup."""
+    monkeypatch.setattr("selfcorrect.evaluate.drawings.draw_run", drawn)
+    run = record_run(tmp_path / "[b]run <b>", LITTLE)
+    for path in run.rglob("checkpoint.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "model": f"nano{MARKUP}"}))
+    (run / "run.json").write_text(json.dumps({f"key{MARKUP}": f"value{MARKUP}"}))
+    (run / "recipe.yaml").write_text(f"name: x # {MARKUP}")
+    for path in run.rglob("*.parquet"):
+        table = pq.read_table(path)
+        rows = table.to_pylist()
+        for row in rows:
+            row["item"] += MARKUP
+            row["category"] += MARKUP
+            row["samples"] = [f"said{MARKUP}"] if row["samples"] else None
+        settings = json.loads(table.schema.metadata[b"selfcorrect"])
+        settings["condition"] += MARKUP if settings["condition"] == "Q+IF+CoT" else ""
+        settings["left_out"] = {f"reason{MARKUP}": 1}
+        schema = table.schema.with_metadata({b"selfcorrect": json.dumps(settings)})
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    text = write_report(run, num_resamples=10).read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    tags = Counter(tag for tag, _ in page.elements)
+    assert (tags["script"], tags["img"], tags["b"]) == (2, 1, 0)
+    assert text.count("onerror=alert") > 10 and "\u2028" not in text
+    for tag, given in page.elements:
         assert not any(name.startswith("on") for name in given), (tag, given)
         target = given.get("href") or given.get("src") or "#"
         assert target.startswith(("#", "data:image/svg+xml;base64,")), target
-    policy = next(given["content"] for tag, given in taken if tag == "meta" and "content" in given)
+    policy = next(given["content"] for tag, given in page.elements if "http-equiv" in given)
     assert policy and "default-src 'none'" in policy and "script-src 'sha256-" in policy
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killed_child import die
 from test_fetch import SHA256, TEXT, Server, get, partial, serve  # noqa: F401
 from test_numerics import FEW
 
@@ -28,10 +29,11 @@ from selfcorrect.recipes.machine_faults import machine_fault, machine_faults_are
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cli import main
 from selfcorrect.train.job import run_job
-from selfcorrect.train.run import open_run
+from selfcorrect.train.run import open_run, train_run
 
 pytestmark = pytest.mark.slow
 
+STAGES = ("base", "reward", "ppo")
 SMALLEST = [
     *FEW[:-1],
     "ppo.steps=2",
@@ -111,25 +113,28 @@ def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exit_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """The command's exit code and what it writes to stderr, which is one line."""
+    """The command's exit code and its one line on stderr, below its progress."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["selfcorrect", *arguments])
         main()
     shown = capsys.readouterr().err
-    assert re.fullmatch(r"(\d.*\r?\n)?selfcorrect: [^\n]*\n", shown), shown
-    return int(ended.value.code or 0), shown
+    *progress, line = shown.splitlines()
+    assert line.startswith("selfcorrect: "), shown
+    assert all(re.fullmatch(r"small: \w+ \d+/\d+", one) for one in progress), shown
+    return int(ended.value.code or 0), line
 
 
 @pytest.mark.parametrize(
-    ("stage", "step"), [("base", 2), ("base", 999), ("reward", 2), ("reward", 999), ("ppo", 0),
-                        ("ppo", 1), ("ppo", 999)],
-)  # fmt: skip
+    ("stage", "step"),
+    [("base", 2), ("reward", 2), ("reward", 999), ("ppo", 0), ("ppo", 1), ("ppo", 999)],
+)
 def test_a_disk_that_fills_up_is_one_line_and_with_room_the_run_goes_on_to_the_same_bytes(
     recipe: Recipe, whole: Path, disk: Disk, stage: str, step: int
 ) -> None:
     """Step 999 stands for a stage's last: what is written next is the stage's own folder."""
-    run = disk.place / "small"
-    open_run(recipe, run)
+    run = shutil.copytree(whole, disk.place / "small")
+    for later in STAGES[STAGES.index(stage) :]:
+        shutil.rmtree(run / "tiny" / "seed-0" / later)
 
     def fill_at(now: str, done: int, total: int) -> None:
         if now == stage and done >= min(step, total) and not (disk.place / "ballast").exists():
@@ -253,6 +258,15 @@ def test_a_memory_limit_is_one_line(tmp_path: Path) -> None:
     said = [line for line in done.stderr.splitlines() if line.startswith("selfcorrect: ")]
     assert len(said) == 1 and "not enough memory; lower launch.jobs" in said[0]
     assert "Traceback" not in done.stderr
+
+
+def test_a_child_that_is_killed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfcorrect.train.run._child", die)
+    recipe = load_recipe("quickstart", [*SMALLEST, "seeds=[0, 1]", "launch.jobs=2"])
+    with pytest.raises(RunFailure, match=r"was killed \(out of memory\?\); .* lower launch"):
+        train_run(recipe, tmp_path, lambda *_: None)
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,9 @@ class FiniteTrainer(PlainState):
         return norm
 
     def check_gradient(self, norm: Any) -> None:
-        """RunFailure for a norm that is not finite; with fp16 the loss scaler skips the update."""
-        if norm is None or self.accelerator.scaler is not None or torch.isfinite(_tensor(norm)):
+        """RunFailure for a norm that is not finite; with fp16 a loss scaler skips the update."""
+        scaled = self.accelerator.scaler is not None or self._is_split  # DeepSpeed has its own
+        if norm is None or scaled or torch.isfinite(_tensor(norm)):
             return
         raise RunFailure(f"{self.place}: the gradient's norm is {float(norm)}; {REMEDY}")
 
