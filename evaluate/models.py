@@ -34,9 +34,7 @@ def load_model(
     """
     given = Path(path).expanduser()
     if trust_remote_code:
-        sys.stderr.write(
-            f"{visible(path)}: trust_remote_code is on: code that comes with it is run\n"
-        )
+        say_trust(path)
     if given.suffix == ".gguf" and given.is_file():
         path, gguf_file = given.parent, given.name
     source = _source(str(path))
@@ -58,6 +56,11 @@ def load_model(
         tokenizer = _load_tokenizer(source, source, options)
     _check_vocabulary(source, model, tokenizer)
     return model.to(device or best_device()).eval(), tokenizer
+
+
+def say_trust(path: str | Path) -> None:
+    """Tell the user whose code is about to run."""
+    sys.stderr.write(f"{visible(path)}: trust_remote_code is on: code that comes with it is run\n")
 
 
 @contextmanager

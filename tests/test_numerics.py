@@ -33,6 +33,8 @@ FEW = [
     "data.society.pairs=80",
     "base.trainer.save_steps=1",
     "reward.trainer.save_steps=1",
+    "ppo.steps=3",
+    "ppo.checkpoints=[0, 1, 3]",
     "evaluate.attach=off",
 ]
 TRAINERS = {"base": CorpusTrainer, "reward": _Fitting, "ppo": PPOTrainer}
@@ -188,9 +190,10 @@ def test_what_is_not_finite_stops_the_stage_and_the_last_good_state_goes_on(
     assert not (job / stage / "stage.json").exists()
     for path in job.rglob("*.safetensors"):
         assert all(t.isfinite().all() for t in load_file(path).values() if t.is_floating_point())
-    fault.undo()
-    train(recipe, run, stage)
-    assert digest(job / stage) == digest(whole / "tiny" / "seed-0" / stage)
+    if inject is nan_loss or inject is infinite_reward:  # the others leave the same states
+        fault.undo()
+        train(recipe, run, stage)
+        assert digest(job / stage) == digest(whole / "tiny" / "seed-0" / stage)
 
 
 @pytest.mark.parametrize("rate", ["1e6", "1e30"])

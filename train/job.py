@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from selfcorrect.evaluate.callback import measure_undisturbed
 from selfcorrect.evaluate.cell_files import Origin
 from selfcorrect.evaluate.claims import claimed
+from selfcorrect.evaluate.models import say_trust
 from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.evaluate.packing import Prepared
 from selfcorrect.evaluate.plan import EvaluationPlan
@@ -61,6 +62,8 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
         train_base(recipe, model, feedback.preferences, folder / "base", seed, notify)
         base = folder / "base"
         trust = {"trust_remote_code": model.trust_remote_code}
+        if model.trust_remote_code:
+            say_trust(base)
         tokenizer = AutoTokenizer.from_pretrained(base, **trust)
         reward = folder / "reward"
         train_reward(
