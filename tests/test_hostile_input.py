@@ -1,9 +1,11 @@
 """Names, texts and files of strangers: they stay in their folder, and act nowhere."""
 
+import gzip
 import json
 import re
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +21,7 @@ from test_recipes import SMALL
 
 from selfcorrect.evaluate.closing_table import closing_table
 from selfcorrect.evaluate.drawings import Drawing
+from selfcorrect.evaluate.experiments import bbq_files
 from selfcorrect.evaluate.model_card import write_model_card
 from selfcorrect.evaluate.report import write_report
 from selfcorrect.evaluate.results import summarise
@@ -69,6 +72,20 @@ def test_yaml_bombs_and_tags_are_one_line_at_once(tmp_path: Path, text: str, sai
 def test_aliases_of_an_honest_recipe_work() -> None:
     text = "a: &one {x: 1, y: [1, 2]}\nb: *one\nc: [*one, *one]\n"
     assert parse_yaml(text, "x") == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("name", ["additional_metadata.csv.gz", "Age.jsonl.gz"])
+def test_a_packed_file_that_swells_is_refused_at_a_stated_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(bbq_files, "LONGEST_TABLE", 1_000_000)
+    (tmp_path / name).write_bytes(gzip.compress(b"x" * 50_000_000))
+    read = bbq_files.read_metadata if "metadata" in name else bbq_files.read_rows
+    tracemalloc.start()
+    with pytest.raises(InputError, match="more than 1,000,000 bytes"):
+        read(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
 
 
 # ---- paths -------------------------------------------------------------------------------------
