@@ -15,14 +15,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from killed_child import die
 from test_fetch import SHA256, TEXT, Server, get, partial, serve  # noqa: F401
 from test_numerics import FEW
 
-from selfcorrect.evaluate.offline import evaluate_run
+from selfcorrect.evaluate.cell_files import Origin, read_cell
+from selfcorrect.evaluate.measure import measure
+from selfcorrect.evaluate.models import load_model
+from selfcorrect.evaluate.offline import evaluate_run, recipe_plan
 from selfcorrect.evaluate.report import write_report
+from selfcorrect.evaluate.weights import files_digest
 from selfcorrect.recipes.errors import RunFailure
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.machine_faults import machine_fault, machine_faults_are_said
@@ -180,6 +185,38 @@ def test_a_full_disk_while_measuring_or_reporting_leaves_what_was_there(
     assert code == 1 and "no space left on the disk; make room" in shown
     assert report.read_bytes() == before
     assert not list(run.rglob("*.part"))
+
+
+def test_a_disk_that_fills_up_within_a_cell_keeps_the_parts_that_are_whole(
+    recipe: Recipe, whole: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfcorrect.evaluate.measure._SLICE", 4)
+    monkeypatch.setattr("selfcorrect.evaluate.measure._PART_ITEMS", 4)
+    run = shutil.copytree(whole, disk.place / "small")
+    folder = run / "tiny" / "seed-0" / "ppo" / "checkpoint-2"
+    (cell,) = (folder / "evaluation").glob("*.parquet")
+    expected, _ = read_cell(cell)
+    cell.unlink()
+    seen: list[int] = []
+
+    def score(progress: Callable[[str, int, int], None]) -> None:
+        origin = Origin(files_digest(folder))
+        model, tokenizer = load_model(folder, device="cpu")
+        plan = recipe_plan(recipe, run)
+        measure(plan, model, tokenizer, cell.parent, progress, origin=origin)
+
+    def fill_at_eight(name: str, done: int, total: int) -> None:
+        if done == 8:
+            disk.fill()
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        score(fill_at_eight)
+    assert "make room" in (machine_fault(caught.value) or "")
+    assert not cell.exists()
+    disk.make_room()
+    score(lambda name, done, total: seen.append(done))
+    assert seen[0] == 8  # it goes on where the disk was full
+    pd.testing.assert_frame_equal(read_cell(cell)[0], expected)
 
 
 def test_a_full_disk_while_fetching_keeps_no_wrong_file_and_goes_on_with_room(
