@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,11 @@ def test_what_is_no_state_is_refused(tmp_path: Path, bytes_: bytes) -> None:
 def with_code(folder: Path, mark: Path, of: str) -> Path:
     """A model folder whose configuration or tokenizer names a class in a file beside it."""
     model_folder(folder)
+    if of == "generation":
+        (folder / "custom_generate").mkdir()
+        code = f"open({str(mark)!r}, 'w')\ndef generate(**_): pass\n"
+        (folder / "custom_generate" / "generate.py").write_text(code)
+        return folder
     (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
     path = folder / ("config.json" if of == "model" else "tokenizer_config.json")
     content = json.loads(path.read_text())
@@ -328,16 +334,19 @@ def with_code(folder: Path, mark: Path, of: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("of", ["model", "tokenizer"])
+@pytest.mark.parametrize("of", ["model", "tokenizer", "generation"])
 def test_code_that_comes_with_a_model_runs_only_when_it_is_trusted_and_then_it_is_said(
     tmp_path: Path, mark: Path, of: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = with_code(tmp_path / "model", mark, of)
-    with pytest.raises(InputError, match="say trust_remote_code: true for this model in a recipe"):
+    if of == "generation":  # transformers has its own `generate` instead
         load_model(folder)
+    else:
+        with pytest.raises(InputError, match="say trust_remote_code: true for this model in a re"):
+            load_model(folder)
     assert not mark.exists()
     assert "trust_remote_code is on" not in capsys.readouterr().err
-    with pytest.raises(Exception):  # noqa: B017  (the class does nothing useful, but it is run)
+    with suppress(Exception):  # the class does nothing useful, but it is run
         load_model(folder, trust_remote_code=True)
     assert mark.exists()
     assert f"{folder}: trust_remote_code is on: code that comes with it is run" in (

@@ -15,7 +15,7 @@ QUIET = {
     "remove_unused_columns": False,
 }
 
-# TRL loads no model in these stages, so what comes with one is never run through its settings.
+# The run loads models itself, or says which of them may run code: no key of TRL's decides that.
 NO_CODE = {"trust_remote_code": False, "model_init_kwargs": None}
 
 
