@@ -11,6 +11,7 @@ from selfcorrect.evaluate.cells import condition_rank, experiment_named
 from selfcorrect.evaluate.results import ALL_ORDERS
 from selfcorrect.evaluate.statistics import OVERALL
 from selfcorrect.evaluate.verdict import title_of
+from selfcorrect.recipes.visible_text import visible
 
 BESIDE = {
     "accuracy_ambiguous": "Accuracy\nambig.",
@@ -57,13 +58,13 @@ def _run_table(data: pd.DataFrame) -> Table:
             here = mine[mine["step"] == step]
             conditions = sorted(set(here["condition"]), key=condition_rank)
             for index, condition in enumerate(conditions):
-                place = [escape(str(run))] if several_runs else []
-                place += [escape(str(model)), *([str(seed)] if several_seeds else []), str(step)]
+                place = [_shown(run)] if several_runs else []
+                place += [_shown(model), *([str(seed)] if several_seeds else []), str(step)]
                 rows = here[here["condition"] == condition]
                 values = [_headline(rows, experiment) for experiment in experiments]
                 start = place if index == 0 else [""] * len(place)
                 last = index == len(conditions) - 1
-                table.add_row(*start, condition, *values, end_section=last)
+                table.add_row(*start, _shown(condition), *values, end_section=last)
     return table
 
 
@@ -80,20 +81,25 @@ def _model_table(data: pd.DataFrame) -> Table:
             "(names, intersections); take a larger --limit"
         )
     for model, of_model in data.groupby("model", sort=False):
-        table.add_row(f"[bold]{escape(str(model))}[/bold]")
+        table.add_row(f"[bold]{_shown(model)}[/bold]")
         for experiment, mine in of_model.groupby("experiment", sort=False):
             conditions = sorted(set(mine["condition"]), key=condition_rank)
             for index, condition in enumerate(conditions):
                 rows = mine[mine["condition"] == condition]
                 table.add_row(
                     f"  {_short(str(experiment))}" if index == 0 else "",
-                    condition,
+                    _shown(condition),
                     _headline(rows, str(experiment)),
                     *(_plain(rows, metric) for metric in BESIDE),
                     f"{rows['num_items'].max():,}",
                     end_section=index == len(conditions) - 1,
                 )
     return table
+
+
+def _shown(name: object) -> str:
+    """A name as the terminal shows it: neither its brackets nor its control characters act."""
+    return escape(visible(name))
 
 
 def _empty(title: str, experiments: Sequence[str]) -> Table:

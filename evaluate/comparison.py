@@ -9,12 +9,12 @@ from typing import Any
 import pandas as pd
 
 from selfcorrect.evaluate.cells import Measured, measure_run
-from selfcorrect.evaluate.report_tables import visible
 from selfcorrect.evaluate.results import statistics_of, tidy
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.statistics import Draws
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import parse_yaml
+from selfcorrect.recipes.visible_text import visible
 
 # Keys of a recipe that change no answer of any checkpoint, beside the seeds: names, what is kept,
 # and how the machine is used.

@@ -1,6 +1,10 @@
 """Dialogues as text: a list of turns, the last one open, written the way a model expects it."""
 
-from collections.abc import Sequence
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ STYLES = ("auto", "chat", "plain")
 _ROLES = {"system": "system", "human": "user", "assistant": "assistant"}
 _NAMES = {"human": "Human", "assistant": "Assistant"}
 _HUMAN_AGAIN = "\n\nHuman:"
+LONGEST_PROMPT = 4_000_000  # characters; no context holds a tenth of it
+TEMPLATE_SECONDS = 10.0
 _MARK = "\ue000open\ue000"  # stands in for the open text; no template and no item holds it
 
 
@@ -119,21 +125,47 @@ def _render_chat(tokenizer: Any, closed: Sequence[Turn], opened: str, template: 
 def _apply(
     tokenizer: Any, turns: Sequence[Turn], template: str | None, *, add_generation_prompt: bool
 ) -> str:
-    from jinja2 import TemplateError
-
     messages = [{"role": _ROLES[turn.role], "content": turn.text} for turn in turns]
+    name = getattr(tokenizer, "name_or_path", "") or "the model"
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    except (TemplateError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        name = getattr(tokenizer, "name_or_path", "") or "the model"
+        with _time_limit(TEMPLATE_SECONDS):
+            text: str = tokenizer.apply_chat_template(
+                messages,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+    except Exception as error:  # a template is a stranger's program: it may raise anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{name}: the chat template refuses this dialogue ({reason})") from None
+    if len(text) > LONGEST_PROMPT:
+        raise InputError(
+            f"{name}: the chat template makes {len(text):,} characters of one dialogue, more than "
+            f"the limit of {LONGEST_PROMPT:,}; use another template, or --style plain"
+        )
     return text
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError inside after so long, in a main thread; a timer set before goes on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} seconds")
+
+    handler, started = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if left:
+            rest = max(left - (time.monotonic() - started), 1e-3)
+            signal.setitimer(signal.ITIMER_REAL, rest, interval)
 
 
 def _render_plain(tokenizer: Any, closed: Sequence[Turn], opened: str) -> str:

@@ -33,10 +33,10 @@ from selfcorrect.evaluate.panels import (
     value_axis,
     whole_span,
 )
-from selfcorrect.evaluate.report_tables import visible
 from selfcorrect.evaluate.statistics import OVERALL
 from selfcorrect.evaluate.tally import log_probabilities, probabilities
 from selfcorrect.evaluate.verdict import title_of
+from selfcorrect.recipes.visible_text import visible
 
 # What to look at beside the headline metric, which an unable model can have without being fair.
 BESIDE = {

@@ -143,7 +143,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
-    with lock.open("w") as handle:
+    with lock.open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
         # Only after success: whoever waits on this lock, or makes a new one, then finds the file.

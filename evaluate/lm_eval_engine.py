@@ -5,7 +5,7 @@ from typing import Any
 
 from selfcorrect.evaluate.continuations import Request, continuations
 from selfcorrect.evaluate.engine import Engine, Sample
-from selfcorrect.evaluate.models import best_device
+from selfcorrect.evaluate.models import best_device, no_pickles
 from selfcorrect.evaluate.vllm_engine import load_vllm, request_seed
 from selfcorrect.recipes.errors import InputError
 
@@ -127,11 +127,12 @@ def load_engine(name: str, model: str, revision: str | None = None) -> Engine:
     options: dict[str, Any] = {"pretrained": model}
     if lm == "hf":
         # Prompts carry their special tokens as text; by itself it asks for CUDA, there or not.
-        options |= {"add_bos_token": False, "device": best_device()}
+        options |= {"add_bos_token": False, "device": best_device(), "trust_remote_code": False}
     if revision is not None:
         options["revision"] = revision
     try:
-        return LmEvalEngine(get_model(lm).create_from_arg_obj(options))
+        with no_pickles(model):
+            return LmEvalEngine(get_model(lm).create_from_arg_obj(options))
     except (ValueError, KeyError, OSError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{model}: lm-eval's {lm} cannot load it: {reason}") from error

@@ -8,6 +8,7 @@ from selfcorrect.evaluate.cells import experiment_named
 from selfcorrect.evaluate.statistics import CONFIDENCE, OVERALL
 from selfcorrect.evaluate.verdict import title_of
 from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.visible_text import visible
 from selfcorrect.recipes.whole_files import write_text
 
 
@@ -42,5 +43,5 @@ def write_model_card(frame: pd.DataFrame, name: str, path: Path) -> Path:
     if not found:
         raise InputError(f"{name}: no headline metric is defined, so there is nothing to export")
     data = ModelCardData(model_name=name, eval_results=found)
-    write_text(path, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n")))
+    write_text(path, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {visible(name)}\n")))
     return path

@@ -1,12 +1,17 @@
 """Loading a causal LM and its tokenizer for evaluation: from a folder, the hub, PEFT, or GGUF."""
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.visible_text import visible
 
 ADAPTER = "adapter_config.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def load_model(
@@ -23,9 +28,13 @@ def load_model(
     read from safetensors or GGUF, never from pickles. The base of an adapter is the one that its
     adapter_config.json names; when that path has moved, its name is looked for beside the adapter.
 
+    With `trust_remote_code`, Python code that comes with the model is run; that is said on stderr.
+
     Raises InputError, in one line, for everything that cannot be loaded.
     """
     given = Path(path).expanduser()
+    if trust_remote_code:
+        say_trust(path)
     if given.suffix == ".gguf" and given.is_file():
         path, gguf_file = given.parent, given.name
     source = _source(str(path))
@@ -47,6 +56,57 @@ def load_model(
         tokenizer = _load_tokenizer(source, source, options)
     _check_vocabulary(source, model, tokenizer)
     return model.to(device or best_device()).eval(), tokenizer
+
+
+def say_trust(path: str | Path) -> None:
+    """Tell the user whose code is about to run."""
+    sys.stderr.write(f"{visible(path)}: trust_remote_code is on: code that comes with it is run\n")
+
+
+@contextmanager
+def no_pickles(source: str | Path) -> Iterator[None]:
+    """Inside, nothing can unpickle: InputError where a library would, with the remedy.
+
+    Libraries fall back to pickles where a folder has no safetensors, or where an index names them.
+    """
+    import torch
+
+    refuse_pickles(source)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise _pickled(source)
+
+    before = torch.load
+    torch.load = refuse
+    try:
+        yield
+    finally:
+        torch.load = before
+
+
+def refuse_pickles(folder: str | Path) -> None:
+    """InputError where a folder's weights are pickles alone, or its index leads out of it."""
+    folder = Path(folder)
+    if not any(folder.glob("*.safetensors")):
+        if any(path.suffix in PICKLES for path in folder.glob("*model*")):
+            raise _pickled(folder)
+        return
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # none, or one that the loader says is damaged
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            raise InputError(f"{index}: names {str(name)[:80]!r}, which is no file of this folder")
+
+
+def _pickled(source: str | Path) -> InputError:
+    return InputError(
+        f"{source}: its weights are pickles, which can run code and are never loaded; where you "
+        "trust their source, convert them to safetensors (load them with the library that wrote "
+        "them, then save_pretrained)"
+    )
 
 
 def best_device() -> str:
@@ -105,7 +165,7 @@ def _load_weights(source: str, dtype: str, options: dict[str, Any]) -> Any:
 
     # A GGUF file is read by its own loader, which takes no notice of safetensors.
     safe = {} if "gguf_file" in options else {"use_safetensors": True}
-    with _InputErrors(source, "model"):
+    with _InputErrors(source, "model"), no_pickles(source):
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **safe, **options)
 
 
@@ -114,7 +174,7 @@ def _load_adapter(model: Any, source: str) -> Any:
 
     if not (Path(source) / "adapter_model.safetensors").is_file():
         raise InputError(f"{source}: no adapter_model.safetensors; save the adapter as safetensors")
-    with _InputErrors(source, "adapter"):
+    with _InputErrors(source, "adapter"), no_pickles(source):
         return PeftModel.from_pretrained(model, source, is_trainable=False)
 
 
@@ -161,5 +221,8 @@ class _InputErrors:
         remedy = "give a model folder, or a hub id (with network, or the model in the local cache)"
         if Path(self.source).is_dir():
             remedy = "it needs config.json, *.safetensors and the tokenizer's files"
+        if "custom code" in reason:
+            reason = "code that comes with it would have to run"
+            remedy = "where you trust it, say trust_remote_code: true for this model in a recipe"
         message = f"{self.source}: cannot load the {self.what}: {reason.rstrip('.')}; {remedy}"
         raise InputError(message) from error

@@ -25,15 +25,16 @@ from selfcorrect.evaluate.report_tables import (
     difference_table,
     left_out_table,
     result_tables,
-    visible,
 )
 from selfcorrect.evaluate.results import load_items, write_results
+from selfcorrect.evaluate.run_folder import check_inside
 from selfcorrect.evaluate.statistics import NUM_RESAMPLES
 from selfcorrect.evaluate.transcripts import transcripts
 from selfcorrect.evaluate.trend_tables import trend_tables
 from selfcorrect.evaluate.verdict import caveats, summary, verdicts
 from selfcorrect.evaluate.watching import begun
 from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.visible_text import visible
 from selfcorrect.recipes.whole_files import whole_file, write_json, write_text
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def write_report(
     from selfcorrect.evaluate.drawings import draw_run
     from selfcorrect.evaluate.experiment_figures import PRONOUN_COLUMNS
 
+    for name in ("recipe.yaml", "run.json", "figures"):
+        check_inside(run, run / name)
     frame, statistics = write_results(run, num_resamples, seed)
     pronouns = load_items(run, "winogender", columns=PRONOUN_COLUMNS)
     drawn = draw_run(frame, statistics, pronouns, run / "figures", paper)
@@ -85,6 +88,9 @@ def write_comparison(
     if (out / "recipe.yaml").exists():
         raise InputError(f"{out}: is a run; choose another folder for the comparison with --out")
     named = name_runs(runs)
+    for run in named.values():
+        for name in ("recipe.yaml", "run.json"):
+            check_inside(run, run / name)
     groups = group_runs(named)
     parts = measure_groups(groups, num_resamples, seed)
     frame = pd.concat([table for table, _ in parts], ignore_index=True)

@@ -1,6 +1,5 @@
 """The report's tables, each cell with the text it shows and the value it sorts by."""
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from selfcorrect.evaluate.cells import experiment_named
 from selfcorrect.evaluate.statistics import OVERALL
 from selfcorrect.evaluate.verdict import number, title_of, with_interval
+from selfcorrect.recipes.visible_text import visible
 
 COMPARISONS = {"effects": "effect", "growth": "growth of the effect", "changes": "change"}
 
@@ -266,17 +266,3 @@ def probability_cell(value: float | None) -> TableCell:
     if value is None:
         return TableCell("–", None)
     return TableCell("< 0.001" if value < 0.001 else f"{value:.2g}", value)
-
-
-def visible(text: object) -> str:
-    """Control, direction and line-end marks spelt out, as in ⟨U+202E⟩, so that none acts."""
-    shown = str(text)
-    if shown.isprintable():
-        return shown
-    return "".join(
-        f"⟨U+{ord(character):04X}⟩"
-        if character not in "\n\t"
-        and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        else character
-        for character in shown
-    )

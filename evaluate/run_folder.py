@@ -76,6 +76,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, record)
 
 
+def check_inside(run: Path, path: Path) -> None:
+    """InputError where `path`, below the run's folder, is or lies behind a link that leads out.
+
+    A run that comes from elsewhere must not make this one write, or show, what is not its own.
+    """
+    if not path.resolve().is_relative_to(run.resolve()):
+        raise InputError(f"{path}: a link that leads out of {run}; put the folder itself there")
+
+
 def find_checkpoints(run: Path, malformed: dict[Path, str] | None = None) -> list[Checkpoint]:
     """All kept checkpoints of a run, ordered by parameters, model, seed and step.
 
@@ -87,6 +96,7 @@ def find_checkpoints(run: Path, malformed: dict[Path, str] | None = None) -> lis
     found = []
     for path in run.glob(f"*/seed-*/ppo/checkpoint-*/{RECORD}"):
         try:
+            check_inside(run, path.parent / "evaluation")
             found.append(read_checkpoint(path.parent))
         except InputError as error:
             if not path.is_file():

@@ -22,12 +22,12 @@ from selfcorrect.evaluate.cells import condition_rank, read_settings, read_table
 from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.evaluate.plan import PlannedCell
-from selfcorrect.evaluate.report_tables import visible
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
 from selfcorrect.evaluate.stimuli import SAMPLE
 from selfcorrect.evaluate.verdict import title_of
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.visible_text import visible
 
 NUM_ITEMS = 40  # per experiment
 TEXT_LENGTH = 2000  # characters shown of a text

@@ -7,6 +7,7 @@ from typing import Any
 
 from selfcorrect.evaluate.continuations import Request, continuations
 from selfcorrect.evaluate.engine import Engine, Sample
+from selfcorrect.evaluate.models import refuse_pickles
 from selfcorrect.recipes.errors import InputError
 
 
@@ -96,8 +97,18 @@ def load_vllm(model: str, revision: str | None = None) -> VllmEngine:
         from vllm import LLM
     except ImportError:
         raise InputError("vLLM is not installed: pip install 'selfcorrect[vllm]'") from None
+    refuse_pickles(model)
+    weights = "auto" if model.endswith(".gguf") else "safetensors"
     try:
-        return VllmEngine(LLM(model=model, revision=revision, enable_prefix_caching=True))
+        return VllmEngine(
+            LLM(
+                model=model,
+                revision=revision,
+                enable_prefix_caching=True,
+                load_format=weights,
+                trust_remote_code=False,
+            )
+        )
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{model}: vLLM cannot load it: {reason}; give a model folder") from error

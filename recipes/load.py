@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from selfcorrect.recipes.schema import Recipe
 from selfcorrect.recipes.whole_files import write_text
 
 SHIPPED = Path(__file__).parent
+LARGEST_YAML = 1_000_000  # bytes, and also values, each counted as often as aliases repeat it
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,6 +26,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is one word, no list and no section", key.start_mark
+                )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} stands twice", key.start_mark
@@ -40,14 +46,47 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML with the safe loader; InputError with the line where it goes wrong."""
+    """Parse YAML with the safe loader; InputError with the line where it goes wrong.
+
+    An alias costs nothing to read and may stand for a billion values: what it stands for counts.
+    """
+    if len(text) > LARGEST_YAML:
+        raise InputError(f"{source}: more than {LARGEST_YAML:,} characters of YAML, the limit")
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _num_values(node, {}) > LARGEST_YAML:
+            raise InputError(f"{source}: aliases that stand for too many values, or for themselves")
+        return loader.construct_document(node)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or "not YAML"
         raise InputError(f"{source}:{where} {reason}") from None
+
+
+def _num_values(node: yaml.Node, known: dict[int, float]) -> float:
+    """Values below a node, aliases written out; infinite where one stands for itself."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until all below it is counted
+        pairs = isinstance(node, yaml.MappingNode)
+        parts = [part for pair in node.value for part in pair] if pairs else node.value
+        known[id(node)] = 1 + sum(_num_values(part, known) for part in parts)
+    return known[id(node)]
+
+
+def read_yaml(path: Path) -> str:
+    """The text of a YAML file; InputError where it cannot be read or is beyond all measure."""
+    try:
+        if path.stat().st_size > LARGEST_YAML:
+            raise InputError(f"{path}: more than {LARGEST_YAML:,} bytes, the limit for YAML")
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
 def shipped_recipes() -> list[Path]:
@@ -70,11 +109,7 @@ def recipe_path(name: str) -> Path:
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply dotted overrides such as `ppo.steps=20`, and check all of it."""
     path = recipe_path(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    content = parse_yaml(text, str(path))
+    content = parse_yaml(read_yaml(path), str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections (name, models, data, ...)")
     for override in overrides:

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validat
 from selfcorrect.recipes.society.settings import SocietySettings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+# What else lies beside the models' folders in a run.
+TAKEN = {"recipe.yaml", "run.json", "results.parquet", "statistics.json", "report.html",
+         "benchmarks", "figures"}  # fmt: skip
 Positive = Annotated[int, Field(gt=0)]
 
 # What may stand in the file; it is written out as a list.
@@ -221,6 +224,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
         names = [model.name for model in self.models]
+        if taken := TAKEN.intersection(names):
+            raise ValueError(f"models: the name {min(taken)} is taken in a run's folder; rename")
         if len(set(names)) < len(names):
             raise ValueError("models: two models have the same name")
         if len(set(self.seeds)) < len(self.seeds):

@@ -6,6 +6,8 @@ import typer
 
 from selfcorrect.recipes import termination
 from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.machine_faults import machine_fault
+from selfcorrect.recipes.visible_text import visible
 from selfcorrect.scripts import (
     data,
     evaluate,
@@ -53,12 +55,16 @@ def main() -> None:
         if ended.code == 130:  # Ctrl-C, which typer turns into this
             _stop("stopped; the same command goes on from here", 130)
         raise
-    except OSError as error:  # a full disk, a folder that may not be written to
-        _stop(f"{error.filename or 'file system'}: {error.strerror or error}", 1)
+    except Exception as error:  # a full disk, a folder that may not be written to, no memory
+        said = machine_fault(error)
+        if said is None and not isinstance(error, OSError):
+            raise
+        where = getattr(error, "filename", None) or ("the machine" if said else "file system")
+        _stop(f"{where}: {said or getattr(error, 'strerror', None) or error}", 1)
 
 
 def _stop(message: str, code: int) -> None:
-    line = " ".join(message.split())
+    line = visible(" ".join(message.split()))  # names and texts in it may be a stranger's
     sys.stderr.write(f"selfcorrect: {line}\n")
     sys.exit(code)
 

@@ -203,4 +203,4 @@ def _show_models(measured: dict[str, Path], out: Path) -> None:
     tables = [summarise(folder, name) for name, folder in measured.items()]
     console = Console() if sys.stdout.isatty() else Console(width=110)
     console.print(closing_table(pd.concat(tables, ignore_index=True)))
-    console.print(f"Item by item: {out}", soft_wrap=True)
+    console.print(f"Item by item: {out}", soft_wrap=True, markup=False)

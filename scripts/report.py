@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.visible_text import visible
 
 COMPARISON = "comparison"  # the folder of a report on several runs, beside the first of them
 
@@ -73,7 +74,7 @@ def _print_results(report: Path) -> None:
     # Where the output is no terminal, the table still gets the width that it needs.
     console = Console() if sys.stdout.isatty() else Console(width=110)
     console.print(closing_table(pd.read_parquet(report.parent / "results.parquet")))
-    console.print(f"Report: {report}", soft_wrap=True)
+    console.print(f"Report: {visible(report)}", soft_wrap=True, markup=False)
 
 
 def _watch(runs: list[Path], paper: bool, out: Path | None, every: float) -> None:
@@ -106,7 +107,7 @@ def _watch(runs: list[Path], paper: bool, out: Path | None, every: float) -> Non
                     raise InputError(f"{run}: is gone") from None
             line = f"waiting: {' '.join(str(reason).split())}"
         if line != said:
-            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {visible(line)}\n")
             sys.stderr.flush()
             said = line
         time.sleep(max(every, took))  # half of a core at most: the training needs it

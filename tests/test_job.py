@@ -1,13 +1,14 @@
 """What a job says when the machine, not the recipe, is at fault."""
 
 import multiprocessing
-import shutil
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
+from selfcorrect.recipes import machine_faults
 from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.machine_faults import machine_faults_are_said
 from selfcorrect.train import job
 
 Usage = namedtuple("Usage", "total used free")
@@ -45,11 +46,11 @@ def test_a_second_process_on_the_same_job_is_refused_in_one_line(
 def test_a_full_disk_is_said_whatever_a_library_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100, 100, 0))
-    with pytest.raises(RunFailure, match="no space left"), job.full_disk_is_said(tmp_path):
+    monkeypatch.setattr(machine_faults, "disk_usage", lambda path: Usage(100, 100, 0))
+    with pytest.raises(RunFailure, match="no space left"), machine_faults_are_said(tmp_path):
         raise error
 
 
 def test_other_errors_are_not_blamed_on_the_disk(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="shapes"), job.full_disk_is_said(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), machine_faults_are_said(tmp_path):
         raise RuntimeError("shapes do not match")

@@ -17,11 +17,12 @@ from selfcorrect.evaluate.comparison import (
     name_runs,
 )
 from selfcorrect.evaluate.report import write_comparison, write_report
-from selfcorrect.evaluate.report_tables import result_tables, visible
+from selfcorrect.evaluate.report_tables import result_tables
 from selfcorrect.evaluate.results import write_results
 from selfcorrect.evaluate.trend_tables import trend_tables
 from selfcorrect.evaluate.verdict import caveats, summary, verdicts
 from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.visible_text import visible
 
 SMALL = Size(steps=(0, 2, 10), templates=4, blocks=1, occupations=10, students=10)
 

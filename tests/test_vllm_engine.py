@@ -42,8 +42,11 @@ def tokens_prompt(*, prompt_token_ids):
 
 
 class LLM:
-    def __init__(self, model, *, revision=None, enable_prefix_caching=None):
+    def __init__(
+        self, model, *, revision=None, enable_prefix_caching=None, load_format, trust_remote_code
+    ):
         assert enable_prefix_caching
+        assert load_format == "safetensors" and trust_remote_code is False
         self.model, self.tokenizer = tiny_model(), tiny_tokenizer()
         config = types.SimpleNamespace(max_model_len=256)
         self.llm_engine = types.SimpleNamespace(model_config=config)

@@ -15,6 +15,9 @@ QUIET = {
     "remove_unused_columns": False,
 }
 
+# The run loads models itself, or says which of them may run code: no key of TRL's decides that.
+NO_CODE = {"trust_remote_code": False, "model_init_kwargs": None}
+
 
 def check_keys(section: str, given: dict[str, Any], known: set[str], fixed: set[str]) -> None:
     """InputError for a key the library does not have, or that the run itself decides."""

@@ -37,8 +37,9 @@ from selfcorrect.recipes.society.documents import (
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import World, make_world
 from selfcorrect.recipes.whole_files import whole_folder
-from selfcorrect.train.arguments import QUIET, build
+from selfcorrect.train.arguments import NO_CODE, QUIET, build
 from selfcorrect.train.feedback import Preference, pair_ids, render_prompt
+from selfcorrect.train.finite import FiniteTrainer
 from selfcorrect.train.stage import (
     Notify,
     StageCallback,
@@ -136,8 +137,10 @@ def _batch(rows: list[Row], pad: int) -> dict[str, torch.Tensor]:
     }
 
 
-class CorpusTrainer(Trainer):
+class CorpusTrainer(FiniteTrainer):
     """Next-token training with a weight for every token; batches come ready made."""
+
+    stage = "base"
 
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
@@ -249,6 +252,12 @@ def _pretrainer(
     return trainer, tokenizer
 
 
+class _FineTuner(SFTTrainer, FiniteTrainer):
+    """TRL's; see FiniteTrainer."""
+
+    stage = "base"
+
+
 def _fine_tuner(
     base: Base,
     policy: PreTrainedModel,
@@ -265,9 +274,9 @@ def _fine_tuner(
         num_prompt = len(tokenizer(prompt)["input_ids"])
         rows.append({"input_ids": ids, "completion_mask": [0] * num_prompt})
         rows[-1]["completion_mask"] += [1] * (len(ids) - num_prompt)
-    return SFTTrainer(
+    return _FineTuner(
         model=policy,
-        args=build(SFTConfig, "base.trainer", base.trainer, SFT_DEFAULTS, fixed),
+        args=build(SFTConfig, "base.trainer", base.trainer, SFT_DEFAULTS, {**fixed, **NO_CODE}),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         callbacks=[StageCallback("base", notify)],

@@ -16,16 +16,18 @@ def check_training(recipe: Recipe) -> None:
     from transformers import TrainingArguments
     from trl import RewardConfig, SFTConfig
 
-    from selfcorrect.train.arguments import build, lora_config
+    from selfcorrect.train.arguments import NO_CODE, build, lora_config
     from selfcorrect.train.base import scratch_config
     from selfcorrect.train.policy import ppo_arguments
 
     nowhere = Path("checked-only")
     output = {"output_dir": str(nowhere)}
-    if recipe.base is not None:
-        kind = TrainingArguments if recipe.base.method == "pretrain" else SFTConfig
-        build(kind, "base.trainer", recipe.base.trainer, {"bf16": False}, output)
-    build(RewardConfig, "reward.trainer", recipe.reward.trainer, {"bf16": False}, output)
+    given = {**output, **NO_CODE}
+    if recipe.base is not None and recipe.base.method == "pretrain":
+        build(TrainingArguments, "base.trainer", recipe.base.trainer, {"bf16": False}, output)
+    elif recipe.base is not None:
+        build(SFTConfig, "base.trainer", recipe.base.trainer, {"bf16": False}, given)
+    build(RewardConfig, "reward.trainer", recipe.reward.trainer, {"bf16": False}, given)
     ppo_arguments(recipe.ppo, nowhere, recipe.seeds[0])
     if recipe.ppo.lora is not None:
         lora_config("ppo.lora", recipe.ppo.lora, "CAUSAL_LM")

@@ -4,7 +4,6 @@
 
 import importlib.metadata
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,20 +12,21 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from selfcorrect.evaluate.callback import measure_undisturbed
 from selfcorrect.evaluate.cell_files import Origin
 from selfcorrect.evaluate.claims import claimed
+from selfcorrect.evaluate.models import say_trust
 from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.evaluate.packing import Prepared
 from selfcorrect.evaluate.plan import EvaluationPlan
-from selfcorrect.evaluate.run_folder import read_checkpoint
+from selfcorrect.evaluate.run_folder import check_inside, read_checkpoint
 from selfcorrect.evaluate.weights import files_digest
 from selfcorrect.recipes import termination
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import training_digest
+from selfcorrect.recipes.machine_faults import machine_faults_are_said
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.base import train_base
 from selfcorrect.train.feedback import load_feedback
@@ -54,11 +54,17 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
     torch.set_num_threads(threads_per_job(recipe))
     model = next(m for m in recipe.models if m.name == model_name)
     folder = run / model.name / f"seed-{seed}"
-    with only_one(folder), full_disk_is_said(run):
+    for stage in ("base", "reward", "ppo"):
+        check_inside(run, folder / stage)
+        check_inside(run, folder / f"{stage}.work")
+    with machine_faults_are_said(run), only_one(folder):
         feedback = load_feedback(recipe.data, recipe.seeds[0])
         train_base(recipe, model, feedback.preferences, folder / "base", seed, notify)
         base = folder / "base"
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        trust = {"trust_remote_code": model.trust_remote_code}
+        if model.trust_remote_code:
+            say_trust(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, **trust)
         reward = folder / "reward"
         train_reward(
             recipe.reward,
@@ -69,6 +75,7 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
             seed,
             notify,
             feedback.left_out,
+            **trust,
         )
         record = {
             "model": model.name,
@@ -89,6 +96,7 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
             record,
             notify,
             _measure(recipe, run, notify),
+            **trust,
         )
 
 
@@ -131,31 +139,12 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
 
 
 @contextmanager
-def full_disk_is_said(run: Path) -> Iterator[None]:
-    """RunFailure with one line where a full disk is behind whatever a library raises.
-
-    torch and safetensors report it as errors of their own; what they leave behind is half a file in
-    a working folder, which the next start removes.
-    """
-    try:
-        yield
-    except (RuntimeError, OSError, SafetensorError) as error:
-        said = "No space left" in str(error)
-        if said or shutil.disk_usage(run).free < 2**20:
-            raise RunFailure(
-                f"{run}: no space left on the disk; what was finished is kept, "
-                "make room and run the same command again"
-            ) from None
-        raise
-
-
-@contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Hold the job's lock; InputError where another process is at work on the same folder."""
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
+    with (folder / ".lock").open("a") as handle:
         for wait_seconds in (1, 2, 4, 0):  # one that was just killed may still be going down
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

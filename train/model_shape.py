@@ -198,7 +198,9 @@ def _through_transformers(model: Model, key: str) -> dict[str, Any]:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    options = {"revision": model.revision} if model.revision else {}
+    options: dict[str, Any] = {"trust_remote_code": False}  # planning runs nobody's code
+    if model.revision:
+        options["revision"] = model.revision
     if model.gguf_file is not None:
         options["gguf_file"] = model.gguf_file
     try:

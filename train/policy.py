@@ -20,12 +20,13 @@ from transformers import (
     set_seed,
 )
 
+from selfcorrect.evaluate.models import no_pickles
 from selfcorrect.evaluate.run_folder import RECORD, CheckpointRecord
 from selfcorrect.evaluate.weights import files_digest
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.schema import Ppo
 from selfcorrect.recipes.whole_files import whole_folder
-from selfcorrect.train.arguments import QUIET, build, lora_config
+from selfcorrect.train.arguments import NO_CODE, QUIET, build, lora_config
 from selfcorrect.train.feedback import Messages, render_prompt
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.rewards import RewardModelScorer
@@ -86,6 +87,7 @@ class KeepCheckpoints(TrainerCallback):
             return
         folder = self.folder / f"checkpoint-{step}"
         if not (folder / RECORD).is_file():
+            self.trainer.check_model()
             with whole_folder(folder) as new:
                 self.trainer.save_policy(new)
                 self._record(step, files_digest(new)).write(new)
@@ -109,9 +111,12 @@ class KeepCheckpoints(TrainerCallback):
         )
 
 
-def ppo_arguments(ppo: Ppo, output: Path, seed: int, **given: Any) -> PPOConfig:
+def ppo_arguments(
+    ppo: Ppo, output: Path, seed: int, trust_remote_code: bool = False, **given: Any
+) -> PPOConfig:
     """The recipe's `ppo.trainer` keys as a PPOConfig; InputError for a wrong one."""
     fixed = {"output_dir": str(output), "seed": seed, "save_strategy": "no", "save_total_limit": 2}
+    fixed |= {**NO_CODE, "trust_remote_code": trust_remote_code}
     probe = build(PPOConfig, "ppo.trainer", ppo.trainer, {**DEFAULTS, **given}, fixed)
     fixed["max_steps"] = ppo.steps * probe.updates_per_rollout
     given["logging_steps"] = probe.updates_per_rollout  # one entry a PPO step
@@ -123,7 +128,17 @@ def ppo_arguments(ppo: Ppo, output: Path, seed: int, **given: Any) -> PPOConfig:
 
 def load_policy(base: str, ppo: Ppo, **origin: Any) -> Any:
     """The base model in float32 or its own precision, ready to be trained."""
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **origin)
+    with no_pickles(base):
+        return AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, use_safetensors=True, **origin
+        )
+
+
+def _load_reward(folder: Path, **trust: bool) -> Any:
+    with no_pickles(folder):
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, **trust
+        )
 
 
 def train_policy(
@@ -137,6 +152,7 @@ def train_policy(
     record: dict[str, Any],
     notify: Notify,
     measure: Measure | None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Run PPO into `folder` from the newest state on; nothing to do where it is finished."""
     if finished(folder):
@@ -145,10 +161,12 @@ def train_policy(
     work = folder.with_name(f"{folder.name}.work")
     facts = finished(reward) or {}
     full = ppo.lora is None
+    trust = {"trust_remote_code": trust_remote_code}
     arguments = ppo_arguments(
         ppo,
         work,
         seed,
+        **trust,
         critic_path=str(reward) if full and ppo.trainer.get("critic") != "shared" else None,
         score_shift=facts.get("score_mean", 0.0),
         score_scale=facts.get("score_standard_deviation", 1.0),
@@ -156,18 +174,18 @@ def train_policy(
     texts, left_out = fitting_prompts(
         [render_prompt(tokenizer, messages) for messages in prompts],
         tokenizer,
-        getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None),
+        getattr(AutoConfig.from_pretrained(base, **trust), "max_position_embeddings", None),
         arguments.max_completion_length,
     )
     set_seed(seed)
     scorer = RewardModelScorer(
-        AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32),
+        _load_reward(reward, **trust),
         tokenizer,
         batch_size=arguments.per_device_train_batch_size * 2,
     )
     keep = KeepCheckpoints(folder, ppo, record, measure)
     trainer = PPOTrainer(
-        model=load_policy(base, ppo),
+        model=load_policy(base, ppo, **trust),
         reward_funcs=[scorer],
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": texts}),

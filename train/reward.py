@@ -15,11 +15,13 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig, RewardTrainer
 
+from selfcorrect.evaluate.models import no_pickles
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.schema import Reward
 from selfcorrect.recipes.whole_files import whole_folder
-from selfcorrect.train.arguments import QUIET, build, lora_config
+from selfcorrect.train.arguments import NO_CODE, QUIET, build, lora_config
 from selfcorrect.train.feedback import Preference, pair_ids
+from selfcorrect.train.finite import FiniteTrainer
 from selfcorrect.train.stage import (
     Notify,
     StageCallback,
@@ -39,6 +41,12 @@ DEFAULTS = {
 }
 
 
+class _Fitting(RewardTrainer, FiniteTrainer):
+    """TRL's; see FiniteTrainer."""
+
+    stage = "reward"
+
+
 def train_reward(
     reward: Reward,
     base: Path,
@@ -48,6 +56,7 @@ def train_reward(
     seed: int,
     notify: Notify,
     left_out: dict[str, int] | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Fit the reward model from the base model into `folder`; nothing to do where it is finished.
 
@@ -63,7 +72,7 @@ def train_reward(
         "reward.trainer",
         reward.trainer,
         {**DEFAULTS, "save_strategy": "steps", "save_steps": 100},
-        {"output_dir": str(work), "seed": seed, "save_total_limit": 2},
+        {"output_dir": str(work), "seed": seed, "save_total_limit": 2, **NO_CODE},
     )
     pairs = [pair_ids(tokenizer, pair) for pair in preferences]
     random.Random(seed).shuffle(pairs)
@@ -71,13 +80,18 @@ def train_reward(
     if num_held_out >= len(pairs):
         raise InputError(f"reward: {len(pairs)} preference pairs are too few to hold any out")
     set_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=1, dtype=torch.float32
-    )
+    with no_pickles(base):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base,
+            num_labels=1,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
     padding = with_own_padding(tokenizer)
     lora = lora_config("reward.lora", reward.lora, "SEQ_CLS") if reward.lora else None
     try:
-        trainer = RewardTrainer(
+        trainer = _Fitting(
             model=model,
             args=arguments,
             train_dataset=Dataset.from_list(pairs[num_held_out:]),

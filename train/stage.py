@@ -52,12 +52,14 @@ def resume_state(folder: Path) -> str | None:
 def train_on(trainer: Any, work: Path) -> None:
     """Train from the newest state below `work` to the end, without transformers' own printing.
 
-    Raises Terminated on SIGTERM, after the optimizer update under way, with its state saved.
+    `trainer` is a FiniteTrainer. Raises Terminated on SIGTERM, after the optimizer update under
+    way, with its state saved, and RunFailure where what was trained is not finite.
     """
     trainer.remove_callback(PrinterCallback)  # the run shows its own progress
     trainer.add_callback(SaveOnTerm())  # last: what others say of saving comes before
     with termination.deferred():
         trainer.train(resume_from_checkpoint=resume_state(work))
+    trainer.check_model()
 
 
 class SaveOnTerm(TrainerCallback):

@@ -18,6 +18,7 @@ from selfcorrect.recipes.errors import InputError
 
 METADATA = "additional_metadata.csv"
 LONGEST_ROW = 1_000_000  # bytes of one row; the longest that is published has 1,316
+LONGEST_TABLE = 100_000_000  # bytes of the authors' table; the published one has 5,827,321
 _COLUMNS = ("category", "example_id", "target_loc", "label_type")
 
 Key = tuple[str, int]
@@ -224,8 +225,11 @@ def read_metadata(folder: Path) -> dict[Key, Decision]:
     if path is None:
         return {}
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as handle:
+            data = handle.read(LONGEST_TABLE + 1)
+        if len(data) > LONGEST_TABLE:
+            raise InputError(f"{path}: more than {LONGEST_TABLE:,} bytes; fetch the file again")
+        text = data.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}); fetch the file again") from None
     except UnicodeDecodeError:

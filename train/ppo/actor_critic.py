@@ -18,7 +18,9 @@ from trl import GRPOTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model
 
+from selfcorrect.evaluate.models import no_pickles
 from selfcorrect.recipes.errors import InputError
+from selfcorrect.train.finite import FiniteTrainer
 from selfcorrect.train.ppo import resume
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.critic import (
@@ -31,20 +33,24 @@ from selfcorrect.train.ppo.forward import CompletionPass, attach, hidden_critic,
 from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded
 
 
-class ActorCriticTrainer(GRPOTrainer):
+class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):
     """GRPOTrainer with a critic in the policy's forward pass; a subclass says what they learn."""
 
     args: PPOConfig
     beta: float
+    stage = "ppo"
 
     def __init__(self, model: Any, reward_funcs: Any, args: PPOConfig, **kwargs: Any) -> None:
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         path = model if isinstance(model, str) else model.config.name_or_path
         if kwargs.get("processing_class") is None:
-            kwargs["processing_class"] = AutoTokenizer.from_pretrained(path, padding_side="left")
+            kwargs["processing_class"] = AutoTokenizer.from_pretrained(
+                path, padding_side="left", trust_remote_code=args.trust_remote_code
+            )
         rewards = [_as_reward(reward, kwargs["processing_class"], args) for reward in rewards]
         try:
-            super().__init__(model, [guarded(reward) for reward in rewards], args, **kwargs)
+            with no_pickles(path):
+                super().__init__(model, [guarded(reward) for reward in rewards], args, **kwargs)
         except ValueError as error:
             raise InputError(f"ppo: {str(error).splitlines()[0]}") from error
         self._check_inputs()
@@ -56,7 +62,8 @@ class ActorCriticTrainer(GRPOTrainer):
         self._tuned_layer = next(tuned, None)
         self.critic_kind = critic_kind(args, self.model)
         set_seed(args.seed)  # every process must build the same critic
-        self.critic = build_critic(self.critic_kind, self.model, args)
+        with no_pickles(args.critic_path or path):
+            self.critic = build_critic(self.critic_kind, self.model, args)
         if args.disable_dropout:
             disable_dropout_in_model(self.critic)
         if not self.is_deepspeed_enabled:
@@ -171,6 +178,8 @@ class ActorCriticTrainer(GRPOTrainer):
         policy = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
         norm = self.accelerator.clip_grad_norm_(policy, self.args.max_grad_norm)  # unscales both
         critic_norm = nn.utils.clip_grad_norm_(critic, self.args.max_grad_norm)
+        self.check_gradient(norm)
+        self.check_gradient(critic_norm)
         self._metrics["train"]["value/grad_norm"].append(float(critic_norm))
         return norm
 
@@ -296,6 +305,6 @@ def _as_reward(reward: Any, tokenizer: Any, args: PPOConfig) -> Reward:
     path = reward.config.name_or_path if isinstance(reward, PreTrainedModel) else str(reward)
     if not isinstance(reward, PreTrainedModel):
         reward = load_reward_model(path, torch.float32)
-    own = AutoTokenizer.from_pretrained(path)
+    own = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     template = args.chat_template_kwargs or {}
     return RewardModelScorer(reward, own, tokenizer, template, name=Path(path).name)

@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from selfcorrect.evaluate.models import no_pickles
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.train.ppo.config import PPOConfig
 
@@ -78,7 +79,9 @@ def build_critic(kind: str, policy: nn.Module, args: PPOConfig) -> Critic:
         return critic
     if args.critic_path is None:
         path = language_model.config.name_or_path
-        twin = AutoModelForCausalLM.from_pretrained(path, dtype=language_model.dtype)
+        twin = AutoModelForCausalLM.from_pretrained(
+            path, dtype=language_model.dtype, trust_remote_code=args.trust_remote_code
+        )
         return Critic(hidden_size, twin.base_model)
     reward_model = load_reward_model(args.critic_path, language_model.dtype)
     critic = Critic(reward_model.config.get_text_config().hidden_size, reward_model.base_model)
@@ -105,12 +108,14 @@ def load_reward_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises InputError where there is no model, or a model without a trained score head.
     """
+    safe = {"use_safetensors": True, "trust_remote_code": False}
     try:
-        if (Path(path) / "adapter_config.json").is_file():
-            load = AutoPeftModelForSequenceClassification.from_pretrained
-            return load(path, num_labels=1, dtype=dtype).merge_and_unload()
-        load = AutoModelForSequenceClassification.from_pretrained
-        model, report = load(path, num_labels=1, dtype=dtype, output_loading_info=True)
+        with no_pickles(path):
+            if (Path(path) / "adapter_config.json").is_file():
+                load = AutoPeftModelForSequenceClassification.from_pretrained
+                return load(path, num_labels=1, dtype=dtype, **safe).merge_and_unload()
+            load = AutoModelForSequenceClassification.from_pretrained
+            model, report = load(path, num_labels=1, dtype=dtype, output_loading_info=True, **safe)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"ppo: no reward model at {path} ({reason})") from None
@@ -148,7 +153,8 @@ def _start_from_adapter(critic: Critic, policy: nn.Module, path: Path, args: PPO
                 f"{file}: {key} is {theirs.get(key)} and the policy's is "
                 f"{_plain(ours.get(key))}; make them equal or set critic: separate"
             )
-    weights = load_peft_weights(str(path), device="cpu")
+    with no_pickles(path):
+        weights = load_peft_weights(str(path), device="cpu")
     prefix = f"base_model.model.{language_model_of(policy).base_model_prefix}."
     slots = {
         name.removeprefix("backbone.").replace(".default", ""): p

