@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from selfcorrect.evaluate.run_folder import check_saved
 from selfcorrect.recipes.errors import InputError
 
 ADAPTER = "adapter_config.json"
@@ -29,12 +30,14 @@ def load_model(
     if given.suffix == ".gguf" and given.is_file():
         path, gguf_file = given.parent, given.name
     source = _source(str(path))
+    check_saved(Path(source))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
     adapter = Path(source) / ADAPTER
     if adapter.is_file():
         base = base_of(adapter)
+        check_saved(Path(base))
         model = _load_weights(base, dtype, {"trust_remote_code": trust_remote_code})
         model = _load_adapter(model, source)
         tokenizer = _load_tokenizer(source, base, {"trust_remote_code": trust_remote_code})

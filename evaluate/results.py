@@ -5,6 +5,8 @@ order of options); `write_results` keeps that as results.parquet beside statisti
 documents the table, docs/statistics.md both. `items_dataset` reads what lies behind it, lazily.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import and_
@@ -19,6 +21,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from selfcorrect.evaluate.cells import (
+    METADATA_KEY,
     Measured,
     measure_folder,
     measure_run,
@@ -31,7 +34,8 @@ from selfcorrect.evaluate.statistics_file import record_facts
 from selfcorrect.evaluate.statistics_file import statistics_of as statistics_of
 from selfcorrect.evaluate.thresholds import NOT_REACHED
 from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.whole_files import whole_file, write_json
+from selfcorrect.recipes.seals import UNSEALED, is_whole, read_record, seal, write_record
+from selfcorrect.recipes.whole_files import whole_file
 
 ALL_ORDERS = "all"
 
@@ -143,10 +147,60 @@ def write_results(
     been evaluated.
     """
     frame, statistics = results_of(run, num_resamples=num_resamples, seed=seed)
-    with whole_file(run / "results.parquet") as path:
-        frame.to_parquet(path, compression="zstd", index=False)
-    write_json(run / "statistics.json", statistics)
+    made_from = {"made_from": checkpoints_digest(run)}
+    write_table(run / "results.parquet", frame, made_from)
+    write_record(run / "statistics.json", {**made_from, **statistics})
     return frame, statistics
+
+
+def write_table(path: Path, frame: pd.DataFrame, facts: Mapping[str, Any]) -> None:
+    """Write a table as a sealed parquet file, with `facts` in its metadata."""
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    own = {METADATA_KEY: json.dumps({"seal": UNSEALED, **facts}).encode()}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **own})
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+        seal(temporary)
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """results.parquet, as `write_results` left it; InputError where it is damaged or another's."""
+    again = f"delete it and run `selfcorrect report {path.parent}` again"
+    try:
+        if not is_whole(path.read_bytes()):
+            raise ValueError("not as it was written")
+        table = pq.read_table(path)
+        facts = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+        made_from = facts.get("made_from")
+        frame = table.to_pandas()[list(COLUMNS)]
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: damaged, or no table of results; {again}") from None
+    if made_from is not None and made_from != checkpoints_digest(path.parent):
+        raise InputError(f"{path}: was made from other checkpoints; {again}")
+    return frame
+
+
+def read_statistics(path: Path) -> dict[str, Any]:
+    """statistics.json, as `write_results` left it; InputError where it is damaged or another's."""
+    again = f"delete it and run `selfcorrect report {path.parent}` again"
+    try:
+        found = read_record(path, again)
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: not there; run `selfcorrect report {path.parent}` first"
+        ) from None
+    made_from = found.pop("made_from", None)
+    if made_from is not None and made_from != checkpoints_digest(path.parent):
+        raise InputError(f"{path}: was made from other checkpoints; {again}")
+    return found
+
+
+def checkpoints_digest(run: Path) -> str:
+    """SHA-256 over the records of a run's checkpoints, and so over what its results are of."""
+    digest = hashlib.sha256()
+    for checkpoint in find_checkpoints(run):
+        digest.update(checkpoint.record.model_dump_json().encode())
+    return digest.hexdigest()
 
 
 # --- item by item ------------------------------------------------------------------------------

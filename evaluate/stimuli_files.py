@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from selfcorrect.evaluate.stimuli import Section
 from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.load import parse_yaml
 
 PAPER = Path(__file__).with_name("stimuli.yaml")
 CONTROLS = Path(__file__).with_name("controls.yaml")
@@ -61,13 +61,11 @@ def load_stimuli(own: Path | None = None, base: Path | None = None) -> Stimuli:
 
 def _read(path: Path, experiments: list[str]) -> dict[str, dict[str, Any]]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise InputError(f"{path}: the stimuli cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict) or not all(isinstance(part, dict) for part in data.values()):
         raise InputError(f"{path}: needs a section an experiment: {', '.join(experiments)}")
     for name in data:

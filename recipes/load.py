@@ -13,9 +13,14 @@ from pydantic import BaseModel, ValidationError
 
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.seals import UNSEALED, is_whole, sealed
 from selfcorrect.recipes.whole_files import write_text
 
 SHIPPED = Path(__file__).parent
+NOT_AS_SAVED = (
+    "damaged or changed since it was saved; copy it here again, or delete its first line where you "
+    "have changed it yourself"
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,6 +29,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key.value, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a word, no list or mapping", key.start_mark
+                )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} stands twice", key.start_mark
@@ -71,9 +80,12 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply dotted overrides such as `ppo.steps=20`, and check all of it."""
     path = recipe_path(name)
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        text = data.decode("utf-8")
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    if not is_whole(data):
+        raise InputError(f"{path}: {NOT_AS_SAVED}")
     content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections (name, models, data, ...)")
@@ -172,8 +184,8 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe."""
-    write_text(path, recipe_text(recipe))
+    """Write the resolved recipe, sealed in its first line."""
+    write_text(path, sealed(f"# {UNSEALED}\n{recipe_text(recipe)}".encode()).decode())
 
 
 def training_digest(recipe: Recipe, model: str, seed: int) -> str:

@@ -20,6 +20,7 @@ from selfcorrect.evaluate.results import (
     items_dataset,
     load,
     load_items,
+    read_statistics,
     results_of,
     rows,
     summarise,
@@ -85,7 +86,7 @@ def test_results_and_statistics_on_disk_agree_and_repeat_to_the_byte(run):
     metadata = pq.ParquetFile(run / "results.parquet").metadata.row_group(0)
     assert metadata.column(0).compression == "ZSTD"
     first = (run / "statistics.json").read_bytes()
-    assert json.loads(first) == statistics
+    assert read_statistics(run / "statistics.json") == statistics
     write_results(run, num_resamples=200)
     assert (run / "statistics.json").read_bytes() == first
     assert statistics["about"]["num_resamples"] == 200

@@ -215,7 +215,7 @@ def train_base(
     with whole_folder(folder) as new:
         policy.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        write_record(new, started, parameters=policy.num_parameters())
+        write_record(new, started, folder, parameters=policy.num_parameters())
     shutil.rmtree(work, ignore_errors=True)
 
 
