@@ -119,8 +119,6 @@ def _render_chat(tokenizer: Any, closed: Sequence[Turn], opened: str, template: 
 def _apply(
     tokenizer: Any, turns: Sequence[Turn], template: str | None, *, add_generation_prompt: bool
 ) -> str:
-    from jinja2 import TemplateError
-
     messages = [{"role": _ROLES[turn.role], "content": turn.text} for turn in turns]
     try:
         text: str = tokenizer.apply_chat_template(
@@ -129,8 +127,8 @@ def _apply(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except (TemplateError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # a stranger's template may raise anything, from 1 // 0 on
+        reason = " ".join(str(error).split()) or type(error).__name__
         name = getattr(tokenizer, "name_or_path", "") or "the model"
         raise InputError(f"{name}: the chat template refuses this dialogue ({reason})") from None
     return text

@@ -116,7 +116,7 @@ def find_checkpoints(run: Path, malformed: dict[Path, str] | None = None) -> lis
         try:
             found.append(read_checkpoint(path.parent))
         except InputError as error:
-            if not path.is_file():
+            if not path.exists():
                 continue
             if malformed is None:
                 raise

@@ -43,7 +43,7 @@ def run_of_files(run: Path, room: Path) -> Iterator[Kind]:
     benchmarks = shutil.copytree(run / "benchmarks", data / "benchmarks")
     rows = [json.loads(line) for line in (benchmarks / PUBLISHED[0]).read_text().splitlines()]
     table = [
-        {"category": row["category"], "example_id": row["example_id"], "target_loc": 0,
+        {"category": row["category"], "example_id": row["example_id"], "target_loc": "NA",
          "label_type": "label"} for row in rows
     ]  # fmt: skip
     pd.DataFrame(table).to_csv(benchmarks / "bbq" / "additional_metadata.csv", index=False)

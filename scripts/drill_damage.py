@@ -64,6 +64,8 @@ def drill(every: Sequence[Kind], roots: list[Path], flips: int, seed: int,
     for number, kind in enumerate(every):
         restore = restorer(roots)
         expected, _ = outcome(kind)
+        if isinstance(expected, Exception):
+            raise RuntimeError(f"{kind.name}: cannot be read before it is damaged") from expected
         restore()
         counted: Counter[str] = Counter()
         table[kind.name] = counted
@@ -115,7 +117,7 @@ def judge(kind: Kind, expected: object, found: object, said: str) -> str:
 def is_named(kind: Kind, said: str) -> bool:
     """Whether the words speak of the file, or of the folder that it is the heart of."""
     path = kind.path
-    return any(name in said for name in (path.name, str(path.parent), path.parent.name))
+    return path.name in said or str(path.parent) in said
 
 
 def restorer(roots: list[Path]) -> Callable[[], None]:

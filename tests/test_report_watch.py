@@ -163,7 +163,7 @@ def test_what_is_wrong_from_the_start_is_said_at_once(run, tmp_path, monkeypatch
     with pytest.raises(InputError, match="so this is not a run folder"):
         watch(tmp_path / "nothing", [], monkeypatch)
     (run / "recipe.yaml").write_text("name: [")
-    with pytest.raises(InputError, match="recipe.yaml: line 1"):
+    with pytest.raises(InputError, match=r"recipe\.yaml: line 1"):
         watch(run, [], monkeypatch)
 
 
