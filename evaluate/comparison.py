@@ -15,7 +15,7 @@ from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.statistics import Draws
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import NOT_AS_SAVED, parse_yaml
-from selfcorrect.recipes.seals import is_whole
+from selfcorrect.recipes.seals import is_whole, read_record
 
 # Keys of a recipe that change no answer of any checkpoint, beside the seeds: names, what is kept,
 # and how the machine is used.
@@ -168,23 +168,22 @@ def flatten(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
 
 
 def _content(path: Path) -> Any:
-    """A YAML or JSON file (JSON is YAML); nothing where there is none or it cannot be read.
+    """A YAML or JSON file; nothing where there is none, or where it is YAML that cannot be read.
 
-    Raises InputError for one that is not as this framework wrote it.
+    Raises InputError for one that is not as this framework wrote it, and for JSON that is none.
     """
     try:
+        if path.suffix == ".json":
+            return read_record(path, "mend it or move it away")
         data = path.read_bytes()
     except OSError:
         return {}
     if not is_whole(data):
         raise InputError(f"{path}: {NOT_AS_SAVED}")
     try:
-        content = parse_yaml(data.decode("utf-8", errors="replace"), path.name)
+        return parse_yaml(data.decode("utf-8", errors="replace"), path.name)
     except InputError:
         return {}
-    if isinstance(content, dict):
-        content.pop("seal", None)
-    return content
 
 
 def _same_in_all_seeds(run: Path) -> str | None:

@@ -37,10 +37,11 @@ from selfcorrect.evaluate.linear_probe import (
 from selfcorrect.evaluate.models import load_model
 from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.evaluate.plan import EvaluationPlan, PlannedCell, Question
+from selfcorrect.evaluate.result_files import write_table
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.recipes.seals import UNSEALED, is_whole, seal
+from selfcorrect.recipes.seals import is_whole
 from selfcorrect.recipes.whole_files import whole_file
 
 PLACE = Path("probe") / "bbq.parquet"  # in a checkpoint's folder
@@ -177,7 +178,6 @@ def probe_checkpoint(
     rows = probe_layers(vectors, pairs.frame, folds=folds, seed=seed, progress=progress)
     some = next(iter(vectors.values()))
     settings = {
-        "seal": UNSEALED,
         "weights": weights,
         "settings_digest": settings_digest(plan, folds, seed),
         "experiment": bbq.NAME,
@@ -189,11 +189,7 @@ def probe_checkpoint(
         "stored_as": str(some.dtype),
         "left_out": pairs.left_out,
     }
-    table = pa.Table.from_pandas(rows, preserve_index=False)
-    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(settings).encode()})
-    with whole_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
-        seal(temporary)
+    write_table(path, rows, settings)
 
 
 def settings_digest(plan: EvaluationPlan, folds: int, seed: int) -> str:

@@ -26,7 +26,8 @@ from selfcorrect.evaluate.report_tables import (
     result_tables,
     visible,
 )
-from selfcorrect.evaluate.results import load_items, write_results, write_table
+from selfcorrect.evaluate.result_files import write_table
+from selfcorrect.evaluate.results import load_items, write_results
 from selfcorrect.evaluate.statistics import NUM_RESAMPLES
 from selfcorrect.evaluate.transcripts import transcripts
 from selfcorrect.evaluate.trend_tables import trend_tables

@@ -11,10 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from selfcorrect.evaluate.cell_files import CellWriter, Origin, read_cell
 from selfcorrect.evaluate.comparison import differences
 from selfcorrect.evaluate.offline import evaluate_run, recipe_plan
-from selfcorrect.evaluate.results import load, read_results, read_statistics, write_results
+from selfcorrect.evaluate.probe import is_probed, read_probe, settings_digest
+from selfcorrect.evaluate.result_files import read_results, read_statistics, write_table
+from selfcorrect.evaluate.results import load, write_results
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.seals import digests
 from selfcorrect.scripts.damage_inputs import outside_kinds, run_of_files
@@ -146,6 +150,7 @@ def _measurements(run: Path, room: Path) -> Iterator[Kind]:
     yield Kind("evaluation cell, by the report", here, there, lambda: table(run))
     yield Kind("evaluation cell, another condition's", here, beside, lambda: table(run))
     yield from _parts(run, here, there, room)
+    yield _probe(run, room)
     benchmarks = run / "benchmarks"
     names = sorted(path for path in benchmarks.rglob("*") if path.is_file())
     for path, other in zip(names, [*names[1:], names[0]], strict=True):
@@ -184,6 +189,26 @@ def _parts(run: Path, here: Path, there: Path, room: Path) -> Iterator[Kind]:
         return read_cell(target)[0].to_json()
 
     yield Kind("part of an evaluation cell", part, other, goes_on, derived=True)
+
+
+def _probe(run: Path, room: Path) -> Kind:
+    """A file of probes, which is made anew where it is damaged or of other weights."""
+    plan = recipe_plan(load_recipe(str(run / "recipe.yaml")), run)
+    rows = pd.DataFrame({"layer": [0, 1], "accuracy": [0.5, 0.75]})
+    path, other = room / "probes" / "bbq.parquet", room / "probes" / "other.parquet"
+
+    def write(path: Path, weights: str) -> None:
+        digest = settings_digest(plan, 2, 0)
+        write_table(path, rows, {"settings_digest": digest, "weights": weights})
+
+    def probes() -> str:
+        if not is_probed(path, plan, 2, 0, "a"):
+            write(path, "a")  # in place of training them
+        return read_probe(path)[0].to_json()
+
+    write(path, "a")
+    write(other, "b")
+    return Kind("probes", path, other, probes, derived=True)
 
 
 def _plain(value: Any) -> Any:

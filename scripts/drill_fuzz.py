@@ -23,10 +23,10 @@ from hypothesis import HealthCheck, given, settings
 
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.scripts.damage_run import small_run
+from selfcorrect.scripts.fuzz_files import file_targets
 from selfcorrect.scripts.fuzz_targets import (
     Target,
     dialogue_targets,
-    file_targets,
     option_targets,
     recipe_targets,
 )

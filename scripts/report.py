@@ -68,7 +68,7 @@ def _print_results(report: Path) -> None:
     from rich.console import Console
 
     from selfcorrect.evaluate.closing_table import closing_table
-    from selfcorrect.evaluate.results import read_results
+    from selfcorrect.evaluate.result_files import read_results
 
     # Where the output is no terminal, the table still gets the width that it needs.
     console = Console() if sys.stdout.isatty() else Console(width=110)
@@ -114,7 +114,7 @@ def _watch(runs: list[Path], paper: bool, out: Path | None, every: float) -> Non
 
 
 def _is_current(report: Path) -> bool:
-    from selfcorrect.evaluate.results import read_results
+    from selfcorrect.evaluate.result_files import read_results
     from selfcorrect.evaluate.watching import made_from
 
     results = report.parent / "results.parquet"

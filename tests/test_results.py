@@ -14,13 +14,13 @@ from rich.console import Console
 
 from selfcorrect.evaluate.closing_table import closing_table
 from selfcorrect.evaluate.experiments import bbq
+from selfcorrect.evaluate.result_files import read_statistics
 from selfcorrect.evaluate.results import (
     COLUMNS,
     ITEM_FACTS,
     items_dataset,
     load,
     load_items,
-    read_statistics,
     results_of,
     rows,
     summarise,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -76,7 +77,7 @@ def resume_state(folder: Path) -> str | None:
             shutil.rmtree(path)
         except InputError as error:
             _log.warning("%s", error)
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # several processes may be at it
         else:
             return str(path)
     return None
@@ -132,6 +133,7 @@ class StageCallback(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark the state as whole, with the digests of its files."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        PartialState().wait_for_everyone()  # each process writes files of its own
         if state.is_world_process_zero:
             write_sealed(folder / COMPLETE, {"files": digests(folder)})
 
