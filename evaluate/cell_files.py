@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from selfcorrect.evaluate.cells import METADATA_KEY, read_settings, read_table
 from selfcorrect.evaluate.plan import PlannedCell
 from selfcorrect.recipes.errors import InputError, RunFailure
-from selfcorrect.recipes.seals import UNSEALED, is_whole, seal
+from selfcorrect.recipes.seals import UNSEALED, is_whole_file, seal
 from selfcorrect.recipes.whole_files import whole_file
 
 _COLUMNS = pa.schema(
@@ -88,9 +88,7 @@ class CellWriter:
             first, _, last = path.stem.partition("-")
             expected = found[-1][1] if found else 0
             try:
-                ours = is_whole(path.read_bytes()) and _facts(pq.read_schema(path)) == _facts(
-                    self.schema
-                )
+                ours = is_whole_file(path) and _facts(pq.read_schema(path)) == _facts(self.schema)
                 if not ours or int(first) != expected or not int(last) > expected:
                     break
             except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
@@ -130,7 +128,7 @@ class CellWriter:
         with _table_writer(path, self.schema) as file:
             for _, _, part in self._parts:
                 try:
-                    if not is_whole(part.read_bytes()):
+                    if not is_whole_file(part):
                         raise pa.ArrowInvalid("not as it was written")
                     rows = pq.ParquetFile(part, page_checksum_verification=True)
                     for group in range(rows.num_row_groups):

@@ -17,7 +17,7 @@ from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
 from selfcorrect.evaluate.statistics import OVERALL, Bootstrap, Draws, Estimate, bootstrap
 from selfcorrect.evaluate.tally import Tally
 from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.seals import is_whole
+from selfcorrect.recipes.seals import is_whole_file
 
 METADATA_KEY = b"selfcorrect"
 _whole: set[tuple[str, int, int, int]] = set()  # files that have been looked at
@@ -130,7 +130,7 @@ def _check_seal(path: Path) -> None:
     facts = path.stat()
     key = (str(path.resolve()), facts.st_mtime_ns, facts.st_size, facts.st_ino)
     if key not in _whole:
-        if not is_whole(path.read_bytes()):
+        if not is_whole_file(path):
             raise ValueError("not as it was written")
         _whole.add(key)
 

@@ -103,7 +103,7 @@ def evaluate_run(
     """
     if processes.size > 1 and recipe.evaluate.engine != "packed":
         raise InputError(f"evaluate.engine: {recipe.evaluate.engine} shares its work by itself")
-    check_inputs(recipe, run, training=False)
+    processes.agree(lambda: _check_files(recipe, run))  # one of them mends what is damaged
     work = _Work(recipe, run, recipe_plan(recipe, run), processes, device)
     while True:
         waiting = processes.agree(work.waiting)
@@ -120,6 +120,12 @@ def evaluate_run(
         notify("evaluate", work.num_measured, work.num_measured)
     work.raise_broken()
     return work.num_measured
+
+
+def _check_files(recipe: Recipe, run: Path) -> None:
+    check_inputs(recipe, run, training=False)
+    if recipe.data.society is not None:
+        whole_benchmarks(recipe.data.society, run / "benchmarks")
 
 
 @dataclass

@@ -41,7 +41,7 @@ from selfcorrect.evaluate.result_files import write_table
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.recipes.seals import is_whole
+from selfcorrect.recipes.seals import is_whole_file
 from selfcorrect.recipes.whole_files import whole_file
 
 PLACE = Path("probe") / "bbq.parquet"  # in a checkpoint's folder
@@ -214,7 +214,7 @@ def is_probed(
 def read_probe(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The rows of a probe's file and its settings; InputError when it is missing or damaged."""
     try:
-        if not is_whole(path.read_bytes()):
+        if not is_whole_file(path):
             raise ValueError("not as it was written")
         table = pq.read_table(path)
         settings = json.loads(table.schema.metadata[METADATA_KEY])

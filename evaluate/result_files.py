@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from selfcorrect.evaluate.cells import METADATA_KEY
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.seals import UNSEALED, is_whole, read_record, seal
+from selfcorrect.recipes.seals import UNSEALED, is_whole_file, read_record, seal
 from selfcorrect.recipes.whole_files import whole_file
 
 # Columns of the tidy table, in order: (pandas type, meaning). Undefined is null, never 0.
@@ -56,7 +56,7 @@ def read_results(path: Path) -> pd.DataFrame:
     """results.parquet, as `write_results` left it; InputError where it is damaged or another's."""
     again = f"delete it and run `selfcorrect report {path.parent}` again"
     try:
-        if not is_whole(path.read_bytes()):
+        if not is_whole_file(path):
             raise ValueError("not as it was written")
         table = pq.read_table(path)
         facts = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))

@@ -7,7 +7,9 @@ Files without a seal, of older versions or written by hand, are taken as they ar
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +30,41 @@ def sealed(data: bytes) -> bytes:
 
 
 def seal(path: Path) -> None:
-    """Seal a file that holds `UNSEALED`, before it takes its name."""
-    path.write_bytes(sealed(path.read_bytes()))
+    """Seal a file that holds `UNSEALED`, before it takes its name; it is not held in memory."""
+    with path.open("r+b") as handle, mmap(handle.fileno(), 0) as data:
+        place = _place(data)
+        if place is None:
+            raise ValueError(f"{path}: nothing to seal: UNSEALED is not in there")
+        data[place : place + 64] = _digest_around(data, place)
 
 
-def is_whole(data: bytes) -> bool:
+def is_whole(data: bytes | mmap) -> bool:
     """Whether the bytes are those that were sealed; True where there is no seal."""
     place = _place(data)
     return place is None or data[place : place + 64] == _digest_around(data, place)
 
 
-def _place(data: bytes) -> int | None:
+def is_whole_file(path: Path) -> bool:
+    """`is_whole` of a file, which is not held in memory; raises OSError where it cannot be read."""
+    with path.open("rb") as handle:
+        if not os.fstat(handle.fileno()).st_size:
+            return True
+        with mmap(handle.fileno(), 0, access=ACCESS_READ) as data:
+            return is_whole(data)
+
+
+def _place(data: bytes | mmap) -> int | None:
     """Where the digest begins: the seal of a parquet file is in its footer, others' at the head."""
     mark = MARK.encode()
-    at = data.rfind(mark) if data.startswith(b"PAR1") else data.find(mark, 0, _HEAD)
+    at = data.rfind(mark) if data[:4] == b"PAR1" else data.find(mark, 0, _HEAD)
     return None if at < 0 else at + len(mark)
 
 
-def _digest_around(data: bytes, place: int) -> bytes:
-    digest = hashlib.sha256(memoryview(data)[:place])
-    digest.update(b"0" * 64)
-    digest.update(memoryview(data)[place + 64 :])
+def _digest_around(data: bytes | mmap, place: int) -> bytes:
+    with memoryview(data) as view:
+        digest = hashlib.sha256(view[:place])
+        digest.update(b"0" * 64)
+        digest.update(view[place + 64 :])
     return digest.hexdigest().encode()
 
 
