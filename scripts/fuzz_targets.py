@@ -237,6 +237,7 @@ def option_targets(room: Path) -> list[Target]:
     folder.mkdir(parents=True, exist_ok=True)
 
     def chosen(rows: list[Any]) -> None:
+        rows = [{**row, "id": n} if row == record else row for n, row in enumerate(rows)]
         text = "".join(json.dumps(row, default=str) + "\n" for row in rows)
         (folder / "own.jsonl").write_text(text, encoding="utf-8", errors="surrogatepass")
         for item in EXPERIMENTS["multiple_choice"].load(room, section, None, 0).items:
@@ -255,7 +256,7 @@ def option_targets(room: Path) -> list[Target]:
     return [
         (
             "options: multiple choice",
-            st.lists(mostly(st.just(record), near_misses(record)), max_size=2),
+            st.lists(mostly(st.just(record), near_misses(record)), max_size=3),
             chosen,
         ),
         ("options: BBQ answers", answered, scored),

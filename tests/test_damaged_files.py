@@ -22,7 +22,7 @@ from selfcorrect.scripts.damage_run import adapter_run, small_run
 from selfcorrect.scripts.drill_fuzz import run_target
 from selfcorrect.train.run import open_run, train_run
 
-MUTATIONS_A_KIND = 3
+MUTATIONS_A_KIND = 2
 EXAMPLES = 15
 
 
