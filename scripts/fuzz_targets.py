@@ -30,7 +30,12 @@ Target = tuple[str, st.SearchStrategy[Any], Callable[[Any], object]]
 
 SMALL: dict[str, Any] = {
     "name": "small",
-    "models": [{"name": "tiny", "scratch": {"model_type": "llama", "hidden_size": 8}}],
+    "models": [
+        {
+            "name": "tiny",
+            "scratch": {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2},
+        },
+    ],
     "data": {"society": {"seed": 3, "corpus": {"documents": 10}, "pairs": 20}},
     "base": {"method": "pretrain", "trainer": {"learning_rate": 0.001, "save_steps": 5}},
     "reward": {"trainer": {"num_train_epochs": 1}, "lora": {"r": 2}},
@@ -156,22 +161,32 @@ def recipe_targets(room: Path) -> list[Target]:
         ("recipe: YAML files", damaged(text) | st.binary(max_size=60), loads),
         ("recipe: any text", st.text(max_size=80), lambda text: parse_yaml(text, "fuzz")),
         ("overrides", st.lists(assigned, min_size=1, max_size=3), overrides),
-        ("recipe: trainer, lora, scratch", _library_settings(settings), libraries),
+        ("recipe: trainer, lora, scratch", _library_settings(settings, _library_keys()), libraries),
     ]
 
 
-@st.composite
-def _library_settings(draw: st.DrawFn, settings: st.SearchStrategy[str]) -> Any:
-    """The small recipe with odd values of keys that the libraries know."""
+def _library_keys() -> dict[str, list[str]]:
+    """The keys that the libraries know, by the section that they stand in."""
     from peft import LoraConfig
     from transformers import LlamaConfig
 
     from selfcorrect.train.ppo.config import PPOConfig
 
+    kinds = {"lora": LoraConfig, "scratch": LlamaConfig, "trainer": PPOConfig}
+    return {
+        name: [key for key in kind.__dataclass_fields__ if not key.startswith("_")]
+        for name, kind in kinds.items()
+    }
+
+
+@st.composite
+def _library_settings(
+    draw: st.DrawFn, settings: st.SearchStrategy[str], keys: dict[str, list[str]]
+) -> Any:
+    """The small recipe with odd values of keys that the libraries know."""
     tree = copy.deepcopy(SMALL)
     section = draw(settings)
-    kind = {"lora": LoraConfig, "scratch": LlamaConfig}.get(section.rpartition(".")[2], PPOConfig)
-    known = [name for name in kind.__dataclass_fields__ if not name.startswith("_")]
+    known = keys[section.rpartition(".")[2]]
     place: Any = tree
     for part in section.split("."):
         place = place[int(part) if part.isdecimal() else part]
