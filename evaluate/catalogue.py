@@ -8,6 +8,7 @@ import csv
 import gzip
 import hashlib
 import io
+import logging
 import re
 import zlib
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from selfcorrect.recipes.errors import InputError
 
 CATALOGUE = Path(__file__).parent / "catalogue.yaml"
+_log = logging.getLogger(__name__)
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 # Plain names with single slashes: no "..", no drive, no leading slash, nothing hidden.
@@ -162,6 +164,28 @@ class Finding:
 def check_set(data_set: DataSet, data_dir: Path) -> list[Finding]:
     """What `data_dir` holds of each file of a data set."""
     return [check_file(file, data_dir) for file in data_set.files]
+
+
+_said: set[Path] = set()  # once a process
+
+
+def say_unpublished(data_dir: Path, experiments: Iterable[str]) -> None:
+    """One warning where files that are read are not as they are published; they are used."""
+    found = [
+        finding
+        for data_set in catalogue().values()
+        for file in data_set.files
+        if file.path.partition("/")[0] in experiments
+        for finding in [check_file(file, data_dir)]
+        if finding.state == "different"
+    ]
+    if found and found[0].path not in _said:
+        _said.add(found[0].path)
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        _log.warning(
+            "%s%s: not as it is published (%s), used as it is; `selfcorrect data check` says more",
+            found[0].path, more, found[0].reason,
+        )  # fmt: skip
 
 
 def check_file(file: DataFile, data_dir: Path) -> Finding:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from selfcorrect.evaluate.cells import METADATA_KEY, read_settings, read_table
 from selfcorrect.evaluate.plan import PlannedCell
 from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.seals import UNSEALED, is_whole_file, seal
 from selfcorrect.recipes.whole_files import whole_file
 
 _COLUMNS = pa.schema(
@@ -54,6 +55,7 @@ class CellWriter:
 
     def __init__(self, path: Path, cell: PlannedCell, origin: Origin) -> None:
         metadata = {
+            "seal": UNSEALED,
             "experiment": cell.experiment,
             "condition": cell.condition,
             "settings_digest": cell.settings_digest,
@@ -86,10 +88,10 @@ class CellWriter:
             first, _, last = path.stem.partition("-")
             expected = found[-1][1] if found else 0
             try:
-                ours = pq.read_schema(path).metadata == self.schema.metadata
+                ours = is_whole_file(path) and _facts(pq.read_schema(path)) == _facts(self.schema)
                 if not ours or int(first) != expected or not int(last) > expected:
                     break
-            except (pa.ArrowException, OSError, ValueError):
+            except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
                 break
             found.append((int(first), int(last), path))
         return found
@@ -113,9 +115,11 @@ class CellWriter:
             return
         first = self._parts[-1][1] if self._parts else 0
         path = self._folder / f"{first:09d}-{self.num_items:09d}.parquet"
-        with whole_file(path) as temporary, _table_writer(temporary, self.schema) as file:
-            for table in self._held:
-                file.write_table(table)
+        with whole_file(path) as temporary:
+            with _table_writer(temporary, self.schema) as file:
+                for table in self._held:
+                    file.write_table(table)
+            seal(temporary)
         self._parts.append((first, self.num_items, path))
         self._held = []
 
@@ -124,6 +128,8 @@ class CellWriter:
         with _table_writer(path, self.schema) as file:
             for _, _, part in self._parts:
                 try:
+                    if not is_whole_file(part):
+                        raise pa.ArrowInvalid("not as it was written")
                     rows = pq.ParquetFile(part, page_checksum_verification=True)
                     for group in range(rows.num_row_groups):
                         file.write_table(rows.read_row_group(group))
@@ -134,10 +140,17 @@ class CellWriter:
                     ) from None
             for table in self._held:
                 file.write_table(table)
+        seal(path)
 
     def clear(self) -> None:
         """Remove the parts: the cell's file has them all."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _facts(schema: pa.Schema) -> dict[str, Any]:
+    """What a file says of itself, but for its seal."""
+    facts: dict[str, Any] = json.loads(schema.metadata[METADATA_KEY])
+    return {name: value for name, value in facts.items() if name != "seal"}
 
 
 def _table_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:

@@ -12,12 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
+from selfcorrect.evaluate.plan import cell_file_name
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
 from selfcorrect.evaluate.statistics import OVERALL, Bootstrap, Draws, Estimate, bootstrap
 from selfcorrect.evaluate.tally import Tally
 from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.seals import is_whole_file
 
 METADATA_KEY = b"selfcorrect"
+_whole: set[tuple[str, int, int, int]] = set()  # files that have been looked at
 
 
 class Experiment(Protocol):
@@ -102,23 +105,41 @@ def condition_rank(condition: str) -> tuple[int, str]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What an evaluation file says of itself: experiment, condition, num_items, left_out."""
+    """What an evaluation file says of itself: experiment, condition, num_items, left_out.
+
+    Raises InputError where a byte of the file has changed since it was written, and where it lies
+    under the name of another cell.
+    """
     try:
+        _check_seal(path)
         metadata = pq.read_schema(path).metadata or {}
         settings = json.loads(metadata[METADATA_KEY])
-        return {
-            **settings,
-            "experiment": settings["experiment"],
-            "condition": settings["condition"],
-        }
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
+        settings.pop("seal", None)
+        named = cell_file_name(settings["experiment"], settings["condition"])
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RecursionError):
         raise _damaged(path) from None
+    if named != path.name:
+        raise InputError(
+            f"{path}: holds {settings['experiment']} {settings['condition']}; name it {named}, or "
+            "delete it and run `selfcorrect evaluate` again"
+        )
+    return cast(dict[str, Any], settings)
+
+
+def _check_seal(path: Path) -> None:
+    facts = path.stat()
+    key = (str(path.resolve()), facts.st_mtime_ns, facts.st_size, facts.st_ino)
+    if key not in _whole:
+        if not is_whole_file(path):
+            raise ValueError("not as it was written")
+        _whole.add(key)
 
 
 def _measure(
     path: Path, run: str, model: str, record: CheckpointRecord | None, draws: Draws
 ) -> Measured:
     settings = read_settings(path)
+    _check_origin(path, settings, record)
     experiment = experiment_named(settings["experiment"])
     frame = read_table(path, None).to_pandas()
     try:
@@ -145,6 +166,20 @@ def _measure(
         num_truncated=int(truncated.eq(True).sum()),
         by_order=by_order,
     )
+
+
+def _check_origin(path: Path, settings: dict[str, Any], record: CheckpointRecord | None) -> None:
+    origin = settings.get("origin")
+    weights = origin.get("weights") if isinstance(origin, dict) else None
+    if (
+        record is not None
+        and record.weights_digest
+        and weights not in (None, record.weights_digest)
+    ):
+        raise InputError(
+            f"{path}: holds the answers of other weights than its checkpoint.json speaks of; run "
+            "`selfcorrect evaluate` again, or copy the checkpoint here again"
+        )
 
 
 def _resampled(
@@ -177,8 +212,8 @@ def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
     try:
         present = set(pq.read_schema(path).names)
         wanted = None if columns is None else [name for name in columns if name in present]
-        return pq.read_table(path, columns=wanted)
-    except (pa.ArrowException, OSError):
+        return pq.read_table(path, columns=wanted, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError):
         raise _damaged(path) from None
 
 

@@ -13,7 +13,8 @@ from selfcorrect.evaluate.results import statistics_of, tidy
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.statistics import Draws
 from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.load import parse_yaml
+from selfcorrect.recipes.load import NOT_AS_SAVED, parse_yaml
+from selfcorrect.recipes.seals import is_whole, read_record
 from selfcorrect.recipes.visible_text import visible
 
 # Keys of a recipe that change no answer of any checkpoint, beside the seeds: names, what is kept,
@@ -167,10 +168,21 @@ def flatten(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
 
 
 def _content(path: Path) -> Any:
-    """A YAML or JSON file (JSON is YAML); nothing where there is none or it cannot be read."""
+    """A YAML or JSON file; nothing where there is none, or where it is YAML that cannot be read.
+
+    Raises InputError for one that is not as this framework wrote it, and for JSON that is none.
+    """
     try:
-        return parse_yaml(path.read_text(encoding="utf-8", errors="replace"), path.name)
-    except (OSError, InputError):
+        if path.suffix == ".json":
+            return read_record(path, "mend it or move it away")
+        data = path.read_bytes()
+    except OSError:
+        return {}
+    if not is_whole(data):
+        raise InputError(f"{path}: {NOT_AS_SAVED}")
+    try:
+        return parse_yaml(data.decode("utf-8", errors="replace"), path.name)
+    except InputError:
         return {}
 
 

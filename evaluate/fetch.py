@@ -111,6 +111,8 @@ def fetch_file(
     if not is_allowed(url):
         raise RunFailure(f"{url}: refused; only addresses that begin with https:// are fetched")
     part = path.with_name(f".{path.name}.part")
+    if part.is_dir():
+        raise RunFailure(f"{part}: a folder, where a download is kept meanwhile; move it away")
     with _one_at_a_time(path):
         if path.exists():  # another process was faster
             return

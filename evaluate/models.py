@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from selfcorrect.evaluate.run_folder import check_saved
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.visible_text import visible
 
@@ -38,12 +39,14 @@ def load_model(
     if given.suffix == ".gguf" and given.is_file():
         path, gguf_file = given.parent, given.name
     source = _source(str(path))
+    check_saved(Path(source))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
     adapter = Path(source) / ADAPTER
     if adapter.is_file():
         base = base_of(adapter)
+        check_saved(Path(base))
         model = _load_weights(base, dtype, {"trust_remote_code": trust_remote_code})
         model = _load_adapter(model, source)
         tokenizer = _load_tokenizer(source, base, {"trust_remote_code": trust_remote_code})
@@ -210,10 +213,9 @@ class _InputErrors:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from safetensors import SafetensorError
-
-        mistakes = (OSError, ValueError, KeyError, ImportError, SafetensorError, RuntimeError)
-        if error is None or not isinstance(error, mistakes):
+        # The libraries underneath raise whatever comes, tokenizers a plain Exception, or a panic.
+        panicked = type(error).__name__ == "PanicException"
+        if not (isinstance(error, Exception) or panicked):
             return
         if isinstance(error, RuntimeError) and "out of memory" in str(error):
             return

@@ -8,16 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from selfcorrect.evaluate.catalogue import say_unpublished
 from selfcorrect.evaluate.cell_files import Origin, is_measured
 from selfcorrect.evaluate.claims import claimed
+from selfcorrect.evaluate.inputs import check_inputs
 from selfcorrect.evaluate.measure import measure, measure_with
 from selfcorrect.evaluate.plan import EvaluationPlan, plan
 from selfcorrect.evaluate.processes import ALONE, Processes
-from selfcorrect.evaluate.run_folder import RECORD, Checkpoint, find_checkpoints
+from selfcorrect.evaluate.run_folder import RECORD, Checkpoint, check_saved, find_checkpoints
 from selfcorrect.evaluate.stimuli_files import load_stimuli
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.society.benchmarks import whole_benchmarks
 
 Notify = Callable[[str, int, int], None]  # what, done, in all
 
@@ -28,11 +31,13 @@ def recipe_plan(recipe: Recipe, run: Path) -> EvaluationPlan:
     """What a recipe's `evaluate` section asks for; a society's benchmarks lie in the run folder."""
     if recipe.data.society is not None:
         data = run / "benchmarks"
+        whole_benchmarks(recipe.data.society, data)
         stimuli = load_stimuli(recipe.data.stimuli, base=data / "stimuli.yaml")
     else:
         if recipe.data.benchmarks is None:
             raise InputError("data.benchmarks: name the folder with bbq/, winogender/, law_school/")
         data, stimuli = recipe.data.benchmarks, load_stimuli(recipe.data.stimuli)
+        say_unpublished(data, recipe.evaluate.experiments)
     asked = recipe.evaluate
     return plan(
         data,
@@ -98,6 +103,7 @@ def evaluate_run(
     """
     if processes.size > 1 and recipe.evaluate.engine != "packed":
         raise InputError(f"evaluate.engine: {recipe.evaluate.engine} shares its work by itself")
+    processes.agree(lambda: _check_files(recipe, run))  # one of them mends what is damaged
     work = _Work(recipe, run, recipe_plan(recipe, run), processes, device)
     while True:
         waiting = processes.agree(work.waiting)
@@ -114,6 +120,12 @@ def evaluate_run(
         notify("evaluate", work.num_measured, work.num_measured)
     work.raise_broken()
     return work.num_measured
+
+
+def _check_files(recipe: Recipe, run: Path) -> None:
+    check_inputs(recipe, run, training=False)
+    if recipe.data.society is not None:
+        whole_benchmarks(recipe.data.society, run / "benchmarks")
 
 
 @dataclass
@@ -222,6 +234,7 @@ def _checked_digest(checkpoint: Checkpoint) -> str:
     from selfcorrect.evaluate.weights import files_digest
 
     try:
+        check_saved(checkpoint.folder)  # names the file, where the record knows them
         digest = files_digest(checkpoint.folder)
     except InputError as error:
         raise RunFailure(str(error)) from None

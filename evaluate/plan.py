@@ -60,8 +60,8 @@ class PlannedCell:
 
     @property
     def file_name(self) -> str:
-        """The condition's own spelling stands in the file's metadata."""
-        return f"{self.experiment}.{re.sub(r'[^A-Za-z0-9+-]', '_', self.condition)}.parquet"
+        """See `cell_file_name`."""
+        return cell_file_name(self.experiment, self.condition)
 
     @property
     def items(self) -> list[Item]:
@@ -102,6 +102,11 @@ class PlannedCell:
             "items": self.loaded.digest,
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def cell_file_name(experiment: str, condition: str) -> str:
+    """The name of a cell's file; the condition's own spelling stands in its metadata."""
+    return f"{experiment}.{re.sub(r'[^A-Za-z0-9+-]', '_', condition)}.parquet"
 
 
 @dataclass(frozen=True)

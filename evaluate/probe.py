@@ -37,9 +37,11 @@ from selfcorrect.evaluate.linear_probe import (
 from selfcorrect.evaluate.models import load_model
 from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.evaluate.plan import EvaluationPlan, PlannedCell, Question
+from selfcorrect.evaluate.result_files import write_table
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.seals import is_whole_file
 from selfcorrect.recipes.whole_files import whole_file
 
 PLACE = Path("probe") / "bbq.parquet"  # in a checkpoint's folder
@@ -99,7 +101,7 @@ def probe_run(
     tables = []
     for checkpoint in find_checkpoints(run):
         record, path = checkpoint.record, checkpoint.folder / PLACE
-        if not is_probed(path, plan, folds, seed):
+        if not is_probed(path, plan, folds, seed, record.weights_digest):
             model, tokenizer = load_model(
                 checkpoint.folder, trust_remote_code=record.model in trusted
             )
@@ -111,6 +113,7 @@ def probe_run(
                 path,
                 folds=folds,
                 seed=seed,
+                weights=record.weights_digest,
                 progress=None if progress is None else _named(progress, name),
             )
         rows = read_probe(path)[0]
@@ -140,13 +143,15 @@ def probe_checkpoint(
     *,
     folds: int = 5,
     seed: int = 0,
+    weights: str | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Probe every layer of `model` under every condition of the plan, and write `path`.
 
     One row per `trained_on`, `condition`, `held_out`, `layer` and `category` (with "overall"):
     `accuracy` with its 95 % interval `low`, `high`, `baseline_accuracy`, `num_pairs` and
-    `num_clusters` (templates). Settings stand in the file's metadata. `progress` is called with
+    `num_clusters` (templates). Settings stand in the file's metadata, with `weights`,
+    a digest of whose weights they are. `progress` is called with
     what is done, how much of it, and how much in all.
 
     Raises InputError where the plan cannot be probed, RunFailure for hidden states that are not
@@ -173,6 +178,7 @@ def probe_checkpoint(
     rows = probe_layers(vectors, pairs.frame, folds=folds, seed=seed, progress=progress)
     some = next(iter(vectors.values()))
     settings = {
+        "weights": weights,
         "settings_digest": settings_digest(plan, folds, seed),
         "experiment": bbq.NAME,
         "conditions": list(vectors),
@@ -183,10 +189,7 @@ def probe_checkpoint(
         "stored_as": str(some.dtype),
         "left_out": pairs.left_out,
     }
-    table = pa.Table.from_pandas(rows, preserve_index=False)
-    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(settings).encode()})
-    with whole_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    write_table(path, rows, settings)
 
 
 def settings_digest(plan: EvaluationPlan, folds: int, seed: int) -> str:
@@ -195,11 +198,15 @@ def settings_digest(plan: EvaluationPlan, folds: int, seed: int) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
-def is_probed(path: Path, plan: EvaluationPlan, folds: int, seed: int) -> bool:
-    """Whether `path` is an undamaged file of these very settings."""
+def is_probed(
+    path: Path, plan: EvaluationPlan, folds: int, seed: int, weights: str | None = None
+) -> bool:
+    """Whether `path` is an undamaged file of these very settings, and weights if they are known."""
     try:
         settings = read_probe(path)[1]
     except InputError:
+        return False
+    if weights is not None and settings.get("weights") not in (None, weights):
         return False
     return bool(settings["settings_digest"] == settings_digest(plan, folds, seed))
 
@@ -207,6 +214,8 @@ def is_probed(path: Path, plan: EvaluationPlan, folds: int, seed: int) -> bool:
 def read_probe(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The rows of a probe's file and its settings; InputError when it is missing or damaged."""
     try:
+        if not is_whole_file(path):
+            raise ValueError("not as it was written")
         table = pq.read_table(path)
         settings = json.loads(table.schema.metadata[METADATA_KEY])
         return table.to_pandas(), {**settings, "settings_digest": settings["settings_digest"]}

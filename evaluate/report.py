@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from selfcorrect.evaluate.report_tables import (
     left_out_table,
     result_tables,
 )
+from selfcorrect.evaluate.result_files import write_table
 from selfcorrect.evaluate.results import load_items, write_results
 from selfcorrect.evaluate.run_folder import check_inside
 from selfcorrect.evaluate.statistics import NUM_RESAMPLES
@@ -34,8 +34,9 @@ from selfcorrect.evaluate.trend_tables import trend_tables
 from selfcorrect.evaluate.verdict import caveats, summary, verdicts
 from selfcorrect.evaluate.watching import begun
 from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.seals import read_record, write_record
 from selfcorrect.recipes.visible_text import visible
-from selfcorrect.recipes.whole_files import whole_file, write_json, write_text
+from selfcorrect.recipes.whole_files import write_text
 
 if TYPE_CHECKING:
     from selfcorrect.evaluate.drawings import Drawing
@@ -95,9 +96,8 @@ def write_comparison(
     parts = measure_groups(groups, num_resamples, seed)
     frame = pd.concat([table for table, _ in parts], ignore_index=True)
     statistics = merge_statistics(groups, [one for _, one in parts])
-    with whole_file(out / "results.parquet") as path:
-        frame.to_parquet(path, compression="zstd", index=False)
-    write_json(out / "statistics.json", statistics)
+    write_table(out / "results.parquet", frame, {})
+    write_record(out / "statistics.json", statistics)
     return _write_page(
         out,
         named,
@@ -192,7 +192,7 @@ def _left_out_of_feedback(run: Path) -> list[dict[str, int]]:
         path for stage in ("reward", "ppo") for path in run.glob(f"*/seed-*/{stage}/stage.json")
     ]
     records = [_read_json(path) for path in sorted(paths)]
-    return [record.get("left_out") or {} for record in records if isinstance(record, dict)]
+    return [record.get("left_out") or {} for record in records]
 
 
 def render(**content: Any) -> str:
@@ -219,13 +219,11 @@ def _recipe_text(path: Path) -> str | None:
         return None
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_record(path, "mend it or move it away")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError):
-        raise InputError(f"{path}: not readable as JSON; mend it or move it away") from None
 
 
 def _embedded(path: Path) -> str:

@@ -25,40 +25,19 @@ from selfcorrect.evaluate.cells import (
     read_settings,
     run_name,
 )
+from selfcorrect.evaluate.result_files import COLUMNS as COLUMNS
+from selfcorrect.evaluate.result_files import checkpoints_digest, write_table
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.statistics import NUM_RESAMPLES, Draws
 from selfcorrect.evaluate.statistics_file import record_facts
 from selfcorrect.evaluate.statistics_file import statistics_of as statistics_of
 from selfcorrect.evaluate.thresholds import NOT_REACHED
 from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.whole_files import whole_file, write_json
+from selfcorrect.recipes.seals import write_record
+from selfcorrect.recipes.whole_files import whole_file
 
 ALL_ORDERS = "all"
 
-# Columns of the tidy table, in order: (pandas type, meaning). Undefined is null, never 0.
-COLUMNS: dict[str, tuple[str, str]] = {
-    "run": ("str", "name of the run's folder"),
-    "model": ("str", "the model's name in the recipe"),
-    "parameters": ("Int64", "number of parameters of the model"),
-    "seed": ("Int64", "training seed"),
-    "step": ("Int64", "PPO updates (rollout batches) behind the checkpoint"),
-    "episodes": ("Int64", "prompts answered in training up to the checkpoint"),
-    "kl": ("float64", "mean sequence KL to the initial policy, nats, last rollout batch"),
-    "reward": ("float64", "mean reward-model score of the last rollout batch"),
-    "experiment": ("str", "bbq, winogender, law_school or another of EXPERIMENTS"),
-    "condition": ("str", "Q, Q+IF, Q+IF+CoT, Match stats, a control, or one of your own"),
-    "category": ("str", "a category of the benchmark, or 'overall'"),
-    "order": (
-        "str",
-        "order of the options as in '120'; 'all' together, the only one for one order",
-    ),
-    "metric": ("str", "see DESCRIPTIONS in the experiment's module"),
-    "value": ("float64", "the metric over all items of the cell"),
-    "low": ("float64", "lower end of the 95 % interval"),
-    "high": ("float64", "upper end of the 95 % interval"),
-    "num_items": ("Int64", "rows scored behind the value: items x orders of options x draws"),
-    "num_clusters": ("Int64", "clusters (templates, occupations, students) behind the value"),
-}
 # What `items_dataset` puts before the columns of the evaluation files.
 ITEM_FACTS = [
     pa.field("run", pa.string()),
@@ -143,9 +122,9 @@ def write_results(
     been evaluated.
     """
     frame, statistics = results_of(run, num_resamples=num_resamples, seed=seed)
-    with whole_file(run / "results.parquet") as path:
-        frame.to_parquet(path, compression="zstd", index=False)
-    write_json(run / "statistics.json", statistics)
+    made_from = {"made_from": checkpoints_digest(run)}
+    write_table(run / "results.parquet", frame, made_from)
+    write_record(run / "statistics.json", {**made_from, **statistics})
     return frame, statistics
 
 

@@ -9,16 +9,16 @@
 Facts live in the records, not in the names: `step` is read from checkpoint.json.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.whole_files import write_json
+from selfcorrect.recipes.seals import check_files, read_record, write_record
 
 RECORD = "checkpoint.json"
+STAGE_RECORD = "stage.json"  # beside a base and a reward model
 
 
 class CheckpointRecord(BaseModel):
@@ -26,7 +26,8 @@ class CheckpointRecord(BaseModel):
 
     `kl` is the mean sequence KL to the initial policy in nats over the last rollout batch,
     `reward` the mean reward-model score of the same batch, both null at step 0. `weights_digest` is
-    `weights.files_digest` of the folder as it was saved; null in folders of older versions.
+    `weights.files_digest` of the folder as it was saved, `files` the SHA-256 of each file; null in
+    folders of older versions. The file on disk carries a seal of its own besides.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -42,12 +43,14 @@ class CheckpointRecord(BaseModel):
     reward: float | None
     adapter_of: str | None = None
     weights_digest: str | None = None
+    files: dict[str, str] | None = None
     recipe_digest: str
     versions: dict[str, str]
+    seal: str | None = Field(None, exclude=True)
 
     def write(self, folder: Path) -> None:
         """Write checkpoint.json into `folder`."""
-        write_json(folder / RECORD, self.model_dump())
+        write_record(folder / RECORD, self.model_dump())
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read one checkpoint folder; raises InputError when its record is missing or malformed."""
     path = folder / RECORD
     try:
-        record = CheckpointRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        record = CheckpointRecord.model_validate(read_record(path, _remedy(folder)))
     except FileNotFoundError:
         raise InputError(f"{folder}: no {RECORD} here, so this is not a checkpoint") from None
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValidationError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: not a checkpoint record ({reason})") from None
     return Checkpoint(folder, record)
@@ -83,6 +86,30 @@ def check_inside(run: Path, path: Path) -> None:
     """
     if not path.resolve().is_relative_to(run.resolve()):
         raise InputError(f"{path}: a link that leads out of {run}; put the folder itself there")
+
+
+def check_saved(folder: Path) -> None:
+    """Raises InputError where a file of a checkpoint, base or reward model has changed.
+
+    That is what its record says, if it has one: other folders, and those of older versions, pass.
+    """
+    for name in (RECORD, STAGE_RECORD):
+        try:
+            files = read_record(folder / name, _remedy(folder)).get("files")
+        except FileNotFoundError:
+            continue
+        if files is not None:
+            check_files(folder, files, _remedy(folder))
+
+
+def _remedy(folder: Path) -> str:
+    if folder.parent.name == "ppo":
+        anew = (
+            f"delete {folder.parent / STAGE_RECORD} and run the recipe again, which makes it anew"
+        )
+    else:
+        anew = "delete the folder and run the recipe again, which makes it anew"
+    return f"copy {folder} here again, or {anew}"
 
 
 def find_checkpoints(run: Path, malformed: dict[Path, str] | None = None) -> list[Checkpoint]:
@@ -99,7 +126,7 @@ def find_checkpoints(run: Path, malformed: dict[Path, str] | None = None) -> lis
             check_inside(run, path.parent / "evaluation")
             found.append(read_checkpoint(path.parent))
         except InputError as error:
-            if not path.is_file():
+            if not path.exists():
                 continue
             if malformed is None:
                 raise

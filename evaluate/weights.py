@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from selfcorrect.evaluate.models import ADAPTER, base_of, load_model
+from selfcorrect.evaluate.run_folder import check_saved
+from selfcorrect.recipes.seals import file_digest
 
 _CONFIGS = (".json", ".jinja", ".txt", ".model", ".py")
-_OWN = ("checkpoint.json", "model.safetensors.index.json")  # say nothing of how to load
+_OWN = (
+    "checkpoint.json",
+    "stage.json",
+    "model.safetensors.index.json",
+)  # say nothing of how to load
 
 
 def weights_digest(model: Any) -> str:
@@ -33,7 +39,7 @@ def files_digest(model: str | Path, revision: str | None = None) -> str:
     digest = hashlib.sha256()
     files = sorted(folder.glob("*.safetensors"))
     for path in files:
-        digest.update(path.name.encode() + _of_file(path))
+        digest.update(path.name.encode() + bytes.fromhex(file_digest(path)))
     if not files:
         digest.update(f"{model}@{revision}".encode())
     elif (folder / ADAPTER).is_file():
@@ -43,18 +49,6 @@ def files_digest(model: str | Path, revision: str | None = None) -> str:
         digest.update(json.dumps(settings, sort_keys=True).encode())
         digest.update(files_digest(base).encode())
     return digest.hexdigest()
-
-
-_known: dict[tuple[str, int, int], bytes] = {}  # one base serves all adapters of a run
-
-
-def _of_file(path: Path) -> bytes:
-    facts = path.stat()
-    key = (str(path.resolve()), facts.st_mtime_ns, facts.st_size)
-    if key not in _known:
-        with path.open("rb") as handle:
-            _known[key] = hashlib.file_digest(handle, "sha256").digest()
-    return _known[key]
 
 
 class Loader:
@@ -67,7 +61,7 @@ class Loader:
     def __init__(self, device: str | None = None) -> None:
         self.device = device
         self.num_swapped = 0
-        self._last: tuple[dict[str, bytes], Any, Any] | None = None
+        self._last: tuple[dict[str, str], Any, Any] | None = None
 
     def load(self, folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any]:
         """(model, tokenizer) in eval mode, as `load_model` gives them.
@@ -75,6 +69,7 @@ class Loader:
         A model handed out before is not to be used any more: it holds the new weights.
         Raises InputError for everything that cannot be loaded.
         """
+        check_saved(folder)
         configs = _configs(folder)
         last, self._last = self._last, None  # a failed swap leaves a mixture behind
         if last is not None and last[0] == configs and _swapped(last[1], folder):
@@ -87,10 +82,10 @@ class Loader:
         return self._last[1], self._last[2]
 
 
-def _configs(folder: Path) -> dict[str, bytes]:
+def _configs(folder: Path) -> dict[str, str]:
     """Digests of all files that say how to load: architecture, adapter, tokenizer."""
     return {
-        path.name: _of_file(path)
+        path.name: file_digest(path)
         for path in folder.glob("*")
         if path.suffix in _CONFIGS and path.name not in _OWN and path.is_file()
     }

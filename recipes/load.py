@@ -14,10 +14,15 @@ from pydantic import BaseModel, ValidationError
 
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.seals import UNSEALED, is_whole, sealed
 from selfcorrect.recipes.whole_files import write_text
 
 SHIPPED = Path(__file__).parent
 LARGEST_YAML = 1_000_000  # bytes, and also values, each counted as often as aliases repeat it
+NOT_AS_SAVED = (
+    "damaged or changed since it was saved; copy it here again, or delete its first line where you "
+    "have changed it yourself"
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -109,7 +114,10 @@ def recipe_path(name: str) -> Path:
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply dotted overrides such as `ppo.steps=20`, and check all of it."""
     path = recipe_path(name)
-    content = parse_yaml(read_yaml(path), str(path))
+    text = read_yaml(path)
+    if not is_whole(text.encode()):
+        raise InputError(f"{path}: {NOT_AS_SAVED}")
+    content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections (name, models, data, ...)")
     for override in overrides:
@@ -207,8 +215,8 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe."""
-    write_text(path, recipe_text(recipe))
+    """Write the resolved recipe, sealed in its first line."""
+    write_text(path, sealed(f"# {UNSEALED}\n{recipe_text(recipe)}".encode()).decode())
 
 
 def training_digest(recipe: Recipe, model: str, seed: int) -> str:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from selfcorrect.recipes.errors import RunFailure
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -16,6 +18,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     On an error the temporary file is removed and whatever stood at `path` is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise RunFailure(f"{path}: a folder stands where a file is to be written; move it away")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary

@@ -82,6 +82,7 @@ def evaluate(
     if watch:
         raise InputError("--watch follows runs: give a run folder")
     gc.disable()  # what loads now stays: looking for garbage in it takes a seventh of the start
+    from selfcorrect.evaluate.catalogue import say_unpublished
     from selfcorrect.evaluate.plan import plan
     from selfcorrect.evaluate.stimuli_files import load_stimuli
 
@@ -92,6 +93,7 @@ def evaluate(
         raise InputError(
             f"{folder}: no such data folder; give --data-dir, or `selfcorrect data fetch bbq`"
         )
+    say_unpublished(folder, names(experiments))
     cells = plan(
         folder,
         load_stimuli(stimuli),

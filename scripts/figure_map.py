@@ -3,7 +3,6 @@
 python scripts/figure_map.py RUN [RUN ...] [--experiment bbq] [--effect] [--out FOLDER]
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ import typer
 
 from selfcorrect.evaluate.figures import save
 from selfcorrect.evaluate.maps import effects_by_size_and_step, size_by_steps
+from selfcorrect.evaluate.result_files import read_statistics
 from selfcorrect.evaluate.results import load
 from selfcorrect.recipes.errors import InputError
 
@@ -25,10 +25,7 @@ def main(
     """Draw a panel a condition, a cell a checkpoint; what was not measured is hatched."""
     for number, run in enumerate(runs, start=1):
         if effect:
-            statistics = run / "statistics.json"
-            if not statistics.is_file():
-                raise InputError(f"{statistics}: not there; run `selfcorrect report {run}` first")
-            rows = json.loads(statistics.read_text(encoding="utf-8"))["effects"]
+            rows = read_statistics(run / "statistics.json")["effects"]
             figure = effects_by_size_and_step(rows, experiment)
         else:
             figure = size_by_steps(load(run), experiment)

@@ -66,14 +66,14 @@ def _write(runs: list[Path], paper: bool, out: Path | None) -> Path:
 
 
 def _print_results(report: Path) -> None:
-    import pandas as pd
     from rich.console import Console
 
     from selfcorrect.evaluate.closing_table import closing_table
+    from selfcorrect.evaluate.result_files import read_results
 
     # Where the output is no terminal, the table still gets the width that it needs.
     console = Console() if sys.stdout.isatty() else Console(width=110)
-    console.print(closing_table(pd.read_parquet(report.parent / "results.parquet")))
+    console.print(closing_table(read_results(report.parent / "results.parquet")))
     console.print(f"Report: {visible(report)}", soft_wrap=True, markup=False)
 
 
@@ -115,9 +115,16 @@ def _watch(runs: list[Path], paper: bool, out: Path | None, every: float) -> Non
 
 
 def _is_current(report: Path) -> bool:
+    from selfcorrect.evaluate.result_files import read_results
     from selfcorrect.evaluate.watching import made_from
 
-    if not (report.is_file() and (report.parent / "results.parquet").is_file()):
+    results = report.parent / "results.parquet"
+    if not (report.is_file() and results.is_file()):
+        return False
+    try:
+        read_results(results)
+    except InputError as error:
+        sys.stderr.write(f"{str(error).partition(';')[0]}; the report is made anew\n")
         return False
     written = report.stat().st_mtime_ns
     return all(changed <= written for changed, _ in made_from(report.parent).values())

@@ -58,10 +58,10 @@ def train_ladder(
 
 def _say_cost(folder: Path, jobs: set[tuple[str, int]]) -> None:
     """One line on what attached evaluation took beside PPO, over these jobs."""
-    import json
+    from selfcorrect.recipes.seals import read_record
 
     paths = [folder / name / f"seed-{seed}" / "ppo" / "stage.json" for name, seed in jobs]
-    stages = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    stages = [read_record(path, "delete it and run again") for path in paths if path.is_file()]
     spent = sum(stage["evaluation_seconds"] for stage in stages)
     if spent:
         from selfcorrect.evaluate.measure import cost

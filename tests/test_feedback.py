@@ -273,7 +273,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "empty.txt": (b"", r"no rows"),
     "blank.jsonl": (b"\n\n", r"no rows"),
     "header.csv": (b"prompt,chosen,rejected\n", r"no rows"),
-    "fields.csv": (b"prompt,chosen,rejected\na,b,c\na,b,c,d\n", r"3 fields in line 3, saw 4"),
+    "fields.csv": (b"prompt,chosen,rejected\na,b,c\na,b,c,d\n", r"line 3: 4 fields, and 3 columns"),
     "quote.csv": (b'prompt,chosen,rejected\n"a,b,c\nd,e,f\n', r"cannot be loaded \(.*string"),
     "cut.jsonl.gz": (gzip.compress(GOOD.encode())[:-12], r"not a whole gzip file"),
     "plain.jsonl.gz": (GOOD.encode(), r"not a whole gzip file"),

@@ -433,8 +433,13 @@ def test_parts_are_ours_whole_and_in_step_or_not_used(tmp_path, cells, monkeypat
     damaged = bytearray(first.read_bytes())
     damaged[60] ^= 0xFF  # its end is whole, a column is not
     first.write_bytes(damaged)
+    assert resumed_at(tiny_model()) == 0
+    first = leave_parts()[0]
     with pytest.raises(RunFailure, match="damaged while"):
-        resumed_at(tiny_model())
+        measure(
+            *(pair, tiny_model(), tokenizer, tmp_path / "out"),
+            lambda *_: first.write_bytes(damaged),
+        )
     assert resumed_at(tiny_model()) == 0
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
         path.name: path.read_bytes() for path in whole

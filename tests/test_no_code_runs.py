@@ -5,7 +5,6 @@ The payload touches a file; `test_the_payload_is_live` shows that it would.
 
 import ast
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -302,7 +301,7 @@ def test_nested_values_come_back_as_they_were(tmp_path: Path) -> None:
         load(tmp_path / "none.safetensors")
 
 
-@pytest.mark.parametrize("bytes_", [b"", b"\x80\x04.", pickle.dumps({"a": 1}), os.urandom(64)])
+@pytest.mark.parametrize("bytes_", [b"", b"\x80\x04.", pickle.dumps({"a": 1}), bytes(range(7, 71))])
 def test_what_is_no_state_is_refused(tmp_path: Path, bytes_: bytes) -> None:
     (tmp_path / "optimizer.safetensors").write_bytes(bytes_)
     with pytest.raises(InputError, match="missing or damaged"):

@@ -162,8 +162,8 @@ def test_half_written_and_vanishing_files_are_waited_for(run, monkeypatch, capsy
 def test_what_is_wrong_from_the_start_is_said_at_once(run, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="so this is not a run folder"):
         watch(tmp_path / "nothing", [], monkeypatch)
-    shutil.rmtree(run / "benchmarks" / "bbq")
-    with pytest.raises(InputError, match="bbq: no such folder"):
+    (run / "recipe.yaml").write_text("name: [")
+    with pytest.raises(InputError, match=r"recipe\.yaml: line 1"):
         watch(run, [], monkeypatch)
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from selfcorrect.evaluate.closing_table import closing_table
 from selfcorrect.evaluate.experiments import bbq
+from selfcorrect.evaluate.result_files import read_statistics
 from selfcorrect.evaluate.results import (
     COLUMNS,
     ITEM_FACTS,
@@ -85,7 +86,7 @@ def test_results_and_statistics_on_disk_agree_and_repeat_to_the_byte(run):
     metadata = pq.ParquetFile(run / "results.parquet").metadata.row_group(0)
     assert metadata.column(0).compression == "ZSTD"
     first = (run / "statistics.json").read_bytes()
-    assert json.loads(first) == statistics
+    assert read_statistics(run / "statistics.json") == statistics
     write_results(run, num_resamples=200)
     assert (run / "statistics.json").read_bytes() == first
     assert statistics["about"]["num_resamples"] == 200

@@ -46,8 +46,9 @@ def build(
         with warnings.catch_warnings():  # TRL's own defaults use names that transformers renames
             warnings.simplefilter("ignore", FutureWarning)
             return kind(**{**defaults, **given, **fixed})
-    except (TypeError, ValueError, ImportError) as error:
-        raise InputError(f"{section}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the libraries check little: a wrong type fails anywhere in them
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{section}: {reason}") from None
 
 
 def lora_config(section: str, given: dict[str, Any], task: str) -> Any:

@@ -61,8 +61,11 @@ def scratch_config(scratch: dict[str, Any], **tokens: int | None) -> Any:
         if unknown:
             raise InputError(f"models: scratch: {unknown[0]} is no field of a {model_type} model")
         return AutoConfig.for_model(model_type, **{**tokens, **fields})
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise InputError(f"models: scratch: {' '.join(str(error).split())}") from None
+    except InputError:
+        raise
+    except Exception as error:  # a configuration checks little of what it is given
+        reason = str(error) or type(error).__name__
+        raise InputError(f"models: scratch: {reason}") from None
 
 
 def scratch_model(
@@ -218,7 +221,7 @@ def train_base(
     with whole_folder(folder) as new:
         policy.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        write_record(new, started, parameters=policy.num_parameters())
+        write_record(new, started, folder, parameters=policy.num_parameters())
     shutil.rmtree(work, ignore_errors=True)
 
 

@@ -4,11 +4,13 @@ What cannot be loaded is one line; for a text file it names the line that is at 
 libraries underneath do not.
 """
 
+import csv
 import glob
 import gzip
 import json
 import logging
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +53,10 @@ def read_rows(
     try:
         with _libraries_silent():
             if is_file:
-                rows = datasets.load_dataset(**_file_arguments(local, key))
+                arguments = _file_arguments(local, key)
+                if FORMATS[_suffix(local)] == "csv" and (fault := _cut_row(local)):
+                    raise InputError(f"{key}: {path}: {fault}")
+                rows = datasets.load_dataset(**arguments)
                 rows.data.validate(full=True)  # what is no UTF-8 would only fail when it is read
             elif local.is_dir():
                 rows = datasets.load_dataset(str(local), name, data_dir=data_dir, split=split)
@@ -110,6 +115,26 @@ def _all_columns_text(path: Path, suffix: str) -> dict[str, Any]:
     columns = pd.read_csv(path, sep=separator, nrows=0).columns
     features = Features({column: Value("string") for column in columns})
     return {"sep": separator, "features": features, "keep_default_na": False}
+
+
+def _cut_row(path: Path) -> str | None:
+    """The first row that has not as many fields as the header, which pandas would fill up."""
+    separator = "\t" if _suffix(path) == ".tsv" else ","
+    opened = gzip.open if path.suffix == ".gz" else open
+    limit = csv.field_size_limit(sys.maxsize)  # a dialogue may be as long as it likes
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as lines:
+            reader = csv.reader(lines, delimiter=separator)
+            columns = len(next(reader, []))
+            for fields in reader:
+                where = f"line {reader.line_num}"
+                if len(fields) not in (0, columns):
+                    return f"{where}: {len(fields)} fields, and {columns} columns; is it cut short?"
+                if any("\0" in field for field in fields):
+                    return f"{where}: a byte of value 0, which no text has; is the file damaged?"
+    finally:
+        csv.field_size_limit(limit)
+    return None
 
 
 def _reason(error: BaseException) -> str:

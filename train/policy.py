@@ -21,10 +21,16 @@ from transformers import (
 )
 
 from selfcorrect.evaluate.models import no_pickles
-from selfcorrect.evaluate.run_folder import RECORD, CheckpointRecord
+from selfcorrect.evaluate.run_folder import (
+    RECORD,
+    CheckpointRecord,
+    check_saved,
+    read_checkpoint,
+)
 from selfcorrect.evaluate.weights import files_digest
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.schema import Ppo
+from selfcorrect.recipes.seals import digests
 from selfcorrect.recipes.whole_files import whole_folder
 from selfcorrect.train.arguments import NO_CODE, QUIET, build, lora_config
 from selfcorrect.train.feedback import Messages, render_prompt
@@ -86,17 +92,29 @@ class KeepCheckpoints(TrainerCallback):
         if step not in self.ppo.checkpoints or self.trainer is None:
             return
         folder = self.folder / f"checkpoint-{step}"
-        if not (folder / RECORD).is_file():
+        if not self._is_kept(folder):
             self.trainer.check_model()
             with whole_folder(folder) as new:
                 self.trainer.save_policy(new)
-                self._record(step, files_digest(new)).write(new)
+                self._record(step, files_digest(new), digests(new)).write(new)
         if self.measure is not None:
             started = time.time()
             self.measure(self.trainer, folder)
             self.measure_seconds += time.time() - started
 
-    def _record(self, step: int, weights_digest: str) -> CheckpointRecord:
+    def _is_kept(self, folder: Path) -> bool:
+        """Whether the checkpoint stands there whole; what is damaged is said, and kept anew."""
+        if not (folder / RECORD).is_file():
+            return False
+        try:
+            read_checkpoint(folder)
+            check_saved(folder)
+        except InputError as error:
+            _log.warning("%s; it is saved anew", str(error).partition(";")[0])
+            return False
+        return True
+
+    def _record(self, step: int, weights_digest: str, files: dict[str, str]) -> CheckpointRecord:
         trainer = self.trainer
         assert trainer is not None
         return CheckpointRecord(
@@ -107,6 +125,7 @@ class KeepCheckpoints(TrainerCallback):
             kl=trainer.last_kl if step else None,
             reward=trainer.last_score if step else None,
             weights_digest=weights_digest,
+            files=files,
             **self.record,
         )
 
@@ -198,6 +217,7 @@ def train_policy(
     write_record(
         folder,
         started,
+        folder,
         steps=ppo.steps,
         evaluation_seconds=round(keep.measure_seconds, 1),
         left_out=left_out,

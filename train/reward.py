@@ -111,7 +111,7 @@ def train_reward(
         fitted.save_pretrained(new)
         tokenizer.save_pretrained(new)
         write_record(
-            new, started, pairs=len(pairs) - num_held_out, left_out=left_out or {}, **facts
+            new, started, folder, pairs=len(pairs) - num_held_out, left_out=left_out or {}, **facts
         )
     shutil.rmtree(work, ignore_errors=True)
 

@@ -22,14 +22,13 @@ from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
+from selfcorrect.evaluate.inputs import check_inputs
 from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.recipes import termination
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.recipes.society.benchmarks import write_benchmarks
-from selfcorrect.recipes.society.world import make_world
-from selfcorrect.recipes.whole_files import write_json
+from selfcorrect.recipes.seals import write_record
 
 LAST = Path("ppo") / "stage.json"  # what the last stage of a job leaves
 Job = tuple[str, int]  # model, seed
@@ -49,8 +48,7 @@ def open_run(recipe: Recipe, run: Path) -> None:
     elif run.exists() and any(run.iterdir()):
         raise InputError(f"{run}: not empty and no run (no recipe.yaml); choose another folder")
     try:
-        if recipe.data.society is not None and not (run / "benchmarks").is_dir():
-            write_benchmarks(make_world(recipe.data.society), run / "benchmarks")
+        check_inputs(recipe, run, training=bool(unfinished(recipe, run)))
         recipe_plan(recipe, run)  # conditions and benchmark files, before hours of training
     except InputError:
         if new:
@@ -59,7 +57,7 @@ def open_run(recipe: Recipe, run: Path) -> None:
     if new or load_recipe(str(path)) != recipe:
         save_recipe(recipe, path)
     if unfinished(recipe, run):
-        write_json(run / "run.json", run_facts(recipe))
+        write_record(run / "run.json", run_facts(recipe))
 
 
 def _check_same(old: Recipe, new: Recipe, run: Path) -> None:

@@ -2,7 +2,7 @@
 
 # ruff: noqa: TID253  (all of this file is transformers)
 
-import json
+import logging
 import resource
 import shutil
 import time
@@ -10,43 +10,77 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from selfcorrect.evaluate.run_folder import STAGE_RECORD as RECORD
 from selfcorrect.recipes import termination
-from selfcorrect.recipes.whole_files import write_json, write_text
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.seals import check_files, digests, read_record
+from selfcorrect.recipes.seals import write_record as write_sealed
 
 Notify = Callable[[str, int, int], None]  # stage, steps done, steps in all
-RECORD = "stage.json"
-COMPLETE = "complete"  # written last: a state folder without it was cut short
+COMPLETE = "complete"  # written last, with all files' digests: without it a state was cut short
+
+_log = logging.getLogger(__name__)
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished stage; None while it is not finished. Folders appear whole."""
-    path = folder / RECORD
-    if not path.is_file():
+    """The record of a finished stage; None while it is not finished. Folders appear whole.
+
+    Raises InputError where the record or a file that it names is damaged, or another stage's.
+    """
+    remedy = f"copy {folder} here again, or delete it: the same run makes it anew"
+    try:
+        record = read_record(folder / RECORD, remedy)
+    except FileNotFoundError:
         return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if record.get("stage", _stage(folder)) != _stage(folder):
+        raise InputError(f"{folder / RECORD}: is that of {record['stage']}; {remedy}")
+    check_files(folder, record.get("files", {}), remedy)
     return record
 
 
-def write_record(folder: Path, started: float, **facts: Any) -> None:
-    """Write stage.json: wall seconds of this process and its peak memory so far, and `facts`."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    seconds = round(time.time() - started, 1)
-    write_json(folder / RECORD, {"seconds": seconds, "peak_memory_mb": round(peak), **facts})
+def _stage(folder: Path) -> str:
+    """Which stage it is: tiny/seed-0/base."""
+    return "/".join(folder.resolve().parts[-3:])
+
+
+def write_record(folder: Path, started: float, place: Path, **facts: Any) -> None:
+    """Write stage.json: wall seconds of this process and its peak memory so far, and `facts`.
+
+    `folder` is what will stand at `place`; the digests of the files that it holds are taken down.
+    """
+    record = {
+        "stage": _stage(place),
+        "seconds": round(time.time() - started, 1),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        **facts,
+        "files": {} if folder == place else digests(folder),
+    }
+    write_sealed(folder / RECORD, record)
 
 
 def resume_state(folder: Path) -> str | None:
-    """The newest whole state below `folder`, if any; states that were cut short are removed."""
-    whole = []
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if (path / COMPLETE).is_file():
-            whole.append(path)
-        else:
+    """The newest whole state below `folder`, if any.
+
+    States that were cut short are removed; so is one that is damaged, which is said: an older one
+    behind it, or the beginning, leads to the same weights.
+    """
+    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            record = read_record(path / COMPLETE, "it is passed over")
+            check_files(path, record.get("files"), "this state is passed over")
+        except FileNotFoundError:
             shutil.rmtree(path)
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return str(newest) if newest else None
+        except InputError as error:
+            _log.warning("%s", error)
+            shutil.rmtree(path, ignore_errors=True)  # several processes may be at it
+        else:
+            return str(path)
+    return None
 
 
 def train_on(trainer: Any, work: Path) -> None:
@@ -99,10 +133,11 @@ class StageCallback(TrainerCallback):
         self._report(state)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Mark the state as whole."""
+        """Mark the state as whole, with the digests of its files."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        PartialState().wait_for_everyone()  # each process writes files of its own
         if state.is_world_process_zero:
-            write_text(folder / COMPLETE, "")
+            write_sealed(folder / COMPLETE, {"files": digests(folder)})
 
     def _report(self, state: TrainerState) -> None:
         done = state.global_step // self.updates_per_step

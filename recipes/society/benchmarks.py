@@ -8,10 +8,14 @@ import csv
 import io
 import itertools
 import json
+import logging
 import random
 from pathlib import Path
 
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.seals import check_files, digests, read_record, write_record
 from selfcorrect.recipes.society.cases import Question
+from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.world import (
     GRADES,
     HAPPENINGS,
@@ -21,10 +25,14 @@ from selfcorrect.recipes.society.world import (
     UNKNOWN,
     Category,
     World,
+    make_world,
 )
 from selfcorrect.recipes.whole_files import whole_folder
 
 STIMULI = Path(__file__).with_name("stimuli.yaml")
+RECORD = "files.json"
+
+_log = logging.getLogger(__name__)
 
 
 def bbq_row(number: int, case: Question) -> dict[str, object]:
@@ -129,8 +137,26 @@ def stimuli_text(world: World) -> str:
     return STIMULI.read_text(encoding="utf-8").replace("PAIRS_OF_THE_WORLD", json.dumps(pairs))
 
 
+def whole_benchmarks(settings: SocietySettings, folder: Path) -> None:
+    """Write the benchmarks where they are not; files that are damaged are said, and made anew."""
+    try:
+        record = read_record(folder / RECORD, "the society's benchmarks are made anew")
+        check_files(folder, record.get("files"), "the society's benchmarks are made anew")
+    except FileNotFoundError:
+        if folder.is_dir():
+            return  # of an older version
+    except InputError as error:
+        _log.warning("%s", error)
+    else:
+        return
+    write_benchmarks(make_world(settings), folder)
+
+
 def write_benchmarks(world: World, folder: Path) -> None:
-    """Write bbq/, winogender/, law_school/ and stimuli.yaml into `folder`, whole or not at all."""
+    """Write bbq/, winogender/, law_school/ and stimuli.yaml into `folder`, whole or not at all.
+
+    RECORD in there holds the digests of the files.
+    """
     chance = random.Random(f"benchmarks {world.settings.seed}")
     with whole_folder(folder) as new:
         for name in ("bbq", "winogender", "law_school"):
@@ -144,3 +170,4 @@ def write_benchmarks(world: World, folder: Path) -> None:
         (new / "winogender" / "occupations-stats.tsv").write_text(shares, encoding="utf-8")
         (new / "law_school" / "law_data.csv").write_text(law_table(world), encoding="utf-8")
         (new / "stimuli.yaml").write_text(stimuli_text(world), encoding="utf-8")
+        write_record(new / RECORD, {"files": digests(new)})

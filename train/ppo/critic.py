@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from peft import AutoPeftModelForSequenceClassification, load_peft_weights
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -116,8 +117,8 @@ def load_reward_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
                 return load(path, num_labels=1, dtype=dtype, **safe).merge_and_unload()
             load = AutoModelForSequenceClassification.from_pretrained
             model, report = load(path, num_labels=1, dtype=dtype, output_loading_info=True, **safe)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"ppo: no reward model at {path} ({reason})") from None
     if report["missing_keys"]:
         raise InputError(

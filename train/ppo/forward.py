@@ -4,7 +4,7 @@ import functools
 import math
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
             return output
 
         hook = self.base_model.register_forward_hook(keep_predicting)
-        only = feed_forward_at(places, self.base_model, before=real)
+        only: AbstractContextManager[None] = feed_forward_at(places, self.base_model, before=real)
         if kwargs.get("output_router_logits"):
             only = nullcontext()  # experts are balanced over whole rows
         try:

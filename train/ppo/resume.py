@@ -5,16 +5,17 @@
 <checkpoint>/rollout-<rank>.safetensors  a rollout batch that is only partly used
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.whole_files import whole_file, write_json
+from selfcorrect.recipes.seals import read_record, write_record
+from selfcorrect.recipes.whole_files import whole_file
 from selfcorrect.train.ppo.critic import Critic
 from selfcorrect.train.ppo.forward import CRITIC
 
@@ -33,10 +34,11 @@ def newest_resumable(folder: Path) -> Path | None:
     found = []
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
-            step = json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"]
-        except (OSError, ValueError, KeyError):
+            step = read_record(path / TRAINER_STATE, "")["global_step"]
+        except (OSError, InputError, KeyError):
             continue
-        found.append((step, path))
+        if isinstance(step, int):
+            found.append((step, path))
     return max(found)[1] if found else None
 
 
@@ -70,18 +72,29 @@ def load_critic(folder: Path, critic: Critic) -> None:
     path = folder / CRITIC / "critic.safetensors"
     if not path.is_file():
         raise InputError(f"{path}: missing, so this checkpoint cannot be resumed by PPO")
-    tensors = load_file(path)
+    tensors = _tensors(path)
     if tensors.keys() != critic_tensors(critic, None).keys():
         raise InputError(
             f"{path}: holds another kind of critic; resume with the `critic` setting "
             "that the run was started with"
         )
-    critic.load_state_dict(tensors, strict=False)
+    try:
+        critic.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: is of another model ({reason})") from None
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged ({error}); resume from an older checkpoint") from None
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write ppo.json."""
-    write_json(folder / STATE, state)
+    write_record(folder / STATE, state)
 
 
 def load_state(folder: Path, global_step: int, accumulation: int) -> dict[str, Any]:
@@ -89,7 +102,9 @@ def load_state(folder: Path, global_step: int, accumulation: int) -> dict[str, A
     path = folder / STATE
     if not path.is_file():
         raise InputError(f"{path}: missing, so this checkpoint cannot be resumed by PPO")
-    state = json.loads(path.read_text(encoding="utf-8"))
+    state = read_record(path, "resume from an older checkpoint")
+    if not {"micro_step", "kl_coef", "last_kl", "last_score"} <= state.keys():
+        raise InputError(f"{path}: damaged, keys are missing; resume from an older checkpoint")
     if state["micro_step"] != global_step * accumulation:
         raise InputError(
             f"{path}: written with another gradient_accumulation_steps; resume with "
@@ -115,8 +130,10 @@ def load_rollout(folder: Path, rank: int, count: int, device: Any) -> list[Minib
     if not path.is_file():
         raise InputError(f"{path}: missing; resume with as many processes as the run had")
     minibatches: list[Minibatch] = [{} for _ in range(count)]
-    for key, tensor in load_file(path).items():
-        index, name = key.split(".", 1)
+    for key, tensor in _tensors(path).items():
+        index, _, name = key.partition(".")
+        if not index.isdecimal():
+            raise InputError(f"{path}: damaged ({key!r}); resume from an older checkpoint")
         if int(index) >= count:
             raise InputError(
                 f"{path}: written with another steps_per_generation; resume with the "

@@ -1,0 +1,226 @@
+"""Damaged files are named or made anew, and odd input ends in one line; drills run all of it."""
+
+import logging
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from selfcorrect.evaluate import catalogue
+from selfcorrect.evaluate.catalogue import say_unpublished
+from selfcorrect.evaluate.inputs import check_inputs
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.seals import digests, is_whole, read_record, write_record
+from selfcorrect.recipes.whole_files import write_text
+from selfcorrect.scripts import drill_damage, fuzz_files, fuzz_targets
+from selfcorrect.scripts import report as command
+from selfcorrect.scripts.damage_inputs import recipe_on, write_pairs
+from selfcorrect.scripts.damage_kinds import kinds
+from selfcorrect.scripts.damage_run import adapter_run, small_run
+from selfcorrect.scripts.drill_fuzz import run_target
+from selfcorrect.train.run import open_run, train_run
+
+MUTATIONS_A_KIND = 2
+EXAMPLES = 15
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs, small and adapter, and small.work, which small had to resume from."""
+    runs = tmp_path_factory.mktemp("damage") / "runs"
+    adapter_run(runs, small_run(runs))
+    return runs
+
+
+def test_a_record_of_which_any_bit_changed_is_refused_or_says_the_same(tmp_path: Path) -> None:
+    path, facts = tmp_path / "record.json", {"step": 12, "kl": 0.5, "note": "é\n"}
+    write_record(path, facts)
+    data = path.read_bytes()
+    refused = 0
+    for at in range(len(data)):
+        for bit in range(8):
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+            try:
+                assert read_record(path, "copy it again") == facts
+            except InputError as error:
+                refused += 1
+                assert str(path) in str(error) and str(error).endswith("copy it again")
+    harmless = len(data) * 8 - refused
+    assert harmless <= 8 * len("selfcorrect-seal:")  # the mark alone, and what is no file of ours
+    path.write_text('{"step": 1}')
+    assert read_record(path, "") == {"step": 1}  # of an older version
+
+
+def test_every_kind_of_file_damaged_is_named_made_anew_or_without_effect(
+    runs: Path, tmp_path: Path
+) -> None:
+    mine = shutil.copytree(runs, tmp_path / "runs")
+    room = tmp_path / "room"
+    room.mkdir()
+    run = mine / "small"
+    every = list(kinds(run, mine / "adapter", mine / "small.work", room))
+    roots = [run, mine / "adapter", mine / "small.work", room]
+
+    def sampled(kind, flips, chance, all_of=drill_damage.mutations):
+        return random.Random(kind.name).sample(list(all_of(kind, flips, chance)), MUTATIONS_A_KIND)
+
+    failures: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drill_damage, "mutations", sampled)
+        table = drill_damage.drill(every, roots, 4, 1, failures.append)
+    assert not failures
+    assert len(table) > 80
+    states = [name for name in table if name.startswith("state to resume from")]
+    assert len(states) >= 13
+    assert all(table[name]["recomputed"] == MUTATIONS_A_KIND for name in states)
+    assert table["checkpoint: model.safetensors"]["named"] == MUTATIONS_A_KIND
+
+
+def test_a_reader_that_takes_damage_in_silence_is_found_out(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    path.write_text("right")
+    other.write_text("wrong")
+    kind = drill_damage.Kind("text", path, other, lambda: path.read_text(errors="replace"))
+    failures: list[str] = []
+    table = drill_damage.drill([kind], [tmp_path], 2, 0, failures.append)["text"]
+    assert table["silent"] > 5 and table["traceback"] == 1  # a folder
+    assert len(failures) == table["silent"] + table["traceback"]
+
+
+def test_resumed_past_damage_a_run_ends_with_the_same_bytes(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, run = runs / "small", tmp_path / "small"
+    job = run / "tiny" / "seed-0"
+    shutil.copytree(whole, run)
+    shutil.copytree(runs / "small.work", job / "ppo.work")
+    (job / "ppo" / "stage.json").unlink()
+    shutil.rmtree(job / "ppo" / "checkpoint-3")
+    flip(job / "ppo.work" / "checkpoint-8" / "optimizer.safetensors")
+    flip(job / "ppo" / "checkpoint-2" / "model.safetensors")
+    flip(run / "benchmarks" / "winogender" / "templates.tsv")
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    open_run(recipe, run)
+    train_run(recipe, run, lambda *_: None)
+    said = "\n".join(caplog.messages)
+    for name in ("optimizer.safetensors", "checkpoint-2/model.safetensors", "templates.tsv"):
+        assert f"{name}: damaged or replaced" in said
+    assert weights_and_cells(run) == weights_and_cells(whole)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def weights_and_cells(run: Path) -> dict[str, str]:
+    names = (".safetensors", ".parquet", ".tsv")
+    return {name: digest for name, digest in digests(run).items() if name.endswith(names)}
+
+
+def test_a_damaged_table_of_results_is_made_anew(runs: Path, tmp_path: Path, monkeypatch, capsys):
+    run = shutil.copytree(runs / "small", tmp_path / "small")
+    from selfcorrect.evaluate.results import write_results
+
+    write_results(run, num_resamples=20)
+    page = run / "report.html"
+    write_text(page, "a report")
+    drawn: list[Path] = []
+
+    def draw(given: list[Path], *_: object) -> Path:
+        drawn.extend(given)
+        write_results(run, num_resamples=20)
+        return page
+
+    monkeypatch.setattr(command, "_write", draw)
+    command.show([run], redraw=False)
+    assert not drawn
+    flip(run / "results.parquet")
+    command.show([run], redraw=False)
+    assert drawn == [run] and "results.parquet: damaged" in capsys.readouterr().err
+    command.show([run], redraw=False)
+    assert drawn == [run]
+
+
+def test_changed_feedback_ends_the_run_and_a_changed_benchmark_is_said_once(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs, run = tmp_path / "pairs.jsonl", tmp_path / "run"
+    benchmarks = shutil.copytree(runs / "small" / "benchmarks", tmp_path / "benchmarks")
+    write_pairs(pairs, "lazy")
+    recipe = recipe_on(tmp_path, pairs, benchmarks, benchmarks / "stimuli.yaml")
+    check_inputs(recipe, run, training=True)
+    check_inputs(recipe, run, training=True)
+    assert not caplog.messages
+    flip(benchmarks / "winogender" / "templates.tsv")
+    check_inputs(recipe, run, training=False)
+    check_inputs(recipe, run, training=False)
+    (line,) = caplog.messages
+    assert line.startswith("data.benchmarks: winogender/templates.tsv has changed since")
+    write_pairs(pairs, "rude")
+    check_inputs(recipe, run, training=False)
+    with pytest.raises(InputError, match=r"data\.preferences\.path: pairs\.jsonl has changed"):
+        check_inputs(recipe, run, training=True)
+
+
+def test_files_that_are_not_as_published_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "_said", set())
+    (tmp_path / "winogender").mkdir()
+    (tmp_path / "winogender" / "templates.tsv").write_text("mine\n")
+    say_unpublished(tmp_path, ["bbq"])
+    assert not caplog.messages
+    say_unpublished(tmp_path, ["bbq", "winogender"])
+    say_unpublished(tmp_path, ["bbq", "winogender"])
+    (line,) = caplog.messages
+    assert "templates.tsv: not as it is published" in line
+
+
+def test_a_sealed_recipe_that_was_edited_is_refused_until_its_first_line_goes(
+    runs: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    text = (runs / "small" / "recipe.yaml").read_text().replace("limit: 16", "limit: 17")
+    path.write_text(text)
+    assert not is_whole(text.encode())
+    with pytest.raises(InputError, match=r"recipe\.yaml: damaged or changed .* first line"):
+        load_recipe(str(path))
+    path.write_text(text.partition("\n")[2])
+    assert load_recipe(str(path)).evaluate.limit == 17
+
+
+def test_whatever_is_read_ends_in_success_or_one_line(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoTokenizer
+
+    caplog.set_level(logging.ERROR)
+    checkpoint = runs / "small" / "tiny" / "seed-0" / "ppo" / "checkpoint-2"
+    chat, plain = (AutoTokenizer.from_pretrained(checkpoint) for _ in range(2))
+    plain.chat_template = None
+    targets = [
+        *fuzz_targets.recipe_targets(tmp_path),
+        *fuzz_targets.dialogue_targets(plain, chat),
+        *fuzz_targets.option_targets(tmp_path),
+        *fuzz_files.file_targets(tmp_path, checkpoint, runs / "small" / "benchmarks"),
+    ]
+    counts = {target[0]: run_target(target, EXAMPLES) for target in targets}
+    assert len(counts) > 35
+    assert all(counted.total() >= EXAMPLES for counted in counts.values())
+    assert sum(counted["read"] for counted in counts.values()) > 100
+
+
+def test_a_reader_that_breaks_the_promise_is_found_out() -> None:
+    from hypothesis import strategies as st
+
+    with pytest.raises(ZeroDivisionError):
+        run_target(("breaks", st.integers(0, 3), lambda number: 1 // number), 20)
+
+
+@pytest.mark.parametrize("kind", [InputError, drill_damage.RunFailure])
+def test_an_error_is_one_line_whatever_it_quotes(kind: type[Exception]) -> None:
+    assert str(kind("a:\n b\r\n\tc")) == "a: b c"
