@@ -162,7 +162,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
         if left:
             rest = max(left - (time.monotonic() - started), 1e-3)
             signal.setitimer(signal.ITIMER_REAL, rest, interval)
