@@ -1,12 +1,13 @@
 """A run on disk: the contract between training, evaluation and people's own scripts.
 
-    <run>/recipe.yaml  run.json
+    <run>/recipe.yaml  run.json  inputs.json
     <run>/<model>/seed-<n>/reward/stage.json   what fitting the reward model left out, and its facts
     <run>/<model>/seed-<n>/ppo/checkpoint-<step>/{model or adapter files, checkpoint.json}
     <run>/<model>/seed-<n>/ppo/checkpoint-<step>/evaluation/<experiment>.<condition>.parquet
     <run>/results.parquet  statistics.json  figures/  report.html
 
-Facts live in the records, not in the names: `step` is read from checkpoint.json.
+Facts live in the records, not in the names: `step` is read from checkpoint.json. What is written
+here is sealed, and read back only as it was written: docs/damaged-files.md.
 """
 
 from dataclasses import dataclass

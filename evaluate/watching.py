@@ -61,7 +61,7 @@ class Watched:
         return Progress(len(whole & places), len(places))
 
     def _is_whole(self, checkpoint: Checkpoint) -> bool:
-        """Only the files' footers are read; every file is written whole or not at all."""
+        """A file is read whole only once: every one is written whole or not at all."""
         paths = {name: checkpoint.evaluation / name for name in self._cells}
         return all(path.is_file() for path in paths.values()) and all(
             read_settings(path).get("settings_digest") == self._cells[name]

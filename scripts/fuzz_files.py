@@ -14,6 +14,7 @@ from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.run_folder import read_checkpoint
 from selfcorrect.evaluate.statistics import Draws
 from selfcorrect.evaluate.stimuli_files import load_stimuli
+from selfcorrect.scripts.damage_inputs import write_gguf
 from selfcorrect.scripts.fuzz_targets import Target, damaged
 
 
@@ -136,4 +137,11 @@ def _run_targets(room: Path, checkpoint: Path) -> list[Target]:
             load_model(path.parent, device="cpu")
 
         targets.append((f"file: {name}", damaged((model / name).read_bytes()), loaded))
-    return targets
+    path = room / "model.gguf"
+    write_gguf(path, 0)
+
+    def unpacked(data: bytes) -> None:
+        path.write_bytes(data)
+        load_model(path, device="cpu")
+
+    return [*targets, ("file: GGUF", damaged(path.read_bytes()), unpacked)]

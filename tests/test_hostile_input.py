@@ -241,7 +241,7 @@ def drawn(frame: object, statistics: object, pronouns: object, folder: Path, pap
 def test_no_name_or_text_becomes_an_element_of_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model, condition, category, item, sample, figure, run and its facts all hold markup."""
+    """Model, category, item, sample, figure, run and its facts hold markup; a condition cannot."""
     monkeypatch.setattr("selfcorrect.evaluate.drawings.draw_run", drawn)
     run = record_run(tmp_path / "[b]run <b>", LITTLE)
     for path in run.rglob("checkpoint.json"):
@@ -258,7 +258,6 @@ def test_no_name_or_text_becomes_an_element_of_the_report(
             row["category"] += MARKUP
             row["samples"] = [f"said{MARKUP}"] if row["samples"] else None
         settings = json.loads(table.schema.metadata[b"selfcorrect"])
-        settings["condition"] += MARKUP if settings["condition"] == "Q+IF+CoT" else ""
         settings["left_out"] = {f"reason{MARKUP}": 1}
         schema = table.schema.with_metadata({b"selfcorrect": json.dumps(settings)})
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -535,6 +536,28 @@ def test_a_checkpoint_cut_short_is_passed_over(home, tmp_path):
     assert newest_resumable(tmp_path) == tmp_path / "checkpoint-4"
     shutil.rmtree(tmp_path / "checkpoint-4")
     assert newest_resumable(tmp_path) is None
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_never_resumed(home, tmp_path, caplog):
+    make_trainer(home, tmp_path, save_strategy="steps", save_steps=5, max_steps=5).train()
+    checkpoint = tmp_path / "checkpoint-5"
+    trainer = make_trainer(home, tmp_path)
+    for name in (
+        "rollout-0.safetensors",
+        "critic/critic.safetensors",
+        "ppo.json",
+        "optimizer.safetensors",
+    ):
+        whole = (checkpoint / name).read_bytes()
+        flipped = bytearray(whole)
+        flipped[-9] ^= 1
+        (checkpoint / name).write_bytes(flipped)
+        assert newest_resumable(tmp_path) is None
+        assert f"{name}: damaged or replaced" in caplog.messages[-1]
+        with pytest.raises(InputError, match=re.escape(name)):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        (checkpoint / name).write_bytes(whole)
+    assert newest_resumable(tmp_path) == checkpoint
 
 
 def test_resuming_with_other_settings_is_refused(home, tmp_path):

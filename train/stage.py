@@ -71,16 +71,20 @@ def resume_state(folder: Path) -> str | None:
     found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
-            record = read_record(path / COMPLETE, "it is passed over")
-            check_files(path, record.get("files"), "this state is passed over")
+            check_state(path, "it is passed over")
         except FileNotFoundError:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         except InputError as error:
             _log.warning("%s", error)
             shutil.rmtree(path, ignore_errors=True)  # several processes may be at it
         else:
             return str(path)
     return None
+
+
+def check_state(path: Path, remedy: str) -> None:
+    """Raises InputError for a damaged state, FileNotFoundError for one that was never finished."""
+    check_files(path, read_record(path / COMPLETE, remedy).get("files"), remedy)
 
 
 def train_on(trainer: Any, work: Path) -> None:
@@ -108,12 +112,23 @@ class SaveOnTerm(TrainerCallback):
         return control
 
 
-class StageCallback(TrainerCallback):
-    """Reports progress, and marks whole states.
+class MarkWhole(TrainerCallback):
+    """Marks states as whole.
 
     Two states are kept (`save_total_limit=2`): transformers deletes the older before the mark of
     the newer is written.
     """
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Mark the state as whole, with the digests of its files."""
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        PartialState().wait_for_everyone()  # each process writes files of its own
+        if state.is_world_process_zero:
+            write_sealed(folder / COMPLETE, {"files": digests(folder, but=[COMPLETE])})
+
+
+class StageCallback(MarkWhole):
+    """Reports progress, and marks whole states."""
 
     def __init__(self, stage: str, notify: Notify, updates_per_step: int = 1) -> None:
         self.stage = stage
@@ -131,13 +146,6 @@ class StageCallback(TrainerCallback):
     ) -> None:
         """Say how far it is."""
         self._report(state)
-
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Mark the state as whole, with the digests of its files."""
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        PartialState().wait_for_everyone()  # each process writes files of its own
-        if state.is_world_process_zero:
-            write_sealed(folder / COMPLETE, {"files": digests(folder)})
 
     def _report(self, state: TrainerState) -> None:
         done = state.global_step // self.updates_per_step

@@ -31,6 +31,7 @@ from selfcorrect.train.ppo.critic import (
 )
 from selfcorrect.train.ppo.forward import CompletionPass, attach, hidden_critic, rows_a_pass
 from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded
+from selfcorrect.train.stage import MarkWhole
 
 
 class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):
@@ -72,6 +73,8 @@ class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):
         attach(self.language_model, self.critic)
         if self.ref_model is not None:
             attach(self.accelerator.unwrap_model(self.ref_model), None)
+
+        self.add_callback(MarkWhole())
 
         self._values: Tensor | None = None  # of the newest pass of the policy
         self._has_two_rates = False
@@ -226,6 +229,7 @@ class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):
             })  # fmt: skip
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        resume.check(Path(resume_from_checkpoint))
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         with hidden_critic(self.language_model):

@@ -5,6 +5,8 @@
 <checkpoint>/rollout-<rank>.safetensors  a rollout batch that is only partly used
 """
 
+import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ from selfcorrect.recipes.seals import read_record, write_record
 from selfcorrect.recipes.whole_files import whole_file
 from selfcorrect.train.ppo.critic import Critic
 from selfcorrect.train.ppo.forward import CRITIC
+from selfcorrect.train.stage import check_state
 
 STATE = "ppo.json"
 TRAINER_STATE = "trainer_state.json"
+
+_log = logging.getLogger(__name__)
 
 Minibatch = dict[str, Tensor]
 
@@ -29,17 +34,27 @@ def newest_resumable(folder: Path) -> Path | None:
     """The newest whole checkpoint of a trainer's output folder, for `resume_from_checkpoint`.
 
     transformers writes trainer_state.json last, so a checkpoint whose writing was cut short is
-    known by its absence and passed over.
+    known by its absence and passed over; so is one that is damaged, which is said.
     """
     found = []
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
-            step = read_record(path / TRAINER_STATE, "")["global_step"]
-        except (OSError, InputError, KeyError):
+            check(path)
+            step = read_record(path / TRAINER_STATE, "it is passed over")["global_step"]
+        except InputError as error:
+            _log.warning("%s", error)
+            continue
+        except (OSError, KeyError):
             continue
         if isinstance(step, int):
             found.append((step, path))
     return max(found)[1] if found else None
+
+
+def check(checkpoint: Path) -> None:
+    """Raises InputError for a checkpoint that is not as it was written; others' are not known."""
+    with suppress(FileNotFoundError):
+        check_state(checkpoint, "resume from an older one")
 
 
 def is_critic_name(name: str) -> bool:
