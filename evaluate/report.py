@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from selfcorrect.evaluate.claims import claimed
 from selfcorrect.evaluate.comparison import (
     differences,
     flatten,
@@ -34,7 +36,12 @@ from selfcorrect.evaluate.trend_tables import trend_tables
 from selfcorrect.evaluate.verdict import caveats, summary, verdicts
 from selfcorrect.evaluate.watching import begun
 from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.whole_files import whole_file, write_json, write_text
+from selfcorrect.recipes.whole_files import (
+    remove_leftovers,
+    whole_file,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from selfcorrect.evaluate.drawings import Drawing
@@ -51,6 +58,14 @@ def write_report(
     Raises InputError for a folder that is no run, a damaged evaluation file, or a run of which
     nothing has been evaluated.
     """
+    if not (run / "recipe.yaml").is_file():
+        raise InputError(f"{run}: no recipe.yaml here, so this is not a run folder")
+    with claimed(run, math.inf):  # else a report that was begun earlier could end up on top
+        remove_leftovers(run / "figures")
+        return _write_report(run, num_resamples, seed, paper)
+
+
+def _write_report(run: Path, num_resamples: int, seed: int, paper: bool) -> Path:
     from selfcorrect.evaluate.drawings import draw_run
     from selfcorrect.evaluate.experiment_figures import PRONOUN_COLUMNS
 

@@ -139,10 +139,11 @@ def train_policy(
     measure: Measure | None,
 ) -> None:
     """Run PPO into `folder` from the newest state on; nothing to do where it is finished."""
+    work = folder.with_name(f"{folder.name}.work")
     if finished(folder):
+        shutil.rmtree(work, ignore_errors=True)  # killed before it came to that
         return
     started = time.time()
-    work = folder.with_name(f"{folder.name}.work")
     facts = finished(reward) or {}
     full = ppo.lora is None
     arguments = ppo_arguments(

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selfcorrect.recipes import termination
-from selfcorrect.recipes.whole_files import write_json, write_text
+from selfcorrect.recipes.whole_files import flush_folder, write_json, write_text
 
 Notify = Callable[[str, int, int], None]  # stage, steps done, steps in all
 RECORD = "stage.json"
@@ -100,6 +100,7 @@ class StageCallback(TrainerCallback):
         """Mark the state as whole."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if state.is_world_process_zero:
+            flush_folder(folder)
             write_text(folder / COMPLETE, "")
 
     def _report(self, state: TrainerState) -> None:
