@@ -61,7 +61,7 @@ def command(runs: Path, *more: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Moment:
-    """When to strike: so many seconds after the start, or while this is being written."""
+    """When to strike: so many seconds after the start, or as soon as this is being written."""
 
     seconds: float = 0.0
     writing: str | None = None
@@ -186,7 +186,8 @@ def strike(runs: Path, moment: Moment, number: signal.Signals, *more: str) -> st
         if moment.writing is None:
             reached = one.seconds >= moment.seconds
         else:
-            reached = moment.writing in half_written(runs / NAME)
+            place = runs / NAME / moment.writing  # whole already: it was written between two looks
+            reached = moment.writing in half_written(runs / NAME) or place.exists()
         if reached:
             break
     else:
@@ -223,11 +224,12 @@ def drill(
 ) -> tuple[str, str, list[str]]:
     """One run, struck once and ended: the stage, what was half-written, and what differs."""
     while (stage := strike(runs, moment, number, *more)) is None:
-        shutil.rmtree(runs)  # it ended before; what is written quickly may be missed once
+        shutil.rmtree(runs)  # it ended before
         moment = Moment(moment.seconds * 0.9, moment.writing)
-    left = ", ".join(dict.fromkeys(half_written(runs / NAME))) or "–"
+    left = list(dict.fromkeys(half_written(runs / NAME)))
     go_on(runs, *more)
-    return stage, left, differences(runs / NAME, undisturbed)
+    more_left = f" and {len(left) - 1} more" if len(left) > 1 else ""
+    return stage, f"{left[0]}{more_left}" if left else "–", differences(runs / NAME, undisturbed)
 
 
 def main() -> None:

@@ -113,7 +113,7 @@ def test_killed_at_any_stage_and_run_again_ends_with_the_same_bytes(
     job = "tiny/seed-0"
     for writing, stage in (
         (f"{job}/base.work/checkpoint-10", "base"),
-        (f"{job}/reward", "reward"),
+        (f"{job}/reward.work/checkpoint-6", "reward"),
         (f"{job}/ppo/checkpoint-0/evaluation/bbq.Q.parquet", "evaluation, checkpoint-0"),
         (f"{job}/ppo.work/checkpoint-8", "ppo"),
     ):
