@@ -55,7 +55,9 @@ def holder(folder: Path) -> str:
     said = _read(folder / LOCK)
     if said is None:
         return "another process"
-    return f"process {said['process']} on {said['host']}, since {said['since']},"
+    words = f"process {said['process']} on {said['host']}, since {said['since']}"
+    shown = "".join(letter for letter in words if letter.isprintable())  # anybody may write there
+    return f"{shown[:200]},"
 
 
 def _acquired(path: Path, wait_seconds: float) -> int | None:

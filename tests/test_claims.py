@@ -130,6 +130,13 @@ def test_what_stands_in_a_lock_never_stops_anyone(tmp_path: Path) -> None:
             assert free
 
 
+def test_a_lock_of_strangers_cannot_write_on_the_terminal(tmp_path: Path) -> None:
+    said = {**ELSEWHERE, "host": "\x1b[2Jnode\n" + "7" * 999, "count": 0}
+    (tmp_path / LOCK).write_text(json.dumps(said))
+    assert holder(tmp_path).startswith("process 41 on [2Jnode7") and len(holder(tmp_path)) < 250
+    assert holder(tmp_path).isprintable()
+
+
 def test_a_folder_made_anew_is_claimed_by_its_new_lock(tmp_path: Path) -> None:
     folder = tmp_path / "evaluation"
     with claimed(folder):
