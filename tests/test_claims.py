@@ -147,6 +147,24 @@ def test_a_folder_made_anew_is_claimed_by_its_new_lock(tmp_path: Path) -> None:
                 assert not third
 
 
+def test_a_lock_that_is_removed_while_it_is_taken_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    flock, removed = fcntl.flock, []
+
+    def remove_first(descriptor: int, how: int) -> None:
+        if not removed:
+            (tmp_path / LOCK).unlink()
+            removed.append(True)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with claimed(tmp_path, 10) as free, claimed(tmp_path) as second:
+        assert free and not second
+
+
 def test_who_waits_ends_when_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with claimed(tmp_path):
         monkeypatch.setattr(termination, "_asked", True)
