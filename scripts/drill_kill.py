@@ -223,9 +223,11 @@ def drill(
     runs: Path, undisturbed: Path, moment: Moment, number: signal.Signals, *more: str
 ) -> tuple[str, str, list[str]]:
     """One run, struck once and ended: the stage, what was half-written, and what differs."""
+    started = time.monotonic()
     while (stage := strike(runs, moment, number, *more)) is None:
-        shutil.rmtree(runs)  # it ended before
-        moment = Moment(moment.seconds * 0.9, moment.writing)
+        shutil.rmtree(runs)  # it ended before: the machine has less other work than it had
+        moment = Moment(0.9 * min(moment.seconds, time.monotonic() - started), moment.writing)
+        started = time.monotonic()
     left = list(dict.fromkeys(half_written(runs / NAME)))
     go_on(runs, *more)
     more_left = f" and {len(left) - 1} more" if len(left) > 1 else ""
