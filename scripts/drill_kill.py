@@ -2,17 +2,18 @@
 
     python -m selfcorrect.scripts.drill_kill [--kills 30] [--terms 6] [--jobs 1] [--seed 0]
 
-A small run of all stages goes through once undisturbed. Then, once for each moment, a new one is
-killed there with SIGKILL to all its processes, and the same command ends it. Half of the moments
-are spread over the run's time, half over the names under which it was seen writing something that
-was not whole yet (a state, a checkpoint, an evaluation file, a figure). `--terms` more get SIGTERM:
-they must end with exit 0 and a message. Weights, records, evaluation files, results, statistics and
-figures must be those of the undisturbed run, to the byte, with nothing left half-written. Ends with
-exit 1, and keeps the folder, where they are not.
+A small run of all stages goes through once undisturbed. Then others are killed at moments spread
+over its time, with SIGKILL to all their processes, and gone on with, five times each. Every second
+moment is one at which the undisturbed run was seen writing something that was not whole yet (a
+state, a checkpoint, an evaluation file, a figure). `--terms` more get SIGTERM: they must end with
+exit 0 and a message. In the end weights, records, evaluation files, results, statistics and figures
+must be those of the undisturbed run, to the byte, with nothing left half-written. Where they are
+not, the folder is kept and the exit is 1.
 """
 
 import argparse
 import hashlib
+import math
 import os
 import random
 import re
@@ -48,7 +49,7 @@ RECIPE = [
 ]
 COMPARED = ("*.safetensors", "*.parquet", "checkpoint.json", "statistics.json", "*.png", "*.svg")
 PART = re.compile(r"\.(.+)\.\d+-[0-9a-f]+\.part")
-LISTENING_SECONDS = 1.0  # from when on a started Python hears SIGTERM, at the latest
+LISTENING_SECONDS = 2.0  # from when on a started Python hears SIGTERM, at the latest
 GRACE_SECONDS = 30.0  # clusters commonly leave as much between SIGTERM and SIGKILL
 POLL_SECONDS = 0.002
 
@@ -61,13 +62,15 @@ def command(runs: Path, *more: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Moment:
-    """When to strike: so many seconds after the start, or as soon as this is being written."""
+    """When to strike: so many seconds after this was first seen half-written, or the start."""
 
+    after: str | None = None
     seconds: float = 0.0
-    writing: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.seconds:.1f} s" if self.writing is None else f"writing {self.writing}"
+        if self.after is None:
+            return f"{self.seconds:.1f} s after the start"
+        return f"{self.seconds:.1f} s after {self.after}" if self.seconds else f"at {self.after}"
 
 
 def half_written(run: Path) -> Iterator[str]:
@@ -168,27 +171,29 @@ class Started:
             raise SystemExit(f"{number.name}: not ended after {GRACE_SECONDS:.0f} s") from None
 
 
-def watch(runs: Path, *more: str) -> tuple[float, list[str]]:
-    """Go through undisturbed: seconds, and what was seen half-written, in that order."""
+def watch(runs: Path, *more: str) -> tuple[float, dict[str, float]]:
+    """Go through undisturbed: seconds, and when what was first seen half-written, in that order."""
     one = Started(runs, *more)
-    seen: dict[str, None] = {}
+    seen: dict[str, float] = {}
     for _ in one.each_poll():
-        seen |= dict.fromkeys(half_written(runs / NAME))
+        for name in half_written(runs / NAME):
+            seen.setdefault(name, one.seconds)
     if one.process.returncode:
         raise SystemExit(f"the undisturbed run failed: {one.said.read_text()}")
-    return one.seconds, list(seen)
+    return one.seconds, seen
 
 
 def strike(runs: Path, moment: Moment, number: signal.Signals, *more: str) -> str | None:
     """Start the run and strike; what it was doing, or None where it ended before the moment."""
-    one = Started(runs, *more)
+    place = runs / NAME / (moment.after or "")
+    there = place.exists()  # from the run before; else it may be written between two looks
+    one, since = Started(runs, *more), 0.0 if moment.after is None else math.inf
     for _ in one.each_poll():
-        if moment.writing is None:
-            reached = one.seconds >= moment.seconds
-        else:
-            place = runs / NAME / moment.writing  # whole already: it was written between two looks
-            reached = moment.writing in half_written(runs / NAME) or place.exists()
-        if reached:
+        if math.isinf(since):
+            seen = str(moment.after) in half_written(runs / NAME) or (not there and place.exists())
+            since = one.seconds if seen else since
+        late_enough = number != signal.SIGTERM or one.seconds >= LISTENING_SECONDS
+        if late_enough and one.seconds >= since + moment.seconds:
             break
     else:
         return None
@@ -210,28 +215,43 @@ def go_on(runs: Path, *more: str) -> None:
         raise SystemExit(f"the run does not go on: {one.said.read_text()}")
 
 
-def moments(num: int, seconds: float, seen: list[str], chance: random.Random) -> list[Moment]:
-    """Half of them by time, half by what is written, spread evenly over both."""
-    by_time = (num + 1) // 2
-    times = [Moment((i + chance.random()) / by_time * seconds) for i in range(by_time)]
-    by_name = num - by_time
-    places = [int((i + chance.random()) / by_name * len(seen)) for i in range(by_name)]
-    return times + [Moment(writing=seen[place]) for place in places]
+def moments(
+    num: int, seconds: float, seen: dict[str, float], chance: random.Random
+) -> list[Moment]:
+    """Spread evenly over the run: in turn at some time, and just as something is being written."""
+    found = []
+    for index in range(num):
+        time_ = (index + chance.random()) / num * seconds
+        before = [name for name, first in seen.items() if first <= time_]
+        if index % 2 and seen:
+            found.append(Moment((before or list(seen))[-1]))
+        elif before:
+            found.append(Moment(before[-1], time_ - seen[before[-1]]))
+        else:
+            found.append(Moment(None, time_))
+    return found
 
 
 def drill(
-    runs: Path, undisturbed: Path, moment: Moment, number: signal.Signals, *more: str
-) -> tuple[str, str, list[str]]:
-    """One run, struck once and ended: the stage, what was half-written, and what differs."""
-    started = time.monotonic()
-    while (stage := strike(runs, moment, number, *more)) is None:
-        shutil.rmtree(runs)  # it ended before: the machine has less other work than it had
-        moment = Moment(0.9 * min(moment.seconds, time.monotonic() - started), moment.writing)
-        started = time.monotonic()
-    left = list(dict.fromkeys(half_written(runs / NAME)))
+    runs: Path, undisturbed: Path, plan: list[Moment], number: signal.Signals, *more: str
+) -> tuple[list[list[str]], list[str]]:
+    """One run, struck at each moment and gone on with each time; then what differs at its end.
+
+    Each strike is told as [signal, when, stage, left half-written]. Where a run had ended before,
+    another one is struck.
+    """
+    told: list[list[str]] = []
+    for moment in plan:
+        while (stage := strike(runs, moment, number, *more)) is None:
+            if differing := differences(runs / NAME, undisturbed):
+                return told, differing
+            shutil.rmtree(runs)
+            moment = Moment(moment.after, moment.seconds / 2)  # the machine has become faster
+        left = list(dict.fromkeys(half_written(runs / NAME)))
+        more_left = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        told.append([number.name, str(moment), stage, f"{left[0]}{more_left}" if left else "–"])
     go_on(runs, *more)
-    more_left = f" and {len(left) - 1} more" if len(left) > 1 else ""
-    return stage, f"{left[0]}{more_left}" if left else "–", differences(runs / NAME, undisturbed)
+    return told, differences(runs / NAME, undisturbed)
 
 
 def main() -> None:
@@ -239,6 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=30, help="moments of SIGKILL")
     parser.add_argument("--terms", type=int, default=6, help="moments of SIGTERM, besides")
+    parser.add_argument("--a-run", type=int, default=5, help="strikes that each run has to take")
     parser.add_argument("--jobs", type=int, default=1, help="seeds trained side by side")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     given = parser.parse_args()
@@ -246,31 +267,30 @@ def main() -> None:
     work, chance = Path(tempfile.mkdtemp(prefix="drill-")), random.Random(given.seed)
     seconds, seen = watch(work / "undisturbed", *more)
     print(f"undisturbed: {seconds:.0f} s, {len(seen)} names seen half-written\n")
-    print("| | signal | when | stage | left half-written | afterwards |\n|---|---|---|---|---|---|")
-    failed = 0
-    counts: dict[signal.Signals, list[int]] = {}
-    for number, num in ((signal.SIGKILL, given.kills), (signal.SIGTERM, given.terms)):
-        first = LISTENING_SECONDS if number == signal.SIGTERM else 0.0
-        counts[number] = [0, num]
-        for index, moment in enumerate(moments(num, seconds, seen, chance)):
-            if moment.writing is None:
-                moment = Moment(max(first, moment.seconds))
+    print("| run | signal | when | stage | left half-written | in the end |")
+    print("|---|---|---|---|---|---|", flush=True)
+    summary, failed = [], False
+    for number, num in ((signal.SIGTERM, given.terms), (signal.SIGKILL, given.kills)):
+        planned = moments(num, seconds, seen, chance)
+        num_runs, good = math.ceil(num / given.a_run), 0
+        for index in range(num_runs):
+            plan = planned[index::num_runs]
             runs = work / f"{number.name}-{index}"
-            found = drill(runs, work / "undisturbed" / NAME, moment, number, *more)
-            stage, left, differing = found
-            same = "same" if not differing else f"{runs}: {', '.join(differing)}"
-            print(f"| {index + 1} | {number.name} | {moment} | {stage} | {left} | {same} |")
+            told, differing = drill(runs, work / "undisturbed" / NAME, plan, number, *more)
+            same = f"{runs}: {', '.join(differing)}" if differing else "same"
+            for row in told:
+                print(f"| {index + 1} | {' | '.join(row)} | {same} |")
             sys.stdout.flush()
             if differing:
-                failed += 1
+                failed = True
             else:
-                counts[number][0] += 1
+                good += len(told)
                 shutil.rmtree(runs)
-    for number, (good, num) in reversed(counts.items()):
-        print(f"{number.name}: {good} of {num} end in the bytes of the undisturbed run")
+        summary.append(f"{number.name}: {good} of {num} end in the bytes of the undisturbed run")
+    print("\n" + "\n".join(summary))
     if not failed:
         shutil.rmtree(work)
-    sys.exit(bool(failed))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

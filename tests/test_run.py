@@ -21,7 +21,7 @@ from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.scripts import drill_kill
 from selfcorrect.scripts.drill_kill import RECIPE as SMALL
-from selfcorrect.scripts.drill_kill import Moment, command, differences, drill, strike
+from selfcorrect.scripts.drill_kill import Moment, command, differences, drill
 from selfcorrect.train.base import train_base
 from selfcorrect.train.check import check_training
 from selfcorrect.train.job import only_one
@@ -109,18 +109,19 @@ def test_running_again_does_no_finished_work_twice(whole: Path) -> None:
 def test_killed_at_any_stage_and_run_again_ends_with_the_same_bytes(
     whole: Path, tmp_path: Path
 ) -> None:
-    runs = tmp_path / "runs"
     job = "tiny/seed-0"
-    for writing, stage in (
-        (f"{job}/base.work/checkpoint-10", "base"),
-        (f"{job}/reward.work/checkpoint-6", "reward"),
-        (f"{job}/ppo/checkpoint-0/evaluation/bbq.Q.parquet", "evaluation, checkpoint-0"),
-        (f"{job}/ppo.work/checkpoint-8", "ppo"),
-    ):
-        assert strike(runs, Moment(writing=writing), signal.SIGKILL) == stage
-    moment = Moment(writing="figures/effects.png")
-    found = drill(runs, whole, moment, signal.SIGKILL)
-    assert (found[0], found[2]) == ("report", [])
+    plan = [
+        Moment(f"{job}/base.work/checkpoint-10"),
+        Moment(f"{job}/reward.work/checkpoint-6"),
+        Moment(f"{job}/ppo/checkpoint-0/evaluation/bbq.Q.parquet"),
+        Moment(f"{job}/ppo.work/checkpoint-8"),
+        Moment("figures/effects.png"),
+    ]
+    told, differing = drill(tmp_path / "runs", whole, plan, signal.SIGKILL)
+    assert differing == []
+    assert [row[2] for row in told] == [
+        *("base", "reward", "evaluation, checkpoint-0", "ppo", "report")
+    ]
 
 
 def test_the_drill_sees_what_is_missing_other_or_left_behind(whole: Path, tmp_path: Path) -> None:
