@@ -10,7 +10,7 @@ from typing import Any
 
 from selfcorrect.evaluate.catalogue import say_unpublished
 from selfcorrect.evaluate.cell_files import Origin, is_measured
-from selfcorrect.evaluate.claims import claimed
+from selfcorrect.evaluate.claims import claimed, holder, say
 from selfcorrect.evaluate.inputs import check_inputs
 from selfcorrect.evaluate.measure import measure, measure_with
 from selfcorrect.evaluate.plan import EvaluationPlan, plan
@@ -89,13 +89,14 @@ def evaluate_run(
     watch: bool = False,
     processes: Processes = ALONE,
     device: str | None = None,
+    threads: int | None = None,
 ) -> int:
     """Measure every checkpoint that lacks a cell; returns how many this process measured.
 
     Any number of processes, on machines that share the folder, may do so at the same time: each
     checkpoint is measured by one of them, and all return when all is done. With `watch`, new
     checkpoints are waited for until the run has all that its recipe asks for. `processes` are those
-    of one launch, which share the items of each checkpoint.
+    of one launch, which share the items of each checkpoint. `threads` are torch's, on a CPU.
 
     A checkpoint that cannot be loaded, or whose logits are NaN, does not keep the others from being
     measured: RunFailure names it when they are done. It is tried again once its files change; one
@@ -104,7 +105,7 @@ def evaluate_run(
     if processes.size > 1 and recipe.evaluate.engine != "packed":
         raise InputError(f"evaluate.engine: {recipe.evaluate.engine} shares its work by itself")
     processes.agree(lambda: _check_files(recipe, run))  # one of them mends what is damaged
-    work = _Work(recipe, run, recipe_plan(recipe, run), processes, device)
+    work = _Work(recipe, run, recipe_plan(recipe, run), processes, device, threads)
     while True:
         waiting = processes.agree(work.waiting)
         done_before = work.num_measured
@@ -112,12 +113,16 @@ def evaluate_run(
             notify("evaluate", work.num_measured, done_before + len(waiting))
             work.measure_if_free(checkpoint)
         is_over = not watch or processes.agree(work.is_over)  # looked at before the last round
-        if not processes.agree(work.waiting) and is_over:
+        waiting = processes.agree(work.waiting)
+        if not waiting and is_over:
             break
         if work.num_measured == done_before:
+            work.say_who_is_waited_for(waiting)
             time.sleep(POLL_SECONDS)
     if work.num_measured:
         notify("evaluate", work.num_measured, work.num_measured)
+    if processes.rank == 0:
+        work.tidy()
     work.raise_broken()
     return work.num_measured
 
@@ -137,7 +142,9 @@ class _Work:
     cells: EvaluationPlan
     processes: Processes
     device: str | None
+    threads: int | None
     num_measured: int = 0
+    said: bool = False
     broken: dict[Path, tuple[object, str]] = field(default_factory=dict)  # its files, what is wrong
     malformed: dict[Path, str] = field(default_factory=dict)
 
@@ -200,6 +207,10 @@ class _Work:
             loaded = load_engine(engine, str(checkpoint.folder))  # InputError: not installed
             measure_with(self.cells, loaded, checkpoint.evaluation, origin)
             return
+        if self.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.threads)
         trust = checkpoint.record.model in self.trusted
         pair: list[Any] = []
         try:
@@ -219,6 +230,23 @@ class _Work:
             origin=origin,
             processes=self.processes,
         )
+
+    def say_who_is_waited_for(self, waiting: list[Checkpoint]) -> None:
+        """One line, once: what is left is being measured by another process."""
+        if waiting and not self.said and self.processes.rank == 0:
+            self.said = True
+            folder = waiting[0].evaluation
+            say(f"waiting for {holder(folder)} which is at work in {folder}")
+
+    def tidy(self) -> None:
+        """Remove what killed processes left beside evaluations that are whole by now."""
+        for checkpoint in find_checkpoints(self.run, {}):
+            folder = checkpoint.evaluation
+            left = [*folder.glob(".*.parts"), *folder.glob(".*.part")]
+            if left and _is_whole(checkpoint, self.cells, self.recipe.evaluate.engine):
+                with claimed(folder) as free:
+                    for path in left if free else ():
+                        shutil.rmtree(path, ignore_errors=True)
 
     def raise_broken(self) -> None:
         """RunFailure for the checkpoints that are still there and could not be measured."""

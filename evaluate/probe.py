@@ -13,6 +13,7 @@ question sees no difference, and so for any sum of both. It takes what joins per
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfcorrect.evaluate.cells import METADATA_KEY
+from selfcorrect.evaluate.claims import claimed
 from selfcorrect.evaluate.continuations import PromptTooLong, Request
 from selfcorrect.evaluate.dialogue import render
 from selfcorrect.evaluate.experiments import bbq
@@ -123,7 +125,7 @@ def probe_run(
     if not tables:
         raise InputError(f"{run}: no checkpoints to probe; train the run first")
     frame = pd.concat(tables, ignore_index=True)
-    with whole_file(run / RUN_FILE) as temporary:
+    with claimed(run, math.inf), whole_file(run / RUN_FILE) as temporary:
         frame.to_parquet(temporary, compression="zstd", index=False)
     return frame
 

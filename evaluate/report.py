@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from selfcorrect.evaluate.claims import claimed
 from selfcorrect.evaluate.comparison import (
     differences,
     flatten,
@@ -36,7 +38,7 @@ from selfcorrect.evaluate.watching import begun
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.seals import read_record, write_record
 from selfcorrect.recipes.visible_text import visible
-from selfcorrect.recipes.whole_files import write_text
+from selfcorrect.recipes.whole_files import remove_leftovers, write_text
 
 if TYPE_CHECKING:
     from selfcorrect.evaluate.drawings import Drawing
@@ -53,6 +55,14 @@ def write_report(
     Raises InputError for a folder that is no run, a damaged evaluation file, or a run of which
     nothing has been evaluated.
     """
+    if not (run / "recipe.yaml").is_file():
+        raise InputError(f"{run}: no recipe.yaml here, so this is not a run folder")
+    with claimed(run, math.inf):  # else a report that was begun earlier could end up on top
+        remove_leftovers(run / "figures")
+        return _write_report(run, num_resamples, seed, paper)
+
+
+def _write_report(run: Path, num_resamples: int, seed: int, paper: bool) -> Path:
     from selfcorrect.evaluate.drawings import draw_run
     from selfcorrect.evaluate.experiment_figures import PRONOUN_COLUMNS
 

@@ -21,8 +21,8 @@ def listen() -> None:
 
 def _heard(*_: Any) -> None:
     global _asked
-    _asked = True
-    if not _deferred:
+    again, _asked = _asked, True  # a second one must not break off what the first one began
+    if not _deferred and not again:
         raise Terminated
 
 

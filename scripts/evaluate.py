@@ -1,6 +1,7 @@
 """`selfcorrect evaluate`: a run's checkpoints, or any Hugging Face models side by side."""
 
 import gc
+import math
 import os
 import re
 import sys
@@ -181,7 +182,7 @@ def _evaluate_models(
             gc.freeze()
             gc.enable()
             # Another process may be measuring this model for the same folder: then wait for it.
-            with claimed(folder, wait=True) if first else nullcontext():
+            with claimed(folder, math.inf) if first else nullcontext():
                 measure_with(cells, runs_it, folder, origin, partial(bars, name), processes)
             measured[name] = folder
     if first:

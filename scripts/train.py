@@ -73,6 +73,8 @@ def _say_cost(folder: Path, jobs: set[tuple[str, int]]) -> None:
 def measure_rest(recipe: Recipe, folder: Path) -> None:
     """Evaluate whatever checkpoint still lacks a cell."""
     from selfcorrect.evaluate.offline import evaluate_run
+    from selfcorrect.train.provenance import threads_per_job
 
+    threads = threads_per_job(recipe)  # as while training: sums may round by their number
     with Bars() as bars:
-        evaluate_run(recipe, folder, lambda *args: bars("all", *args))
+        evaluate_run(recipe, folder, lambda *args: bars("all", *args), threads=threads)

@@ -28,9 +28,9 @@ def test_a_second_process_on_the_same_job_is_refused_in_one_line(
     other = context.Process(target=hold, args=(tmp_path, ready, done))
     other.start()
     assert ready.wait(30)
-    monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(job, "GOING_DOWN_SECONDS", 0.0)
     with (
-        pytest.raises(InputError, match="another process is training here"),
+        pytest.raises(InputError, match=rf"process {other.pid} on \S+, since .* is training here"),
         job.only_one(tmp_path),
     ):
         raise AssertionError("two processes hold one lock")

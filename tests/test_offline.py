@@ -242,3 +242,14 @@ def test_a_missing_engine_is_one_line(run: Path) -> None:
         load_recipe(str(run / "recipe.yaml"), ["evaluate.engine=vllm"])
     with pytest.raises(InputError, match=re.escape("evaluate.engine")):
         load_recipe(str(run / "recipe.yaml"), ["evaluate.engine=fast"])
+
+
+def test_what_a_killed_evaluation_left_beside_whole_files_goes(run: Path) -> None:
+    recipe, evaluation = recipe_of(run), place_of(run, 2) / "evaluation"
+    evaluate_run(recipe, run, silent)
+    parts = evaluation / ".winogender.Q.parquet.parts"
+    parts.mkdir()
+    (parts / "000000000-000000256.parquet").touch()
+    (evaluation / ".winogender.Q.parquet.7-0a1b2c3d.part").touch()
+    assert evaluate_run(recipe, run, silent) == 0
+    assert not list(evaluation.glob(".*.part*"))

@@ -2,51 +2,32 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from selfcorrect.evaluate.cell_files import read_cell
 from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.recipes import load
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import check_recipe, load_recipe
+from selfcorrect.scripts import drill_kill
+from selfcorrect.scripts.drill_kill import RECIPE as SMALL
+from selfcorrect.scripts.drill_kill import Moment, command, differences, drill
+from selfcorrect.train.base import train_base
 from selfcorrect.train.check import check_training
 from selfcorrect.train.job import only_one
 from selfcorrect.train.run import open_run, train_run
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = [
-    "name=small",
-    "models=[{name: tiny, scratch: {model_type: llama, hidden_size: 8, intermediate_size: 16, "
-    "num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2, "
-    "max_position_embeddings: 128}}]",
-    "data.society.corpus.documents=800",
-    "data.society.corpus.stereotypes_first=200",
-    "data.society.pairs=200",
-    "data.society.prompts=100",
-    "data.society.blocks_per_template=1",
-    "base.trainer.save_steps=5",
-    "reward.trainer.save_steps=3",
-    "ppo.steps=4",
-    "ppo.checkpoints=[0, 2, 4]",
-    "ppo.resume_every=1",
-    "ppo.trainer.per_device_train_batch_size=8",
-    "launch.jobs=1",
-    "launch.threads=1",
-]
-
-
-def command(runs: Path, *more: str) -> list[str]:
-    code = [sys.executable, "-m", "selfcorrect.scripts.cli", "run", "quickstart"]
-    return [*code, *SMALL, *more, "--runs-dir", str(runs)]
 
 
 def go(runs: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -128,29 +109,77 @@ def test_running_again_does_no_finished_work_twice(whole: Path) -> None:
 def test_killed_at_any_stage_and_run_again_ends_with_the_same_bytes(
     whole: Path, tmp_path: Path
 ) -> None:
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    folder = runs / "small" / "tiny" / "seed-0"
-    moments = [
-        lambda: any(folder.glob("base.work/checkpoint-*")),
-        lambda: any(folder.glob("reward.work/checkpoint-*/complete")),
-        lambda: (folder / "ppo" / "checkpoint-0" / "evaluation").is_dir(),
-        lambda: any(folder.glob("ppo.work/checkpoint-*/complete")),
-        lambda: (folder / "ppo" / "checkpoint-4").is_dir(),
+    job = "tiny/seed-0"
+    plan = [
+        Moment(f"{job}/base.work/checkpoint-10"),
+        Moment(f"{job}/reward.work/checkpoint-6"),
+        Moment(f"{job}/ppo/checkpoint-0/evaluation/bbq.Q.parquet"),
+        Moment(f"{job}/ppo.work/checkpoint-8"),
+        Moment("figures/effects.png"),
     ]
-    for reached in moments:
-        process = subprocess.Popen(
-            command(runs), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    told, differing = drill(tmp_path / "runs", whole, plan, signal.SIGKILL)
+    assert differing == []
+    assert [row[2] for row in told] == [
+        *("base", "reward", "evaluation, checkpoint-0", "ppo", "report")
+    ]
+
+
+def test_the_drill_sees_what_is_missing_other_or_left_behind(whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "small")
+    assert differences(run, whole) == []
+    weights = run / "tiny" / "seed-0" / "ppo" / "checkpoint-2" / "model.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    (run / "results.parquet").unlink()
+    record = json.loads((run / "statistics.json").read_text())
+    (run / "statistics.json").write_text(json.dumps({**record, "more": 1}))
+    (run / "tiny" / "seed-0" / "base.work").mkdir()
+    (run / "figures" / ".effects.png.7-0a1b2c3d.part").touch()
+    assert differences(run, whole) == [
+        "results.parquet",
+        "statistics.json",
+        "tiny/seed-0/ppo/checkpoint-2/model.safetensors",
+        "figures/.effects.png.7-0a1b2c3d.part",
+        "tiny/seed-0/base.work",
+    ]
+    assert list(drill_kill.half_written(run)) == ["figures/effects.png"]
+
+
+def test_another_checkout_folder_locale_umask_and_hash_seed_give_the_same_bytes(
+    whole: Path, tmp_path: Path
+) -> None:
+    checkout = tmp_path / "check out" / "selfcorrect"
+    for package in ("recipes", "evaluate", "train", "scripts"):
+        shutil.copytree(Path(load.__file__).parent.parent / package, checkout / package)
+    with (checkout / "scripts" / "run.py").open("a") as code:
+        code.write("print('from the other checkout')\n")
+    runs = tmp_path / "rüns"
+    runs.mkdir()
+    umask = os.umask(0o077)
+    try:
+        done = subprocess.run(
+            command(runs),
+            capture_output=True,
+            text=True,
+            timeout=280,
+            cwd=tmp_path,
+            env={
+                **{k: v for k, v in os.environ.items() if not k.startswith("LC_")},
+                "PYTHONPATH": str(checkout.parent),
+                "PYTHONHASHSEED": "4321",
+                "LC_ALL": "POSIX",
+                "TZ": "Pacific/Chatham",
+                "COLUMNS": "40",
+            },
         )
-        deadline = time.monotonic() + 200
-        while not reached() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = go(runs)
+    finally:
+        os.umask(umask)
     assert done.returncode == 0, done.stderr
-    assert digests(runs / "small") == digests(whole)
+    assert "from the other checkout" in done.stdout
+    assert differences(runs / "small", whole) == []
+    begun = json.loads((runs / "small" / "run.json").read_text())
+    assert begun["changes"] == [] and "bits may differ" not in done.stderr
 
 
 def test_ended_by_the_system_it_saves_first_and_goes_on_to_the_same_bytes(
@@ -203,7 +232,10 @@ def test_stopped_by_hand_it_says_so_and_leaves_nothing_running(tmp_path: Path) -
     deadline = time.monotonic() + 200
     while not any(runs.glob("small/tiny/seed-*/base.work")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(1)
+    second = go(runs, *more)  # the same command beside it is refused, and disturbs nothing
+    assert second.returncode == 2
+    assert re.search(r"seed-[01]: process \d+ on \S+, since .* is training here", second.stderr)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, shown = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -338,3 +370,41 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not empty and no run"):
         open_run(load_recipe("quickstart", SMALL), folder)
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_that_was_killed_while_its_folder_was_made_is_taken_up(tmp_path: Path) -> None:
+    run = tmp_path / "small"
+    for name in (".lock", ".recipe.yaml.7-0a1b2c3d.part", "benchmarks/bbq/x.jsonl"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    open_run(load_recipe("quickstart", SMALL), run)
+    assert load_recipe(str(run / "recipe.yaml")).name == "small"
+    assert not (run / "benchmarks" / "bbq" / "x.jsonl").exists()  # whole, or made anew
+    assert not list(run.glob(".*.part"))
+
+
+def test_runs_that_begin_at_the_same_time_share_the_folder_or_are_refused(tmp_path: Path) -> None:
+    run = tmp_path / "small"
+    recipes = [
+        load_recipe("quickstart", [*SMALL, *more])
+        for more in ([], ["reward.held_out=0.5"], ["evaluate.conditions=[R]"], [])
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        failures = [
+            future.exception() for future in [pool.submit(open_run, r, run) for r in recipes]
+        ]
+    kept = load_recipe(str(run / "recipe.yaml"))
+    refused = [failure for failure in failures if failure is not None]
+    assert all(isinstance(failure, InputError) for failure in refused)
+    assert failures[recipes.index(kept)] is None and len(refused) >= 2
+    assert any("another recipe" in str(failure) for failure in refused)
+    assert (run / "benchmarks" / "stimuli.yaml").is_file()
+
+
+def test_what_a_finished_stage_left_to_work_with_goes(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart", SMALL)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "stage.json").write_text("{}")
+    (tmp_path / "base.work" / "checkpoint-5").mkdir(parents=True)
+    train_base(recipe, recipe.models[0], [], tmp_path / "base", 0, lambda *_: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]

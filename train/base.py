@@ -203,10 +203,11 @@ def train_base(
 
     A given model is saved there as plain safetensors, whatever it came as.
     """
+    work = folder.with_name(f"{folder.name}.work")
     if finished(folder):
+        shutil.rmtree(work, ignore_errors=True)  # killed before it came to that
         return
     started = time.time()
-    work = folder.with_name(f"{folder.name}.work")
     fixed = {"output_dir": str(work), "seed": seed, "save_total_limit": 2}
     if recipe.base is not None and recipe.base.method == "pretrain":
         trainer, tokenizer = _pretrainer(recipe, model, fixed, notify)

@@ -2,9 +2,7 @@
 
 # ruff: noqa: TID253  (this file sets torch up)
 
-import importlib.metadata
-import os
-import time
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +14,7 @@ from transformers import AutoTokenizer
 
 from selfcorrect.evaluate.callback import measure_undisturbed
 from selfcorrect.evaluate.cell_files import Origin
-from selfcorrect.evaluate.claims import claimed
+from selfcorrect.evaluate.claims import claimed, holder
 from selfcorrect.evaluate.models import say_trust
 from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.evaluate.packing import Prepared
@@ -28,24 +26,15 @@ from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import training_digest
 from selfcorrect.recipes.machine_faults import machine_faults_are_said
 from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.whole_files import remove_leftovers
 from selfcorrect.train.base import train_base
 from selfcorrect.train.feedback import load_feedback
 from selfcorrect.train.policy import train_policy
+from selfcorrect.train.provenance import threads_per_job, versions
 from selfcorrect.train.reward import train_reward
 from selfcorrect.train.stage import Notify, finished
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide a run's numbers, those that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+GOING_DOWN_SECONDS = 7.0  # one that was just killed may still be going down
 
 
 def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notify) -> None:
@@ -100,11 +89,6 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
         )
 
 
-def threads_per_job(recipe: Recipe) -> int:
-    """CPU threads of one job: the recipe's, or an even share of the cores."""
-    return recipe.launch.threads or max(1, (os.cpu_count() or 1) // recipe.launch.jobs)
-
-
 def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
     """What measures the live policy at a kept checkpoint; None where evaluation is not inline."""
     if recipe.evaluate.attach == "off":
@@ -123,7 +107,7 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
         # What is left unmeasured on SIGTERM is measured after training; the state comes first.
         with (
             suppress(termination.Terminated),
-            claimed(checkpoint.evaluation, wait=True),  # `evaluate --watch` may be at it
+            claimed(checkpoint.evaluation, math.inf),  # `evaluate --watch` may be at it
         ):
             measure_undisturbed(
                 plan,
@@ -140,21 +124,13 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Hold the job's lock; InputError where another process is at work on the same folder."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as handle:
-        for wait_seconds in (1, 2, 4, 0):  # one that was just killed may still be going down
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(wait_seconds)
-        else:
+    """Hold the job's folder; InputError where another process is at work on it."""
+    with claimed(folder, GOING_DOWN_SECONDS) as free:
+        if not free:
             raise InputError(
-                f"{folder}: another process is training here; wait for it, or stop it first"
+                f"{folder}: {holder(folder)} is training here; wait for it, or stop it first"
             )
+        remove_leftovers(folder / "ppo")
         yield
 
 

@@ -174,10 +174,11 @@ def train_policy(
     trust_remote_code: bool = False,
 ) -> None:
     """Run PPO into `folder` from the newest state on; nothing to do where it is finished."""
+    work = folder.with_name(f"{folder.name}.work")
     if finished(folder):
+        shutil.rmtree(work, ignore_errors=True)  # killed before it came to that
         return
     started = time.time()
-    work = folder.with_name(f"{folder.name}.work")
     facts = finished(reward) or {}
     full = ppo.lora is None
     trust = {"trust_remote_code": trust_remote_code}

@@ -63,10 +63,11 @@ def train_reward(
     stage.json records the share of held-out pairs put in the right order, and mean and standard
     deviation of the scores on held-out texts, by which PPO centres and scales the score.
     """
+    work = folder.with_name(f"{folder.name}.work")
     if finished(folder):
+        shutil.rmtree(work, ignore_errors=True)  # killed before it came to that
         return
     started = time.time()
-    work = folder.with_name(f"{folder.name}.work")
     arguments = build(
         RewardConfig,
         "reward.trainer",

@@ -1,10 +1,9 @@
 """A whole run: the folder, its jobs one after another or side by side, and how far they are."""
 
+import math
 import os
-import platform
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -18,20 +17,23 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import get_context, parent_process
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
+from selfcorrect.evaluate.claims import LOCK, claimed
+from selfcorrect.evaluate.inputs import FILE as INPUTS
 from selfcorrect.evaluate.inputs import check_inputs
 from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.recipes import termination
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.recipes.seals import write_record
+from selfcorrect.train.provenance import record_start
 
 LAST = Path("ppo") / "stage.json"  # what the last stage of a job leaves
+BENCHMARKS = "benchmarks"  # a society's own, in the run's folder
 Job = tuple[str, int]  # model, seed
+_events: Any = None  # in a child: where progress is told
 Report = Callable[[Job, str, int, int], None]  # job, stage, steps done, steps in all
 
 
@@ -41,12 +43,25 @@ def open_run(recipe: Recipe, run: Path) -> None:
     The ladder and the seeds may have grown, and evaluation and launch may have changed; anything
     else belongs to another run.
     """
+    if not _is_ours(run):
+        raise InputError(f"{run}: not empty and no run (no recipe.yaml); choose another folder")
+    with claimed(run, math.inf):
+        _open(recipe, run)
+
+
+def _is_ours(run: Path) -> bool:
+    """Whether it is a run, or nothing yet, or what a run that was killed at once has left."""
+    if (run / "recipe.yaml").is_file() or not run.exists():
+        return True
+    there = {path.name for path in run.iterdir() if not path.name.endswith(".part")}
+    return not there or (LOCK in there and there <= {LOCK, BENCHMARKS, INPUTS})
+
+
+def _open(recipe: Recipe, run: Path) -> None:
     path = run / "recipe.yaml"
     new = not path.is_file()
     if not new:
         _check_same(load_recipe(str(path)), recipe, run)
-    elif run.exists() and any(run.iterdir()):
-        raise InputError(f"{run}: not empty and no run (no recipe.yaml); choose another folder")
     try:
         check_inputs(recipe, run, training=bool(unfinished(recipe, run)))
         recipe_plan(recipe, run)  # conditions and benchmark files, before hours of training
@@ -57,7 +72,7 @@ def open_run(recipe: Recipe, run: Path) -> None:
     if new or load_recipe(str(path)) != recipe:
         save_recipe(recipe, path)
     if unfinished(recipe, run):
-        write_record(run / "run.json", run_facts(recipe))
+        record_start(recipe, run)
 
 
 def _check_same(old: Recipe, new: Recipe, run: Path) -> None:
@@ -85,34 +100,6 @@ def _first_difference(before: Any, after: Any, key: str) -> str | None:
     return key if before != after else None
 
 
-def run_facts(recipe: Recipe) -> dict[str, Any]:
-    """What run.json says: versions, hardware, seeds, the code's commit where it is a checkout."""
-    from selfcorrect.train.job import threads_per_job, versions
-
-    return {
-        "name": recipe.name,
-        "seeds": recipe.seeds,
-        "models": [model.name for model in recipe.models],
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "jobs": recipe.launch.jobs,
-        "threads_per_job": threads_per_job(recipe),
-        "versions": versions(),
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
-
-
 def unfinished(recipe: Recipe, run: Path) -> list[Job]:
     """The jobs whose last stage has not ended, in the order in which they start."""
     jobs = [(model.name, seed) for model in reversed(recipe.models) for seed in recipe.seeds]
@@ -131,16 +118,16 @@ def train_run(recipe: Recipe, run: Path, report: Report, only: set[Job] | None =
         for model, seed in wanted:
             run_job(recipe, run, model, seed, _reporter(report, (model, seed)))
         return
-    with get_context("spawn").Manager() as manager:
-        _side_by_side(recipe, run, wanted, report, manager)
+    _side_by_side(recipe, run, wanted, report)
 
 
-def _side_by_side(
-    recipe: Recipe, run: Path, wanted: list[Job], report: Report, manager: SyncManager
-) -> None:
-    events: Any = manager.Queue()
-    pool = ProcessPoolExecutor(recipe.launch.jobs, mp_context=get_context("spawn"))
-    waiting: set[Future[None]] = {pool.submit(_child, recipe, run, job, events) for job in wanted}
+def _side_by_side(recipe: Recipe, run: Path, wanted: list[Job], report: Report) -> None:
+    context = get_context("spawn")
+    events: Any = context.Queue()  # no manager's process, which a SIGTERM to all would end
+    pool = ProcessPoolExecutor(
+        recipe.launch.jobs, mp_context=context, initializer=_begin_child, initargs=(events,)
+    )
+    waiting: set[Future[None]] = {pool.submit(_child, recipe, run, job) for job in wanted}
     children = list((pool._processes or {}).values())
     try:
         with termination.deferred():
@@ -156,11 +143,13 @@ def _side_by_side(
                 while not events.empty():
                     report(*events.get())
                 for future in done:
-                    with suppress(termination.Terminated, CancelledError):
+                    with suppress(CancelledError):
                         future.result()
     except termination.Terminated:
         raise  # the children have ended their work by themselves
     except BaseException as error:  # Ctrl-C too: nothing may train on unseen
+        if isinstance(error, BrokenProcessPool) and termination.is_asked():
+            raise termination.Terminated from None  # once all have saved: see `_child`
         for child in children:
             child.kill()
         if isinstance(error, BrokenProcessPool):
@@ -173,16 +162,27 @@ def _side_by_side(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _child(recipe: Recipe, run: Path, job: Job, events: Any) -> None:
+def _begin_child(events: Any) -> None:
+    global _events
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
-    termination.listen()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    events.cancel_join_thread()
+    _events = events
+
+
+def _child(recipe: Recipe, run: Path, job: Job) -> None:
     from selfcorrect.train.job import run_job
 
     def send(job: Job, stage: str, done: int, total: int) -> None:
-        events.put((job, stage, done, total))
+        _events.put((job, stage, done, total))
 
-    run_job(recipe, run, job[0], job[1], _reporter(send, job))
+    termination.listen()  # before and after a job, SIGTERM simply ends the process
+    try:
+        run_job(recipe, run, job[0], job[1], _reporter(send, job))
+    except termination.Terminated:
+        os._exit(0)  # all is saved; the parent waits for the process's end, not for a word
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.stdout.flush()
 
 

@@ -19,6 +19,7 @@ from selfcorrect.recipes import termination
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.seals import check_files, digests, read_record
 from selfcorrect.recipes.seals import write_record as write_sealed
+from selfcorrect.recipes.whole_files import flush_folder
 
 Notify = Callable[[str, int, int], None]  # stage, steps done, steps in all
 COMPLETE = "complete"  # written last, with all files' digests: without it a state was cut short
@@ -124,6 +125,7 @@ class MarkWhole(TrainerCallback):
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         PartialState().wait_for_everyone()  # each process writes files of its own
         if state.is_world_process_zero:
+            flush_folder(folder)
             write_sealed(folder / COMPLETE, {"files": digests(folder, but=[COMPLETE])})
 
 
