@@ -25,7 +25,7 @@ from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.schema import Model
 from selfcorrect.train.feedback_files import read_rows
 from selfcorrect.train.finite import FiniteTrainer
-from selfcorrect.train.model_shape import model_shape
+from selfcorrect.train.model_shape import _through_transformers, model_shape
 from selfcorrect.train.plain_state import load, save
 from selfcorrect.train.policy import load_policy
 from selfcorrect.train.ppo import PPOConfig, PPOTrainer
@@ -84,11 +84,16 @@ def forbidden(tree: ast.AST) -> list[str]:
         if isinstance(node, ast.Call):
             if ast.unparse(node.func) in CALLS:
                 found.append(ast.unparse(node.func))
-            for keyword in node.keywords:
-                value = keyword.value
-                wrong = SWITCHES.get(keyword.arg or "")
-                if wrong is not None and isinstance(value, ast.Constant) and value.value is wrong:
-                    found.append(f"{keyword.arg}={wrong}")
+            given = [(keyword.arg, keyword.value) for keyword in node.keywords]
+        elif isinstance(node, ast.Dict):
+            keys = [key.value if isinstance(key, ast.Constant) else None for key in node.keys]
+            given = list(zip(keys, node.values, strict=True))
+        else:
+            given = []
+        for name, value in given:
+            wrong = SWITCHES.get(name or "")
+            if wrong is not None and isinstance(value, ast.Constant) and value.value is wrong:
+                found.append(f"{name}={wrong}")
     return found
 
 
@@ -96,6 +101,7 @@ def test_the_search_finds_what_it_is_to_find() -> None:
     for line in (
         "import pickle", "from joblib import load", "torch.load(p)", "eval(t)",
         "np.load(p, allow_pickle=True)", "f(weights_only=False)", "yaml.load(t, Loader=L)",
+        "f(**{'trust_remote_code': True})",
     ):  # fmt: skip
         assert forbidden(ast.parse(line)), line
     assert not forbidden(ast.parse("model.eval(); yaml.safe_load(t); f(trust_remote_code=x)"))
@@ -353,17 +359,20 @@ def test_code_that_comes_with_a_model_runs_only_when_it_is_trusted_and_then_it_i
     )
 
 
+def trusted(folder: Path) -> Model:
+    return Model(name="m", path=str(folder), trust_remote_code=True)
+
+
 @pytest.mark.parametrize(
     "read",
     [
         lambda folder: load_reward_model(str(folder), torch.float32),
         lambda folder: load_policy(str(folder), None, trust_remote_code=False),
-        lambda folder: model_shape(
-            Model(name="m", path=str(folder), trust_remote_code=True), "models.0"
-        ),
+        lambda folder: model_shape(trusted(folder), "models.0"),
+        lambda folder: _through_transformers(trusted(folder), "models.0"),
         as_policy,
     ],
-    ids=["reward", "policy", "plan", "trainer"],
+    ids=["reward", "policy", "plan", "plan from the hub", "trainer"],
 )
 def test_no_other_way_of_loading_runs_a_models_code(
     tmp_path: Path, mark: Path, read: Callable
