@@ -48,7 +48,6 @@ def open_run(recipe: Recipe, run: Path) -> None:
     elif run.exists() and any(run.iterdir()):
         raise InputError(f"{run}: not empty and no run (no recipe.yaml); choose another folder")
     try:
-        check_inputs(recipe, run, training=bool(unfinished(recipe, run)))
         recipe_plan(recipe, run)  # conditions and benchmark files, before hours of training
     except InputError:
         if new:
@@ -56,6 +55,7 @@ def open_run(recipe: Recipe, run: Path) -> None:
         raise
     if new or load_recipe(str(path)) != recipe:
         save_recipe(recipe, path)
+    check_inputs(recipe, run, training=bool(unfinished(recipe, run)))
     if unfinished(recipe, run):
         write_record(run / "run.json", run_facts(recipe))
 
