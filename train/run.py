@@ -63,7 +63,6 @@ def _open(recipe: Recipe, run: Path) -> None:
     if not new:
         _check_same(load_recipe(str(path)), recipe, run)
     try:
-        check_inputs(recipe, run, training=bool(unfinished(recipe, run)))
         recipe_plan(recipe, run)  # conditions and benchmark files, before hours of training
     except InputError:
         if new:
@@ -71,6 +70,7 @@ def _open(recipe: Recipe, run: Path) -> None:
         raise
     if new or load_recipe(str(path)) != recipe:
         save_recipe(recipe, path)
+    check_inputs(recipe, run, training=bool(unfinished(recipe, run)))
     if unfinished(recipe, run):
         record_start(recipe, run)
 
