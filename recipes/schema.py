@@ -201,7 +201,22 @@ class Launch(Section):
     """How the run uses the machine."""
 
     jobs: Positive = Field(1, description="models (and seeds) trained at the same time")
-    threads: Positive | None = Field(None, description="CPU threads a job; default: cores / jobs")
+    threads: Positive | None = Field(
+        None, description="CPU threads a process; default: cores / jobs / processes"
+    )
+    processes: Positive = Field(
+        1,
+        description="devices that one model is trained on, one process each; batch sizes are per"
+        " device",
+    )
+    deepspeed: str | None = Field(
+        None, description="zero1, zero2, zero3, or a DeepSpeed JSON (offload and all else)"
+    )
+
+    @property
+    def starts_processes(self) -> bool:
+        """Whether a job's training runs in processes of its own, through accelerate."""
+        return self.processes > 1 or self.deepspeed is not None
 
 
 class Recipe(Section):

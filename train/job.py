@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-from selfcorrect.evaluate.callback import measure_undisturbed
+from selfcorrect.evaluate.callback import measure_undisturbed, whole
 from selfcorrect.evaluate.cell_files import Origin
 from selfcorrect.evaluate.claims import claimed
 from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.evaluate.packing import Prepared
 from selfcorrect.evaluate.plan import EvaluationPlan
+from selfcorrect.evaluate.processes import joined
 from selfcorrect.evaluate.run_folder import read_checkpoint
 from selfcorrect.evaluate.weights import files_digest
 from selfcorrect.recipes import termination
@@ -54,7 +55,8 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
     torch.set_num_threads(threads_per_job(recipe))
     model = next(m for m in recipe.models if m.name == model_name)
     folder = run / model.name / f"seed-{seed}"
-    with only_one(folder), full_disk_is_said(run):
+    alone = only_one(folder) if joined().rank == 0 else nullcontext()
+    with alone, full_disk_is_said(run):
         feedback = load_feedback(recipe.data, recipe.seeds[0])
         train_base(recipe, model, feedback.preferences, folder / "base", seed, notify)
         base = folder / "base"
@@ -93,8 +95,9 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
 
 
 def threads_per_job(recipe: Recipe) -> int:
-    """CPU threads of one job: the recipe's, or an even share of the cores."""
-    return recipe.launch.threads or max(1, (os.cpu_count() or 1) // recipe.launch.jobs)
+    """CPU threads of each process of a job: the recipe's, or an even share of the cores."""
+    at_once = recipe.launch.jobs * recipe.launch.processes
+    return recipe.launch.threads or max(1, (os.cpu_count() or 1) // at_once)
 
 
 def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
@@ -109,13 +112,16 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
             raise termination.Terminated
 
     def measure(trainer: Any, folder: Path) -> None:
-        checkpoint = read_checkpoint(folder)
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        processes = joined()
+        checkpoint = processes.agree(lambda: read_checkpoint(folder))
         origin = Origin(checkpoint.record.weights_digest or files_digest(folder))
+        writes = processes.rank == 0
         # What is left unmeasured on SIGTERM is measured after training; the state comes first.
         with (
             suppress(termination.Terminated),
-            claimed(checkpoint.evaluation, wait=True),  # `evaluate --watch` may be at it
+            # `evaluate --watch` may be at it
+            claimed(checkpoint.evaluation, wait=True) if writes else nullcontext(),
+            whole(trainer.accelerator.unwrap_model(trainer.model)) as model,
         ):
             measure_undisturbed(
                 plan,
@@ -125,6 +131,7 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
                 go_on,
                 prepared,
                 origin,
+                processes,
             )
 
     return measure
@@ -180,5 +187,9 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    if (
+        not torch.cuda.is_available()
+    ):  # or DeepSpeed, where it is installed, says that it found none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)

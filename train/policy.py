@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from selfcorrect.evaluate.processes import joined
 from selfcorrect.evaluate.run_folder import RECORD, CheckpointRecord
 from selfcorrect.evaluate.weights import files_digest
 from selfcorrect.recipes.errors import InputError
@@ -34,6 +35,7 @@ from selfcorrect.train.stage import (
     Notify,
     StageCallback,
     finished,
+    is_finished,
     train_on,
     write_record,
 )
@@ -74,7 +76,7 @@ class KeepCheckpoints(TrainerCallback):
             return control
         step = state.global_step // args.updates_per_rollout
         self._reached(step)
-        waited = time.time() - self.saved > 60 * self.ppo.resume_minutes
+        waited = joined().agree(lambda: time.time() - self.saved > 60 * self.ppo.resume_minutes)
         due = waited or step % self.ppo.resume_every == 0
         control.should_save = due and step < self.ppo.steps
         if control.should_save:
@@ -85,10 +87,15 @@ class KeepCheckpoints(TrainerCallback):
         if step not in self.ppo.checkpoints or self.trainer is None:
             return
         folder = self.folder / f"checkpoint-{step}"
-        if not (folder / RECORD).is_file():
-            with whole_folder(folder) as new:
-                self.trainer.save_policy(new)
-                self._record(step, files_digest(new)).write(new)
+        processes = joined()
+        if not processes.agree((folder / RECORD).is_file):
+            if processes.rank == 0:
+                with whole_folder(folder) as new:
+                    self.trainer.save_policy(new)
+                    self._record(step, files_digest(new)).write(new)
+            else:
+                self.trainer.save_policy(folder)  # hands over its parts
+            processes.wait()
         if self.measure is not None:
             started = time.time()
             self.measure(self.trainer, folder)
@@ -139,7 +146,7 @@ def train_policy(
     measure: Measure | None,
 ) -> None:
     """Run PPO into `folder` from the newest state on; nothing to do where it is finished."""
-    if finished(folder):
+    if is_finished(folder):
         return
     started = time.time()
     work = folder.with_name(f"{folder.name}.work")
@@ -177,15 +184,16 @@ def train_policy(
     )
     keep.trainer = trainer
     train_on(trainer, work)
-    write_record(
-        folder,
-        started,
-        steps=ppo.steps,
-        evaluation_seconds=round(keep.measure_seconds, 1),
-        left_out=left_out,
-        log=rollout_log(trainer.state.log_history),
-    )
-    shutil.rmtree(work, ignore_errors=True)
+    if joined().rank == 0:
+        write_record(
+            folder,
+            started,
+            steps=ppo.steps,
+            evaluation_seconds=round(keep.measure_seconds, 1),
+            left_out=left_out,
+            log=rollout_log(trainer.state.log_history),
+        )
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def fitting_prompts(

@@ -39,8 +39,8 @@ Report = Callable[[Job, str, int, int], None]  # job, stage, steps done, steps i
 def open_run(recipe: Recipe, run: Path) -> None:
     """Make the run folder, or check that it is this recipe's.
 
-    The ladder and the seeds may have grown, and evaluation and launch may have changed; anything
-    else belongs to another run.
+    The ladder and the seeds may have grown, and evaluation and launch may have changed, but for
+    the processes that share a batch; anything else belongs to another run.
     """
     path = run / "recipe.yaml"
     new = not path.is_file()
@@ -70,6 +70,13 @@ def _check_same(old: Recipe, new: Recipe, run: Path) -> None:
             raise InputError(
                 f"{run}: holds a run of another recipe, which differs in {key}; "
                 "use another name or --runs-dir, or delete the folder"
+            )
+    for name in ("processes", "deepspeed"):
+        key = _first_difference(before["launch"][name], after["launch"][name], f"launch.{name}")
+        if key:
+            raise InputError(
+                f"{run}: was begun with {key}: {before['launch'][name]}, on which its batches and "
+                "states depend; keep that, or use another name"
             )
     known = {model["name"]: model for model in before["models"]}
     for model in after["models"]:
@@ -101,6 +108,8 @@ def run_facts(recipe: Recipe) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "jobs": recipe.launch.jobs,
         "threads_per_job": threads_per_job(recipe),
+        "processes": recipe.launch.processes,
+        "deepspeed": recipe.launch.deepspeed,
         "versions": versions(),
         "commit": _commit(),
     }
@@ -128,10 +137,8 @@ def train_run(recipe: Recipe, run: Path, report: Report, only: set[Job] | None =
     """
     wanted = [job for job in unfinished(recipe, run) if only is None or job in only]
     if recipe.launch.jobs == 1 or len(wanted) == 1:
-        from selfcorrect.train.job import run_job
-
-        for model, seed in wanted:
-            run_job(recipe, run, model, seed, _reporter(report, (model, seed)))
+        for job in wanted:
+            _train_job(recipe, run, job, _reporter(report, job))
         return
     with get_context("spawn").Manager() as manager:
         _side_by_side(recipe, run, wanted, report, manager)
@@ -141,7 +148,11 @@ def _side_by_side(
     recipe: Recipe, run: Path, wanted: list[Job], report: Report, manager: SyncManager
 ) -> None:
     events: Any = manager.Queue()
-    pool = ProcessPoolExecutor(recipe.launch.jobs, mp_context=get_context("spawn"))
+    slots: Any = manager.Queue()
+    for slot in range(recipe.launch.jobs):
+        slots.put(slot)
+    context = get_context("spawn")
+    pool = ProcessPoolExecutor(recipe.launch.jobs, context, _take_slot, (slots,))
     waiting: set[Future[None]] = {pool.submit(_child, recipe, run, job, events) for job in wanted}
     children = list((pool._processes or {}).values())
     try:
@@ -179,13 +190,34 @@ def _child(recipe: Recipe, run: Path, job: Job, events: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
     termination.listen()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    from selfcorrect.train.job import run_job
 
     def send(job: Job, stage: str, done: int, total: int) -> None:
         events.put((job, stage, done, total))
 
-    run_job(recipe, run, job[0], job[1], _reporter(send, job))
+    _train_job(recipe, run, job, _reporter(send, job))
     sys.stdout.flush()
+
+
+_slot = 0  # which of the jobs at work side by side this process does
+
+
+def _take_slot(slots: Any) -> None:
+    global _slot
+    _slot = slots.get()
+
+
+def _train_job(
+    recipe: Recipe, run: Path, job: Job, notify: Callable[[str, int, int], None]
+) -> None:
+    """One job, in this process or in those that the recipe asks for."""
+    if recipe.launch.starts_processes:
+        from selfcorrect.train.launched import run_launched
+
+        run_launched(recipe, run, *job, notify, _slot)
+    else:
+        from selfcorrect.train.job import run_job
+
+        run_job(recipe, run, *job, notify)
 
 
 def _end_with_parent() -> None:
