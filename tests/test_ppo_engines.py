@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def launched(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    """A folder with what every engine and critic came to, in two processes of one launch."""    folder = tmp_path_factory.mktemp("launched")
+    """A folder with what every engine and critic came to, in two processes of one launch."""
+    folder = tmp_path_factory.mktemp("launched")
     launch = Launch(processes=2)
     settings = write_settings(launch, folder / "launch", on_gpu=False)
     done = subprocess.run(
