@@ -19,6 +19,7 @@ from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.launch import environment, write_settings
 
 Notify = Callable[[str, int, int], None]  # stage, steps done, steps in all
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
 LOG = "processes.log"  # in the job's folder: what the processes of the newest start have printed
 
 
@@ -37,11 +38,10 @@ def run_launched(
     settings = write_settings(recipe.launch, run / "launch", on_gpu)
     log = run / model / f"seed-{seed}" / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(settings), "-m", "selfcorrect.train.rank"]
+    program = ["-m", "selfcorrect.train.rank", str(run), model, str(seed)]
     with log.open("w", encoding="utf-8") as output:
         launcher = subprocess.Popen(
-            [*command, str(run), model, str(seed)],
+            [*LAUNCHER, "--config_file", str(settings), *program],
             env=environment(recipe.launch, threads_per_job(recipe), on_gpu, slot),
             stdin=subprocess.PIPE,  # its end tells every process to end
             stdout=subprocess.PIPE,
