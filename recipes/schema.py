@@ -95,7 +95,9 @@ class Base(Section):
     method: Literal["pretrain", "sft"] = Field(
         description="pretrain: on the corpus; sft: on the preferred answers"
     )
-    batch_tokens: Positive = Field(4096, description="pretrain: tokens a batch, padding included")
+    batch_tokens: Positive = Field(
+        4096, description="pretrain: tokens a batch of one process, padding included"
+    )
     loss_weights: dict[Literal["prose", "human", "assistant"], float] = Field(
         {"prose": 4.0, "human": 1.0, "assistant": 10.0},
         description="pretrain: weight of a token in the loss by who says it",

@@ -16,7 +16,9 @@ import yaml
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import load_recipe, training_digest
 from selfcorrect.recipes.schema import Launch, Recipe
+from selfcorrect.scripts.plan import engine_of
 from selfcorrect.train.check import check_training
+from selfcorrect.train.footprint import Engine
 from selfcorrect.train.launch import check_launch, deepspeed_settings, environment, write_settings
 
 deepspeed = pytest.mark.skipif(
@@ -186,3 +188,11 @@ def test_the_digest_of_training_knows_how_many_share_a_batch() -> None:
     assert len(digests) == 3
     alone = training_digest(recipe("launch.jobs=2", "launch.threads=1"), "width-16", 0)
     assert alone in digests
+
+
+def test_plan_takes_the_launch_for_granted_unless_told_otherwise() -> None:
+    asked = recipe("launch.processes=4", "launch.deepspeed=zero2")
+    assert engine_of(asked, None, None, True) == Engine(4, 2, True)
+    assert engine_of(asked, 8, 3, True) == Engine(8, 3, True)
+    assert engine_of(asked, 1, None, True) == Engine(1, 0, True)
+    assert engine_of(recipe(), None, None, False) == Engine(1, 0, False)
