@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from peft import LoraConfig
 from safetensors.torch import save_file
 from test_ppo_trainer import make_args, make_prompts, make_tokenizer, target_share
@@ -97,12 +98,15 @@ def main() -> None:
         trainer.train()
         split = [hasattr(p, "ds_id") for p in trainer.model.parameters()]
         curves, weights = outcome(trainer)
+        sums = [sum(float(t.double().sum()) for t in weights.values())]
+        sums = gather_object(sums) if engine != "zero3" else sums  # which rank 0 has alone
         facts = {
             "curves": curves,
             "episodes": trainer.episodes,
             "stage": getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", None),
             "split": all(split),
             "world": trainer.accelerator.num_processes,
+            "sums": sums,
         }
         trainer.save_policy(out / "policy")
         writes = trainer.accelerator.is_main_process

@@ -35,7 +35,7 @@ rank.main()
 '''
 work = WORK
 programs = [code.format(first=first, work=work) for first in (True, False)]
-children = [subprocess.Popen([sys.executable, "-c", p, *sys.argv[-3:]]) for p in programs]
+children = [subprocess.Popen([sys.executable, "-c", p, *sys.argv[-4:]]) for p in programs]
 while any(child.poll() is None for child in children):
     if any(child.poll() for child in children):
         for child in children:

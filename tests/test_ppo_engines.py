@@ -66,6 +66,7 @@ def test_two_processes_draw_the_curve_of_one(launched, alone, engine, critic) ->
     assert facts["world"] == 2
     assert facts["stage"] == (None if engine == "ddp" else int(engine[-1]))
     assert facts["split"] == (engine == "zero3")
+    assert len(set(facts["sums"])) == 1  # one model in both
     assert facts["episodes"] == 3 * 2 * 2 * ROWS
     assert len(set(curves["objective/score"])) > 1 and abs(curves["objective/kl"][-1]) > 0.1
     for name, curve in curves.items():

@@ -38,7 +38,7 @@ def run_launched(
     settings = write_settings(recipe.launch, run / "launch", on_gpu)
     log = run / model / f"seed-{seed}" / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
-    program = ["-m", "selfcorrect.train.rank", str(run), model, str(seed)]
+    program = ["-m", "selfcorrect.train.rank", str(run), model, str(seed), "--end-with-stdin"]
     with log.open("w", encoding="utf-8") as output:
         launcher = subprocess.Popen(
             [*LAUNCHER, "--config_file", str(settings), *program],

@@ -1,8 +1,8 @@
 """One of the processes that train a job: python -m selfcorrect.train.rank RUN MODEL SEED.
 
 Started by launched.py through `accelerate launch`. On stdout it tells, a JSON object a line, that
-it has begun, how far the job is (rank 0), and how it ended; all else goes to stderr. When stdin
-closes, whoever started it is gone or gives up, and so it ends at once.
+it has begun, how far the job is (rank 0), and how it ended; all else goes to stderr. With
+--end-with-stdin behind, it ends at once when stdin does: whoever started it is gone or gives up.
 """
 
 import json
@@ -35,7 +35,8 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
     termination.listen()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if sys.argv[4:] == ["--end-with-stdin"]:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     tell(pid=os.getpid())
     try:
         _work(run, model, seed, tell)
@@ -54,7 +55,7 @@ def main() -> None:
     os._exit(1)  # a process group that others have left may not be ended in order
 
 
-def _end_with_parent() -> None:
+def _end_with_stdin() -> None:
     while os.read(0, 1024):
         pass
     os._exit(1)
