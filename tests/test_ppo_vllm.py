@@ -1,5 +1,7 @@
 """Sampling with vLLM, as far as a machine without one shows: TRL's own sync, what reaches it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_ppo_trainer import CRITICS, home, make_trainer  # noqa: F401  (home is a fixture)
@@ -7,22 +9,11 @@ from trl.generation import vllm_generation
 from trl.trainer import grpo_trainer
 
 
-class Recorded(vllm_generation.VLLMGeneration):
-    """TRL's class with its own way of walking through the weights, and no vLLM behind it."""
+class Receiver:
+    """The engine's model, or the server, at the other end of TRL's sync."""
 
-    def _init_vllm(self) -> None:
-        self.syncs: list[dict[str, torch.Tensor]] = []
-        self.llm = self.llm_engine = self.model_executor = self.driver_worker = self
-        self.model_runner = self.vllm_client = self
-        self.tokens = torch.Generator().manual_seed(0)
-        newest.append(self)
-
-    def sync_weights(self) -> None:
-        self.syncs.append({})
-        # Where TRL reads `model_runner.model`: its own `model` is the policy.
-        policy, self.received = self.model, self
-        super().sync_weights()
-        assert self.model is policy
+    def __init__(self) -> None:
+        self.syncs: list[dict[str, torch.Tensor]] = [{}]
 
     def load_weights(self, weights) -> None:
         self.syncs[-1] |= {name: tensor.clone() for name, tensor in weights}
@@ -31,11 +22,24 @@ class Recorded(vllm_generation.VLLMGeneration):
         self.load_weights(weights)
         assert [name for name, *_ in metadata] == list(self.syncs[-1])
 
+    def reset_prefix_cache(self) -> None:  # the end of a sync
+        self.syncs.append({})
+
     def get_server_info(self):
         return {"model_config": {"logprobs_mode": "processed_logprobs"}}
 
-    def reset_prefix_cache(self) -> None:
-        pass
+
+class Recorded(vllm_generation.VLLMGeneration):
+    """TRL's class with its own walk through the weights, and no vLLM behind it."""
+
+    def _init_vllm(self) -> None:
+        self.receiver = self.vllm_client = Receiver()
+        runner = SimpleNamespace(model_runner=SimpleNamespace(model=self.receiver))
+        engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
+        reset = self.receiver.reset_prefix_cache
+        self.llm = SimpleNamespace(llm_engine=engine, reset_prefix_cache=reset)
+        self.tokens = torch.Generator().manual_seed(0)
+        newest.append(self)
 
     def generate(self, prompts, images, num_generations, profiler=None):
         length = self.max_completion_length
@@ -67,10 +71,9 @@ def test_vllm_is_given_the_policy_and_never_the_critic(
     trainer.train()
     expected = AutoModelForCausalLM.from_pretrained(home / "base")
     names = set(dict(expected.named_parameters()))
-    assert len(reached.syncs) == 2  # before each rollout batch
-    for weights in reached.syncs:
-        assert set(weights) == names
-    first, second = reached.syncs
+    first, second, *rest = reached.receiver.syncs
+    assert rest == [{}]  # once before each of the two rollout batches
+    assert set(first) == set(second) == names
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(first[name], parameter.data)  # before training
     assert any(not torch.equal(first[name], second[name]) for name in names)
