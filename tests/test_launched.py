@@ -11,7 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 from test_run import command, digests
+from tiny_models import tiny_model, tiny_tokenizer, write_tiny_winogender
 
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.weights import files_digest
@@ -191,6 +195,61 @@ def test_a_whole_run_in_two_processes_ended_killed_and_gone_on_with(tmp_path) ->
     )
     assert done.returncode == 2
     assert re.fullmatch(r"selfcorrect: .*was begun with launch\.processes: 2, .*\n", done.stderr)
+
+
+@pytest.mark.slow
+def test_a_given_model_is_fine_tuned_and_its_adapters_trained_in_two_processes(tmp_path) -> None:
+    """Under ZeRO-3 no process has the model whole: not to read, to merge, or to save it."""
+    base = tmp_path / "tiny"
+    tiny_model("llama").save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    write_tiny_winogender(tmp_path / "data")
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"who went {way} ?", "chosen": "she is fair", "rejected": "he he"}
+        for way in ("north", "south", "east", "west") * 8
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = {"per_device_train_batch_size": 4, "steps_per_generation": 1, "num_iterations": 1}
+    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    content = {
+        "name": "given",
+        "models": [{"name": "given", "path": str(base)}],
+        "data": {"preferences": {"path": str(pairs)}, "benchmarks": str(tmp_path / "data")},
+        "base": {"method": "sft", "trainer": {"max_steps": 2, "learning_rate": 1e-2}},
+        "reward": {"trainer": {"max_steps": 2, "learning_rate": 1e-2}, "lora": lora},
+        "ppo": {
+            "steps": 2, "checkpoints": [0, 2], "lora": lora,
+            "trainer": {**trainer, "max_completion_length": 4, "learning_rate": 1e-2},
+        },
+        "evaluate": {"experiments": ["winogender"], "conditions": ["Q"]},
+        "launch": {"processes": 2, "threads": 1, **dict(e[7:].split("=") for e in ENGINE[1:])},
+    }  # fmt: skip
+    recipe = tmp_path / "given.yaml"
+    recipe.write_text(yaml.safe_dump(content))
+    done = subprocess.run(
+        [*command(tmp_path)[:3], "train", str(recipe), "--runs-dir", str(tmp_path)],
+        capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seed = tmp_path / "given" / "given" / "seed-0"
+    given, tuned, reward = (
+        load_file(folder / "model.safetensors") for folder in (base, seed / "base", seed / "reward")
+    )
+    assert tuned.keys() == given.keys()
+    assert any(not torch.equal(tuned[name], given[name]) for name in given)
+    changed = {
+        name for name in reward if name in tuned and not torch.equal(reward[name], tuned[name])
+    }
+    assert changed == {name for name in tuned if "q_proj" in name or "v_proj" in name}
+    assert [name for name in reward if name not in tuned] == ["score.weight"]
+    first, last = find_checkpoints(tmp_path / "given")
+    assert last.record.parameters == sum(tensor.numel() for tensor in given.values())
+    adapters = [load_file(c.folder / "adapter_model.safetensors") for c in (first, last)]
+    assert any(not torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    assert not any("critic" in name for name in adapters[1])
+    for checkpoint in (first, last):
+        assert list(checkpoint.evaluation.glob("*.parquet"))
 
 
 @pytest.mark.slow

@@ -73,10 +73,11 @@ def _work(run: Path, model: str, seed: int, tell: Any) -> None:
     if recipe.launch.deepspeed is not None:
         spare_the_compiler()
     state = PartialState(cpu=not cuda.is_available(), timeout=PATIENCE)
+    rank = state.process_index
     check_training(recipe)  # again: now batches are known to be shared
 
     def notify(stage: str, done: int, total: int) -> None:
-        if state.process_index == 0:
+        if rank == 0:
             tell(stage=stage, done=done, total=total)
 
     run_job(recipe, run, model, seed, notify)
