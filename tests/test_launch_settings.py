@@ -102,6 +102,18 @@ def test_an_environment_that_says_otherwise(monkeypatch, name, value, overrides,
         ({}, "zero_optimization.stage is None; it must be 1, 2 or 3"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
         (
+            {"zero_optimization": {"stage": 2, "overlap_com": False}},
+            r"zero_optimization\.overlap_com: Extra inputs are not permitted",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}},
+            r"zero_optimization\.offload_param\.device: Input should be",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "offload_param needs stage 3",
+        ),
+        (
             {"zero_optimization": {"stage": 2}, "train_batch_size": 8},
             'train_batch_size must be "auto"',
         ),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.schema import Launch, Recipe
@@ -94,6 +95,8 @@ def _check_deepspeed(recipe: Recipe, asked: str, on_gpu: bool) -> None:
             "launch.deepspeed: DeepSpeed is not installed; pip install 'selfcorrect[deepspeed]'"
         )
     settings = deepspeed_settings(asked, on_gpu)
+    if asked not in STAGES:
+        _check_zero(asked, settings["zero_optimization"], on_gpu)
     rates = recipe.ppo.trainer
     critics = rates.get("critic_learning_rate")
     if "optimizer" in settings and critics not in (None, rates.get("learning_rate")):
@@ -110,6 +113,27 @@ def _check_deepspeed(recipe: Recipe, asked: str, on_gpu: bool) -> None:
                     f"launch.deepspeed: {asked}: DeepSpeed compiles an Adam for offload_optimizer, "
                     f"and {tool} is not on PATH; install g++ and ninja"
                 )
+
+
+def _check_zero(asked: str, zero: dict[str, Any], on_gpu: bool) -> None:
+    """DeepSpeed's own check of its section, which it would come to after the models."""
+    if not on_gpu:  # or it says that it found none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise InputError(
+            f"launch.deepspeed: {asked}: zero_optimization.{key}: {problem['msg']}"
+        ) from None
+    if zero.get("offload_param") and zero["stage"] != 3:
+        raise InputError(
+            f"launch.deepspeed: {asked}: zero_optimization.offload_param needs stage 3, the only "
+            "one that divides parameters"
+        )
 
 
 def deepspeed_settings(asked: str, on_gpu: bool) -> dict[str, Any]:
