@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.weights import files_digest
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe, save_recipe
-from selfcorrect.train import launched
+from selfcorrect.train import job, launched
 from selfcorrect.train.job import only_one
 
 # Stands in for accelerate: two processes with the real protocol, whose work is a few lines.
@@ -100,6 +101,16 @@ def test_an_error_of_one_process_is_one_line_and_ends_the_others(
     assert not left.stdout
     if "ValueError" in work:
         assert "Traceback" in (tmp_path / "m" / "seed-0" / "processes.log").read_text()
+
+
+def test_a_job_that_is_being_trained_is_left_alone(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(job, "time", SimpleNamespace(sleep=lambda _: None), raising=False)
+    folder = tmp_path / "m" / "seed-0"
+    with job.only_one(folder):
+        (folder / "processes.log").write_text("of the other")
+        with pytest.raises(InputError, match="is training here"):
+            run_with("pass", tmp_path, monkeypatch)
+    assert (folder / "processes.log").read_text() == "of the other"
 
 
 def test_processes_that_never_begin_are_one_line(tmp_path, monkeypatch) -> None:

@@ -32,12 +32,13 @@ def run_launched(
     """
     import torch
 
-    from selfcorrect.train.job import threads_per_job
+    from selfcorrect.train.job import only_one, threads_per_job
 
     on_gpu = torch.cuda.is_available()
     settings = write_settings(recipe.launch, run / "launch", on_gpu)
     log = run / model / f"seed-{seed}" / LOG
-    log.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(log.parent):  # rank 0 holds it later; another's log stays as it is
+        pass
     program = ["-m", "selfcorrect.train.rank", str(run), model, str(seed), "--end-with-stdin"]
     with log.open("w", encoding="utf-8") as output:
         launcher = subprocess.Popen(
