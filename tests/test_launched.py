@@ -217,8 +217,9 @@ def test_a_given_model_is_fine_tuned_and_its_adapters_trained_in_two_processes(t
     write_tiny_winogender(tmp_path / "data")
     pairs = tmp_path / "pairs.jsonl"
     rows = [
-        {"prompt": f"who went {way} ?", "chosen": "she is fair", "rejected": "he he"}
-        for way in ("north", "south", "east", "west") * 8
+        {"prompt": f"who told {who} to go {way} ?", "chosen": "she is fair", "rejected": "he he"}
+        for way in ("north", "south", "east", "west")
+        for who in ("doctor", "nurse", "student", "group", "man", "woman")
     ]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     trainer = {"per_device_train_batch_size": 4, "steps_per_generation": 1, "num_iterations": 1}
