@@ -91,7 +91,7 @@ class SelfCorrectionCallback(TrainerCallback):
         if tokenizer is None:
             raise ValueError("SelfCorrectionCallback: the trainer has no processing_class; give it")
         started = time.perf_counter()
-        processes = joined() if torch.distributed.is_initialized() else ALONE
+        processes = joined()
         if getattr(self.trainer, "is_fsdp_enabled", False):
             raise ValueError("SelfCorrectionCallback: not for FSDP; evaluate the saved checkpoints")
         with whole(model) as gathered:

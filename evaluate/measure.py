@@ -142,7 +142,7 @@ def _measure_together(
     with files as writers:
         done = kept = processes.agree(lambda: writers[0].num_items)
         kept_at = time.monotonic()
-        work.progress(name, done, num_items)
+        processes.agree(partial(work.progress, name, done, num_items))  # it may raise: all hear
         for first in range(done, num_items, _SLICE * processes.size):
             start = first + _SLICE * processes.rank
             own = slice(start, min(start + _SLICE, num_items))
@@ -159,7 +159,7 @@ def _measure_together(
                 for writer in writers:
                     writer.keep()
                 kept, kept_at = done, time.monotonic()
-            work.progress(name, done, num_items)
+            processes.agree(partial(work.progress, name, done, num_items))
 
 
 @dataclass

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from selfcorrect.recipes.termination import Terminated
+
 T = TypeVar("T")
 
 
@@ -27,12 +29,12 @@ class Processes:
         from accelerate.utils import gather_object
 
         value: T | None = None
-        failure: Exception | None = None
+        failure: Exception | Terminated | None = None
         try:
             value = make()
-        except Exception as error:  # the others must not wait for ever
+        except (Exception, Terminated) as error:  # the others must not wait for ever
             failure = error
-        found: list[tuple[Any, Exception | None]] = gather_object([(value, failure)])
+        found: list[tuple[Any, Exception | Terminated | None]] = gather_object([(value, failure)])
         for _, theirs in found:
             if theirs is not None:
                 raise theirs
@@ -43,6 +45,10 @@ class Processes:
         if self.size == 1:
             return make()
         return self.gather(lambda: make() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def wait(self) -> None:
+        """Go on when all have come this far."""
+        self.gather(lambda: None)
 
 
 ALONE = Processes()
@@ -69,8 +75,9 @@ def launched() -> Iterator[tuple[Processes, str | None]]:
 
 
 def joined() -> Processes:
-    """The processes of a distributed Trainer, which accelerate has joined."""
-    from accelerate import PartialState
+    """The processes that this one was joined with, by accelerate or a Trainer; or ALONE."""
+    from torch import distributed
 
-    state = PartialState()
-    return Processes(state.process_index, state.num_processes)
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ALONE
+    return Processes(distributed.get_rank(), distributed.get_world_size())

@@ -225,6 +225,10 @@ def training_digest(recipe: Recipe, model: str, seed: int) -> str:
     for key in ("checkpoints", "resume_every", "resume_minutes"):
         del parts["ppo"][key]  # what is kept changes no weight
     del parts["data"]["benchmarks"], parts["data"]["stimuli"]
+    if (
+        recipe.launch.starts_processes
+    ):  # batches are per process; DeepSpeed clips and rounds its way
+        parts["launch"] = [recipe.launch.processes, recipe.launch.deepspeed]
     parts["model"] = next(m for m in recipe.models if m.name == model).model_dump(mode="json")
     parts["seed"] = seed
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -98,7 +98,9 @@ class Base(Section):
     method: Literal["pretrain", "sft"] = Field(
         description="pretrain: on the corpus; sft: on the preferred answers"
     )
-    batch_tokens: Positive = Field(4096, description="pretrain: tokens a batch, padding included")
+    batch_tokens: Positive = Field(
+        4096, description="pretrain: tokens a batch of one process, padding included"
+    )
     loss_weights: dict[Literal["prose", "human", "assistant"], float] = Field(
         {"prose": 4.0, "human": 1.0, "assistant": 10.0},
         description="pretrain: weight of a token in the loss by who says it",
@@ -204,7 +206,22 @@ class Launch(Section):
     """How the run uses the machine."""
 
     jobs: Positive = Field(1, description="models (and seeds) trained at the same time")
-    threads: Positive | None = Field(None, description="CPU threads a job; default: cores / jobs")
+    threads: Positive | None = Field(
+        None, description="CPU threads a process; default: cores / jobs / processes"
+    )
+    processes: Positive = Field(
+        1,
+        description="devices that one model is trained on, one process each; batch sizes are per"
+        " device",
+    )
+    deepspeed: str | None = Field(
+        None, description="zero1, zero2, zero3, or a DeepSpeed JSON (offload and all else)"
+    )
+
+    @property
+    def starts_processes(self) -> bool:
+        """Whether a job's training runs in processes of its own, through accelerate."""
+        return self.processes > 1 or self.deepspeed is not None
 
 
 class Recipe(Section):

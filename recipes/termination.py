@@ -26,6 +26,12 @@ def _heard(*_: Any) -> None:
         raise Terminated
 
 
+def ask() -> None:
+    """Note that this process is to end, which another one has heard for it."""
+    global _asked
+    _asked = True
+
+
 def is_asked() -> bool:
     """Whether this process is to end."""
     return _asked

@@ -12,6 +12,7 @@ from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.feedback_facts import FeedbackFacts, feedback_facts
 from selfcorrect.train.footprint import Engine
+from selfcorrect.train.launch import deepspeed_settings
 from selfcorrect.train.model_shape import model_shape
 from selfcorrect.train.resources import (
     GPUS,
@@ -45,8 +46,12 @@ def plan(
         list[str] | None, typer.Argument(help="Dotted keys, for example ppo.steps=20.")
     ] = None,
     device: Annotated[str, typer.Option(help="a100, h100, h200 (80, 80, 141 GB) or cpu.")] = "h100",
-    processes: Annotated[int, typer.Option(help="Devices that one model is trained on.")] = 1,
-    zero: Annotated[int, typer.Option(help="DeepSpeed's ZeRO stage; 0: without.")] = 0,
+    processes: Annotated[
+        int | None, typer.Option(help="Devices that one model is trained on; else the recipe's.")
+    ] = None,
+    zero: Annotated[
+        int | None, typer.Option(help="DeepSpeed's ZeRO stage, 0: without; else the recipe's.")
+    ] = None,
     utilisation: Annotated[float, typer.Option(help="Share of the peak that is reached.")] = 0.3,
     price_per_hour: Annotated[
         float | None, typer.Option(help="Of one device, in any currency.")
@@ -60,7 +65,7 @@ def plan(
         raise InputError(f"--price-per-hour {price_per_hour}: 0 or more")
     machine = device_named(device)
     facts = feedback_facts(checked.data)
-    plans = plan_ladder(checked, facts, Engine(processes, zero, machine.gpu))
+    plans = plan_ladder(checked, facts, engine_of(checked, processes, zero, machine.gpu))
     console = Console()
     console = console if console.is_terminal else Console(width=150)
     console.print(_memory_table(plans, machine))
@@ -69,6 +74,17 @@ def plan(
     console.print(_disk_table(checked, plans))
     for line in notes(checked, plans, facts, machine):
         typer.echo(line)
+
+
+def engine_of(recipe: Recipe, processes: int | None, zero: int | None, gpu: bool) -> Engine:
+    """How the recipe's launch spreads a run over devices, unless asked otherwise."""
+    launch = recipe.launch
+    count = launch.processes if processes is None else processes
+    if zero is None:
+        zero = 0
+        if launch.deepspeed is not None and count > 1:
+            zero = deepspeed_settings(launch.deepspeed, gpu)["zero_optimization"]["stage"]
+    return Engine(count, zero, gpu)
 
 
 def plan_ladder(recipe: Recipe, facts: FeedbackFacts, engine: Engine) -> list[ModelPlan]:

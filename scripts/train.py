@@ -41,7 +41,9 @@ def train_ladder(
     todo = bool(unfinished(recipe, folder))
     if todo:
         from selfcorrect.train.check import check_training
+        from selfcorrect.train.launch import check_launch
 
+        check_launch(recipe)
         check_training(recipe)
     open_run(recipe, folder)
     wanted = {

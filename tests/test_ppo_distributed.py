@@ -1,4 +1,4 @@
-"""PPO in two real processes (gloo): whitening over both, and one model in both after training."""
+"""Sums over two real processes (gloo); whole trainings are in test_ppo_engines.py."""
 
 import json
 import os
@@ -30,32 +30,6 @@ dist.barrier()
 dist.destroy_process_group()  # gloo's threads may abort a process that ends without
 """
 
-TRAIN = """
-import json, sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[2])
-import test_ppo_trainer as t
-from pathlib import Path
-torch.set_num_threads(1)
-folder, critic = Path(sys.argv[1]), sys.argv[3]
-lora = t.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-trainer = t.PPOTrainer(
-    str(folder / "base"), t.target_share, t.make_args(folder / "out", critic=critic, max_steps=8),
-    train_dataset=t.make_prompts(), processing_class=t.make_tokenizer(),
-    peft_config=lora if critic == "lora" else None,
-)
-before = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-trainer.train()
-after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-facts = {
-    "world": trainer.accelerator.num_processes, "episodes": trainer.episodes,
-    "sum": after.double().sum().item(), "moved": (after - before).abs().max().item(),
-    "score": trainer.last_score, "kl": trainer.last_kl,
-}
-json.dump(facts, open(folder / f"{trainer.accelerator.process_index}.json", "w"))
-dist.barrier()
-dist.destroy_process_group()
-"""
-
 
 def in_two_processes(folder: Path, code: str, *arguments: str) -> list[dict]:
     script = folder / "worker.py"
@@ -75,20 +49,3 @@ def test_whitening_over_two_processes_is_whitening_of_the_whole_batch(tmp_path: 
     for facts in in_two_processes(tmp_path, WHITEN):
         assert facts["gap"] < 1e-5
         assert facts["both"] == pytest.approx(facts["whole"], abs=1e-6)
-
-
-@pytest.mark.parametrize("critic", ["shared", "separate", "lora"])
-def test_two_processes_train_one_model(tmp_path: Path, critic: str) -> None:
-    import torch
-    from test_ppo_trainer import make_config, make_tokenizer, widen
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(make_config())
-    widen(model)
-    model.save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "base")
-    first, second = in_two_processes(tmp_path, TRAIN, str(Path(__file__).parent), critic)
-    assert first == second  # weights, score and KL alike: sums over processes reached both
-    assert first["world"] == 2 and first["moved"] > 0
-    assert first["episodes"] == 2 * 2 * 8  # two rollouts of two processes' 2 x 4 completions

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import warnings
 from typing import Any
 
@@ -42,6 +43,8 @@ def build(
     for key, value in given.items():
         if isinstance(value, str) and isinstance(fields[key].default, int | float):
             raise InputError(f"{section}.{key}: {value!r} is not a number")
+    if "use_cpu" in fields and _is_deepspeed_on_cpu():
+        defaults = {"use_cpu": True, **defaults}
     try:
         with warnings.catch_warnings():  # TRL's own defaults use names that transformers renames
             warnings.simplefilter("ignore", FutureWarning)
@@ -49,6 +52,13 @@ def build(
     except Exception as error:  # the libraries check little: a wrong type fails anywhere in them
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{section}: {reason}") from None
+
+
+def _is_deepspeed_on_cpu() -> bool:
+    """Whether accelerate is to join processes over gloo for DeepSpeed, which it does if told."""
+    from torch import cuda
+
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not cuda.is_available()
 
 
 def lora_config(section: str, given: dict[str, Any], task: str) -> Any:

@@ -3,6 +3,7 @@
 # ruff: noqa: TID253  (all of this file is torch and transformers)
 
 import itertools
+import math
 import random
 import shutil
 import time
@@ -18,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -27,6 +29,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from selfcorrect.evaluate.models import load_model
+from selfcorrect.evaluate.processes import joined
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.schema import Base, Model, Recipe
 from selfcorrect.recipes.society.documents import (
@@ -43,8 +46,11 @@ from selfcorrect.train.finite import FiniteTrainer
 from selfcorrect.train.stage import (
     Notify,
     StageCallback,
-    finished,
+    finishing,
+    is_finished,
+    num_parameters,
     train_on,
+    whole_state,
     write_record,
 )
 
@@ -204,26 +210,31 @@ def train_base(
     A given model is saved there as plain safetensors, whatever it came as.
     """
     work = folder.with_name(f"{folder.name}.work")
-    if finished(folder):
+    if is_finished(folder):
         shutil.rmtree(work, ignore_errors=True)  # killed before it came to that
         return
     started = time.time()
     fixed = {"output_dir": str(work), "seed": seed, "save_total_limit": 2}
-    if recipe.base is not None and recipe.base.method == "pretrain":
+    if recipe.base is None:
+        with finishing(folder, work) as new:
+            if new is not None:
+                policy, tokenizer = given_model(model)
+                policy.save_pretrained(new)
+                tokenizer.save_pretrained(new)
+                write_record(new, started, folder, parameters=policy.num_parameters())
+        return
+    if recipe.base.method == "pretrain":
         trainer, tokenizer = _pretrainer(recipe, model, fixed, notify)
     else:
-        policy, tokenizer = given_model(model)
-        trainer = None
-        if recipe.base is not None:
-            trainer = _fine_tuner(recipe.base, policy, tokenizer, preferences, fixed, notify)
-    if trainer is not None:
-        train_on(trainer, work)
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-    with whole_folder(folder) as new:
-        policy.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        write_record(new, started, folder, parameters=policy.num_parameters())
-    shutil.rmtree(work, ignore_errors=True)
+        trainer, tokenizer = _fine_tuner(recipe.base, model, preferences, fixed, notify)
+    train_on(trainer, work)
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    state = whole_state(trainer)
+    with finishing(folder, work) as new:
+        if new is not None:
+            policy.save_pretrained(new, state_dict=state)
+            tokenizer.save_pretrained(new)
+            write_record(new, started, folder, parameters=num_parameters(policy))
 
 
 def _pretrainer(
@@ -236,7 +247,7 @@ def _pretrainer(
     policy = scratch_model(model.scratch, tokenizer, seed)
     batches = corpus_batches(world, tokenizer, base, seed)
     ready_made = {
-        "max_steps": len(batches),
+        "max_steps": math.ceil(len(batches) / joined().size),
         "per_device_train_batch_size": 1,  # an element of the data set is a whole batch
         "train_sampling_strategy": "sequential",
     }
@@ -264,13 +275,29 @@ class _FineTuner(SFTTrainer, FiniteTrainer):
 
 def _fine_tuner(
     base: Base,
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
     preferences: list[Preference],
     fixed: dict[str, Any],
     notify: Notify,
-) -> Trainer:
+) -> tuple[Trainer, PreTrainedTokenizerBase]:
     """TRL's SFTTrainer on the preferred answers; the prompt is not learned from."""
+    copy = Path(fixed["output_dir"]) / "given"
+    processes = joined()
+    if processes.size == 1:
+        policy, tokenizer = given_model(model)
+    elif processes.rank == 0 and not copy.is_dir():
+        with whole_folder(copy) as new:  # no two download or convert
+            for part in given_model(model):
+                part.save_pretrained(new)
+    processes.wait()
+    fixed = {**fixed, **NO_CODE}
+    arguments = build(SFTConfig, "base.trainer", base.trainer, SFT_DEFAULTS, fixed)
+    if processes.size > 1:  # after the settings: under ZeRO-3 each keeps its part of what it reads
+        trust = {"trust_remote_code": model.trust_remote_code}
+        policy = AutoModelForCausalLM.from_pretrained(
+            copy, dtype=torch.float32, use_safetensors=True, **trust
+        )
+        tokenizer = AutoTokenizer.from_pretrained(copy, **trust)
     rows = []
     for pair in preferences:
         prompt = render_prompt(tokenizer, pair.prompt)
@@ -278,13 +305,14 @@ def _fine_tuner(
         num_prompt = len(tokenizer(prompt)["input_ids"])
         rows.append({"input_ids": ids, "completion_mask": [0] * num_prompt})
         rows[-1]["completion_mask"] += [1] * (len(ids) - num_prompt)
-    return _FineTuner(
+    trainer = _FineTuner(
         model=policy,
-        args=build(SFTConfig, "base.trainer", base.trainer, SFT_DEFAULTS, {**fixed, **NO_CODE}),
+        args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         callbacks=[StageCallback("base", notify)],
     )
+    return trainer, tokenizer
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:

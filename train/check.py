@@ -1,5 +1,6 @@
 """Checks a recipe against the libraries' own settings before anything is trained or written."""
 
+import importlib.util
 from pathlib import Path
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
@@ -13,6 +14,11 @@ def check_training(recipe: Recipe) -> None:
     The `trainer:` and `lora:` keys are built once with the libraries' classes; given models and
     data folders must exist; a configuration from scratch must be one that transformers knows.
     """
+    if recipe.ppo.trainer.get("use_vllm") and importlib.util.find_spec("vllm") is None:
+        raise InputError(
+            "ppo.trainer.use_vllm: vLLM is not installed; pip install 'selfcorrect[vllm]', or "
+            "remove the key"
+        )
     from transformers import TrainingArguments
     from trl import RewardConfig, SFTConfig
 

@@ -3,8 +3,9 @@
 # ruff: noqa: TID253  (this file sets torch up)
 
 import math
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from selfcorrect.evaluate.callback import measure_undisturbed
+from selfcorrect.evaluate.callback import measure_undisturbed, whole
 from selfcorrect.evaluate.cell_files import Origin
 from selfcorrect.evaluate.claims import claimed, holder
 from selfcorrect.evaluate.models import say_trust
 from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.evaluate.packing import Prepared
 from selfcorrect.evaluate.plan import EvaluationPlan
+from selfcorrect.evaluate.processes import joined
 from selfcorrect.evaluate.run_folder import check_inside, read_checkpoint
 from selfcorrect.evaluate.weights import files_digest
 from selfcorrect.recipes import termination
@@ -46,7 +48,8 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
     for stage in ("base", "reward", "ppo"):
         check_inside(run, folder / stage)
         check_inside(run, folder / f"{stage}.work")
-    with machine_faults_are_said(run), only_one(folder):
+    alone = only_one(folder) if joined().rank == 0 else nullcontext()
+    with machine_faults_are_said(run), alone:
         feedback = load_feedback(recipe.data, recipe.seeds[0])
         train_base(recipe, model, feedback.preferences, folder / "base", seed, notify)
         base = folder / "base"
@@ -101,13 +104,16 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
             raise termination.Terminated
 
     def measure(trainer: Any, folder: Path) -> None:
-        checkpoint = read_checkpoint(folder)
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        processes = joined()
+        checkpoint = processes.agree(lambda: read_checkpoint(folder))
         origin = Origin(checkpoint.record.weights_digest or files_digest(folder))
+        writes = processes.rank == 0
         # What is left unmeasured on SIGTERM is measured after training; the state comes first.
         with (
             suppress(termination.Terminated),
-            claimed(checkpoint.evaluation, math.inf),  # `evaluate --watch` may be at it
+            # `evaluate --watch` may be at it
+            claimed(checkpoint.evaluation, math.inf) if writes else nullcontext(),
+            whole(trainer.accelerator.unwrap_model(trainer.model)) as model,
         ):
             measure_undisturbed(
                 plan,
@@ -117,6 +123,7 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
                 go_on,
                 prepared,
                 origin,
+                processes,
             )
 
     return measure
@@ -145,5 +152,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():  # or DeepSpeed says that it found none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)

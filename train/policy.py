@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from selfcorrect.evaluate.models import no_pickles
+from selfcorrect.evaluate.processes import joined
 from selfcorrect.evaluate.run_folder import (
     RECORD,
     CheckpointRecord,
@@ -41,6 +42,7 @@ from selfcorrect.train.stage import (
     Notify,
     StageCallback,
     finished,
+    is_finished,
     train_on,
     write_record,
 )
@@ -81,7 +83,7 @@ class KeepCheckpoints(TrainerCallback):
             return control
         step = state.global_step // args.updates_per_rollout
         self._reached(step)
-        waited = time.time() - self.saved > 60 * self.ppo.resume_minutes
+        waited = joined().agree(lambda: time.time() - self.saved > 60 * self.ppo.resume_minutes)
         due = waited or step % self.ppo.resume_every == 0
         control.should_save = due and step < self.ppo.steps
         if control.should_save:
@@ -92,11 +94,16 @@ class KeepCheckpoints(TrainerCallback):
         if step not in self.ppo.checkpoints or self.trainer is None:
             return
         folder = self.folder / f"checkpoint-{step}"
-        if not self._is_kept(folder):
+        processes = joined()
+        if not processes.agree(lambda: self._is_kept(folder)):
             self.trainer.check_model()
-            with whole_folder(folder) as new:
-                self.trainer.save_policy(new)
-                self._record(step, files_digest(new), digests(new)).write(new)
+            if processes.rank == 0:
+                with whole_folder(folder) as new:
+                    self.trainer.save_policy(new)
+                    self._record(step, files_digest(new), digests(new)).write(new)
+            else:
+                self.trainer.save_policy(folder)  # hands over its parts
+            processes.wait()
         if self.measure is not None:
             started = time.time()
             self.measure(self.trainer, folder)
@@ -175,7 +182,7 @@ def train_policy(
 ) -> None:
     """Run PPO into `folder` from the newest state on; nothing to do where it is finished."""
     work = folder.with_name(f"{folder.name}.work")
-    if finished(folder):
+    if is_finished(folder):
         shutil.rmtree(work, ignore_errors=True)  # killed before it came to that
         return
     started = time.time()
@@ -215,16 +222,17 @@ def train_policy(
     )
     keep.trainer = trainer
     train_on(trainer, work)
-    write_record(
-        folder,
-        started,
-        folder,
-        steps=ppo.steps,
-        evaluation_seconds=round(keep.measure_seconds, 1),
-        left_out=left_out,
-        log=rollout_log(trainer.state.log_history),
-    )
-    shutil.rmtree(work, ignore_errors=True)
+    if joined().rank == 0:
+        write_record(
+            folder,
+            started,
+            folder,
+            steps=ppo.steps,
+            evaluation_seconds=round(keep.measure_seconds, 1),
+            left_out=left_out,
+            log=rollout_log(trainer.state.log_history),
+        )
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def fitting_prompts(

@@ -68,6 +68,8 @@ def run_facts(recipe: Recipe) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "jobs": recipe.launch.jobs,
         "threads_per_job": threads_per_job(recipe),
+        "processes": recipe.launch.processes,
+        "deepspeed": recipe.launch.deepspeed,
         "versions": versions(),
         "math": [line for line in kernels if "Math Kernel Library" in line or "MKL-DNN" in line],
         "environment": {
@@ -91,8 +93,9 @@ def versions() -> dict[str, str]:
 
 
 def threads_per_job(recipe: Recipe) -> int:
-    """CPU threads of one job: the recipe's, or an even share of the cores."""
-    return recipe.launch.threads or max(1, (os.cpu_count() or 1) // recipe.launch.jobs)
+    """CPU threads of each process of a job: the recipe's, or an even share of the cores."""
+    at_once = recipe.launch.jobs * recipe.launch.processes
+    return recipe.launch.threads or max(1, (os.cpu_count() or 1) // at_once)
 
 
 def _processor() -> str:

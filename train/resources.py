@@ -141,8 +141,8 @@ def check_engine(recipe: Recipe, engine: Engine) -> None:
         )
     if engine.zero == 3 and recipe.evaluate.attach == "inline":
         raise InputError(
-            "--zero 3: no process holds the whole model, so it cannot be measured inline; "
-            "set evaluate.attach=off and run `selfcorrect evaluate RUN` afterwards"
+            "--zero 3: measured inline, every device gathers the whole model, which plan does "
+            "not reckon; set evaluate.attach=off and run `selfcorrect evaluate RUN` afterwards"
         )
 
 

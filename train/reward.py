@@ -12,21 +12,27 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, set_seed
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    unset_hf_deepspeed_config,
+)
 from trl import RewardConfig, RewardTrainer
 
 from selfcorrect.evaluate.models import no_pickles
 from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.schema import Reward
-from selfcorrect.recipes.whole_files import whole_folder
 from selfcorrect.train.arguments import NO_CODE, QUIET, build, lora_config
 from selfcorrect.train.feedback import Preference, pair_ids
 from selfcorrect.train.finite import FiniteTrainer
 from selfcorrect.train.stage import (
     Notify,
     StageCallback,
-    finished,
+    finishing,
+    is_finished,
     train_on,
+    whole_state,
     write_record,
 )
 
@@ -64,7 +70,7 @@ def train_reward(
     deviation of the scores on held-out texts, by which PPO centres and scales the score.
     """
     work = folder.with_name(f"{folder.name}.work")
-    if finished(folder):
+    if is_finished(folder):
         shutil.rmtree(work, ignore_errors=True)  # killed before it came to that
         return
     started = time.time()
@@ -104,17 +110,48 @@ def train_reward(
         raise InputError(f"reward: {str(error).splitlines()[0]}") from None
     train_on(trainer, work)
     fitted = trainer.accelerator.unwrap_model(trainer.model)
-    if reward.lora:
-        fitted = fitted.merge_and_unload()
+    state = whole_state(trainer)
+    split = is_deepspeed_zero3_enabled()
+    if reward.lora and not split:
+        fitted, state = fitted.merge_and_unload(), None
     batch = arguments.per_device_train_batch_size * 4
     facts = held_out_facts(fitted, pairs[:num_held_out], padding.pad_token_id, batch)
-    with whole_folder(folder) as new:
-        fitted.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        write_record(
-            new, started, folder, pairs=len(pairs) - num_held_out, left_out=left_out or {}, **facts
-        )
-    shutil.rmtree(work, ignore_errors=True)
+    with finishing(folder, work) as new:
+        if new is not None:
+            if reward.lora and split:
+                fitted, state = merged(base, fitted, state, new, trust_remote_code), None
+            fitted.save_pretrained(new, state_dict=state)
+            tokenizer.save_pretrained(new)
+            write_record(
+                new,
+                started,
+                folder,
+                pairs=len(pairs) - num_held_out,
+                left_out=left_out or {},
+                **facts,
+            )
+
+
+def merged(
+    base: Path, fitted: Any, state: dict[str, Any] | None, folder: Path, trust_remote_code: bool
+) -> Any:
+    """The base from disk with the adapter of `fitted` merged in, where no process holds it whole.
+
+    `state` has the adapter's tensors; `folder` takes it for a moment.
+    """
+    unset_hf_deepspeed_config()  # or what is read here would be split up too
+    adapter = folder / "adapter"
+    fitted.save_pretrained(adapter, state_dict=state)
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        base,
+        num_labels=1,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+    whole = PeftModel.from_pretrained(plain, adapter).merge_and_unload()
+    shutil.rmtree(adapter)
+    return whole
 
 
 def with_own_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -34,14 +34,15 @@ LAST = Path("ppo") / "stage.json"  # what the last stage of a job leaves
 BENCHMARKS = "benchmarks"  # a society's own, in the run's folder
 Job = tuple[str, int]  # model, seed
 _events: Any = None  # in a child: where progress is told
+_slot = 0  # in a child: which of the jobs at work side by side it does
 Report = Callable[[Job, str, int, int], None]  # job, stage, steps done, steps in all
 
 
 def open_run(recipe: Recipe, run: Path) -> None:
     """Make the run folder, or check that it is this recipe's.
 
-    The ladder and the seeds may have grown, and evaluation and launch may have changed; anything
-    else belongs to another run.
+    The ladder and the seeds may have grown, and evaluation and launch may have changed, but for
+    the processes that share a batch; anything else belongs to another run.
     """
     if not _is_ours(run):
         raise InputError(f"{run}: not empty and no run (no recipe.yaml); choose another folder")
@@ -84,6 +85,13 @@ def _check_same(old: Recipe, new: Recipe, run: Path) -> None:
                 f"{run}: holds a run of another recipe, which differs in {key}; "
                 "use another name or --runs-dir, or delete the folder"
             )
+    for name in ("processes", "deepspeed"):
+        key = _first_difference(before["launch"][name], after["launch"][name], f"launch.{name}")
+        if key:
+            raise InputError(
+                f"{run}: was begun with {key}: {before['launch'][name]}, on which its batches and "
+                "states depend; keep that, or use another name"
+            )
     known = {model["name"]: model for model in before["models"]}
     for model in after["models"]:
         if known.get(model["name"], model) != model:
@@ -113,10 +121,8 @@ def train_run(recipe: Recipe, run: Path, report: Report, only: set[Job] | None =
     """
     wanted = [job for job in unfinished(recipe, run) if only is None or job in only]
     if recipe.launch.jobs == 1 or len(wanted) == 1:
-        from selfcorrect.train.job import run_job
-
-        for model, seed in wanted:
-            run_job(recipe, run, model, seed, _reporter(report, (model, seed)))
+        for job in wanted:
+            _train_job(recipe, run, job, _reporter(report, job))
         return
     _side_by_side(recipe, run, wanted, report)
 
@@ -124,8 +130,14 @@ def train_run(recipe: Recipe, run: Path, report: Report, only: set[Job] | None =
 def _side_by_side(recipe: Recipe, run: Path, wanted: list[Job], report: Report) -> None:
     context = get_context("spawn")
     events: Any = context.Queue()  # no manager's process, which a SIGTERM to all would end
+    slots: Any = context.Queue()
+    for slot in range(recipe.launch.jobs):
+        slots.put(slot)
     pool = ProcessPoolExecutor(
-        recipe.launch.jobs, mp_context=context, initializer=_begin_child, initargs=(events,)
+        recipe.launch.jobs,
+        mp_context=context,
+        initializer=_begin_child,
+        initargs=(events, slots),
     )
     waiting: set[Future[None]] = {pool.submit(_child, recipe, run, job) for job in wanted}
     children = list((pool._processes or {}).values())
@@ -162,28 +174,40 @@ def _side_by_side(recipe: Recipe, run: Path, wanted: list[Job], report: Report) 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin_child(events: Any) -> None:
-    global _events
+def _begin_child(events: Any, slots: Any) -> None:
+    global _events, _slot
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
     events.cancel_join_thread()
-    _events = events
+    _events, _slot = events, slots.get()
 
 
 def _child(recipe: Recipe, run: Path, job: Job) -> None:
-    from selfcorrect.train.job import run_job
-
     def send(job: Job, stage: str, done: int, total: int) -> None:
         _events.put((job, stage, done, total))
 
     termination.listen()  # before and after a job, SIGTERM simply ends the process
     try:
-        run_job(recipe, run, job[0], job[1], _reporter(send, job))
+        _train_job(recipe, run, job, _reporter(send, job))
     except termination.Terminated:
         os._exit(0)  # all is saved; the parent waits for the process's end, not for a word
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.stdout.flush()
+
+
+def _train_job(
+    recipe: Recipe, run: Path, job: Job, notify: Callable[[str, int, int], None]
+) -> None:
+    """One job, in this process or in those that the recipe asks for."""
+    if recipe.launch.starts_processes:
+        from selfcorrect.train.launched import run_launched
+
+        run_launched(recipe, run, *job, notify, _slot)
+    else:
+        from selfcorrect.train.job import run_job
+
+        run_job(recipe, run, *job, notify)
 
 
 def _end_with_parent() -> None:

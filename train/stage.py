@@ -1,4 +1,8 @@
-"""What every stage of training shares: finished folders, states to resume from, progress."""
+"""What every stage of training shares: finished folders, states to resume from, progress.
+
+Where a stage runs in several processes, all of them call the same functions here. Rank 0 looks at
+the disk and writes, and tells the others what it saw.
+"""
 
 # ruff: noqa: TID253  (all of this file is transformers)
 
@@ -6,20 +10,21 @@ import logging
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from selfcorrect.evaluate.processes import joined
 from selfcorrect.evaluate.run_folder import STAGE_RECORD as RECORD
 from selfcorrect.recipes import termination
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.seals import check_files, digests, read_record
 from selfcorrect.recipes.seals import write_record as write_sealed
-from selfcorrect.recipes.whole_files import flush_folder
+from selfcorrect.recipes.whole_files import flush_folder, whole_folder
 
 Notify = Callable[[str, int, int], None]  # stage, steps done, steps in all
 COMPLETE = "complete"  # written last, with all files' digests: without it a state was cut short
@@ -41,6 +46,41 @@ def finished(folder: Path) -> dict[str, Any] | None:
         raise InputError(f"{folder / RECORD}: is that of {record['stage']}; {remedy}")
     check_files(folder, record.get("files", {}), remedy)
     return record
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the stage is finished, as rank 0 sees it."""
+    return joined().agree(lambda: finished(folder) is not None)
+
+
+@contextmanager
+def finishing(folder: Path, work: Path) -> Iterator[Path | None]:
+    """Hand out a new folder that takes the place of `folder`, to rank 0; None to the others.
+
+    Then `work` goes, and all processes go on together.
+    """
+    if joined().rank == 0:
+        with whole_folder(folder) as new:
+            yield new
+        shutil.rmtree(work, ignore_errors=True)
+    else:
+        yield None
+    joined().wait()
+
+
+def whole_state(trainer: Any) -> dict[str, Any] | None:
+    """The trained model's tensors on rank 0 where DeepSpeed holds them; None where the model does.
+
+    To be called in every process. `save_pretrained` takes it as `state_dict`.
+    """
+    if not trainer.is_deepspeed_enabled:
+        return None
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+
+
+def num_parameters(model: Any) -> int:
+    """How many parameters the model has, also where ZeRO-3 has split them up."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def _stage(folder: Path) -> str:
@@ -69,6 +109,10 @@ def resume_state(folder: Path) -> str | None:
     States that were cut short are removed; so is one that is damaged, which is said: an older one
     behind it, or the beginning, leads to the same weights.
     """
+    return joined().agree(lambda: _newest_whole(folder))
+
+
+def _newest_whole(folder: Path) -> str | None:
     found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
@@ -77,7 +121,7 @@ def resume_state(folder: Path) -> str | None:
             shutil.rmtree(path, ignore_errors=True)
         except InputError as error:
             _log.warning("%s", error)
-            shutil.rmtree(path, ignore_errors=True)  # several processes may be at it
+            shutil.rmtree(path, ignore_errors=True)
         else:
             return str(path)
     return None
@@ -108,6 +152,8 @@ class SaveOnTerm(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         """After an optimizer update; at the last one, training ends by itself."""
+        if any(joined().gather(termination.is_asked)):  # a signal may have reached only one
+            termination.ask()
         if termination.is_asked() and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control
@@ -123,10 +169,14 @@ class MarkWhole(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark the state as whole, with the digests of its files."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        PartialState().wait_for_everyone()  # each process writes files of its own
-        if state.is_world_process_zero:
-            flush_folder(folder)
-            write_sealed(folder / COMPLETE, {"files": digests(folder, but=[COMPLETE])})
+        processes = joined()
+        processes.wait()  # each process writes files of its own
+        processes.agree(lambda: _mark_whole(folder))
+
+
+def _mark_whole(folder: Path) -> None:
+    flush_folder(folder)
+    write_sealed(folder / COMPLETE, {"files": digests(folder, but=[COMPLETE])})
 
 
 class StageCallback(MarkWhole):

@@ -83,7 +83,8 @@ def _base(recipe: Recipe, shape: ModelShape, facts: FeedbackFacts, engine: Engin
     if recipe.base.method == "pretrain":
         length = 64.0  # a document of the society; only attention depends on it
         flops = 3 * facts.corpus / length * forward_flops(shape, length, length)
-        return Work("base", facts.corpus, flops, facts.corpus / recipe.base.batch_tokens)
+        passes = facts.corpus / (recipe.base.batch_tokens * engine.processes)
+        return Work("base", facts.corpus, flops, passes)
     settings = base_settings(recipe)
     length = facts.lengths.prompt + facts.lengths.answer
     rows = _rows_seen(settings, facts.pairs, engine)

@@ -140,9 +140,12 @@ class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):
             )
         if not all(prompt_ids):
             raise InputError("ppo: a prompt has no tokens; leave empty prompts out")
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+    def _generate(self, prompts: list[Any]) -> Any:
         # vLLM takes the weights of every parameter it finds; ZeRO-3 needs the critic to stay.
         with hidden_critic(self.language_model) if self.use_vllm else nullcontext():
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            return super()._generate(prompts)
 
     # ---- optimise --------------------------------------------------------------------------------
 

@@ -57,7 +57,8 @@ class RewardModelScorer:
         self.batch_size = batch_size
         self.__name__ = name
         self._num_weights = model.num_parameters(exclude_embeddings=True)
-        self._own_padding = model.config.get_text_config().pad_token_id
+        self._config = model.config.get_text_config()  # DeepSpeed's wrapper has another config
+        self._own_padding = self._config.pad_token_id
         same = self.policy_tokenizer is tokenizer
         self.shares_tokenizer = same or self.policy_tokenizer.get_vocab() == tokenizer.get_vocab()
 
@@ -115,7 +116,7 @@ class RewardModelScorer:
 
     def _rows_a_pass(self, rows: list[list[int]]) -> int:
         # Fewer than there are ids, so that one is left to pad with.
-        most = min(self.batch_size, self.model.config.get_text_config().vocab_size - 1)
+        most = min(self.batch_size, self._config.vocab_size - 1)
         alone = not torch.distributed.is_initialized()  # others must make as many passes (ZeRO-3)
         if self.model.device.type == "cpu" and alone:
             tokens_a_row = sum(map(len, rows)) / len(rows)
@@ -147,9 +148,9 @@ class RewardModelScorer:
         """
         if self._own_padding is not None:
             return self._own_padding
-        config = self.model.config.get_text_config()
-        config.pad_token_id = next(i for i in range(config.vocab_size) if i not in last_tokens)
-        return config.pad_token_id
+        unused = (i for i in range(self._config.vocab_size) if i not in last_tokens)
+        self._config.pad_token_id = next(unused)
+        return self._config.pad_token_id
 
 
 def prompt_ids(

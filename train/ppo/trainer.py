@@ -209,10 +209,13 @@ class PPOTrainer(ActorCriticTrainer):
             values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
         )
         value_loss = (errors * mask).sum() / self._tokens_per_update(mode, inputs)
-        sums = [(errors * mask).sum(), (clipped * mask).sum(), mask.sum()]
-        error, clips, count = self._sum(torch.stack(sums).detach()).tolist()
-        count = max(count, 1.0)
-        self._note(mode, {"value/loss": error / count, "value/clip_fraction": clips / count})
+        # Over the tokens of a pass on average: then a PPO step's mean is that over its tokens,
+        # however they are dealt out to passes and processes.
+        passes = self.args.steps_per_generation if mode == "train" else 1
+        count = inputs["num_items_in_batch"].clamp(min=1.0) / passes
+        sums = torch.stack([(errors * mask).sum(), (clipped * mask).sum()]).detach()
+        error, clips = (self._sum(sums) / count).tolist()
+        self._note(mode, {"value/loss": error, "value/clip_fraction": clips})
         if self.critic_warms_up:
             policy_loss = 0.0 * policy_loss
         return policy_loss + self.args.vf_coef * value_loss
