@@ -23,6 +23,7 @@ from selfcorrect.recipes.schema import Recipe
 from selfcorrect.recipes.society.benchmarks import whole_benchmarks
 
 Notify = Callable[[str, int, int], None]  # what, done, in all
+Place = tuple[str, int, int]  # model, seed, step
 
 POLL_SECONDS = 2.0  # between two looks for new checkpoints, or at what other processes hold
 
@@ -64,8 +65,19 @@ def unmeasured(
     return [c for c in find_checkpoints(run, malformed) if not _is_whole(c, cells, engine)]
 
 
-def planned(recipe: Recipe) -> set[tuple[str, int, int]]:
-    """(model, seed, step) of every checkpoint that the recipe keeps."""
+def place(checkpoint: Checkpoint) -> Place:
+    """Where a checkpoint stands in its run."""
+    record = checkpoint.record
+    return record.model, record.seed, record.step
+
+
+def folder_of(run: Path, at: Place) -> Path:
+    """The folder of a checkpoint that training writes."""
+    return run / at[0] / f"seed-{at[1]}" / "ppo" / f"checkpoint-{at[2]}"
+
+
+def planned(recipe: Recipe) -> set[Place]:
+    """Every checkpoint that the recipe keeps."""
     return {
         (model.name, seed, step)
         for model in recipe.models
@@ -90,13 +102,15 @@ def evaluate_run(
     processes: Processes = ALONE,
     device: str | None = None,
     threads: int | None = None,
+    only: set[Place] | None = None,
 ) -> int:
     """Measure every checkpoint that lacks a cell; returns how many this process measured.
 
     Any number of processes, on machines that share the folder, may do so at the same time: each
     checkpoint is measured by one of them, and all return when all is done. With `watch`, new
     checkpoints are waited for until the run has all that its recipe asks for. `processes` are those
-    of one launch, which share the items of each checkpoint. `threads` are torch's, on a CPU.
+    of one launch, which share the items of each checkpoint. `threads` are torch's, on a CPU. `only`
+    names the checkpoints that are this process's affair.
 
     A checkpoint that cannot be loaded, or whose logits are NaN, does not keep the others from being
     measured: RunFailure names it when they are done. It is tried again once its files change; one
@@ -105,7 +119,7 @@ def evaluate_run(
     if processes.size > 1 and recipe.evaluate.engine != "packed":
         raise InputError(f"evaluate.engine: {recipe.evaluate.engine} shares its work by itself")
     processes.agree(lambda: _check_files(recipe, run))  # one of them mends what is damaged
-    work = _Work(recipe, run, recipe_plan(recipe, run), processes, device, threads)
+    work = _Work(recipe, run, recipe_plan(recipe, run), processes, device, threads, only)
     while True:
         waiting = processes.agree(work.waiting)
         done_before = work.num_measured
@@ -143,6 +157,7 @@ class _Work:
     processes: Processes
     device: str | None
     threads: int | None
+    only: set[Place] | None
     num_measured: int = 0
     said: bool = False
     broken: dict[Path, tuple[object, str]] = field(default_factory=dict)  # its files, what is wrong
@@ -164,13 +179,12 @@ class _Work:
             checkpoint
             for checkpoint in unmeasured(self.run, self.cells, engine, self.malformed)
             if self.broken.get(checkpoint.folder, (None,))[0] != _state(checkpoint.folder)
+            and (self.only is None or place(checkpoint) in self.only)
         ]
 
     def is_over(self) -> bool:
         """Whether nothing more is to come; the recipe on disk may have grown."""
-        kept = {
-            (c.record.model, c.record.seed, c.record.step) for c in find_checkpoints(self.run, {})
-        }
+        kept = {place(checkpoint) for checkpoint in find_checkpoints(self.run, {})}
         return planned(load_recipe(str(self.run / "recipe.yaml"))) <= kept
 
     def measure_if_free(self, checkpoint: Checkpoint) -> None:
@@ -251,7 +265,8 @@ class _Work:
     def raise_broken(self) -> None:
         """RunFailure for the checkpoints that are still there and could not be measured."""
         said = [line for folder, (_, line) in self.broken.items() if (folder / RECORD).is_file()]
-        said += self.malformed.values()
+        ours = None if self.only is None else {folder_of(self.run, at) for at in self.only}
+        said += [line for at, line in self.malformed.items() if ours is None or at in ours]
         if said:
             more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
             raise RunFailure(f"{said[0]}{more}; the other checkpoints are measured")

@@ -43,6 +43,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 reads 4:00:00 as a number to the base of 60; in 1.2, and for SLURM, it is a time.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in kinds if tag != "tag:yaml.org,2002:int"]
+    for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -186,14 +196,10 @@ def _suggestion(parts: list[str]) -> str:
     """The keys that could have been meant, from the schema along the path."""
     section: Any = Recipe
     for part in parts[:-1]:
-        if part.isdecimal():
-            continue
         field = section.model_fields.get(part)
-        section = (
-            next((m for m in _models_in(field.annotation) if field is not None), None)
-            if field
-            else None
-        )
+        if field is None:
+            continue  # a position in a list, or a name in a mapping
+        section = next(iter(_models_in(field.annotation)), None)
         if section is None:
             return ""
     keys = list(section.model_fields)

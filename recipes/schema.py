@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
+from selfcorrect.recipes.slurm import Slurm
 from selfcorrect.recipes.society.settings import SocietySettings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -217,6 +218,7 @@ class Launch(Section):
     deepspeed: str | None = Field(
         None, description="zero1, zero2, zero3, or a DeepSpeed JSON (offload and all else)"
     )
+    slurm: Slurm | None = Field(None, description="for `selfcorrect launch --cluster slurm`")
 
     @property
     def starts_processes(self) -> bool:
@@ -255,4 +257,11 @@ class Recipe(Section):
                 raise ValueError(
                     f"models: {model.name}: scratch and base: method pretrain go together"
                 )
+        if self.launch.slurm is not None:
+            for name in self.launch.slurm.models:
+                if name not in names:
+                    raise ValueError(
+                        f"launch.slurm.models: the recipe has no model {name!r}; it has "
+                        f"{', '.join(names)}"
+                    )
         return self

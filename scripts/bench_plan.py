@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ CASES = [
 ]
 
 
-def measure(one: dict[str, Any], malloc: str) -> int:
-    """Peak bytes of one case, in a process of its own."""
+def measure(one: dict[str, Any], malloc: str) -> tuple[int, float]:
+    """Peak bytes and CPU seconds of one case, in a process of its own."""
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CI": "1"}
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if malloc == "mapped":
@@ -67,7 +68,8 @@ def measure(one: dict[str, Any], malloc: str) -> int:
     )  # fmt: skip
     if done.returncode:
         sys.exit(f"bench_plan: {label(one)} failed:\n{done.stderr[-3000:]}")
-    return int(json.loads(done.stdout.splitlines()[-1])["bytes"])
+    found = json.loads(done.stdout.splitlines()[-1])
+    return int(found["bytes"]), float(found["seconds"])
 
 
 def planned(one: dict[str, Any]) -> Any:
@@ -131,9 +133,10 @@ def work(one: dict[str, Any]) -> None:
         prepare({"tiny": warm, "case": one}, Path(folder))
         run_stage(warm, Path(folder) / "tiny")
         Path("/proc/self/clear_refs").write_text("5")
-        before = memory("VmRSS")
+        before, started = memory("VmRSS"), time.process_time()
         run_stage(one, Path(folder) / "case")
-        print(json.dumps({"bytes": memory("VmHWM") - before}))
+        seconds = time.process_time() - started
+        print(json.dumps({"bytes": memory("VmHWM") - before, "seconds": seconds}))
 
 
 def memory(name: str) -> int:
@@ -211,7 +214,7 @@ def run_stage(one: dict[str, Any], folder: Path) -> None:
     elif one["stage"] == "reward":
         train_reward(recipe.reward, folder / "base", pairs, tokenizer, folder / "out", 0, _silent)
     else:
-        record = {"model": "m", "parameters": 0, "seed": 0, "recipe_digest": "", "versions": {},
+        record = {"model": "m", "parameters": 1, "seed": 0, "recipe_digest": "", "versions": {},
                   "adapter_of": None}  # fmt: skip
         train_policy(
             recipe.ppo, str(folder / "base"), folder / "reward", [asked] * (4 * one["rows"]),
@@ -245,17 +248,19 @@ def main() -> None:
         work(json.loads(given.worker))
         return
     rows = []
-    print("| case | parameters, M | measured, MB | planned, MB | planned / measured | moment |")
-    print("|---|---|---|---|---|---|")
+    columns = ["case", "parameters, M", "measured, MB", "planned, MB", "planned / measured"]
+    print(f"| {' | '.join([*columns, 'CPU, s', 'moment'])} |")
+    print("|---|---|---|---|---|---|---|")
     for one in (c for c in CASES if given.only in label(c)):
         from selfcorrect.train.model_shape import shape_of
 
-        plan, peak = planned(one), measure(one, given.malloc)
+        plan, (peak, seconds) = planned(one), measure(one, given.malloc)
         size = shape_of(one["fields"], "case", WORDS).parameters
-        rows.append({"case": label(one), "measured": peak, "planned": plan.total, **plan.parts})
+        rows.append({"case": label(one), "measured": peak, "planned": plan.total, **plan.parts,
+                     "cpu_seconds": seconds})  # fmt: skip
         print(
             f"| {label(one)} | {size / 1e6:.1f} | {peak / 1e6:.0f} | {plan.total / 1e6:.0f} "
-            f"| {plan.total / peak:.2f} | {plan.moment} |",
+            f"| {plan.total / peak:.2f} | {seconds:.1f} | {plan.moment} |",
             flush=True,
         )
     if given.json:

@@ -12,6 +12,7 @@ from selfcorrect.scripts import (
     data,
     evaluate,
     export,
+    launch,
     plan,
     probe,
     recipes,
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("train")(train.train)
+app.command("launch")(launch.launch)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
 app.command("plan")(plan.plan)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.progress import Bars
 
 if TYPE_CHECKING:
     from selfcorrect.evaluate.plan import EvaluationPlan
+    from selfcorrect.recipes.schema import Recipe
 
 EXPERIMENTS = "bbq,winogender,law_school"
 
@@ -63,6 +64,10 @@ def evaluate(
         Path | None, typer.Option(help="YAML with conditions of your own, on top of the paper's.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Where models' results go.")] = Path("evaluations"),
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Of a run only this one, MODEL/SEED/STEP, and no report afterwards."),
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Follow a live run until its last checkpoint.")
     ] = False,
@@ -77,9 +82,14 @@ def evaluate(
     runs = [target for target in targets if (Path(target) / "recipe.yaml").is_file()]
     if runs and len(runs) < len(targets):
         raise InputError("give run folders or models, not both")
+    if runs and checkpoint is not None:
+        _evaluate_checkpoint([Path(run) for run in runs], checkpoint, engine)
+        return
     if runs:
         _evaluate_runs([Path(run) for run in runs], engine, watch)
         return
+    if checkpoint is not None:
+        raise InputError("--checkpoint names one of a run's: give a run folder")
     if watch:
         raise InputError("--watch follows runs: give a run folder")
     gc.disable()  # what loads now stays: looking for garbage in it takes a seventh of the start
@@ -129,8 +139,7 @@ def _evaluate_runs(runs: list[Path], engine: str | None, watch: bool) -> None:
     from selfcorrect.scripts.report import show
 
     _no_loading_bars()
-    given = [] if engine is None else [f"evaluate.engine={engine}", "evaluate.attach=off"]
-    recipes = [load_recipe(str(run / "recipe.yaml"), given) for run in runs]
+    recipes = [_recipe_of(run, engine) for run in runs]
     with launched() as (processes, device), Bars() as bars:
         for run, recipe in zip(runs, recipes, strict=True):
 
@@ -141,6 +150,34 @@ def _evaluate_runs(runs: list[Path], engine: str | None, watch: bool) -> None:
             evaluate_run(recipe, run, notify, watch=watch, processes=processes, device=device)
     if processes.rank == 0:
         show(runs)
+
+
+def _recipe_of(run: Path, engine: str | None) -> "Recipe":
+    given = [] if engine is None else [f"evaluate.engine={engine}", "evaluate.attach=off"]
+    return load_recipe(str(run / "recipe.yaml"), given)
+
+
+def _evaluate_checkpoint(runs: list[Path], named: str, engine: str | None) -> None:
+    from selfcorrect.evaluate.offline import evaluate_run, folder_of, planned
+    from selfcorrect.evaluate.processes import launched
+    from selfcorrect.evaluate.run_folder import RECORD
+
+    if len(runs) > 1:
+        raise InputError("--checkpoint names one of a run's: give one run folder")
+    run, recipe = runs[0], _recipe_of(runs[0], engine)
+    at = next((at for at in planned(recipe) if named == "/".join(map(str, at))), None)
+    if at is None:
+        raise InputError(f"--checkpoint {named}: the recipe of {run} keeps no such MODEL/SEED/STEP")
+    if not (folder_of(run, at) / RECORD).is_file():
+        raise RunFailure(f"{folder_of(run, at)}: training has not come to this checkpoint yet")
+    _no_loading_bars()
+    with launched() as (processes, device), Bars() as bars:
+
+        def notify(*args: Any) -> None:
+            if processes.rank == 0:
+                bars(named, *args)
+
+        evaluate_run(recipe, run, notify, processes=processes, device=device, only={at})
 
 
 def _evaluate_models(

@@ -52,7 +52,7 @@ def show(runs: list[Path], redraw: bool = True, paper: bool = False) -> None:
     """
     for run in runs:
         path = run / "report.html"
-        if redraw or not _is_current(path):
+        if redraw or not is_current(path):
             path = _write([run], paper, None)
         _print_results(path)
 
@@ -114,7 +114,8 @@ def _watch(runs: list[Path], paper: bool, out: Path | None, every: float) -> Non
     _print_results(path)
 
 
-def _is_current(report: Path) -> bool:
+def is_current(report: Path) -> bool:
+    """Whether the report is newer than all it is made from."""
     from selfcorrect.evaluate.result_files import read_results
     from selfcorrect.evaluate.watching import made_from
 

@@ -24,7 +24,10 @@ def train(
 ) -> None:
     """Train the ladder to its last checkpoint; evaluation as the recipe attaches it."""
     checked = load_recipe(recipe, overrides or [])
-    train_ladder(checked, runs_dir / checked.name, model, seed)
+    folder = runs_dir / checked.name
+    train_ladder(checked, folder, model, seed)
+    if checked.evaluate.attach == "inline":
+        measure_rest(checked, folder, model, seed)  # what a SIGTERM has left
 
 
 def train_ladder(
@@ -72,11 +75,16 @@ def _say_cost(folder: Path, jobs: set[tuple[str, int]]) -> None:
         print(cost(spent, training, "PPO"))
 
 
-def measure_rest(recipe: Recipe, folder: Path) -> None:
-    """Evaluate whatever checkpoint still lacks a cell."""
-    from selfcorrect.evaluate.offline import evaluate_run
+def measure_rest(
+    recipe: Recipe, folder: Path, model: str | None = None, seed: int | None = None
+) -> None:
+    """Evaluate whatever checkpoint (of one model, of one seed) still lacks a cell."""
+    from selfcorrect.evaluate.offline import evaluate_run, planned
     from selfcorrect.train.provenance import threads_per_job
 
     threads = threads_per_job(recipe)  # as while training: sums may round by their number
+    only = None
+    if model is not None or seed is not None:
+        only = {at for at in planned(recipe) if model in (None, at[0]) and seed in (None, at[1])}
     with Bars() as bars:
-        evaluate_run(recipe, folder, lambda *args: bars("all", *args), threads=threads)
+        evaluate_run(recipe, folder, lambda *args: bars("all", *args), threads=threads, only=only)

@@ -1,6 +1,8 @@
 """What a job says when the machine, not the recipe, is at fault."""
 
 import multiprocessing
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -8,8 +10,10 @@ import pytest
 
 from selfcorrect.recipes import machine_faults
 from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.machine_faults import machine_faults_are_said
 from selfcorrect.train import job
+from selfcorrect.train.provenance import threads_per_job
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -54,3 +58,33 @@ def test_a_full_disk_is_said_whatever_a_library_raises(
 def test_other_errors_are_not_blamed_on_the_disk(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes"), machine_faults_are_said(tmp_path):
         raise RuntimeError("shapes do not match")
+
+
+def test_threads_are_the_recipes_then_what_slurm_gives_then_a_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = load_recipe("quickstart", ["launch.threads=null", "launch.jobs=2"])
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    assert threads_per_job(recipe) == 8
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "6")
+    assert threads_per_job(recipe) == 8  # `run` inside anybody's own job: two share it
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    assert threads_per_job(recipe) == 6  # a job of `launch` is one model and seed
+    assert threads_per_job(load_recipe("quickstart", ["launch.threads=3"])) == 3
+
+
+ASKED_TWICE = """
+import os, signal
+from selfcorrect.recipes import termination
+termination.listen()
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+except termination.Terminated:
+    os.kill(os.getpid(), signal.SIGTERM)  # while it saves
+    print("saved")
+"""
+
+
+def test_asked_to_end_twice_a_process_still_saves() -> None:
+    done = subprocess.run([sys.executable, "-c", ASKED_TWICE], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "saved\n"), done.stderr

@@ -93,9 +93,14 @@ def versions() -> dict[str, str]:
 
 
 def threads_per_job(recipe: Recipe) -> int:
-    """CPU threads of each process of a job: the recipe's, or an even share of the cores."""
-    at_once = recipe.launch.jobs * recipe.launch.processes
-    return recipe.launch.threads or max(1, (os.cpu_count() or 1) // at_once)
+    """CPU threads of each process of a job.
+
+    The recipe's; or an even share of what SLURM gives the job, or of the cores.
+    """
+    cores, at_once = os.cpu_count() or 1, recipe.launch.jobs
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":  # `selfcorrect launch`: one model and seed
+        cores, at_once = int(os.environ["SLURM_CPUS_ON_NODE"]), 1
+    return recipe.launch.threads or max(1, cores // (at_once * recipe.launch.processes))
 
 
 def _processor() -> str:

@@ -44,8 +44,7 @@ def open_run(recipe: Recipe, run: Path) -> None:
     The ladder and the seeds may have grown, and evaluation and launch may have changed, but for
     the processes that share a batch; anything else belongs to another run.
     """
-    if not _is_ours(run):
-        raise InputError(f"{run}: not empty and no run (no recipe.yaml); choose another folder")
+    check_folder(recipe, run)  # before a claim leaves a lock in somebody's folder
     with claimed(run, math.inf):
         _open(recipe, run)
 
@@ -60,20 +59,34 @@ def _is_ours(run: Path) -> bool:
 
 def _open(recipe: Recipe, run: Path) -> None:
     path = run / "recipe.yaml"
-    new = not path.is_file()
-    if not new:
-        _check_same(load_recipe(str(path)), recipe, run)
+    old = check_folder(recipe, run)
+    new = old is None
     try:
         recipe_plan(recipe, run)  # conditions and benchmark files, before hours of training
     except InputError:
         if new:
             shutil.rmtree(run, ignore_errors=True)
         raise
-    if new or load_recipe(str(path)) != recipe:
+    if old != recipe:
         save_recipe(recipe, path)
     check_inputs(recipe, run, training=bool(unfinished(recipe, run)))
     if unfinished(recipe, run):
         record_start(recipe, run)
+
+
+def check_folder(recipe: Recipe, run: Path) -> Recipe | None:
+    """The recipe that the run's folder holds, None where there is no run yet.
+
+    Raises InputError where the folder is another recipe's, or no run's.
+    """
+    path = run / "recipe.yaml"
+    if path.is_file():
+        old = load_recipe(str(path))
+        _check_same(old, recipe, run)
+        return old
+    if not _is_ours(run):
+        raise InputError(f"{run}: not empty and no run (no recipe.yaml); choose another folder")
+    return None
 
 
 def _check_same(old: Recipe, new: Recipe, run: Path) -> None:

