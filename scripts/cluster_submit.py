@@ -15,7 +15,7 @@ from selfcorrect.recipes.errors import InputError, RunFailure
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.recipes.slurm import Slurm, minutes
 from selfcorrect.recipes.whole_files import write_json
-from selfcorrect.scripts.cluster_jobs import ClusterJob, Command, asked_of, processes
+from selfcorrect.scripts.cluster_jobs import ClusterJob, Command, asked_of
 
 LOGS = "launch"  # submitit's folder in the run's: scripts, logs, pickles
 RECORD = "launch.json"
@@ -50,7 +50,7 @@ def check_cluster(recipe: Recipe, cluster: str, dry_run: bool) -> None:
                 f"launch.slurm.time: {one.time} leaves nothing before save_seconds "
                 f"{asked.save_seconds}, when a job is told to save; give it longer turns"
             )
-    number = processes(recipe)
+    number = recipe.launch.processes
     for model in recipe.models:
         gpus = asked.of("train", model.name).gpus
         if gpus not in (None, 0, number):

@@ -16,7 +16,7 @@ from concurrent.futures import (
 )
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from multiprocessing import get_context, parent_process
+from multiprocessing import current_process, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ LAST = Path("ppo") / "stage.json"  # what the last stage of a job leaves
 BENCHMARKS = "benchmarks"  # a society's own, in the run's folder
 Job = tuple[str, int]  # model, seed
 _events: Any = None  # in a child: where progress is told
-_slot = 0  # in a child: which of the jobs at work side by side it does
 Report = Callable[[Job, str, int, int], None]  # job, stage, steps done, steps in all
 
 
@@ -143,14 +142,8 @@ def train_run(recipe: Recipe, run: Path, report: Report, only: set[Job] | None =
 def _side_by_side(recipe: Recipe, run: Path, wanted: list[Job], report: Report) -> None:
     context = get_context("spawn")
     events: Any = context.Queue()  # no manager's process, which a SIGTERM to all would end
-    slots: Any = context.Queue()
-    for slot in range(recipe.launch.jobs):
-        slots.put(slot)
     pool = ProcessPoolExecutor(
-        recipe.launch.jobs,
-        mp_context=context,
-        initializer=_begin_child,
-        initargs=(events, slots),
+        recipe.launch.jobs, mp_context=context, initializer=_begin_child, initargs=(events,)
     )
     waiting: set[Future[None]] = {pool.submit(_child, recipe, run, job) for job in wanted}
     children = list((pool._processes or {}).values())
@@ -187,12 +180,12 @@ def _side_by_side(recipe: Recipe, run: Path, wanted: list[Job], report: Report) 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin_child(events: Any, slots: Any) -> None:
-    global _events, _slot
+def _begin_child(events: Any) -> None:
+    global _events
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
     events.cancel_join_thread()
-    _events, _slot = events, slots.get()
+    _events = events
 
 
 def _child(recipe: Recipe, run: Path, job: Job) -> None:
@@ -216,7 +209,9 @@ def _train_job(
     if recipe.launch.starts_processes:
         from selfcorrect.train.launched import run_launched
 
-        run_launched(recipe, run, *job, notify, _slot)
+        child = current_process().name.rpartition("-")[2]  # SpawnProcess-1 and so on
+        slot = int(child) % recipe.launch.jobs if child.isdecimal() else 0
+        run_launched(recipe, run, *job, notify, slot)
     else:
         from selfcorrect.train.job import run_job
 
