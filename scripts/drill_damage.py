@@ -61,8 +61,8 @@ def drill(every: Sequence[Kind], roots: list[Path], flips: int, seed: int,
           say: Callable[[str], None]) -> dict[str, Counter[str]]:  # fmt: skip
     """Outcomes by kind; `roots` are put back after each mutation. `say` hears of failures."""
     table: dict[str, Counter[str]] = {}
+    restore = restorer(roots)
     for number, kind in enumerate(every):
-        restore = restorer(roots)
         expected, _ = outcome(kind)
         if isinstance(expected, Exception):
             raise RuntimeError(f"{kind.name}: cannot be read before it is damaged") from expected
@@ -122,20 +122,27 @@ def is_named(kind: Kind, said: str) -> bool:
 
 def restorer(roots: list[Path]) -> Callable[[], None]:
     """What puts all files below `roots` back as they are now."""
-    kept = {p: p.read_bytes() for root in roots for p in root.rglob("*") if p.is_file()}
+
+    def state(path: Path) -> tuple[int, int, int]:
+        facts = path.stat()
+        return facts.st_mtime_ns, facts.st_size, facts.st_ino
+
+    found = [p for root in roots for p in root.rglob("*") if p.is_file()]
+    kept = {path: path.read_bytes() for path in found}
+    states = {path: state(path) for path in found}
 
     def restore() -> None:
-        for path in kept:
-            if path.is_dir():
+        for path in [p for root in roots for p in root.rglob("*")]:
+            if path.is_dir() and path in kept:
                 shutil.rmtree(path)
-        for path in [p for root in roots for p in root.rglob("*") if p.is_file()]:
-            if path not in kept:
+            elif path.is_file() and path not in kept:
                 path.unlink()
         for path, data in kept.items():
-            if not path.is_file() or path.read_bytes() != data:
+            if not path.is_file() or state(path) != states[path]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)
                 path.write_bytes(data)
+                states[path] = state(path)
 
     return restore
 
