@@ -218,7 +218,7 @@ def test_ended_by_the_system_it_saves_first_and_goes_on_to_the_same_bytes(
 def test_stopped_by_hand_it_says_so_and_leaves_nothing_running(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
-    more = ["seeds=[0, 1]", "launch.jobs=2", "data.society.corpus.documents=30000"]
+    more = ["seeds=[0, 1]", "launch.jobs=2", "ppo.steps=4000", "ppo.checkpoints=[0]"]
     process = subprocess.Popen(
         command(runs, *more),
         cwd=tmp_path,
