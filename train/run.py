@@ -20,6 +20,8 @@ from multiprocessing import current_process, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from selfcorrect.evaluate.claims import LOCK, claimed
 from selfcorrect.evaluate.inputs import FILE as INPUTS
 from selfcorrect.evaluate.inputs import check_inputs
@@ -184,6 +186,7 @@ def _begin_child(events: Any) -> None:
     global _events
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own, of all processes, would outlive a killed child
     events.cancel_join_thread()
     _events = events
 
