@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from test_ppo_trainer import (  # noqa: F401  (home and quiet are fixtures)
+    WORDS,
     home,
     make_tokenizer,
     quiet,
@@ -74,3 +75,52 @@ def test_a_reward_model_is_trained_to_score_the_end(home, tmp_path):  # noqa: F8
         prompts=["w1", "w1"], completions=None, completion_ids=[[6, 7, 1], [6, 7]]
     )
     assert abs(ended - open_) > 1e-4
+
+
+def test_a_given_reward_model_is_taken_as_it_is_and_reads_its_own_tokens(home, tmp_path):  # noqa: F811
+    """Its vocabulary is not the policy's: no critic can start from it, and it reads the text."""
+    from selfcorrect.recipes.schema import Ppo, Reward
+    from selfcorrect.train.feedback import Preference
+    from selfcorrect.train.policy import train_policy
+    from selfcorrect.train.reward import train_reward
+
+    given, folder = tmp_path / "given", tmp_path / "reward"
+    model = AutoModelForSequenceClassification.from_pretrained(home / "reward")
+    model.config.pad_token_id = None
+    model.save_pretrained(given)
+    make_tokenizer(WORDS[::-1]).save_pretrained(given)
+    pairs = [Preference([{"role": "user", "content": "w1"}], f"w{i % 9}", "w9") for i in range(24)]
+    tokenizer = make_tokenizer()
+    reward = Reward(path=str(given), trainer={"use_cpu": True})
+    train_reward(reward, home / "base", pairs, tokenizer, folder, 0, lambda *_: None)
+    taken = AutoModelForSequenceClassification.from_pretrained(folder)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(taken.state_dict()[name], tensor)
+    record = json.loads((folder / "stage.json").read_text())
+    assert record["given"] == str(given) and record["pairs"] == 0
+    assert record["score_standard_deviation"] > 0
+
+    scored = []
+    scorer = RewardModelScorer.token_ids
+
+    def watched(self, prompts, completion_ids):
+        rows = scorer(self, prompts, completion_ids)
+        scored.extend(zip(completion_ids, rows, strict=True))
+        return rows
+
+    settings = {"use_cpu": True, "per_device_train_batch_size": 2, "max_completion_length": 4}
+    ppo = Ppo(steps=1, checkpoints=[0, 1], trainer=settings)
+    prompts = [[{"role": "user", "content": f"w{i}"}] for i in range(8)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RewardModelScorer, "token_ids", watched)
+        train_policy(
+            ppo, str(home / "base"), folder, prompts, tokenizer, tmp_path / "ppo", 0,
+            {"model": "m", "parameters": 1, "seed": 0, "recipe_digest": "-", "versions": {}},
+            lambda *_: None, None,
+        )  # fmt: skip
+    theirs = make_tokenizer(WORDS[::-1])
+    for ids, row in scored:
+        said = tokenizer.decode(ids, skip_special_tokens=True).split()
+        heard = theirs.decode(row, skip_special_tokens=True).split()
+        assert heard[len(heard) - len(said) :] == said
+    assert scored and (tmp_path / "ppo" / "checkpoint-1" / "checkpoint.json").is_file()

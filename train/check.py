@@ -43,6 +43,7 @@ def check_training(recipe: Recipe) -> None:
         _check_model(model.path, f"models.{index}.path")
         if model.scratch is not None:
             scratch_config(model.scratch)
+    _check_model(recipe.reward.path, "reward.path")
     _check_data(recipe)
 
 

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PreTrainedTokenizerBase,
     TrainerCallback,
     set_seed,
@@ -189,12 +190,15 @@ def train_policy(
     facts = finished(reward) or {}
     full = ppo.lora is None
     trust = {"trust_remote_code": trust_remote_code}
+    raters = AutoTokenizer.from_pretrained(reward, **trust)
+    reads_our_ids = raters.get_vocab() == tokenizer.get_vocab()
+    starts_critic = full and reads_our_ids and ppo.trainer.get("critic") != "shared"
     arguments = ppo_arguments(
         ppo,
         work,
         seed,
         **trust,
-        critic_path=str(reward) if full and ppo.trainer.get("critic") != "shared" else None,
+        critic_path=str(reward) if starts_critic else None,
         score_shift=facts.get("score_mean", 0.0),
         score_scale=facts.get("score_standard_deviation", 1.0),
     )
@@ -207,6 +211,7 @@ def train_policy(
     set_seed(seed)
     scorer = RewardModelScorer(
         _load_reward(reward, **trust),
+        raters,
         tokenizer,
         batch_size=arguments.per_device_train_batch_size * 2,
     )

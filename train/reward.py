@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
     unset_hf_deepspeed_config,
@@ -26,6 +31,7 @@ from selfcorrect.recipes.schema import Reward
 from selfcorrect.train.arguments import NO_CODE, QUIET, build, lora_config
 from selfcorrect.train.feedback import Preference, pair_ids
 from selfcorrect.train.finite import FiniteTrainer
+from selfcorrect.train.ppo.critic import load_reward_model
 from selfcorrect.train.stage import (
     Notify,
     StageCallback,
@@ -66,6 +72,7 @@ def train_reward(
 ) -> None:
     """Fit the reward model from the base model into `folder`; nothing to do where it is finished.
 
+    With `reward.path` that model is taken as it is, adapters merged, with its own tokenizer.
     stage.json records the share of held-out pairs put in the right order, and mean and standard
     deviation of the scores on held-out texts, by which PPO centres and scales the score.
     """
@@ -81,11 +88,19 @@ def train_reward(
         {**DEFAULTS, "save_strategy": "steps", "save_steps": 100},
         {"output_dir": str(work), "seed": seed, "save_total_limit": 2, **NO_CODE},
     )
-    pairs = [pair_ids(tokenizer, pair) for pair in preferences]
-    random.Random(seed).shuffle(pairs)
-    num_held_out = max(1, int(len(pairs) * reward.held_out))
-    if num_held_out >= len(pairs):
-        raise InputError(f"reward: {len(pairs)} preference pairs are too few to hold any out")
+    shuffled = list(preferences)
+    random.Random(seed).shuffle(shuffled)
+    num_held_out = max(1, int(len(shuffled) * reward.held_out))
+    if num_held_out >= len(shuffled):
+        raise InputError(f"reward: {len(shuffled)} preference pairs are too few to hold any out")
+    batch = arguments.per_device_train_batch_size * 4
+    if reward.path is not None:
+        with finishing(folder, work) as new:
+            if new is not None:
+                facts = take_given(reward.path, shuffled[:num_held_out], batch, new)
+                write_record(new, started, folder, pairs=0, left_out=left_out or {}, **facts)
+        return
+    pairs = [pair_ids(tokenizer, pair) for pair in shuffled]
     set_seed(seed)
     with no_pickles(base):
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -114,7 +129,6 @@ def train_reward(
     split = is_deepspeed_zero3_enabled()
     if reward.lora and not split:
         fitted, state = fitted.merge_and_unload(), None
-    batch = arguments.per_device_train_batch_size * 4
     facts = held_out_facts(fitted, pairs[:num_held_out], padding.pad_token_id, batch)
     with finishing(folder, work) as new:
         if new is not None:
@@ -130,6 +144,24 @@ def train_reward(
                 left_out=left_out or {},
                 **facts,
             )
+
+
+def take_given(path: str, held_out: list[Preference], batch: int, folder: Path) -> dict[str, Any]:
+    """Copy a finished reward model and its tokenizer into `folder`; its facts on held-out pairs."""
+    unset_hf_deepspeed_config()  # or what is read here would be split up
+    model = load_reward_model(path, torch.float32)
+    try:
+        own = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"reward.path: {path} has no tokenizer beside it ({reason})") from None
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = with_own_padding(own).pad_token_id
+    pairs = [pair_ids(own, pair) for pair in held_out]
+    facts = held_out_facts(model, pairs, model.config.pad_token_id, batch)
+    model.save_pretrained(folder)
+    own.save_pretrained(folder)
+    return {"given": path, **facts}
 
 
 def merged(
