@@ -138,7 +138,7 @@ class RewardModelScorer:
     def _scored_places(self, ids: torch.Tensor) -> torch.Tensor:
         """Where in the flattened rows transformers' classifiers read the score, one place a row."""
         columns = torch.arange(ids.size(1), device=ids.device)
-        last = (columns * (ids != self.model.config.get_text_config().pad_token_id)).amax(dim=1)
+        last = (columns * (ids != self._config.pad_token_id)).amax(dim=1)
         return torch.arange(len(ids), device=ids.device) * ids.size(1) + last
 
     def _padding(self, last_tokens: set[int]) -> int:
