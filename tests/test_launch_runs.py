@@ -177,7 +177,7 @@ def test_where_a_job_fails_the_rest_goes_on_and_its_own_line_is_shown(
     assert "small.tiny.0.evaluate failed" in done.stderr
     assert "small.report done" in done.stderr
     line = done.stderr.splitlines()[-1]
-    assert "small.tiny.0.evaluate: " in line and "the weights are not those" in line
+    assert "small.tiny.0.evaluate: " in line and "model.safetensors: damaged or replaced" in line
 
 
 def test_a_real_slurm_runs_the_jobs_in_order_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:

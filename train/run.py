@@ -45,7 +45,10 @@ def open_run(recipe: Recipe, run: Path) -> None:
     The ladder and the seeds may have grown, and evaluation and launch may have changed, but for
     the processes that share a batch; anything else belongs to another run.
     """
-    check_folder(recipe, run)  # before a claim leaves a lock in somebody's folder
+    old = check_folder(recipe, run)  # before a claim leaves a lock in somebody's folder
+    if old == recipe and not unfinished(recipe, run):
+        _open(recipe, run)  # writes nothing: a finished run may lie where nobody can write
+        return
     with claimed(run, math.inf):
         _open(recipe, run)
 

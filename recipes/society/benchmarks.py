@@ -143,7 +143,7 @@ def whole_benchmarks(settings: SocietySettings, folder: Path) -> None:
         record = read_record(folder / RECORD, "the society's benchmarks are made anew")
         check_files(folder, record.get("files"), "the society's benchmarks are made anew")
     except FileNotFoundError:
-        if folder.is_dir():
+        if (folder / "stimuli.yaml").is_file():
             return  # of an older version
     except InputError as error:
         _log.warning("%s", error)
