@@ -13,7 +13,8 @@ from selfcorrect.recipes.society.documents import mixed_documents
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
-from selfcorrect.train.base import CorpusTrainer, given_model, pack, padding_token, scratch_model
+from selfcorrect.train.base import given_model, padding_token
+from selfcorrect.train.corpus import CorpusTrainer, pack, scratch_model
 
 LLAMA = {
     "model_type": "llama",

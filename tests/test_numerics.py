@@ -15,7 +15,8 @@ from test_run import SMALL
 from selfcorrect.recipes.errors import RunFailure
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.train.base import CorpusTrainer, _FineTuner, train_base
+from selfcorrect.train.base import _FineTuner, train_base
+from selfcorrect.train.corpus import CorpusTrainer
 from selfcorrect.train.feedback import Preference
 from selfcorrect.train.finite import FiniteTrainer
 from selfcorrect.train.job import run_job

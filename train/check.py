@@ -23,7 +23,7 @@ def check_training(recipe: Recipe) -> None:
     from trl import RewardConfig, SFTConfig
 
     from selfcorrect.train.arguments import NO_CODE, build, lora_config
-    from selfcorrect.train.base import scratch_config
+    from selfcorrect.train.corpus import scratch_config
     from selfcorrect.train.policy import ppo_arguments
 
     nowhere = Path("checked-only")
