@@ -215,28 +215,34 @@ def test_padded_rows_score_as_each_row_does_alone(home, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_feed_forward_networks_work_on_real_tokens_and_the_last_on_scored_ones(
-    home, tmp_path, kind
-):
+def test_networks_work_on_real_tokens_and_the_last_layer_on_scored_ones(home, tmp_path, kind):
     path = home / ("base" if kind == "llama" else kind)
     trainer = PPOTrainer(
         str(path), target_share, make_args(tmp_path, critic="separate"),
         train_dataset=make_prompts(), processing_class=make_tokenizer(),
     )  # fmt: skip
-    worked = {"policy": [], "critic": []}
+    worked, queries = ({"policy": [], "critic": []} for _ in "mq")
     backbones = {"policy": trainer.language_model.base_model, "critic": trainer.critic.backbone}
     for name, backbone in backbones.items():
         layers = next(m for m in backbone.children() if isinstance(m, torch.nn.ModuleList))
         for layer in layers:
-            next(layer.mlp.children()).register_forward_pre_hook(
-                lambda module, inputs, seen=worked[name]: seen.append(inputs[0].shape[:2].numel())
-            )
+            parts = [(next(layer.mlp.children()), worked)]
+            if hasattr(layer, "self_attn"):
+                parts.append((layer.self_attn.q_proj, queries))
+            for part, counts in parts:
+                part.register_forward_hook(
+                    lambda module, inputs, output, seen=counts[name]: seen.append(
+                        inputs[0].shape[:2].numel()
+                    )
+                )
     # Rows of 3 + 2 and 5 + 1 tokens. A row's last token predicts nothing, so none is read there.
     ids = torch.tensor([[0, 0, 5, 6, 7, 8, 1], [9, 10, 11, 12, 13, 1, 0]])
     trainer._get_per_token_logps_and_entropies(
         trainer.model, ids, (ids != 0).long(), 2, compute_entropy=False, batch_size=2
     )
     assert worked == {"policy": [4 + 5, 2 + 1], "critic": [4 + 5, 2 + 1]}
+    if hasattr(layers[-1], "self_attn"):  # otherwise queries are made together with keys
+        assert queries == {"policy": [2 * 6, 2 + 1], "critic": [2 * 6, 2 + 1]}
 
 
 def test_experts_are_balanced_over_whole_rows(tmp_path):

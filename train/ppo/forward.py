@@ -19,7 +19,7 @@ CRITIC = "critic"
 
 # A CPU gains little from many rows in one forward pass, and rows of like length need less padding.
 # So there are as few as fill a pass with work: what a pass costs besides is some milliseconds.
-MIN_ROWS_A_PASS = 8
+MIN_ROWS_A_PASS = 16
 MIN_FLOPS_A_PASS = 2e8
 
 
@@ -70,7 +70,7 @@ def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
             return output
 
         hook = self.base_model.register_forward_hook(keep_predicting)
-        only: AbstractContextManager[None] = feed_forward_at(places, self.base_model, before=real)
+        only: AbstractContextManager[None] = token_work_at(places, self.base_model, before=real)
         if kwargs.get("output_router_logits"):
             only = nullcontext()  # experts are balanced over whole rows
         try:
@@ -86,7 +86,7 @@ def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
             critic = getattr(self, CRITIC)
             if critic.backbone is not None:
                 inputs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
-                with feed_forward_at(places, critic.backbone, before=real):
+                with token_work_at(places, critic.backbone, before=real):
                     hidden = critic.backbone(**inputs, use_cache=False).last_hidden_state
                 hidden = _states_at(places, hidden)
             output.state_values = critic(hidden)
@@ -101,25 +101,28 @@ def _states_at(places: Tensor, hidden: Tensor) -> Tensor:
 
 
 @contextmanager
-def feed_forward_at(
+def token_work_at(
     read: Tensor, backbone: PreTrainedModel, *, before: Tensor | None = None
 ) -> Iterator[None]:
-    """Inside, feed-forward networks work on chosen tokens alone and leave zeros elsewhere.
+    """Inside, what works on each token by itself does so on chosen ones alone; others get zeros.
 
-    They work on each token by itself, so nobody else's state changes. `read` are the places, of
-    rows x tokens flattened, whose last states are read: the last layer's network works on no
-    others. `before` are those that the networks below work on: every token that attention carries
-    to a place that is read (default: all tokens). Layers without an `mlp`, and checkpointed ones,
-    which would be computed again without this, do all of it.
+    Nobody else's state changes by it. `read` are the places, of rows x tokens flattened, whose last
+    states are read: the last layer's feed-forward network, queries and projection of what attention
+    brings work on no others. `before` are those that the feed-forward networks below work on: every
+    token that attention carries to a place that is read (default: all tokens). Layers in which none
+    of these is found by its name, and checkpointed ones, which would be computed again without
+    this, do all of it.
     """
     stacks = [m for m in backbone.children() if isinstance(m, nn.ModuleList) and len(m)]
     *below, last = stacks[0] if len(stacks) == 1 else [None]
-    wanted = [(last, read), *((layer, before) for layer in below if before is not None)]
-    hooks = []
-    for layer, places in wanted:
-        network = getattr(layer, "mlp", None)
-        if network is not None and not getattr(layer, "gradient_checkpointing", False):
-            hooks += _work_at(places, network)
+    attention = getattr(last, "self_attn", None)
+    wanted = [(getattr(last, "mlp", None), read)]
+    wanted += [(getattr(attention, name, None), read) for name in ("q_proj", "o_proj")]
+    if before is not None:
+        wanted += [(getattr(layer, "mlp", None), before) for layer in below]
+    if getattr(last, "gradient_checkpointing", False):
+        wanted = []
+    hooks = [hook for module, places in wanted if module for hook in _work_at(places, module)]
     try:
         yield
     finally:
@@ -127,8 +130,8 @@ def feed_forward_at(
             hook.remove()
 
 
-def _work_at(places: Tensor, network: nn.Module) -> list[Any]:
-    """Hooks that hand `network` the states at `places`, and put its answers back there."""
+def _work_at(places: Tensor, part: nn.Module) -> list[Any]:
+    """Hooks that hand `part` the states at `places`, and put its answers back there."""
     shapes: list[torch.Size] = []
 
     def choose(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -138,10 +141,10 @@ def _work_at(places: Tensor, network: nn.Module) -> list[Any]:
     def put_back(module: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(output, tuple):  # experts' routing beside it
             return (put_back(module, inputs, output[0]), *output[1:])
-        shape = shapes[-1]
+        shape = (*shapes[-1][:2], output.size(-1))
         return output.new_zeros(shape).flatten(0, 1).index_copy(0, places, output[0]).view(shape)
 
-    return [network.register_forward_pre_hook(choose), network.register_forward_hook(put_back)]
+    return [part.register_forward_pre_hook(choose), part.register_forward_hook(put_back)]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfcorrect.recipes.errors import InputError, RunFailure
-from selfcorrect.train.ppo.forward import feed_forward_at, rows_a_pass
+from selfcorrect.train.ppo.forward import rows_a_pass, token_work_at
 
 Prompt = str | list[dict[str, str]]
 Reward = Callable[..., Any]
@@ -132,7 +132,7 @@ class RewardModelScorer:
         lengths = torch.tensor([len(row) for row in rows], device=device)
         mask = (torch.arange(width, device=device) < lengths[:, None]).long()
         real = torch.nonzero(mask.flatten()).squeeze(1)
-        with feed_forward_at(self._scored_places(ids), self.model.base_model, before=real):
+        with token_work_at(self._scored_places(ids), self.model.base_model, before=real):
             return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
 
     def _scored_places(self, ids: torch.Tensor) -> torch.Tensor:
