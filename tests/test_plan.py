@@ -294,7 +294,7 @@ def test_what_stands_for_missing_keys_is_what_the_libraries_take() -> None:
     from transformers import TrainingArguments
     from trl import RewardConfig, SFTConfig
 
-    from selfcorrect.train import base, reward
+    from selfcorrect.train import base, corpus, reward
     from selfcorrect.train.ppo.config import PPOConfig
 
     def defaults(kind: type, ours: dict[str, Any]) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def test_what_stands_for_missing_keys_is_what_the_libraries_take() -> None:
     for key, value in PPO_DEFAULTS.items():
         if key not in ("num_train_epochs", "max_length", "optim"):
             assert ppo[key] == value, key
-    plain = defaults(TrainingArguments, base.PRETRAIN_DEFAULTS)
+    plain = defaults(TrainingArguments, corpus.DEFAULTS)
     assert plain["per_device_train_batch_size"] == TRAINER_DEFAULTS["per_device_train_batch_size"]
     assert LoraConfig().r == LORA_RANK
     peft_targets = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING

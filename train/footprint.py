@@ -12,7 +12,7 @@ from selfcorrect.train.model_shape import GATED, ModelShape
 
 TILE_TOKENS, TILE_WORDS = 4096, 32768  # TRL computes the LM head in tiles of this size
 TILE_COPIES = 8  # float32 tiles alive at once where no GPU kernel folds them (measured)
-LEAST_ROWS_A_PASS, LEAST_FLOPS_A_PASS = 8, 2e8  # of train/ppo/forward.py, on a CPU
+LEAST_ROWS_A_PASS, LEAST_FLOPS_A_PASS = 16, 2e8  # of train/ppo/forward.py, on a CPU
 LIVE_PARAMETERS = 1e9  # ZeRO-3 keeps at most this many gathered (stage3_max_live_parameters)
 
 
@@ -187,4 +187,5 @@ def rows_a_pass(shape: ModelShape, batch: Batch, engine: Engine) -> int:
         return batch.rows
     weights = shape.parameters - shape.embedding
     least = math.ceil(LEAST_FLOPS_A_PASS / (2 * weights * max(batch.length, 1)))
-    return min(batch.rows, max(LEAST_ROWS_A_PASS, least))
+    fewest = LEAST_ROWS_A_PASS // 2 if batch.checkpointing else LEAST_ROWS_A_PASS
+    return min(batch.rows, max(fewest, least))

@@ -96,7 +96,8 @@ class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):
         if self._passes_are_split and not kwargs.get("compute_aux_loss"):
             most = kwargs.get("batch_size") or len(input_ids)
             tokens_a_row = attention_mask.sum().item() / len(attention_mask)
-            kwargs["batch_size"] = min(most, rows_a_pass(self._num_weights, tokens_a_row))
+            rows = rows_a_pass(self._num_weights, tokens_a_row, self.args.gradient_checkpointing)
+            kwargs["batch_size"] = min(most, rows)
         scoring = CompletionPass(model, logits_to_keep, **call)
         order = attention_mask.sum(dim=1).argsort(stable=True)  # batches of like length
         back = order.argsort()

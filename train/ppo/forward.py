@@ -200,10 +200,11 @@ class CompletionPass:
         return output
 
 
-def rows_a_pass(num_weights: int, tokens_a_row: float) -> int:
-    """Rows of like length that share a forward pass on a CPU."""
+def rows_a_pass(num_weights: int, tokens_a_row: float, save_memory: bool = False) -> int:
+    """Rows of like length that share a forward pass on a CPU; half as many to save memory."""
     flops_a_row = 2 * num_weights * max(tokens_a_row, 1)
-    return max(MIN_ROWS_A_PASS, math.ceil(MIN_FLOPS_A_PASS / flops_a_row))
+    fewest = MIN_ROWS_A_PASS // 2 if save_memory else MIN_ROWS_A_PASS
+    return max(fewest, math.ceil(MIN_FLOPS_A_PASS / flops_a_row))
 
 
 def _real_first(attention_mask: Tensor) -> Tensor:
