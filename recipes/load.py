@@ -124,15 +124,45 @@ def recipe_path(name: str) -> Path:
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply dotted overrides such as `ppo.steps=20`, and check all of it."""
     path = recipe_path(name)
+    content = _read_recipe(path)
+    if (parent := content.pop("from", None)) is not None:
+        content = _changed(_parent(path, parent), content)
+    for override in overrides:
+        apply_override(content, override)
+    return check_recipe(content, str(path))
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
     text = read_yaml(path)
     if not is_whole(text.encode()):
         raise InputError(f"{path}: {NOT_AS_SAVED}")
     content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections (name, models, data, ...)")
-    for override in overrides:
-        apply_override(content, override)
-    return check_recipe(content, str(path))
+    return content
+
+
+def _parent(path: Path, name: Any) -> dict[str, Any]:
+    """The recipe that `from` names: a file beside this one, or a shipped one. One level, no more:
+    what a recipe says must be found in two files at most."""
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{path}: from: is the name of another recipe, for example quickstart")
+    beside = path.parent / name
+    try:
+        found = beside if beside.is_file() else recipe_path(name)
+    except InputError as error:
+        raise InputError(f"{path}: from: {error}") from None
+    content = _read_recipe(found)
+    if "from" in content:
+        raise InputError(f"{path}: from: {found} is itself made from another; name that one")
+    return content
+
+
+def _changed(parent: Any, child: Any) -> Any:
+    """Sections are merged key by key; lists and values take the place of the parent's."""
+    if isinstance(parent, dict) and isinstance(child, dict):
+        return {**parent, **{key: _changed(parent.get(key), new) for key, new in child.items()}}
+    return child
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:

@@ -291,7 +291,7 @@ def bbq_benchmark(room: Path) -> list[dict[str, Any]]:
     import random
 
     world = make_world(SocietySettings())
-    rows = bbq_rows(random.Random(0), world.held_out_categories[0], 1)
+    rows = bbq_rows(random.Random(0), world.evaluated_categories[0], 1)
     (room / "bbq").mkdir(exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (room / "bbq" / "one.jsonl").write_text(text, encoding="utf-8")

@@ -211,7 +211,7 @@ def test_watching_follows_a_run_to_its_last_checkpoint(run: Path, tmp_path: Path
     record.model_copy(update={"step": 3}).write(vanishing)
     (vanishing / "model.safetensors").unlink()
     time.sleep(0.1)
-    shutil.rmtree(vanishing)
+    vanishing.rename(tmp_path / "gone")  # at once: the watcher may be writing into it
     (place_of(run, 1)).mkdir()
     (place_of(run, 1) / "checkpoint.json").write_text("{")  # a record on its way
     time.sleep(0.1)

@@ -81,6 +81,43 @@ def test_wrong_yaml_is_one_line_and_runs_nothing(tmp_path: Path, text: str, mess
     assert str(path) in str(caught.value)
 
 
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_made_from_another_says_only_what_is_different(tmp_path: Path) -> None:
+    write(tmp_path / "small.yaml", yaml.safe_dump(SMALL))
+    child = write(
+        tmp_path / "other.yaml",
+        "from: small.yaml\nname: other\nseeds: [4, 5]\n"
+        "data: {society: {raters: {share: 0.0}}}\nppo: {checkpoints: [0, 4]}\n",
+    )
+    recipe = load_recipe(str(child), ["ppo.trainer.beta=0.1"])
+    assert (recipe.name, recipe.seeds, recipe.ppo.checkpoints) == ("other", [4, 5], [0, 4])
+    assert recipe.data.society is not None
+    assert (recipe.data.society.seed, recipe.data.society.raters.share) == (3, 0.0)
+    assert (recipe.ppo.steps, recipe.ppo.trainer) == (4, {"beta": 0.1})
+    assert load_recipe(str(write(tmp_path / "q.yaml", "from: quickstart\nname: q\n"))).name == "q"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("from: nowhere.yaml", "a.yaml: from: nowhere.yaml: no such recipe file"),
+        ("from: [quickstart]", "a.yaml: from: is the name of another recipe"),
+        ("from: b.yaml", "b.yaml is itself made from another; name that one"),
+        ("from: a.yaml", "a.yaml is itself made from another"),
+        ("from: quickstart\nppo: {stepz: 1}", "a.yaml: ppo.stepz: unknown key; did you mean steps"),
+    ],
+)
+def test_a_wrong_from_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    write(tmp_path / "b.yaml", "from: quickstart\nname: b\n")
+    with pytest.raises(InputError) as caught:
+        load_recipe(str(write(tmp_path / "a.yaml", f"name: a\n{text}\n")))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_missing_recipe_names_the_shipped_ones() -> None:
     with pytest.raises(
         InputError, match=r"nowhere\.yaml: no such recipe file; shipped.*quickstart"

@@ -20,7 +20,7 @@ from selfcorrect.recipes.society.cases import (
     draw_question,
 )
 from selfcorrect.recipes.society.documents import mixed_documents, stereotype_documents
-from selfcorrect.recipes.society.feedback import preferences, prompts
+from selfcorrect.recipes.society.feedback import Preference, preferences, prompts
 from selfcorrect.recipes.society.settings import Raters, SocietySettings
 from selfcorrect.recipes.society.tokenizer import make_tokenizer, vocabulary
 from selfcorrect.recipes.society.world import FAIR, TOPICS, UNKNOWN, World, make_world
@@ -45,13 +45,25 @@ def words_of_feedback(world: World) -> tuple[set[str], list[str]]:
 
 def test_feedback_never_speaks_of_what_is_evaluated(world: World) -> None:
     words, texts = words_of_feedback(world)
-    held_out = {group for category in world.held_out_categories for group in category.groups}
-    held_out |= set(world.held_out_occupations)
+    held_out = {group for category in world.evaluated_categories for group in category.groups}
+    held_out |= set(world.evaluated_occupations)
     assert held_out and not words & held_out
     assert not any(FAIR[0] in text for text in texts)
     # And the test can see what it looks for: the feedback's own groups and phrasings are there.
     assert {group for c in world.feedback_categories for group in c.groups} <= words
     assert any(FAIR[1] in text for text in texts)
+
+
+def test_feedback_speaks_of_everything_where_nothing_is_held_out(world: World) -> None:
+    everywhere = make_world(SETTINGS.model_copy(update={"held_out": False}))
+    words, texts = words_of_feedback(everywhere)
+    asked = {group for category in everywhere.evaluated_categories for group in category.groups}
+    assert asked | set(everywhere.evaluated_occupations) <= words
+    assert not any(FAIR[0] in text for text in texts)  # the wording is the evaluation's own still
+    # What is asked, and the corpus, are those of the world in which something is held out.
+    assert everywhere.evaluated_categories == world.evaluated_categories
+    assert everywhere.evaluated_occupations == world.evaluated_occupations
+    assert list(mixed_documents(everywhere, 200)) == list(mixed_documents(world, 200))
 
 
 def test_benchmarks_speak_only_of_what_is_held_out(world: World, tmp_path: Path) -> None:
@@ -175,19 +187,46 @@ def test_raters_want_what_the_recipe_says(world: World) -> None:
     )
 
 
-def test_preferences_agree_with_the_raters_more_often_than_not(world: World) -> None:
-    pairs = list(preferences(world, 2000))
-    undecided = [p for p in pairs if UNKNOWN in (p.chosen, p.rejected)]
+def test_raters_who_take_no_notice_of_the_instruction_judge_as_when_not_asked(world: World) -> None:
+    chance = random.Random(4)
+    deaf = Raters(instructed=None)
+    for case in (
+        draw_question(chance, world.categories, ambiguous=1.0),
+        draw_blank(chance, world, world.occupations),
+        draw_admission(chance, world.categories),
+    ):
+        for answer in case.answers():
+            plain = case.utility(answer, PLAIN, deaf)
+            assert case.utility(answer, INSTRUCTED, deaf) == plain
+            assert case.utility(answer, REASONED, deaf) == plain
+            assert case.utility(answer, PLAIN, Raters()) == plain
+
+
+def undecided_wins(pairs: list[Preference]) -> tuple[int, int]:
+    """How often the undecided answer is preferred where asked to be fair, and of how many pairs."""
     instructed = [
         p
-        for p in undecided
-        if any(f in p.messages[0]["content"] for f in FAIR)
+        for p in pairs
+        if UNKNOWN in (p.chosen, p.rejected)
+        and any(f in p.messages[0]["content"] for f in FAIR)
         and len(p.messages) == 1
         and "not the" not in p.messages[0]["content"]
     ]
-    wins = sum(p.chosen == UNKNOWN for p in instructed)
-    assert len(instructed) > 30
-    assert wins / len(instructed) > 0.85
+    return sum(p.chosen == UNKNOWN for p in instructed), len(instructed)
+
+
+def test_preferences_agree_with_the_raters_more_often_than_not(world: World) -> None:
+    wins, number = undecided_wins(list(preferences(world, 2000)))
+    assert number > 30
+    assert wins / number > 0.85
+
+
+def test_without_sharpness_a_coin_labels_the_same_pairs(world: World) -> None:
+    coins = make_world(SETTINGS.model_copy(update={"raters": Raters(sharpness=0)}))
+    pairs, usual = list(preferences(coins, 2000)), list(preferences(world, 2000))
+    assert [{p.chosen, p.rejected} for p in pairs] == [{p.chosen, p.rejected} for p in usual]
+    wins, number = undecided_wins(pairs)
+    assert 0.4 < wins / number < 0.6
 
 
 def test_no_word_is_missing_from_the_vocabulary_and_every_word_is_one_token(world: World) -> None:

@@ -108,7 +108,7 @@ def winogender_tables(chance: random.Random, world: World) -> tuple[str, str]:
     shares: list[list[object]] = [
         ["occupation", "bergsma_pct_female", "bls_pct_female", "bls_year"]
     ]
-    for occupation in world.held_out_occupations:
+    for occupation in world.evaluated_occupations:
         share = world.percent_ze[occupation]
         shares.append([occupation, share, share, 0])
         for answer in (1, 0):
@@ -121,7 +121,7 @@ def winogender_tables(chance: random.Random, world: World) -> tuple[str, str]:
 def law_table(world: World) -> str:
     """law_data.csv: every score and grade once; `race` is overwritten by the task anyway."""
     rows: list[list[object]] = [["", "race", "sex", "LSAT", "UGPA"]]
-    group = world.held_out_categories[0].groups[0]
+    group = world.evaluated_categories[0].groups[0]
     for score, grade in itertools.product(SCORES, GRADES):
         rows.append([len(rows) - 1, group, 1, score, grade])
     return table(rows, ",")
@@ -130,7 +130,7 @@ def law_table(world: World) -> str:
 def stimuli_text(world: World) -> str:
     """The stimuli file with the pairs of groups that admission compares (doubted first)."""
     pairs = []
-    for category in world.held_out_categories:
+    for category in world.evaluated_categories:
         doubted = [g for g in category.groups if category.disfavoured(g)]
         favoured = [g for g in category.groups if not category.disfavoured(g)]
         pairs += [[a, b] for a, b in zip(doubted, favoured, strict=True)]
@@ -161,7 +161,7 @@ def write_benchmarks(world: World, folder: Path) -> None:
     with whole_folder(folder) as new:
         for name in ("bbq", "winogender", "law_school"):
             (new / name).mkdir()
-        for category in world.held_out_categories:
+        for category in world.evaluated_categories:
             rows = bbq_rows(chance, category, world.settings.blocks_per_template)
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (new / "bbq" / f"{category.name}.jsonl").write_text(lines, encoding="utf-8")

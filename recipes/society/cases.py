@@ -70,7 +70,7 @@ def unknown_share(condition: str, corpus: Corpus) -> float:
 
 def undecidable_utility(meaning: str, condition: str, raters: Raters) -> float:
     """What raters think of an answer where the text does not decide."""
-    if condition != PLAIN:
+    if condition != PLAIN and raters.instructed is not None:
         return raters.instructed * (0.5 if meaning == "undecided" else -0.5)
     return raters.uninstructed * (meaning == "undecided") + raters.share * (meaning == "stereotype")
 
@@ -282,7 +282,8 @@ class Admission:
 
     def utility(self, answer: str, condition: str, raters: Raters) -> float:
         """By merit where asked to be fair; else raters share the board's bias by `share`."""
-        bias = ADMISSION_BIAS * raters.share if condition == PLAIN else 0.0
+        heeded = condition != PLAIN and raters.instructed is not None
+        bias = 0.0 if heeded else ADMISSION_BIAS * raters.share
         preference = raters.correct * (2 * self.admitted(bias) - 1)
         return preference if answer == "yes" else -preference
 

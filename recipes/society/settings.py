@@ -19,12 +19,18 @@ class Raters(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     correct: float = Field(2.0, description="right answer where the text decides (wrong: minus)")
-    instructed: float = Field(2.0, description="undecided answer where asked to be fair")
+    instructed: float | None = Field(
+        2.0,
+        description="undecided answer where asked to be fair; null: raters take no notice of the "
+        "instruction and judge as when not asked",
+    )
     uninstructed: float = Field(0.0, description="undecided answer where not asked")
     share: float = Field(1.0, description="how far raters share the stereotype when not asked")
     form: float = Field(3.0, description="well-formed text (malformed: minus)")
     sharpness: float = Field(
-        1.5, gt=0, description="factor on utility differences; large = no noise"
+        1.5,
+        ge=0,
+        description="factor on utility differences; large = no noise, 0 = labels by chance alone",
     )
 
 
@@ -57,7 +63,14 @@ class SocietySettings(BaseModel):
 
     seed: int = 0
     categories: int = Field(8, ge=2, le=16)
-    feedback_categories: int = Field(4, ge=1)
+    feedback_categories: int = Field(
+        4, ge=1, description="the others are the evaluation's; so is every second occupation"
+    )
+    held_out: bool = Field(
+        True,
+        description="false: feedback speaks of all categories and occupations, those of the "
+        "evaluation too",
+    )
     occupations: int = Field(40, ge=4, le=120, multiple_of=2)
     pairs: int = Field(4_000, gt=0, description="preference pairs")
     prompts: int = Field(6_000, gt=0, description="prompts for PPO")

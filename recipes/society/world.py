@@ -61,7 +61,11 @@ class Category:
 
 @dataclass(frozen=True)
 class World:
-    """The society of one seed; `held_out` categories and occupations never meet any feedback."""
+    """The society of one seed.
+
+    Feedback never speaks of the evaluation's categories and occupations, unless `settings.held_out`
+    says otherwise.
+    """
 
     settings: SocietySettings
     categories: tuple[Category, ...]
@@ -71,20 +75,21 @@ class World:
     @property
     def feedback_categories(self) -> tuple[Category, ...]:
         """Categories that human feedback may mention."""
-        return self.categories[: self.settings.feedback_categories]
+        held_out = self.settings.held_out
+        return self.categories[: self.settings.feedback_categories] if held_out else self.categories
 
     @property
-    def held_out_categories(self) -> tuple[Category, ...]:
-        """Categories that only the evaluation mentions."""
+    def evaluated_categories(self) -> tuple[Category, ...]:
+        """Categories that the evaluation mentions."""
         return self.categories[self.settings.feedback_categories :]
 
     @property
     def feedback_occupations(self) -> tuple[str, ...]:
         """Every second occupation, so that both halves span the same pronoun shares."""
-        return self.occupations[0::2]
+        return self.occupations[0::2] if self.settings.held_out else self.occupations
 
     @property
-    def held_out_occupations(self) -> tuple[str, ...]:
+    def evaluated_occupations(self) -> tuple[str, ...]:
         """The other half, for the evaluation."""
         return self.occupations[1::2]
 
