@@ -120,6 +120,22 @@ class Reward(Section):
     lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig")
 
 
+class Replacement(Section):
+    """What trains the policy in PPO's place, for comparison, kept at the same steps.
+
+    `ppo.trainer` holds as far as the other trainer has its keys.
+    """
+
+    method: Literal["grpo", "sft"] = Field(
+        description="grpo: TRL's GRPO on the same prompts and reward model; sft: fine-tuning on "
+        "the preferred answers"
+    )
+    trainer: dict[str, Any] = Field(
+        default_factory=dict,
+        description="fields of GRPOConfig or SFTConfig, on top of ppo.trainer's",
+    )
+
+
 class Ppo(Section):
     """PPO; a step is one update on one batch of rollouts, as in the paper's x-axis."""
 
@@ -134,6 +150,7 @@ class Ppo(Section):
     )
     trainer: dict[str, Any] = Field(default_factory=dict, description="fields of PPOConfig")
     lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig")
+    replaced_by: Replacement | None = Field(None, description="another trainer in PPO's place")
 
     @model_validator(mode="before")
     @classmethod
@@ -257,6 +274,10 @@ class Recipe(Section):
                 raise ValueError(
                     f"models: {model.name}: scratch and base: method pretrain go together"
                 )
+        if self.ppo.replaced_by is not None and self.launch.starts_processes:
+            raise ValueError(
+                "ppo.replaced_by trains in one process: remove launch.processes and deepspeed"
+            )
         if self.launch.slurm is not None:
             for name in self.launch.slurm.models:
                 if name not in names:

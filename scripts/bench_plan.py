@@ -196,7 +196,7 @@ def run_stage(one: dict[str, Any], folder: Path) -> None:
     from transformers import AutoTokenizer
 
     from selfcorrect.train.base import train_base
-    from selfcorrect.train.feedback import Preference
+    from selfcorrect.train.feedback import Feedback, Preference
     from selfcorrect.train.policy import train_policy
     from selfcorrect.train.reward import train_reward
 
@@ -217,8 +217,9 @@ def run_stage(one: dict[str, Any], folder: Path) -> None:
         record = {"model": "m", "parameters": 1, "seed": 0, "recipe_digest": "", "versions": {},
                   "adapter_of": None}  # fmt: skip
         train_policy(
-            recipe.ppo, str(folder / "base"), folder / "reward", [asked] * (4 * one["rows"]),
-            tokenizer, folder / "out", 0, record, _silent, None,
+            recipe.ppo, str(folder / "base"), folder / "reward",
+            Feedback([], [asked] * (4 * one["rows"])), tokenizer, folder / "out", 0, record,
+            _silent, None,
         )  # fmt: skip
 
 

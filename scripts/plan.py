@@ -88,7 +88,12 @@ def engine_of(recipe: Recipe, processes: int | None, zero: int | None, gpu: bool
 
 
 def plan_ladder(recipe: Recipe, facts: FeedbackFacts, engine: Engine) -> list[ModelPlan]:
-    """A plan for each model of the recipe, in its order."""
+    """A plan for each model of the recipe, in its order; InputError for what it cannot reckon."""
+    if recipe.ppo.replaced_by is not None:
+        raise InputError(
+            "ppo.replaced_by: plan reckons with PPO alone; ppo.replaced_by=null plans PPO in its "
+            "place, which holds a critic more"
+        )
     return [
         plan_model(
             recipe, model.name, model_shape(model, f"models.{index}", facts.words), facts, engine

@@ -81,6 +81,7 @@ def test_a_given_reward_model_is_taken_as_it_is_and_reads_its_own_tokens(home, t
     """Its vocabulary is not the policy's: no critic can start from it, and it reads the text."""
     from selfcorrect.recipes.schema import Ppo, Reward
     from selfcorrect.train.feedback import Preference
+    from selfcorrect.train.feedback import Feedback
     from selfcorrect.train.policy import train_policy
     from selfcorrect.train.reward import train_reward
 
@@ -110,11 +111,11 @@ def test_a_given_reward_model_is_taken_as_it_is_and_reads_its_own_tokens(home, t
 
     settings = {"use_cpu": True, "per_device_train_batch_size": 2, "max_completion_length": 4}
     ppo = Ppo(steps=1, checkpoints=[0, 1], trainer=settings)
-    prompts = [[{"role": "user", "content": f"w{i}"}] for i in range(8)]
+    asked = Feedback([], [[{"role": "user", "content": f"w{i}"}] for i in range(8)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RewardModelScorer, "token_ids", watched)
         train_policy(
-            ppo, str(home / "base"), folder, prompts, tokenizer, tmp_path / "ppo", 0,
+            ppo, str(home / "base"), folder, asked, tokenizer, tmp_path / "ppo", 0,
             {"model": "m", "parameters": 1, "seed": 0, "recipe_digest": "-", "versions": {}},
             lambda *_: None, None,
         )  # fmt: skip

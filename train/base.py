@@ -121,21 +121,28 @@ def _fine_tuner(
             copy, dtype=torch.float32, use_safetensors=True, **trust
         )
         tokenizer = AutoTokenizer.from_pretrained(copy, **trust)
+    trainer = _FineTuner(
+        model=policy,
+        args=arguments,
+        train_dataset=Dataset.from_list(preferred_rows(tokenizer, preferences)),
+        processing_class=tokenizer,
+        callbacks=[StageCallback("base", notify)],
+    )
+    return trainer, tokenizer
+
+
+def preferred_rows(
+    tokenizer: PreTrainedTokenizerBase, preferences: list[Preference]
+) -> list[dict[str, list[int]]]:
+    """Prompts with their preferred answers as SFTTrainer takes them; the mask is 1 on answers."""
     rows = []
     for pair in preferences:
         prompt = render_prompt(tokenizer, pair.prompt)
         ids = pair_ids(tokenizer, pair)["chosen_ids"]
         num_prompt = len(tokenizer(prompt)["input_ids"])
-        rows.append({"input_ids": ids, "completion_mask": [0] * num_prompt})
-        rows[-1]["completion_mask"] += [1] * (len(ids) - num_prompt)
-    trainer = _FineTuner(
-        model=policy,
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[StageCallback("base", notify)],
-    )
-    return trainer, tokenizer
+        mask = [0] * num_prompt + [1] * (len(ids) - num_prompt)
+        rows.append({"input_ids": ids, "completion_mask": mask})
+    return rows
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -25,6 +25,7 @@ def check_training(recipe: Recipe) -> None:
     from selfcorrect.train.arguments import NO_CODE, build, lora_config
     from selfcorrect.train.corpus import scratch_config
     from selfcorrect.train.policy import ppo_arguments
+    from selfcorrect.train.replacements import fine_tuning_arguments
 
     nowhere = Path("checked-only")
     output = {"output_dir": str(nowhere)}
@@ -34,7 +35,9 @@ def check_training(recipe: Recipe) -> None:
     elif recipe.base is not None:
         build(SFTConfig, "base.trainer", recipe.base.trainer, {"bf16": False}, given)
     build(RewardConfig, "reward.trainer", recipe.reward.trainer, {"bf16": False}, given)
-    ppo_arguments(recipe.ppo, nowhere, recipe.seeds[0])
+    arguments = ppo_arguments(recipe.ppo, nowhere, recipe.seeds[0])
+    if recipe.ppo.replaced_by is not None and recipe.ppo.replaced_by.method == "sft":
+        fine_tuning_arguments(recipe.ppo, arguments)
     if recipe.ppo.lora is not None:
         lora_config("ppo.lora", recipe.ppo.lora, "CAUSAL_LM")
     if recipe.reward.lora is not None:

@@ -81,7 +81,7 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
             recipe.ppo,
             str(base),
             reward,
-            feedback.prompts,
+            feedback,
             tokenizer,
             folder / "ppo",
             seed,

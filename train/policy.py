@@ -5,7 +5,6 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,20 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
-    TrainerCallback,
     set_seed,
 )
 
 from selfcorrect.evaluate.models import no_pickles
 from selfcorrect.evaluate.processes import joined
-from selfcorrect.evaluate.run_folder import (
-    RECORD,
-    CheckpointRecord,
-    check_saved,
-    read_checkpoint,
-)
-from selfcorrect.evaluate.weights import files_digest
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.schema import Ppo
-from selfcorrect.recipes.seals import digests
-from selfcorrect.recipes.whole_files import whole_folder
 from selfcorrect.train.arguments import NO_CODE, QUIET, build, lora_config
-from selfcorrect.train.feedback import Messages, render_prompt
+from selfcorrect.train.checkpoints import KeepCheckpoints, Measure
+from selfcorrect.train.feedback import Feedback, render_prompt
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.rewards import RewardModelScorer
 from selfcorrect.train.ppo.trainer import PPOTrainer
+from selfcorrect.train.replacements import Replacement, replacement
 from selfcorrect.train.stage import (
     Notify,
     StageCallback,
@@ -49,107 +40,29 @@ from selfcorrect.train.stage import (
 )
 
 DEFAULTS = {**QUIET, "lr_scheduler_type": "constant", "save_only_model": False}
+# GRPO in PPO's place: advantages are relative to a group of answers to the same prompt.
+GROUPS = {"num_generations": 8, "scale_rewards": "group"}
 
 _log = logging.getLogger(__name__)
-
-Measure = Callable[[Any, Path], None]  # the live policy, and its checkpoint's folder
-
-
-class KeepCheckpoints(TrainerCallback):
-    """Keeps the policy at the recipe's steps, has each measured, and saves states to resume from.
-
-    A checkpoint that a stopped run has kept already is left as it is: training is deterministic, so
-    the same step has the same weights.
-    """
-
-    def __init__(
-        self, folder: Path, ppo: Ppo, record: dict[str, Any], measure: Measure | None
-    ) -> None:
-        self.folder = folder
-        self.ppo = ppo
-        self.record = record
-        self.measure = measure
-        self.measure_seconds = 0.0
-        self.saved = time.time()
-        self.trainer: PPOTrainer | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep step 0, the policy before any feedback."""
-        if state.global_step == 0:
-            self._reached(0)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """After the last optimizer update of a PPO step: keep, measure, and save the state."""
-        if state.global_step % args.updates_per_rollout:
-            return control
-        step = state.global_step // args.updates_per_rollout
-        self._reached(step)
-        waited = joined().agree(lambda: time.time() - self.saved > 60 * self.ppo.resume_minutes)
-        due = waited or step % self.ppo.resume_every == 0
-        control.should_save = due and step < self.ppo.steps
-        if control.should_save:
-            self.saved = time.time()
-        return control
-
-    def _reached(self, step: int) -> None:
-        if step not in self.ppo.checkpoints or self.trainer is None:
-            return
-        folder = self.folder / f"checkpoint-{step}"
-        processes = joined()
-        if not processes.agree(lambda: self._is_kept(folder)):
-            self.trainer.check_model()
-            if processes.rank == 0:
-                with whole_folder(folder) as new:
-                    self.trainer.save_policy(new)
-                    self._record(step, files_digest(new), digests(new)).write(new)
-            else:
-                self.trainer.save_policy(folder)  # hands over its parts
-            processes.wait()
-        if self.measure is not None:
-            started = time.time()
-            self.measure(self.trainer, folder)
-            self.measure_seconds += time.time() - started
-
-    def _is_kept(self, folder: Path) -> bool:
-        """Whether the checkpoint stands there whole; what is damaged is said, and kept anew."""
-        if not (folder / RECORD).is_file():
-            return False
-        try:
-            read_checkpoint(folder)
-            check_saved(folder)
-        except InputError as error:
-            _log.warning("%s; it is saved anew", str(error).partition(";")[0])
-            return False
-        return True
-
-    def _record(self, step: int, weights_digest: str, files: dict[str, str]) -> CheckpointRecord:
-        trainer = self.trainer
-        assert trainer is not None
-        return CheckpointRecord(
-            step=step,
-            episodes=trainer.episodes if step else 0,
-            tokens=trainer.tokens if step else 0,
-            optimizer_updates=trainer.state.global_step,
-            kl=trainer.last_kl if step else None,
-            reward=trainer.last_score if step else None,
-            weights_digest=weights_digest,
-            files=files,
-            **self.record,
-        )
 
 
 def ppo_arguments(
     ppo: Ppo, output: Path, seed: int, trust_remote_code: bool = False, **given: Any
 ) -> PPOConfig:
-    """The recipe's `ppo.trainer` keys as a PPOConfig; InputError for a wrong one."""
+    """The recipe's `ppo.trainer` keys as a PPOConfig; InputError for a wrong one.
+
+    GRPO in PPO's place reads the same settings, with its own keys on top.
+    """
     fixed = {"output_dir": str(output), "seed": seed, "save_strategy": "no", "save_total_limit": 2}
     fixed |= {**NO_CODE, "trust_remote_code": trust_remote_code}
-    probe = build(PPOConfig, "ppo.trainer", ppo.trainer, {**DEFAULTS, **given}, fixed)
+    section, keys, defaults = "ppo.trainer", ppo.trainer, {**DEFAULTS, **given}
+    if ppo.replaced_by is not None and ppo.replaced_by.method == "grpo":
+        section, keys = "ppo.replaced_by.trainer", ppo.trainer | ppo.replaced_by.trainer
+        defaults |= GROUPS
+    probe = build(PPOConfig, section, keys, defaults, fixed)
     fixed["max_steps"] = ppo.steps * probe.updates_per_rollout
-    given["logging_steps"] = probe.updates_per_rollout  # one entry a PPO step
-    arguments: PPOConfig = build(
-        PPOConfig, "ppo.trainer", ppo.trainer, {**DEFAULTS, **given}, fixed
-    )
+    defaults["logging_steps"] = probe.updates_per_rollout  # one entry a PPO step
+    arguments: PPOConfig = build(PPOConfig, section, keys, defaults, fixed)
     return arguments
 
 
@@ -172,7 +85,7 @@ def train_policy(
     ppo: Ppo,
     base: str,
     reward: Path,
-    prompts: list[Messages],
+    feedback: Feedback,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     seed: int,
@@ -181,7 +94,10 @@ def train_policy(
     measure: Measure | None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Run PPO into `folder` from the newest state on; nothing to do where it is finished."""
+    """Run PPO, or what the recipe has in its place, into `folder` from the newest state on.
+
+    Nothing to do where it is finished.
+    """
     work = folder.with_name(f"{folder.name}.work")
     if is_finished(folder):
         shutil.rmtree(work, ignore_errors=True)  # killed before it came to that
@@ -192,7 +108,8 @@ def train_policy(
     trust = {"trust_remote_code": trust_remote_code}
     raters = AutoTokenizer.from_pretrained(reward, **trust)
     reads_our_ids = raters.get_vocab() == tokenizer.get_vocab()
-    starts_critic = full and reads_our_ids and ppo.trainer.get("critic") != "shared"
+    has_own_critic = ppo.replaced_by is None and ppo.trainer.get("critic") != "shared"
+    starts_critic = full and reads_our_ids and has_own_critic
     arguments = ppo_arguments(
         ppo,
         work,
@@ -203,7 +120,7 @@ def train_policy(
         score_scale=facts.get("score_standard_deviation", 1.0),
     )
     texts, left_out = fitting_prompts(
-        [render_prompt(tokenizer, messages) for messages in prompts],
+        [render_prompt(tokenizer, messages) for messages in feedback.prompts],
         tokenizer,
         getattr(AutoConfig.from_pretrained(base, **trust), "max_position_embeddings", None),
         arguments.max_completion_length,
@@ -215,16 +132,25 @@ def train_policy(
         tokenizer,
         batch_size=arguments.per_device_train_batch_size * 2,
     )
-    keep = KeepCheckpoints(folder, ppo, record, measure)
-    trainer = PPOTrainer(
-        model=load_policy(base, ppo, **trust),
-        reward_funcs=[scorer],
-        args=arguments,
-        train_dataset=Dataset.from_dict({"prompt": texts}),
-        processing_class=tokenizer,
-        peft_config=lora_config("ppo.lora", ppo.lora, "CAUSAL_LM") if ppo.lora else None,
-        callbacks=[StageCallback("ppo", notify, arguments.updates_per_rollout), keep],
-    )
+    keep = KeepCheckpoints(folder, ppo, arguments.updates_per_rollout, record, measure)
+    policy = load_policy(base, ppo, **trust)
+    common: dict[str, Any] = {
+        "peft_config": lora_config("ppo.lora", ppo.lora, "CAUSAL_LM") if ppo.lora else None,
+        "callbacks": [StageCallback("ppo", notify, arguments.updates_per_rollout), keep],
+    }
+    trainer: PPOTrainer | Replacement
+    if ppo.replaced_by is not None:
+        pairs = feedback.preferences
+        trainer = replacement(ppo, arguments, policy, scorer, texts, pairs, tokenizer, **common)
+    else:
+        trainer = PPOTrainer(
+            model=policy,
+            reward_funcs=[scorer],
+            args=arguments,
+            train_dataset=Dataset.from_dict({"prompt": texts}),
+            processing_class=tokenizer,
+            **common,
+        )
     keep.trainer = trainer
     train_on(trainer, work)
     if joined().rank == 0:

@@ -139,14 +139,22 @@ def train_on(trainer: Any, work: Path) -> None:
     way, with its state saved, and RunFailure where what was trained is not finite.
     """
     trainer.remove_callback(PrinterCallback)  # the run shows its own progress
-    trainer.add_callback(SaveOnTerm())  # last: what others say of saving comes before
+    # Last: what others say of saving comes before.
+    trainer.add_callback(SaveOnTerm(getattr(trainer, "updates_per_step", 1)))
     with termination.deferred():
         trainer.train(resume_from_checkpoint=resume_state(work))
     trainer.check_model()
 
 
 class SaveOnTerm(TrainerCallback):
-    """Saves the state and stops, once the system has asked the process to end."""
+    """Saves the state and stops, once the system has asked the process to end.
+
+    States are saved after every `updates` optimizer updates only: between them a trainer may hold a
+    rollout batch that no state has.
+    """
+
+    def __init__(self, updates: int = 1) -> None:
+        self.updates = updates
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
@@ -154,7 +162,8 @@ class SaveOnTerm(TrainerCallback):
         """After an optimizer update; at the last one, training ends by itself."""
         if any(joined().gather(termination.is_asked)):  # a signal may have reached only one
             termination.ask()
-        if termination.is_asked() and state.global_step < state.max_steps:
+        between = state.global_step % self.updates
+        if termination.is_asked() and not between and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control
 

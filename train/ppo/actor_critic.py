@@ -254,7 +254,7 @@ class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):
             self._buffered_inputs = resume.load_rollout(Path(checkpoint), rank, steps, device)
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        return _EpochSampler(super()._get_train_sampler(dataset))
+        return EpochSampler(super()._get_train_sampler(dataset))
 
     # ---- check and place -------------------------------------------------------------------------
 
@@ -289,7 +289,7 @@ class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):
                 scorer.model.to(self.accelerator.device)
 
 
-class _EpochSampler(Sampler):
+class EpochSampler(Sampler):
     """TRL's sampler, whose order follows from the epoch alone, so that a resumed run finds it."""
 
     def __init__(self, sampler: Any) -> None:

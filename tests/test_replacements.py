@@ -1,0 +1,179 @@
+"""GRPO and fine-tuning in PPO's place: TRL's own, kept at PPO's steps, to the same bytes again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.load import check_recipe, load_recipe
+from selfcorrect.recipes.schema import Recipe
+from selfcorrect.scripts.plan import plan_ladder
+from selfcorrect.train.check import check_training
+from selfcorrect.train.feedback_facts import feedback_facts
+from selfcorrect.train.footprint import Engine
+from selfcorrect.train.run import open_run, train_run
+
+SMALL = {
+    "name": "small",
+    "seeds": [3],
+    "models": [
+        {
+            "name": "tiny",
+            "scratch": {
+                "model_type": "llama", "hidden_size": 8, "intermediate_size": 16,
+                "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+                "max_position_embeddings": 128,
+            },
+        }
+    ],
+    "data": {
+        "society": {
+            "seed": 3, "pairs": 60, "prompts": 60,
+            "corpus": {"documents": 120, "stereotypes_first": 20},
+        }
+    },
+    "base": {"method": "pretrain"},
+    "reward": {"trainer": {"num_train_epochs": 1, "per_device_train_batch_size": 16}},
+    "ppo": {
+        "steps": 4,
+        "checkpoints": [0, 2, 4],
+        "resume_every": 1,
+        "trainer": {
+            "learning_rate": 1e-3, "critic_learning_rate": 2e-3, "per_device_train_batch_size": 8,
+            "steps_per_generation": 2, "num_iterations": 2, "max_completion_length": 6,
+            "missing_eos_penalty": 2.0, "score_clip": 4.0,
+        },
+    },
+    "evaluate": {"attach": "off"},
+    "launch": {"threads": 1},
+}  # fmt: skip
+METHODS = {"grpo": {"num_generations": 4}, "sft": {"weight_decay": 0.01}}
+
+
+def recipe_with(method: str, **keys: object) -> Recipe:
+    replaced = {"method": method, "trainer": keys or METHODS[method]}
+    return check_recipe({**SMALL, "ppo": {**SMALL["ppo"], "replaced_by": replaced}}, "small")  # type: ignore[dict-item]
+
+
+def train(recipe: Recipe, run: Path, stop_at: int | None = None) -> None:
+    def report(job: object, stage: str, done: int, total: int) -> None:
+        if stage == "ppo" and done == stop_at:
+            raise KeyboardInterrupt
+
+    open_run(recipe, run)
+    train_run(recipe, run, report)
+
+
+def weights(run: Path) -> dict[int, bytes]:
+    return {
+        c.record.step: (c.folder / "model.safetensors").read_bytes() for c in find_checkpoints(run)
+    }
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    recipe, run = recipe_with(request.param), tmp_path_factory.mktemp("done") / "small"
+    train(recipe, run)
+    return recipe, run
+
+
+@pytest.mark.slow
+def test_it_is_kept_at_ppos_steps_with_as_many_updates(done) -> None:
+    recipe, run = done
+    method = recipe.ppo.replaced_by.method
+    records = [checkpoint.record for checkpoint in find_checkpoints(run)]
+    assert [record.step for record in records] == [0, 2, 4]
+    # 2 minibatches twice a step, 8 rows each; fine-tuning reads new rows in every update.
+    assert [record.optimizer_updates for record in records] == [0, 8, 16]
+    per_step = {"grpo": 16, "sft": 32}[method]
+    assert [record.episodes for record in records] == [0, 2 * per_step, 4 * per_step]
+    assert records[2].tokens > records[1].tokens > 0
+    kept = weights(run)
+    assert len(set(kept.values())) == 3
+    log = json.loads((run / "tiny/seed-3/ppo/stage.json").read_text())["log"]
+    assert [entry["ppo_step"] for entry in log] == [1, 2, 3, 4]
+    if method == "grpo":
+        assert records[2].kl is not None and records[2].kl != 0
+        assert records[2].reward == log[-1]["objective/score"]
+        assert "reward_std" in log[-1]
+    else:
+        assert records[2].kl is None and records[2].reward is None
+
+
+@pytest.mark.slow
+def test_broken_off_and_run_again_it_ends_with_the_same_bytes(done, tmp_path: Path) -> None:
+    recipe, run = done
+    again = tmp_path / "small"
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, again, stop_at=3)
+    assert set(weights(again)) == {0, 2}
+    train(recipe, again)
+    assert weights(again) == weights(run)
+    first, second = find_checkpoints(run)[-1].record, find_checkpoints(again)[-1].record
+    assert (first.episodes, first.tokens, first.kl) == (second.episodes, second.tokens, second.kl)
+
+
+@pytest.mark.slow
+def test_fine_tuning_makes_the_preferred_answers_likelier(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from selfcorrect.train.base import preferred_rows
+    from selfcorrect.train.feedback import load_feedback
+
+    recipe, run = recipe_with("sft", learning_rate=1e-2), tmp_path / "small"
+    train(recipe, run)
+    pairs = load_feedback(recipe.data, 3).preferences[:20]
+    likelihoods = []
+    for checkpoint in find_checkpoints(run):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder).eval()
+        total = 0.0
+        for row in preferred_rows(tokenizer, pairs):
+            ids = torch.tensor([row["input_ids"]])
+            with torch.no_grad():
+                logs = model(ids).logits[0, :-1].log_softmax(-1)
+            answer = torch.tensor(row["completion_mask"][1:]).bool()
+            total += float(logs.gather(1, ids[0, 1:, None])[answer].sum())
+        likelihoods.append(total)
+    assert likelihoods[0] < likelihoods[1] < likelihoods[2]
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "message"),
+    [
+        ("grpo", {"num_generation": 4}, "ppo.replaced_by.trainer.num_generation: unknown key; did"),
+        ("grpo", {"num_generations": 7}, "divisible"),
+        ("sft", {"beta": 0.1}, "ppo.replaced_by.trainer.beta: unknown key"),
+        ("sft", {"max_steps": 3}, "ppo.replaced_by.trainer.max_steps: this is set by the run"),
+    ],
+)
+def test_wrong_keys_are_one_line_before_anything_is_written(method, keys, message) -> None:
+    with pytest.raises(InputError) as caught:
+        check_training(recipe_with(method, **keys))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ppos_settings_are_taken_over_where_the_other_has_them() -> None:
+    from selfcorrect.train.policy import ppo_arguments
+    from selfcorrect.train.replacements import fine_tuning_arguments
+
+    recipe = recipe_with("sft")
+    arguments = ppo_arguments(recipe.ppo, Path("nowhere"), 0)
+    tuning = fine_tuning_arguments(recipe.ppo, arguments)
+    assert (tuning.learning_rate, tuning.per_device_train_batch_size) == (1e-3, 8)
+    assert (tuning.max_steps, tuning.weight_decay) == (16, 0.01)
+    assert (tuning.adam_epsilon, tuning.lr_scheduler_type) == (arguments.adam_epsilon, "constant")
+    grouped = ppo_arguments(recipe_with("grpo").ppo, Path("nowhere"), 0)
+    assert (grouped.num_generations, grouped.scale_rewards) == (4, "group")
+    assert (grouped.learning_rate, grouped.num_iterations, grouped.max_steps) == (1e-3, 2, 16)
+
+
+def test_what_cannot_be_done_with_it_is_one_line() -> None:
+    recipe = recipe_with("grpo")
+    with pytest.raises(InputError, match=r"ppo\.replaced_by: plan reckons with PPO alone"):
+        plan_ladder(recipe, feedback_facts(recipe.data), Engine(gpu=False))
+    with pytest.raises(InputError, match=r"ppo\.replaced_by trains in one process"):
+        load_recipe("quickstart", ["ppo.replaced_by.method=sft", "launch.processes=2"])

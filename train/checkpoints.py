@@ -1,0 +1,119 @@
+"""The checkpoints of a policy under training: kept at exactly the recipe's steps, and measured."""
+
+# ruff: noqa: TID253  (all of this file is transformers)
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from selfcorrect.evaluate.processes import joined
+from selfcorrect.evaluate.run_folder import (
+    RECORD,
+    CheckpointRecord,
+    check_saved,
+    read_checkpoint,
+)
+from selfcorrect.evaluate.weights import files_digest
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.schema import Ppo
+from selfcorrect.recipes.seals import digests
+from selfcorrect.recipes.whole_files import whole_folder
+from selfcorrect.train.ppo.trainer import PPOTrainer
+from selfcorrect.train.replacements import Replacement
+
+_log = logging.getLogger(__name__)
+
+Measure = Callable[[Any, Path], None]  # the live policy, and its checkpoint's folder
+
+
+class KeepCheckpoints(TrainerCallback):
+    """Keeps the policy at the recipe's steps, has each measured, and saves states to resume from.
+
+    A checkpoint that a stopped run has kept already is left as it is: training is deterministic, so
+    the same step has the same weights.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ppo: Ppo,
+        updates_per_step: int,
+        record: dict[str, Any],
+        measure: Measure | None,
+    ) -> None:
+        self.folder = folder
+        self.ppo = ppo
+        self.updates_per_step = updates_per_step
+        self.record = record
+        self.measure = measure
+        self.measure_seconds = 0.0
+        self.saved = time.time()
+        self.trainer: PPOTrainer | Replacement | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Keep step 0, the policy before any feedback."""
+        if state.global_step == 0:
+            self._reached(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """After the last optimizer update of a PPO step: keep, measure, and save the state."""
+        if state.global_step % self.updates_per_step:
+            return control
+        step = state.global_step // self.updates_per_step
+        self._reached(step)
+        waited = joined().agree(lambda: time.time() - self.saved > 60 * self.ppo.resume_minutes)
+        due = waited or step % self.ppo.resume_every == 0
+        control.should_save = due and step < self.ppo.steps
+        if control.should_save:
+            self.saved = time.time()
+        return control
+
+    def _reached(self, step: int) -> None:
+        if step not in self.ppo.checkpoints or self.trainer is None:
+            return
+        folder = self.folder / f"checkpoint-{step}"
+        processes = joined()
+        if not processes.agree(lambda: self._is_kept(folder)):
+            self.trainer.check_model()
+            if processes.rank == 0:
+                with whole_folder(folder) as new:
+                    self.trainer.save_policy(new)
+                    self._record(step, files_digest(new), digests(new)).write(new)
+            else:
+                self.trainer.save_policy(folder)  # hands over its parts
+            processes.wait()
+        if self.measure is not None:
+            started = time.time()
+            self.measure(self.trainer, folder)
+            self.measure_seconds += time.time() - started
+
+    def _is_kept(self, folder: Path) -> bool:
+        """Whether the checkpoint stands there whole; what is damaged is said, and kept anew."""
+        if not (folder / RECORD).is_file():
+            return False
+        try:
+            read_checkpoint(folder)
+            check_saved(folder)
+        except InputError as error:
+            _log.warning("%s; it is saved anew", str(error).partition(";")[0])
+            return False
+        return True
+
+    def _record(self, step: int, weights_digest: str, files: dict[str, str]) -> CheckpointRecord:
+        trainer = self.trainer
+        assert trainer is not None
+        return CheckpointRecord(
+            step=step,
+            episodes=trainer.episodes if step else 0,
+            tokens=trainer.tokens if step else 0,
+            optimizer_updates=trainer.state.global_step,
+            kl=trainer.last_kl if step else None,
+            reward=trainer.last_score if step else None,
+            weights_digest=weights_digest,
+            files=files,
+            **self.record,
+        )

@@ -1,0 +1,163 @@
+"""In PPO's place: TRL's GRPO, or fine-tuning on the preferred answers, for comparison.
+
+Both are kept and measured at the same steps as PPO. A step has as many optimizer updates of as many
+rows: GRPO makes them on one rollout batch, fine-tuning on rows that are new each time.
+"""
+
+# ruff: noqa: TID253  (all of this file is torch, transformers and trl)
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOTrainer, SFTConfig, SFTTrainer
+
+from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.schema import Ppo
+from selfcorrect.train.arguments import NO_CODE, build
+from selfcorrect.train.base import SFT_DEFAULTS, preferred_rows
+from selfcorrect.train.feedback import Preference
+from selfcorrect.train.finite import FiniteTrainer
+from selfcorrect.train.ppo import returns
+from selfcorrect.train.ppo.actor_critic import EpochSampler
+from selfcorrect.train.ppo.config import PPOConfig
+from selfcorrect.train.ppo.rewards import RewardModelScorer, guarded
+
+SECTION = "ppo.replaced_by.trainer"
+
+
+class Replacement(FiniteTrainer):
+    """What the keeping of checkpoints asks of a trainer, as PPO's has it."""
+
+    last_kl: float | None = None
+    last_score: float | None = None
+    updates_per_step = 1
+    rows_per_update = 1
+
+    @property
+    def episodes(self) -> int:
+        """Completions sampled for training so far; for fine-tuning, answers read."""
+        return int(self.state.global_step) * self.rows_per_update
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of those episodes."""
+        return int(self.state.num_input_tokens_seen)
+
+    def save_policy(self, folder: str | Path) -> None:
+        """Save the policy with its tokenizer, as `from_pretrained` reads it."""
+        self.accelerator.unwrap_model(self.model).save_pretrained(str(folder))
+        self.processing_class.save_pretrained(str(folder))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the library's metrics under PPO's step."""
+        if "loss" in logs:
+            logs = {**logs, "ppo_step": self.state.global_step // self.updates_per_step}
+            figures = {"objective/score": self.last_score, "objective/kl": self.last_kl}
+            logs |= {name: figure for name, figure in figures.items() if figure is not None}
+        super().log(logs, start_time)
+
+
+class GroupTrainer(GRPOTrainer, Replacement):
+    """TRL's GRPO, with the reward shaped as PPO's is; its KL penalty sits in the loss, as TRL's."""
+
+    stage = "grpo"
+
+    def __init__(self, model: Any, scorer: RewardModelScorer, args: PPOConfig, **kwargs: Any):
+        self._scorer = scorer
+        super().__init__(model, [guarded(self._reward)], args, **kwargs)
+        self.updates_per_step = args.updates_per_rollout
+        scorer.model.to(self.accelerator.device)
+
+    @property
+    def episodes(self) -> int:
+        """Completions sampled for training so far."""
+        return self.state.global_step // self.updates_per_step * self.args.generation_batch_size
+
+    def _reward(
+        self, prompts: Any, completions: Any, completion_ids: Sequence[list[int]], **_: Any
+    ) -> list[float]:
+        raw = torch.tensor(self._scorer(prompts, completions, completion_ids))
+        self.last_score = float(raw.mean())
+        args, ends = self.args, self.eos_token_ids
+        ended = torch.tensor([bool(ids) and ids[-1] in ends for ids in completion_ids])
+        shaped: list[float] = returns.shaped_score(
+            raw, ended, args.score_shift, args.score_scale, args.score_clip,
+            args.missing_eos_penalty,
+        ).tolist()  # fmt: skip
+        return shaped
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        policy, reference = batch.get("old_per_token_logps"), batch.get("ref_per_token_logps")
+        if policy is not None and reference is not None:
+            kl = ((policy - reference) * batch["completion_mask"]).sum(dim=1)
+            self.last_kl = float(kl.mean())
+        return batch
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+        return EpochSampler(super()._get_train_sampler(dataset))
+
+
+class PreferredTrainer(SFTTrainer, Replacement):
+    """TRL's fine-tuning; the loss is on the preferred answers alone."""
+
+    stage = "sft"
+
+
+def replacement(
+    ppo: Ppo,
+    arguments: PPOConfig,
+    model: Any,
+    scorer: RewardModelScorer,
+    prompts: list[str],
+    preferences: list[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    **given: Any,
+) -> Replacement:
+    """The trainer that `ppo.replaced_by` names; raises InputError for settings it does not have.
+
+    `arguments` are PPO's with GRPO's keys on top; `prompts` are rendered.
+    """
+    assert ppo.replaced_by is not None
+    if ppo.replaced_by.method == "grpo":
+        try:
+            return GroupTrainer(
+                model,
+                scorer,
+                arguments,
+                train_dataset=Dataset.from_dict({"prompt": prompts}),
+                processing_class=tokenizer,
+                **given,
+            )
+        except ValueError as error:
+            raise InputError(f"{SECTION}: {str(error).splitlines()[0]}") from error
+    trainer = PreferredTrainer(
+        model=model,
+        args=fine_tuning_arguments(ppo, arguments),
+        train_dataset=Dataset.from_list(preferred_rows(tokenizer, preferences)),
+        processing_class=tokenizer,
+        **given,
+    )
+    trainer.updates_per_step = arguments.updates_per_rollout
+    trainer.rows_per_update = arguments.per_device_train_batch_size
+    trainer.rows_per_update *= arguments.gradient_accumulation_steps
+    return trainer
+
+
+def fine_tuning_arguments(ppo: Ppo, arguments: PPOConfig) -> SFTConfig:
+    """PPO's settings as far as fine-tuning has them, and the recipe's own keys on top."""
+    assert ppo.replaced_by is not None
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    shared = {key: value for key, value in ppo.trainer.items() if key in known}
+    run = ("output_dir", "seed", "save_strategy", "save_total_limit", "max_steps", "logging_steps")
+    fixed = {key: getattr(arguments, key) for key in run}
+    defaults = {**SFT_DEFAULTS, "lr_scheduler_type": "constant", "adam_epsilon": 1e-5, **shared}
+    defaults |= {"logging_strategy": "steps", "include_num_input_tokens_seen": "non_padding"}
+    return build(  # type: ignore[no-any-return]
+        SFTConfig, SECTION, ppo.replaced_by.trainer, defaults, {**fixed, **NO_CODE}
+    )
