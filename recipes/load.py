@@ -125,37 +125,34 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply dotted overrides such as `ppo.steps=20`, and check all of it."""
     path = recipe_path(name)
     content = _read_recipe(path)
-    if (parent := content.pop("from", None)) is not None:
-        content = _changed(_parent(path, parent), content)
     for override in overrides:
         apply_override(content, override)
     return check_recipe(content, str(path))
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's content; where it is made `from` another, that one's with the changes in it."""
     text = read_yaml(path)
     if not is_whole(text.encode()):
         raise InputError(f"{path}: {NOT_AS_SAVED}")
     content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections (name, models, data, ...)")
-    return content
-
-
-def _parent(path: Path, name: Any) -> dict[str, Any]:
-    """The recipe that `from` names: a file beside this one, or a shipped one. One level, no more:
-    what a recipe says must be found in two files at most."""
-    if not isinstance(name, str) or not name:
+    if "from" not in content:
+        return content
+    parent = content.pop("from")
+    if not isinstance(parent, str) or not parent:
         raise InputError(f"{path}: from: is the name of another recipe, for example quickstart")
-    beside = path.parent / name
+    beside = path.parent / parent
     try:
-        found = beside if beside.is_file() else recipe_path(name)
+        found = beside if beside.is_file() else recipe_path(parent)
     except InputError as error:
         raise InputError(f"{path}: from: {error}") from None
-    content = _read_recipe(found)
-    if "from" in content:
-        raise InputError(f"{path}: from: {found} is itself made from another; name that one")
-    return content
+    children = (*children, path.resolve())
+    if found.resolve() in children:
+        raise InputError(f"{path}: from: {parent} is made from this one; name another")
+    changed: dict[str, Any] = _changed(_read_recipe(found, children), content)
+    return changed
 
 
 def _changed(parent: Any, child: Any) -> Any:

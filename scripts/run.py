@@ -7,7 +7,7 @@ import typer
 
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.report import show
-from selfcorrect.scripts.train import RUNS, measure_rest, train_ladder
+from selfcorrect.scripts.train import RUNS, StagesFrom, measure_rest, train_ladder
 
 
 def run(
@@ -16,10 +16,11 @@ def run(
         list[str] | None, typer.Argument(help="Dotted keys, for example ppo.steps=20.")
     ] = None,
     runs_dir: Annotated[Path, typer.Option(help="Where run folders lie.")] = RUNS,
+    stages_from: StagesFrom = None,
 ) -> None:
     """Train the ladder, evaluate every checkpoint, write the report. Run again to resume."""
     checked = load_recipe(recipe, overrides or [])
     folder = runs_dir / checked.name
-    train_ladder(checked, folder)
+    train_ladder(checked, folder, stages_from=stages_from)
     measure_rest(checked, folder)
     show([folder], redraw=False)

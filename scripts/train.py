@@ -11,6 +11,10 @@ from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.progress import Bars
 
 RUNS = Path("runs")
+StagesFrom = Annotated[
+    Path | None,
+    typer.Option(help="A run whose base and reward models are taken where they are the same."),
+]
 
 
 def train(
@@ -21,17 +25,22 @@ def train(
     runs_dir: Annotated[Path, typer.Option(help="Where run folders lie.")] = RUNS,
     model: Annotated[str | None, typer.Option(help="Only this model of the ladder.")] = None,
     seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
+    stages_from: StagesFrom = None,
 ) -> None:
     """Train the ladder to its last checkpoint; evaluation as the recipe attaches it."""
     checked = load_recipe(recipe, overrides or [])
     folder = runs_dir / checked.name
-    train_ladder(checked, folder, model, seed)
+    train_ladder(checked, folder, model, seed, stages_from)
     if checked.evaluate.attach == "inline":
         measure_rest(checked, folder, model, seed)  # what a SIGTERM has left
 
 
 def train_ladder(
-    recipe: Recipe, folder: Path, model: str | None = None, seed: int | None = None
+    recipe: Recipe,
+    folder: Path,
+    model: str | None = None,
+    seed: int | None = None,
+    stages_from: Path | None = None,
 ) -> None:
     """Check all of the recipe before anything is loaded, then train what is not finished."""
     from selfcorrect.train.run import open_run, train_run, unfinished
@@ -48,7 +57,14 @@ def train_ladder(
 
         check_launch(recipe)
         check_training(recipe)
+    if todo and stages_from is not None:
+        from selfcorrect.train.reuse import reusable, take_stages
+
+        stages = reusable(recipe, stages_from)  # before anything is written
     open_run(recipe, folder)
+    if todo and stages_from is not None:
+        taken = take_stages(recipe, folder, stages_from, stages)
+        print(f"Taken from {stages_from}: {', '.join(taken) or 'nothing, all of it is here'}")
     wanted = {
         (name, number)
         for name in names

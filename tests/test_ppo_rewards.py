@@ -80,8 +80,7 @@ def test_a_reward_model_is_trained_to_score_the_end(home, tmp_path):  # noqa: F8
 def test_a_given_reward_model_is_taken_as_it_is_and_reads_its_own_tokens(home, tmp_path):  # noqa: F811
     """Its vocabulary is not the policy's: no critic can start from it, and it reads the text."""
     from selfcorrect.recipes.schema import Ppo, Reward
-    from selfcorrect.train.feedback import Preference
-    from selfcorrect.train.feedback import Feedback
+    from selfcorrect.train.feedback import Feedback, Preference
     from selfcorrect.train.policy import train_policy
     from selfcorrect.train.reward import train_reward
 

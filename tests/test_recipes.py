@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfcorrect.evaluate.comparison import flatten
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import (
     apply_override,
@@ -99,6 +100,10 @@ def test_a_recipe_made_from_another_says_only_what_is_different(tmp_path: Path) 
     assert (recipe.data.society.seed, recipe.data.society.raters.share) == (3, 0.0)
     assert (recipe.ppo.steps, recipe.ppo.trainer) == (4, {"beta": 0.1})
     assert load_recipe(str(write(tmp_path / "q.yaml", "from: quickstart\nname: q\n"))).name == "q"
+    third = write(tmp_path / "third.yaml", "from: other.yaml\nname: third\nseeds: [6]\n")
+    assert load_recipe(str(third)) == recipe.model_copy(
+        update={"name": "third", "seeds": [6], "ppo": load_recipe(str(child)).ppo}
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,13 +111,13 @@ def test_a_recipe_made_from_another_says_only_what_is_different(tmp_path: Path) 
     [
         ("from: nowhere.yaml", "a.yaml: from: nowhere.yaml: no such recipe file"),
         ("from: [quickstart]", "a.yaml: from: is the name of another recipe"),
-        ("from: b.yaml", "b.yaml is itself made from another; name that one"),
-        ("from: a.yaml", "a.yaml is itself made from another"),
+        ("from: b.yaml", "b.yaml: from: a.yaml is made from this one; name another"),
+        ("from: a.yaml", "a.yaml: from: a.yaml is made from this one"),
         ("from: quickstart\nppo: {stepz: 1}", "a.yaml: ppo.stepz: unknown key; did you mean steps"),
     ],
 )
 def test_a_wrong_from_is_one_line(tmp_path: Path, text: str, message: str) -> None:
-    write(tmp_path / "b.yaml", "from: quickstart\nname: b\n")
+    write(tmp_path / "b.yaml", "from: a.yaml\nname: b\n")
     with pytest.raises(InputError) as caught:
         load_recipe(str(write(tmp_path / "a.yaml", f"name: a\n{text}\n")))
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -131,6 +136,32 @@ def test_every_shipped_recipe_loads_and_its_resolved_copy_is_the_same(path: Path
     assert recipe.name == path.stem
     again = Recipe.model_validate(yaml.safe_load(recipe_text(recipe)))
     assert again == recipe
+
+
+ABLATIONS = [path for path in shipped_recipes() if path.stem.startswith("ablation-")]
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_an_ablation_differs_from_its_reference_in_one_thing(path: Path) -> None:
+    ours, reference = (
+        dict(flatten(load_recipe(str(name)).model_dump(mode="json")))
+        for name in (path, "society-ablation")
+    )
+    changed = {key for key in {**ours, **reference} if ours.get(key) != reference.get(key)}
+    assert {"name", "description"} <= changed
+    changed -= {"name", "description"}
+    parts = ("data.society.feedback", "ppo.lora", "ppo.replaced_by")  # one thing of several keys
+    things = {next((part for part in parts if key.startswith(part)), key) for key in changed}
+    assert len(things) == 1
+
+
+def test_the_ablations_are_those_of_the_study() -> None:
+    assert len(ABLATIONS) == 11
+    ladder, reference = load_recipe("society-ladder"), load_recipe("society-ablation")
+    assert reference.models[0] in ladder.models
+    assert (reference.data, reference.seeds) == (ladder.data, ladder.seeds)
+    assert reference.ppo.trainer == ladder.ppo.trainer
+    assert set(reference.ppo.checkpoints) <= set(ladder.ppo.checkpoints)
 
 
 def test_numbers_are_numbers() -> None:

@@ -20,7 +20,7 @@ PACKAGES = (
 # Settings of the mathematical libraries; numbers of threads among them give way to the recipe's.
 SETTINGS = ("ATEN_", "CUBLAS_", "DNNL_", "KMP_", "MKL_", "NVIDIA_TF32", "OMP_", "ONEDNN_", "TORCH_")
 # What may be otherwise without a bit being otherwise.
-FREE = ("name", "seeds", "models", "platform", "cores", "jobs", "begun", "changes")
+FREE = ("name", "seeds", "models", "platform", "cores", "jobs", "begun", "changes", "taken")
 
 
 def record_start(recipe: Recipe, run: Path) -> None:
@@ -42,7 +42,8 @@ def record_start(recipe: Recipe, run: Path) -> None:
     changes = list(before.get("changes", []))
     if changed := _differences(before, now):
         changes.append({"at": time, **changed})
-    write_record(path, {**now, "begun": before.get("begun"), "changes": changes})
+    taken = {"taken": before["taken"]} if "taken" in before else {}  # see train/reuse.py
+    write_record(path, {**now, "begun": before.get("begun"), "changes": changes, **taken})
     if matters := _since_begun(changes, now):
         said = ", ".join(f"{key} was {_shown(old)}, is {_shown(new)}" for key, old, new in matters)
         say(f"{run}: since this run was begun, {said}: bits may differ")
