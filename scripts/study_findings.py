@@ -62,7 +62,8 @@ def short(value: float) -> str:
     text = f"{value:.2f}"
     if abs(value) < 0.005 and value:
         text = f"{value:.3f}"
-    text = text.replace("-", "\N{MINUS SIGN}").replace("0.", ".", 1) if abs(value) < 1 else text
+    text = text.replace("-", "\N{MINUS SIGN}")
+    text = text.replace("0.", ".", 1) if abs(value) < 1 else text
     return ".00" if text.strip("\N{MINUS SIGN}") in (".000", ".00") else text
 
 
