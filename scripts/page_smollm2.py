@@ -1,4 +1,4 @@
-"""docs/smollm2-cpu.md and its figures, from a run of recipes/smollm2-135m-cpu.yaml.
+"""docs/smollm2.md and its figures, from a run of recipes/smollm2-135m-cpu.yaml.
 
 python scripts/page_smollm2.py runs/smollm2-135m-cpu ppo.steps=6 ...     as given to `run`
 """
@@ -15,8 +15,10 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
+from selfcorrect.evaluate.cells import experiment_named
 from selfcorrect.evaluate.closing_table import closing_table
 from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.evaluate.verdict import title_of, with_interval
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster_needs import LIBRARIES
@@ -27,8 +29,8 @@ from selfcorrect.train.resources import CPU_CORE, plan_model
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FIGURES = {
-    "steps-smollm2-135m": ("smollm2-cpu-steps", "Bias against steps in the three experiments"),
-    "training": ("smollm2-cpu-training", "Reward and KL at the kept checkpoints"),
+    "steps-smollm2-135m": ("smollm2-steps", "Bias against steps in the three experiments"),
+    "training": ("smollm2-training", "Reward and KL at the kept checkpoints"),
 }
 COLUMNS = {
     "objective/score": "reward-model score", "objective/kl": "KL, nats",
@@ -50,16 +52,16 @@ def page(run: Path, overrides: list[str]) -> str:
     cells = [len(list(c.evaluation.glob("*.parquet"))) for c in checkpoints]
     figures = [f"![{words}]({name}.png)" for name, words in FIGURES.values()]
     return "\n".join([
-        "# A real model on one CPU core",
+        "# A real model, before and after PPO on one CPU core",
         "",
         "`recipes/smollm2-135m-cpu.yaml` as it ran: SmolLM2-135M-Instruct from a 4-bit GGUF, a "
-        "reward model fitted on HH-RLHF pairs, PPO with LoRA, and samples of the paper's three "
-        "benchmarks "
-        "at every checkpoint. It shows that all of it works on real weights and data. **It is far "
-        "too short to learn anything, and its samples are too small to tell a bias from none.**",
+        "reward model fitted on HH-RLHF pairs, PPO with LoRA on HH-RLHF prompts, and samples of "
+        "the paper's three benchmarks, spread over their templates, before and after. It shows "
+        "that all of it works on real weights and data. **The reward model has seen few pairs, the "
+        "steps are few, and the samples are small: no change here says anything of RLHF.**",
         "",
-        f"Run on {ended} on a machine with {facts['cores']} CPU cores and no GPU, busy with other "
-        f"work, {facts['threads_per_job']} thread; torch {versions['torch']}, transformers "
+        f"Run on {ended} on a machine with {facts['cores']} CPU cores and no GPU, of which the "
+        f"other was busy, {facts['threads_per_job']} thread; torch {versions['torch']}, transformers "
         f"{versions['transformers']}, trl {versions['trl']}, peft {versions['peft']}; the recipe's "
         f"comment has the set-up:",
         "",
@@ -77,7 +79,7 @@ def page(run: Path, overrides: list[str]) -> str:
         f"Left out for length: {stages['ppo']['left_out'] or 'nothing'}. The reward model saw "
         f"{stages['reward']['pairs']} pairs and was right on "
         f"{stages['reward']['held_out_accuracy']:.0%} of {stages['reward']['held_out_pairs']} "
-        "pairs held out, which says nothing of so few.",
+        "pairs held out, which says little of so few.",
         "",
         "## PPO, step by step",
         "Each step is one update on "
@@ -97,13 +99,21 @@ def page(run: Path, overrides: list[str]) -> str:
         "",
         *_mass(run),
         "",
+        "From the first step to the last, with 95 % intervals over items, no correction:",
+        "",
+        *_changes(run),
+        "",
         figures[0],
         "",
     ])  # fmt: skip
 
 
 def _stage(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+    return _json(folder / "stage.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -149,6 +159,21 @@ def _table(run: Path) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def _changes(run: Path) -> list[str]:
+    """Each headline metric's change, and the growth of what each instruction does to it."""
+    statistics = _json(run / "statistics.json")
+    rows = ["| experiment | condition | change | growth of Q less this |", "|---|---|---|---|"]
+    for change in statistics["changes"]:
+        place = {key: change[key] for key in ("experiment", "condition", "metric")}
+        if place["metric"] != experiment_named(place["experiment"]).HEADLINE:
+            continue
+        grown = [row for row in statistics["growth"] if place.items() <= row.items()]
+        cell = with_interval(grown[0]) if grown else "–"
+        title = title_of(place["experiment"])
+        rows.append(f"| {title} | {place['condition']} | {with_interval(change)} | {cell} |")
+    return rows
+
+
 def _mass(run: Path) -> list[str]:
     """How many items, and how much of the probability lies on the options at all."""
     table = pd.read_parquet(run / "results.parquet")
@@ -178,7 +203,7 @@ def main() -> None:
         line if line.startswith((" ", "|", "!")) else textwrap.fill(line, 116) for line in lines
     )
     text += "\n"
-    (DOCS / "smollm2-cpu.md").write_text(text, encoding="utf-8")
+    (DOCS / "smollm2.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
