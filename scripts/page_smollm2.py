@@ -61,9 +61,9 @@ def page(run: Path, overrides: list[str]) -> str:
         "steps are few, and the samples are small: no change here says anything of RLHF.**",
         "",
         f"Run on {ended} on a machine with {facts['cores']} CPU cores and no GPU, of which the "
-        f"other was busy, {facts['threads_per_job']} thread; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, trl {versions['trl']}, peft {versions['peft']}; the recipe's "
-        f"comment has the set-up:",
+        f"other was busy, {facts['threads_per_job']} thread; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, trl {versions['trl']}, peft "
+        f"{versions['peft']}; the recipe's comment has the set-up:",
         "",
         f"    selfcorrect run smollm2-135m-cpu models.0.path=... {given}",
         "",
