@@ -162,6 +162,22 @@ def _changed(parent: Any, child: Any) -> Any:
     return child
 
 
+def file_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe's file, whole or `from` another.
+
+    Sections name no keys that must be there: they may stand in the other recipe.
+    """
+    schema = Recipe.model_json_schema()
+    schema["properties"]["from"] = {
+        "type": "string",
+        "description": "another recipe, beside this one or shipped, that this one changes",
+    }
+    whole = {"required": schema.pop("required")}
+    for section in schema["$defs"].values():
+        section.pop("required", None)
+    return {**schema, "anyOf": [{"required": ["from", "name"]}, whole]}
+
+
 def apply_override(content: dict[str, Any], override: str) -> None:
     """Set one dotted key; list entries are named by their position, as in models.0.name=x."""
     key, equals, text = override.partition("=")

@@ -4,8 +4,7 @@ import json
 
 import typer
 
-from selfcorrect.recipes.load import load_recipe, recipe_path, shipped_recipes
-from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.load import file_schema, load_recipe, recipe_path, shipped_recipes
 
 app = typer.Typer(no_args_is_help=True, help="List and show recipes, and their JSON schema.")
 
@@ -28,4 +27,4 @@ def show(recipe: str) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON schema, for an editor's completion and checks."""
-    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    typer.echo(json.dumps(file_schema(), indent=2))

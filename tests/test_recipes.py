@@ -14,6 +14,7 @@ from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import (
     apply_override,
     check_recipe,
+    file_schema,
     load_recipe,
     parse_yaml,
     recipe_text,
@@ -222,6 +223,9 @@ def test_any_override_is_taken_or_refused_in_one_line(key: str, value: str) -> N
 
 
 def test_schema_is_json_and_refuses_unknown_keys() -> None:
-    schema = json.loads(json.dumps(Recipe.model_json_schema()))
+    schema = json.loads(json.dumps(file_schema()))
     assert schema["additionalProperties"] is False
-    assert {"models", "data", "ppo"} <= set(schema["properties"])
+    assert {"models", "data", "ppo", "from"} <= set(schema["properties"])
+    required = [one["required"] for one in schema["anyOf"]]
+    assert required == [["from", "name"], ["name", "models", "data", "reward", "ppo"]]
+    assert not any("required" in section for section in schema["$defs"].values())
