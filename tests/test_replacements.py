@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.recipes import termination
 from selfcorrect.recipes.errors import InputError
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Recipe
@@ -114,6 +115,41 @@ def test_broken_off_and_run_again_it_ends_with_the_same_bytes(done, tmp_path: Pa
     assert weights(again) == weights(run)
     first, second = find_checkpoints(run)[-1].record, find_checkpoints(again)[-1].record
     assert (first.episodes, first.tokens, first.kl) == (second.episodes, second.tokens, second.kl)
+
+
+@pytest.mark.slow
+def test_asked_to_end_it_ends_with_the_step_under_way_and_goes_on_to_the_same_bytes(
+    done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = done
+    again, heard = tmp_path / "small", []
+
+    def report(job: object, stage: str, done: int, total: int) -> None:
+        heard.append(stage)
+        if heard.count("ppo") == 7:  # the first report is of nothing done: in the second step
+            monkeypatch.setattr(termination, "_asked", True)
+
+    open_run(recipe, again)
+    with pytest.raises(termination.Terminated):
+        train_run(recipe, again, report)
+    states = [path.name for path in (again / "tiny/seed-3/ppo.work").glob("checkpoint-*")]
+    assert max(states, key=lambda name: int(name.partition("-")[2])) == "checkpoint-8"
+    monkeypatch.setattr(termination, "_asked", False)
+    train(recipe, again)
+    assert weights(again) == weights(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_it_trains_an_adapter_where_the_recipe_has_one(method: str, tmp_path: Path) -> None:
+    recipe, run = recipe_with(method), tmp_path / "small"
+    lora = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
+    recipe = recipe.model_copy(update={"ppo": recipe.ppo.model_copy(update={"lora": lora})})
+    train(recipe, run)
+    adapters = [c.folder / "adapter_model.safetensors" for c in find_checkpoints(run)]
+    assert len({path.read_bytes() for path in adapters}) == 3
+    assert not any((path.parent / "model.safetensors").exists() for path in adapters)
+    assert find_checkpoints(run)[0].record.adapter_of is not None
 
 
 @pytest.mark.slow
