@@ -48,6 +48,11 @@ class Model(Section):
     scratch: dict[str, Any] | None = Field(
         None, description="model_type and the fields of its Hugging Face configuration"
     )
+    trainer: dict[Literal["base", "reward", "ppo"], dict[str, Any]] = Field(
+        default_factory=dict,
+        description="by stage: keys on top of its trainer:, for this model alone, such as "
+        "{base: {learning_rate: 1.0e-3}}",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Model":
@@ -270,6 +275,8 @@ class Recipe(Section):
         if pretrains and self.data.society is None:
             raise ValueError("base: method pretrain needs data: society (its corpus)")
         for model in self.models:
+            if "base" in model.trainer and self.base is None:
+                raise ValueError(f"models: {model.name}: trainer.base, but the recipe has no base")
             if (model.scratch is not None) != pretrains:
                 raise ValueError(
                     f"models: {model.name}: scratch and base: method pretrain go together"
@@ -286,3 +293,13 @@ class Recipe(Section):
                         f"{', '.join(names)}"
                     )
         return self
+
+    def of(self, name: str) -> "Recipe":
+        """The recipe as it is for one of its models, whose own `trainer` keys are filled in."""
+        own = next(model.trainer for model in self.models if model.name == name)
+        parts: dict[str, Any] = {
+            stage: part.model_copy(update={"trainer": {**part.trainer, **own[stage]}})
+            for stage, part in (("base", self.base), ("reward", self.reward), ("ppo", self.ppo))
+            if part is not None and stage in own
+        }
+        return self.model_copy(update=parts)

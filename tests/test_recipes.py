@@ -48,6 +48,10 @@ WRONG = [
     ("base=null", "tiny: scratch and base: method pretrain go together"),
     ("evaluate.experiments=[]", "evaluate.experiments: List should have at least 1 item"),
     ("evaluate.permutations=2", "evaluate.permutations: Input should be 1, 3 or 6"),
+    (
+        "models.0.trainer.bass={}",
+        "models.0.trainer.bass: Input should be 'base', 'reward' or 'ppo'",
+    ),
     ("seeds=[1, 1]", "seeds: a seed is named twice"),
     ("models.3.name=x", "models.3.name: 3 is not a position in a list of 1"),
     ("ppo.steps.x=1", "ppo.steps.x: steps is a value, not a section"),
@@ -137,6 +141,28 @@ def test_every_shipped_recipe_loads_and_its_resolved_copy_is_the_same(path: Path
     assert recipe.name == path.stem
     again = Recipe.model_validate(yaml.safe_load(recipe_text(recipe)))
     assert again == recipe
+
+
+def test_a_model_may_have_trainer_keys_of_its_own() -> None:
+    content = copy.deepcopy(SMALL)
+    content["models"].append(copy.deepcopy(content["models"][0]) | {"name": "large"})
+    apply_override(content, "base.trainer.learning_rate=4e-3")
+    apply_override(content, "base.trainer.warmup_steps=7")
+    apply_override(content, "models.1.trainer.base.learning_rate=1e-3")
+    apply_override(content, "models.1.trainer.ppo={beta: 0.2}")
+    recipe = check_recipe(content, "x")
+    assert recipe.of("tiny") == recipe
+    large = recipe.of("large")
+    assert large.base is not None
+    assert large.base.trainer == {"learning_rate": 1e-3, "warmup_steps": 7}
+    assert (large.ppo.trainer, recipe.ppo.trainer) == ({"beta": 0.2}, {})
+    assert large.reward == recipe.reward
+    assert training_digest(recipe, "large", 0) != training_digest(recipe, "tiny", 0)
+
+
+def test_keys_of_a_model_need_their_stage() -> None:
+    with pytest.raises(InputError, match=r"trainer\.base, but the recipe has no base"):
+        load_recipe("smollm2-lora", ["models.0.trainer.base.learning_rate=1e-3"])
 
 
 ABLATIONS = [path for path in shipped_recipes() if path.stem.startswith("ablation-")]

@@ -116,3 +116,29 @@ def test_a_model_of_another_shape_or_seed_is_left_where_it_is(
     assert take_stages(recipe, run, other, reusable(recipe, other)) == []
     assert not list(run.glob("tiny/*/base"))
     assert "taken" not in json.loads((run / "run.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_models_own_trainer_keys_train_what_the_same_keys_of_the_recipe_train(
+    tmp_path: Path,
+) -> None:
+    keys = {"base": "learning_rate=2e-3", "reward": "learning_rate=3e-4", "ppo": "num_iterations=1"}
+    of_all = recipe_with(*(f"{stage}.trainer.{key}" for stage, key in keys.items()))
+    of_one = recipe_with(*(f"models.0.trainer.{stage}.{key}" for stage, key in keys.items()))
+    train_ladder(of_all, tmp_path / "all")
+    train_ladder(of_one, tmp_path / "one")
+    for stage in ("base", "reward", "ppo/checkpoint-1"):
+        weights = (
+            tmp_path / run / "tiny/seed-0" / stage / "model.safetensors" for run in ("all", "one")
+        )
+        first, second = (path.read_bytes() for path in weights)
+        assert first == second
+
+
+def test_a_models_own_wrong_key_is_one_line_that_names_the_model(tmp_path: Path) -> None:
+    recipe = recipe_with("models.0.trainer.ppo.learning_rat=1e-3")
+    with pytest.raises(
+        InputError, match=r"^models\.0\.trainer: ppo\.trainer\.learning_rat: unknown key"
+    ):
+        train_ladder(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -19,11 +19,35 @@ def check_training(recipe: Recipe) -> None:
             "ppo.trainer.use_vllm: vLLM is not installed; pip install 'selfcorrect[vllm]', or "
             "remove the key"
         )
+    from selfcorrect.train.arguments import lora_config
+    from selfcorrect.train.corpus import scratch_config
+
+    _check_trainers(recipe)
+    for index, model in enumerate(recipe.models):
+        if not model.trainer:
+            continue
+        try:
+            _check_trainers(recipe.of(model.name))
+        except InputError as error:
+            raise InputError(f"models.{index}.trainer: {error}") from None
+    if recipe.ppo.lora is not None:
+        lora_config("ppo.lora", recipe.ppo.lora, "CAUSAL_LM")
+    if recipe.reward.lora is not None:
+        lora_config("reward.lora", recipe.reward.lora, "SEQ_CLS")
+    for index, model in enumerate(recipe.models):
+        _check_model(model.path, f"models.{index}.path")
+        if model.scratch is not None:
+            scratch_config(model.scratch)
+    _check_model(recipe.reward.path, "reward.path")
+    _check_data(recipe)
+
+
+def _check_trainers(recipe: Recipe) -> None:
+    """Builds the stages' settings with the libraries' own classes."""
     from transformers import TrainingArguments
     from trl import RewardConfig, SFTConfig
 
-    from selfcorrect.train.arguments import NO_CODE, build, lora_config
-    from selfcorrect.train.corpus import scratch_config
+    from selfcorrect.train.arguments import NO_CODE, build
     from selfcorrect.train.policy import ppo_arguments
     from selfcorrect.train.replacements import fine_tuning_arguments
 
@@ -38,16 +62,6 @@ def check_training(recipe: Recipe) -> None:
     arguments = ppo_arguments(recipe.ppo, nowhere, recipe.seeds[0])
     if recipe.ppo.replaced_by is not None and recipe.ppo.replaced_by.method == "sft":
         fine_tuning_arguments(recipe.ppo, arguments)
-    if recipe.ppo.lora is not None:
-        lora_config("ppo.lora", recipe.ppo.lora, "CAUSAL_LM")
-    if recipe.reward.lora is not None:
-        lora_config("reward.lora", recipe.reward.lora, "SEQ_CLS")
-    for index, model in enumerate(recipe.models):
-        _check_model(model.path, f"models.{index}.path")
-        if model.scratch is not None:
-            scratch_config(model.scratch)
-    _check_model(recipe.reward.path, "reward.path")
-    _check_data(recipe)
 
 
 def _check_model(path: str | None, key: str) -> None:

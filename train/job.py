@@ -42,6 +42,8 @@ GOING_DOWN_SECONDS = 7.0  # one that was just killed may still be going down
 def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notify) -> None:
     """Train one model with one seed through all stages; finished stages are passed over."""
     quiet_libraries()
+    digest = training_digest(recipe, model_name, seed)
+    recipe = recipe.of(model_name)
     torch.set_num_threads(threads_per_job(recipe))
     model = next(m for m in recipe.models if m.name == model_name)
     folder = run / model.name / f"seed-{seed}"
@@ -73,7 +75,7 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
             "model": model.name,
             "parameters": (finished(base) or {})["parameters"],
             "seed": seed,
-            "recipe_digest": training_digest(recipe, model.name, seed),
+            "recipe_digest": digest,
             "versions": versions(),
             "adapter_of": str(Path("..") / ".." / "base") if recipe.ppo.lora else None,
         }

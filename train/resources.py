@@ -114,6 +114,7 @@ def plan_model(
     recipe: Recipe, name: str, shape: ModelShape, facts: FeedbackFacts, engine: Engine
 ) -> ModelPlan:
     """Everything about one model; InputError for settings that do not fit each other."""
+    recipe = recipe.of(name)
     check_engine(recipe, engine)
     rollout = rollout_of(recipe, shape, facts.lengths, engine)
     return ModelPlan(
