@@ -34,6 +34,7 @@ from selfcorrect.scripts.study_findings import (
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TEMPLATE = Path(__file__).with_name("study.md.j2")
 LADDER = "society-ladder"
+FIRST = "society-ladder-one-rate"
 PAPERS = ("Q", "Q+IF", "Q+IF+CoT", "Match stats")
 CONTROLS = ("Q", "Q+IF", "Q+neutral", "Q+inverted")
 STAGES = ("base", "reward", "ppo")
@@ -57,6 +58,7 @@ def page(runs: Path, docs: Path, folder: Path) -> str:
     facts, statistics = _json(run / "run.json"), _json(run / "statistics.json")
     results = Results(statistics)
     judged = findings(results)
+    first = Results(_json(runs / FIRST / "statistics.json"))
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
@@ -79,6 +81,10 @@ def page(runs: Path, docs: Path, folder: Path) -> str:
         no_steps=_no_steps(results),
         findings=_findings(results),
         num_judged=sum(len(finding.by_model) for finding in judged),
+        first_able=_able(first),
+        first_effects=_effects(first),
+        first_findings=_beside(results, first),
+        first_begun=_json(runs / FIRST / "run.json")["begun"],
         arms="\n\n".join(arm_tables(arms_of(runs))),
         discussion=(docs / "study-discussion.md").read_text(encoding="utf-8").strip(),
         figures=_draw(pd.read_parquet(run / "results.parquet"), statistics, folder),
@@ -145,8 +151,11 @@ def _able(results: Results) -> str:
     asked = [(0, "Q"), (last, "Q"), (last, "Q+IF"), (last, "Q+IF+CoT")]
     return _by_model(
         results,
-        ["Q, step 0", "Q", "Q+IF", "Q+IF+CoT"],
-        lambda model: [results.mean(model, step, "bbq", c, metric) for step, c in asked],
+        ["Q, step 0", "Q", "Q+IF", "Q+IF+CoT", "occupations known, step 0"],
+        lambda model: [
+            *(results.mean(model, step, "bbq", condition, metric) for step, condition in asked),
+            results.mean(model, 0, "winogender", "Match stats"),
+        ],
     )
 
 
@@ -224,6 +233,15 @@ def _findings(results: Results) -> str:
         for finding in findings(results)
     ]
     return table(heads, rows)
+
+
+def _beside(results: Results, first: Results) -> str:
+    """The judgements of both ladders side by side."""
+    rows = [
+        [ours.title, ours.words(), theirs.words()]
+        for ours, theirs in zip(findings(results), findings(first), strict=True)
+    ]
+    return table(["finding", "this ladder", "the first"], rows)
 
 
 def _draw(frame: pd.DataFrame, statistics: dict[str, Any], folder: Path) -> dict[str, str]:

@@ -34,7 +34,8 @@ def arm_tables(arms: Arms) -> list[str]:
     assert all(results.steps[-1] == last for _, results in arms.values())
     intro = (
         f"{model}, {len(reference.seeds)} seeds, step {last}; each differs from the reference in "
-        "one thing, the recipe of its name says which. Base models are the ladder's own. *Growth* "
+        "one thing, the recipe of its name says which. World, seeds and base models are the first "
+        "ladder's, in which this size had the rates that it has here. *Growth* "
         "is that of the bias under Q less that under Q+IF, from step 0; *beside the reference* "
         f"subtracts the reference's, seed by seed. With {len(reference.seeds)} seeds many "
         "differences of some size stay open. GRPO's and fine-tuning's steps make as many updates "

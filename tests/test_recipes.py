@@ -184,7 +184,7 @@ def test_an_ablation_differs_from_its_reference_in_one_thing(path: Path) -> None
 
 def test_the_ablations_are_those_of_the_study() -> None:
     assert len(ABLATIONS) == 11
-    ladder, reference = load_recipe("society-ladder"), load_recipe("society-ablation")
+    ladder, reference = load_recipe("society-ladder-one-rate"), load_recipe("society-ablation")
     assert reference.models[0] in ladder.models
     assert (reference.data, reference.seeds) == (ladder.data, ladder.seeds)
     assert reference.ppo.trainer == ladder.ppo.trainer

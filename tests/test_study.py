@@ -54,7 +54,8 @@ def finished(folder: Path, recipe_name: str, size: Size) -> Path:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    finished(folder, "society-ladder", SIZE)
+    for name in ("society-ladder", "society-ladder-one-rate"):
+        finished(folder, name, SIZE)
     finished(folder, "society-ablation", ONE)
     finished(folder, "ablation-sft", ONE)
     return folder
