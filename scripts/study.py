@@ -25,6 +25,7 @@ from selfcorrect.scripts.study_findings import (
     ALL_SIZES,
     Number,
     Results,
+    adjusted,
     findings,
     no_step_effects,
     over,
@@ -80,6 +81,7 @@ def page(runs: Path, docs: Path, folder: Path) -> str:
         winogender=_ends(results, "winogender"),
         no_steps=_no_steps(results),
         findings=_findings(results),
+        remain=_remain(results),
         num_judged=sum(len(finding.by_model) for finding in judged),
         first_able=_able(first),
         first_effects=_effects(first),
@@ -222,17 +224,41 @@ def _no_steps(results: Results) -> str:
 
 
 def _findings(results: Results) -> str:
-    heads = ["finding", "number", "by size", "judged"]
+    judged = findings(results)
+    corrected = adjusted(judged)
+
+    def said(title: str, model: str, number: Number) -> str:
+        p = number.p_value
+        return (
+            f"{model}: {number}"
+            + ("" if p is None else f", p {_p(p)}")
+            + (f" ({_p(corrected[title, model])})" if (title, model) in corrected else "")
+        )
+
     rows = [
         [
             finding.title,
             finding.number,
-            "<br>".join(f"{name}: {number}" for name, number in finding.by_model.items()),
+            "<br>".join(said(finding.title, *pair) for pair in finding.by_model.items()),
             finding.words(),
         ]
-        for finding in findings(results)
+        for finding in judged
     ]
-    return table(heads, rows)
+    return table(["finding", "number", "by size, with p (Holm's)", "judged"], rows)
+
+
+def _p(value: float) -> str:
+    return "< .001" if value < 0.001 else "1" if value > 0.999 else f"{value:.3f}"[1:]
+
+
+def _remain(results: Results) -> str:
+    """Which numbers Holm's correction leaves below .05."""
+    corrected = adjusted(findings(results))
+    clear = [f"{title}: {model}" for (title, model), p in corrected.items() if p < 0.05]
+    said = f"After Holm's correction over the {len(corrected)} numbers that have a p-value, "
+    return said + (
+        f"{len(clear)} stay below .05: {'; '.join(clear)}." if clear else "none stays below .05."
+    )
 
 
 def _beside(results: Results, first: Results) -> str:

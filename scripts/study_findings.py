@@ -5,20 +5,18 @@ each seed's own interval over items beside it where the statistics have one. The
 before the study was looked at: docs/study-log.md.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from scipy import stats
-
 from selfcorrect.evaluate.cells import experiment_named
+from selfcorrect.evaluate.significance import correct, mean_over_seeds
 from selfcorrect.evaluate.statistics import OVERALL
 
 Row = Mapping[str, Any]
 APPEARS, EVERY_SEED, OPPOSITE = "appears", "in every seed", "the opposite"
 OPPOSITE_SEEDS, NOT_SHOWN = "the opposite, in every seed", "not shown"
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,7 @@ class Number:
     low: float | None
     high: float | None
     seeds: tuple[tuple[float, float | None, float | None], ...] = ()
+    p_value: float | None = None  # over seeds, that it is 0
 
     def __str__(self) -> str:
         if self.value is None:
@@ -74,13 +73,11 @@ def _side(low: float | None, high: float | None) -> int:
 
 
 def over(values: Sequence[float]) -> Number:
-    """Mean and Student's interval of one value a seed."""
-    mean = float(np.mean(values))
-    error = stats.sem(values) if len(values) > 1 else 0.0
-    if not error:
-        return Number(mean, None, None)
-    low, high = stats.t.interval(CONFIDENCE, len(values) - 1, loc=mean, scale=error)
-    return Number(mean, float(low), float(high))
+    """Mean of one value a seed, with Student's interval and p-value where the seeds differ."""
+    found = mean_over_seeds(values)
+    if math.isnan(found["p_value"]):
+        return Number(found["value"], None, None)
+    return Number(found["value"], found["low"], found["high"], p_value=found["p_value"])
 
 
 @dataclass(frozen=True)
@@ -173,7 +170,8 @@ def _number(whole: Sequence[Row], each: Sequence[Row]) -> Number:
     if not whole or whole[0]["value"] is None:
         return Number(None, None, None)
     seeds = tuple((row["value"], row["low"], row["high"]) for row in each)
-    return Number(whole[0]["value"], whole[0]["low"], whole[0]["high"], seeds)
+    row = whole[0]
+    return Number(row["value"], row["low"], row["high"], seeds, row["p_value"])
 
 
 @dataclass(frozen=True)
@@ -279,6 +277,17 @@ def findings(results: Results) -> list[Finding]:
             compared("effect", "winogender", "Q+IF"), 1,
         ),
     ]  # fmt: skip
+
+
+def adjusted(judged: Sequence[Finding]) -> dict[tuple[str, str], float]:
+    """Holm's p-values over all numbers that have one, by the finding's title and the model."""
+    rows: list[dict[str, Any]] = [
+        {"run": "", "family": "findings", "p_value": number.p_value, "at": (finding.title, model)}
+        for finding in judged
+        for model, number in finding.by_model.items()
+    ]
+    correct(rows)
+    return {row["at"]: row["p_adjusted"] for row in rows if row["p_adjusted"] is not None}
 
 
 def no_step_effects(results: Results) -> dict[tuple[str, str], Number]:

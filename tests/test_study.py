@@ -13,7 +13,15 @@ from selfcorrect.evaluate.results import write_results
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.scripts import study
 from selfcorrect.scripts.study_arms import arm_tables, arms_of
-from selfcorrect.scripts.study_findings import Number, Results, findings, over, short
+from selfcorrect.scripts.study_findings import (
+    Finding,
+    Number,
+    Results,
+    adjusted,
+    findings,
+    over,
+    short,
+)
 
 SIZE = Size(steps=(0, 4, 16), seeds=(0, 1, 2), templates=4, blocks=1, occupations=8, students=8)
 ONE = Size(models=(("width-64", 131_000),), **{k: getattr(SIZE, k) for k in ("steps", "seeds")},
@@ -103,7 +111,14 @@ def test_a_mean_over_seeds_has_students_interval() -> None:
     spread = stats.t.ppf(0.975, 2) * np.std([0.1, 0.2, 0.4], ddof=1) / np.sqrt(3)
     assert number.value == pytest.approx(0.7 / 3)
     assert (number.low, number.high) == pytest.approx((0.7 / 3 - spread, 0.7 / 3 + spread))
+    assert number.p_value == pytest.approx(stats.ttest_1samp([0.1, 0.2, 0.4], 0).pvalue)
     assert over([0.2, 0.2]) == Number(0.2, None, None)
+
+
+def test_holm_corrects_over_all_numbers_judged() -> None:
+    one = Finding("a", "", {"m": Number(0.1, 0, 0, p_value=0.01), "n": Number(0, None, None)}, 1)
+    two = Finding("b", "", {"m": Number(0.1, 0, 0, p_value=0.03)}, 1)
+    assert adjusted([one, two]) == {("a", "m"): 0.02, ("b", "m"): 0.03}
 
 
 def test_numbers_are_those_of_the_statistics(results: Results) -> None:
