@@ -1,6 +1,8 @@
 """docs/smollm2.md and its figures, from a run of recipes/smollm2-135m-cpu.yaml.
 
-python scripts/page_smollm2.py runs/smollm2-135m-cpu ppo.steps=6 ...     as given to `run`
+    python scripts/page_smollm2.py runs/smollm2-135m-cpu [evaluate.limit=320 ...]
+
+Overrides are those of a second `run`, where there was one that measured more.
 """
 
 import argparse
@@ -17,6 +19,8 @@ from rich.console import Console
 
 from selfcorrect.evaluate.cells import experiment_named
 from selfcorrect.evaluate.closing_table import closing_table
+from selfcorrect.evaluate.figures import STEP_LABEL
+from selfcorrect.evaluate.panels import panels, style
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.verdict import title_of, with_interval
 from selfcorrect.recipes.load import load_recipe
@@ -28,10 +32,8 @@ from selfcorrect.train.model_shape import model_shape
 from selfcorrect.train.resources import CPU_CORE, plan_model
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-FIGURES = {
-    "steps-smollm2-135m": ("smollm2-steps", "Bias against steps in the three experiments"),
-    "training": ("smollm2-training", "Reward and KL at the kept checkpoints"),
-}
+STEPS, TRAINING = "smollm2-steps.png", "smollm2-training.png"
+TOGETHER = 5  # PPO steps that share a row of the table
 COLUMNS = {
     "objective/score": "reward-model score", "objective/kl": "KL, nats",
     "value/loss": "value loss", "value/explained_variance": "explained variance",
@@ -50,7 +52,6 @@ def page(run: Path, overrides: list[str]) -> str:
     given = " ".join(f"'{one}'" if " " in one else one for one in overrides)
     checkpoints = find_checkpoints(run)
     cells = [len(list(c.evaluation.glob("*.parquet"))) for c in checkpoints]
-    figures = [f"![{words}]({name}.png)" for name, words in FIGURES.values()]
     return "\n".join([
         "# A real model, before and after PPO on one CPU core",
         "",
@@ -65,8 +66,10 @@ def page(run: Path, overrides: list[str]) -> str:
         f"transformers {versions['transformers']}, trl {versions['trl']}, peft "
         f"{versions['peft']}; the recipe's comment has the set-up:",
         "",
-        f"    selfcorrect run smollm2-135m-cpu models.0.path=... {given}",
+        "    selfcorrect run smollm2-135m-cpu models.0.path=...",
+        *([f"    selfcorrect run smollm2-135m-cpu models.0.path=... {given}"] if given else []),
         "",
+        *(["The second command measured more of what it names.", ""] if given else []),
         "This page is written from the run's own records by `scripts/page_smollm2.py`.",
         "",
         "## Time, memory and disk beside the plan",
@@ -82,12 +85,12 @@ def page(run: Path, overrides: list[str]) -> str:
         "pairs held out, which says little of so few.",
         "",
         "## PPO, step by step",
-        "Each step is one update on "
+        f"Means over {TOGETHER} steps; each step is one update on "
         f"{checkpoints[-1].record.episodes // checkpoints[-1].record.step} prompts.",
         "",
         *_steps(stages["ppo"]["log"]),
         "",
-        figures[1],
+        f"![Reward-model score and KL of every PPO step]({TRAINING})",
         "",
         "KL is the mean log ratio of what was drawn, so near 0 it may come out below 0.",
         "",
@@ -99,11 +102,12 @@ def page(run: Path, overrides: list[str]) -> str:
         "",
         *_mass(run),
         "",
-        "From the first step to the last, with 95 % intervals over items, no correction:",
+        "From the first step to the last, with 95 % intervals over items, no correction. There is "
+        "no interval where all resamples agree, or where a category came with one template only.",
         "",
         *_changes(run),
         "",
-        figures[0],
+        f"![The three experiments before and after]({STEPS})",
         "",
     ])  # fmt: skip
 
@@ -146,11 +150,24 @@ def _beside_plan(recipe: Recipe, stages: dict[str, dict[str, Any]], run: Path) -
 
 
 def _steps(log: list[dict[str, float]]) -> list[str]:
-    rows = ["| step | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for entry in log:
-        cells = [f"{entry[key]:.4f}" if "kl" in key else f"{entry[key]:.2f}" for key in COLUMNS]
-        rows.append(f"| {int(entry['ppo_step'])} | " + " | ".join(cells) + " |")
+    rows = ["| steps | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for start in range(0, len(log), TOGETHER):
+        part = pd.DataFrame(log[start : start + TOGETHER]).mean()
+        cells = [f"{part[key]:.4f}" if "kl" in key else f"{part[key]:.2f}" for key in COLUMNS]
+        last = min(start + TOGETHER, len(log))
+        rows.append(f"| {start + 1} to {last} | " + " | ".join(cells) + " |")
     return rows
+
+
+def _draw(log: list[dict[str, float]]) -> None:
+    steps = [entry["ppo_step"] for entry in log]
+    with style():
+        figure, axes = panels(2, height=2.6)
+        for ax, key in zip(axes, ("objective/score", "objective/kl"), strict=True):
+            ax.plot(steps, [entry[key] for entry in log], marker="o")
+            ax.set_ylabel(COLUMNS[key])
+            ax.set_xlabel(STEP_LABEL)
+    figure.savefig(DOCS / TRAINING)
 
 
 def _table(run: Path) -> str:
@@ -196,8 +213,8 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
-    for drawn, (name, _) in FIGURES.items():
-        shutil.copy2(given.run / "figures" / f"{drawn}.png", DOCS / f"{name}.png")
+    shutil.copy2(given.run / "figures" / "steps-smollm2-135m.png", DOCS / STEPS)
+    _draw(_json(next(given.run.glob("smollm2-135m/seed-*/ppo/stage.json")))["log"])
     lines = page(given.run, given.overrides).splitlines()
     text = "\n".join(
         line if line.startswith((" ", "|", "!")) else textwrap.fill(line, 116) for line in lines
