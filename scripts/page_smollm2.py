@@ -8,6 +8,7 @@ Overrides are those of a second `run`, where there was one that measured more.
 import argparse
 import io
 import json
+import shlex
 import shutil
 import textwrap
 import time
@@ -49,7 +50,7 @@ def page(run: Path, overrides: list[str]) -> str:
     stages = {name: _stage(job / name) for name in ("base", "reward", "ppo")}
     ended = time.strftime("%Y-%m-%d", time.gmtime((job / "ppo" / "stage.json").stat().st_mtime))
     versions = facts["versions"]
-    given = " ".join(f"'{one}'" if " " in one else one for one in overrides)
+    given = " ".join(shlex.quote(one) for one in overrides)
     checkpoints = find_checkpoints(run)
     cells = [len(list(c.evaluation.glob("*.parquet"))) for c in checkpoints]
     return "\n".join([
@@ -204,7 +205,21 @@ def _mass(run: Path) -> list[str]:
             f"{int(whole.num_clusters.iloc[0])} clusters, {whole.value.iloc[0]:.0%} of the "
             "probability on the options under Q"
         )
-    return ["At the last step: " + "; ".join(lines) + "."]
+    found = ["At the last step: " + "; ".join(lines) + "."]
+    bbq = last[(last.experiment == "bbq") & (last.category == "overall") & (last.order == "all")]
+    values = dict(zip(bbq.metric, bbq.value, strict=True))
+    if "share_option_0" in values:
+        shares = ", ".join(f"{values[f'share_option_{i}']:.0%}" for i in range(3))
+        right = values["accuracy_disambiguated"]
+        found += [
+            "",
+            f"Of BBQ's options under Q, first, second and third are chosen in {shares} of all "
+            f"questions, and {right:.0%} of the questions that the text decides are answered "
+            "rightly (chance 33%). A model that always names the same place is right by chance "
+            "and, options being balanced, has no bias by construction: a bias of 0 at such shares "
+            "says nothing. `Q text` asks for the option's text instead of its letter.",
+        ]
+    return found
 
 
 def main() -> None:
