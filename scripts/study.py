@@ -59,7 +59,6 @@ def page(runs: Path, docs: Path, folder: Path) -> str:
     facts, statistics = _json(run / "run.json"), _json(run / "statistics.json")
     results = Results(statistics)
     judged = findings(results)
-    first = Results(_json(runs / FIRST / "statistics.json"))
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
@@ -83,10 +82,7 @@ def page(runs: Path, docs: Path, folder: Path) -> str:
         findings=_findings(results),
         remain=_remain(results),
         num_judged=sum(len(finding.by_model) for finding in judged),
-        first_able=_able(first),
-        first_effects=_effects(first),
-        first_findings=_beside(results, first),
-        first_begun=_json(runs / FIRST / "run.json")["begun"],
+        first=_first(results, runs / FIRST),
         arms="\n\n".join(arm_tables(arms_of(runs))),
         discussion=(docs / "study-discussion.md").read_text(encoding="utf-8").strip(),
         figures=_draw(pd.read_parquet(run / "results.parquet"), statistics, folder),
@@ -261,13 +257,21 @@ def _remain(results: Results) -> str:
     )
 
 
-def _beside(results: Results, first: Results) -> str:
-    """The judgements of both ladders side by side."""
+def _first(results: Results, run: Path) -> dict[str, str] | None:
+    """The tables on the first ladder, and the judgements of both side by side; None without it."""
+    if not (run / "statistics.json").is_file():
+        return None
+    first = Results(_json(run / "statistics.json"))
     rows = [
         [ours.title, ours.words(), theirs.words()]
         for ours, theirs in zip(findings(results), findings(first), strict=True)
     ]
-    return table(["finding", "this ladder", "the first"], rows)
+    return {
+        "begun": _json(run / "run.json")["begun"],
+        "able": _able(first),
+        "effects": _effects(first),
+        "findings": table(["finding", "this ladder", "the first"], rows),
+    }
 
 
 def _draw(frame: pd.DataFrame, statistics: dict[str, Any], folder: Path) -> dict[str, str]:
