@@ -8,6 +8,7 @@ them is docs/study-discussion.md, written by hand, which the page takes in as it
 
 import argparse
 import json
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -59,7 +60,9 @@ def page(runs: Path, docs: Path, folder: Path) -> str:
     facts, statistics = _json(run / "run.json"), _json(run / "statistics.json")
     results = Results(statistics)
     judged = findings(results)
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True
+    )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         sizes=list(results.models.values()),
@@ -298,7 +301,7 @@ def _draw(frame: pd.DataFrame, statistics: dict[str, Any], folder: Path) -> dict
 def wrapped(text: str) -> str:
     """Prose at 116 columns; tables, code, lists, headings and figures as they are."""
     blocks = []
-    for block in text.strip().split("\n\n"):
+    for block in re.split(r"\n{2,}", text.strip()):
         plain = not block.startswith(("|", "    ", "- ", "#", "!"))
         joined = " ".join(line.strip() for line in block.splitlines())
         blocks.append(textwrap.fill(joined, 116, break_on_hyphens=False) if plain else block)

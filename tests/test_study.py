@@ -169,6 +169,8 @@ def test_the_page_is_made_of_the_runs_records(runs: Path, tmp_path: Path, result
     study.main([str(runs), "--docs", str(tmp_path)])
     page = (tmp_path / "study.md").read_text(encoding="utf-8")
     assert "Said *by hand*, {{ as it stands }}." in page and "None" not in page
+    headings = [line for line in page.splitlines() if line.lstrip().startswith("#")]
+    assert len(headings) == 14 and not any(line.startswith(" ") for line in headings)
     words = " ".join(page.split())
     assert "commit `0123456`" in words and "2026-01-02 03:04:05 UTC" in words
     named = re.findall(r"\]\(study/(.+?)\)", page)
