@@ -12,10 +12,12 @@ app = typer.Typer(no_args_is_help=True, help="List and show recipes, and their J
 @app.command("list")
 def list_() -> None:
     """One line a shipped recipe."""
-    for path in shipped_recipes():
+    paths = shipped_recipes()
+    width = max(len(path.stem) for path in paths)
+    for path in paths:
         recipe = load_recipe(str(path))
         models = ", ".join(model.name for model in recipe.models)
-        typer.echo(f"{path.stem:24} {recipe.description} [{models}]")
+        typer.echo(f"{path.stem:{width}} {recipe.description} [{models}]")
 
 
 @app.command()

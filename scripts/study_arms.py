@@ -39,7 +39,7 @@ def arm_tables(arms: Arms) -> list[str]:
         "is that of the bias under Q less that under Q+IF, from step 0; *beside the reference* "
         f"subtracts the reference's, seed by seed. With {len(reference.seeds)} seeds many "
         "differences of some size stay open. GRPO's and fine-tuning's steps make as many updates "
-        "of as many rows as PPO's."
+        "of as many rows as PPO's. A neutral and the inverted request are asked in every run."
     )
     return [intro, _bbq(arms, model, last), _others(arms, model, last)]
 
