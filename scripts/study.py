@@ -36,6 +36,7 @@ from selfcorrect.scripts.study_findings import (
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TEMPLATE = Path(__file__).with_name("study.md.j2")
 LADDER = "society-ladder"
+DISCUSSION = "study-discussion.md"
 FIRST = "society-ladder-one-rate"
 PAPERS = ("Q", "Q+IF", "Q+IF+CoT", "Match stats")
 CONTROLS = ("Q", "Q+IF", "Q+neutral", "Q+inverted")
@@ -87,7 +88,7 @@ def page(runs: Path, docs: Path, folder: Path) -> str:
         num_judged=sum(len(finding.by_model) for finding in judged),
         first=_first(results, runs / FIRST),
         arms="\n\n".join(arm_tables(arms_of(runs))),
-        discussion=(docs / "study-discussion.md").read_text(encoding="utf-8").strip(),
+        discussion=(docs / DISCUSSION).read_text(encoding="utf-8").strip(),
         figures=_draw(pd.read_parquet(run / "results.parquet"), statistics, folder),
     )
 
@@ -316,6 +317,12 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, help="the folder that holds the runs")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where study.md and study/ go")
     arguments = parser.parse_args(given)
+    for needed in (arguments.runs / LADDER / "statistics.json", arguments.docs / DISCUSSION):
+        if not needed.is_file():
+            parser.error(
+                f"{needed}: missing; `selfcorrect run {LADDER}` ends with the first, "
+                "and the second is written by hand"
+            )
     folder = arguments.docs / "study"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(arguments.docs / "study.md", wrapped(page(arguments.runs, arguments.docs, folder)))

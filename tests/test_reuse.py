@@ -87,6 +87,19 @@ def test_other_base_models_are_refused_before_anything_is_written(
 
 
 @pytest.mark.slow
+def test_a_run_copied_without_its_facts_still_gives_its_models(other: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(other, tmp_path / "copy", ignore=shutil.ignore_patterns("run.json"))
+    recipe, run = recipe_with("name=arm"), tmp_path / "arm"
+    open_run(recipe, run)
+    names = ["tiny/seed-0/base", "tiny/seed-0/reward"]
+    assert take_stages(recipe, run, copy, reusable(recipe, copy)) == names
+    taken = json.loads((run / "run.json").read_text())["taken"]
+    assert taken == [{"from": "small", "commit": None, "stages": names}]
+
+
+@pytest.mark.slow
 def test_a_damaged_model_is_not_taken(other: Path, tmp_path: Path) -> None:
     import shutil
 

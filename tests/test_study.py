@@ -183,6 +183,16 @@ def test_the_page_is_made_of_the_runs_records(runs: Path, tmp_path: Path, result
     assert (tmp_path / "study.md").read_text(encoding="utf-8") == again
 
 
+def test_without_a_finished_ladder_one_line_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        study.main([str(tmp_path), "--docs", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "statistics.json: missing; `selfcorrect run society-ladder`" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_ablation_stands_beside_its_reference_seed_by_seed(runs: Path) -> None:
     arms = arms_of(runs)
     assert list(arms) == ["society-ablation", "ablation-sft"]

@@ -4,6 +4,7 @@ Runs that differ in their raters, or in PPO alone, need not train the same base 
 """
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def take_stages(recipe: Recipe, run: Path, other: Path, stages: list[str]) -> li
             taken += [f"{job}/{stage}" for stage in _take(run / job, other / job, stages)]
     if taken:
         facts = read_record(run / "run.json", REMEDY)
-        commit = read_record(other / "run.json", REMEDY).get("commit")
+        commit = None  # of a run whose run.json did not come along
+        with suppress(FileNotFoundError):
+            commit = read_record(other / "run.json", REMEDY).get("commit")
         entry = {"from": theirs.name, "commit": commit, "stages": taken}
         write_record(run / "run.json", {**facts, "taken": [*facts.get("taken", []), entry]})
     return taken
