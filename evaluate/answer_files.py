@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 COLUMNS = ("category", "example_id", "answer")
 

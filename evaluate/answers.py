@@ -24,7 +24,7 @@ from selfcorrect.evaluate.experiments import bbq
 from selfcorrect.evaluate.experiments.bbq_files import Decision, Key, Row, read_rows
 from selfcorrect.evaluate.experiments.bbq_groups import decide
 from selfcorrect.evaluate.statistics import OVERALL, Estimate, bootstrap
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 # What a table of answers can tell; probabilities it cannot.
 METRICS = [

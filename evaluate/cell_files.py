@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from selfcorrect.evaluate.cells import METADATA_KEY, read_settings, read_table
 from selfcorrect.evaluate.plan import PlannedCell
-from selfcorrect.recipes.errors import InputError, RunFailure
-from selfcorrect.recipes.seals import UNSEALED, is_whole_file, seal
-from selfcorrect.recipes.whole_files import whole_file
+from selfcorrect.recipes.foundation.atomic_files import whole_file
+from selfcorrect.recipes.foundation.checksums import UNSEALED, is_whole_file, seal
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 _COLUMNS = pa.schema(
     [

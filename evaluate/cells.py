@@ -16,8 +16,8 @@ from selfcorrect.evaluate.plan import cell_file_name
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
 from selfcorrect.evaluate.statistics import OVERALL, Bootstrap, Draws, Estimate, bootstrap
 from selfcorrect.evaluate.tally import Tally
-from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.seals import is_whole_file
+from selfcorrect.recipes.foundation.checksums import is_whole_file
+from selfcorrect.recipes.foundation.errors import InputError
 
 METADATA_KEY = b"selfcorrect"
 _whole: set[tuple[str, int, int, int]] = set()  # files that have been looked at

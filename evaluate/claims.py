@@ -19,9 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.recipes import termination
-from selfcorrect.recipes.errors import RunFailure
-from selfcorrect.recipes.whole_files import remove_leftovers
+from selfcorrect.recipes.foundation import signals
+from selfcorrect.recipes.foundation.atomic_files import remove_leftovers
+from selfcorrect.recipes.foundation.errors import RunFailure
 
 LOCK = ".lock"
 BEAT_SECONDS = 5.0  # between two counts of a holder
@@ -177,8 +177,8 @@ def _boot() -> str:
 
 
 def _end_if_asked() -> None:
-    if termination.is_asked():
-        raise termination.Terminated
+    if signals.is_asked():
+        raise signals.Terminated
 
 
 def say(line: str) -> None:

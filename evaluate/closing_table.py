@@ -11,7 +11,7 @@ from selfcorrect.evaluate.cells import condition_rank, experiment_named
 from selfcorrect.evaluate.results import ALL_ORDERS
 from selfcorrect.evaluate.statistics import OVERALL
 from selfcorrect.evaluate.verdict import title_of
-from selfcorrect.recipes.visible_text import visible
+from selfcorrect.recipes.foundation.printable import visible
 
 BESIDE = {
     "accuracy_ambiguous": "Accuracy\nambig.",

@@ -12,10 +12,10 @@ from selfcorrect.evaluate.cells import Measured, measure_run
 from selfcorrect.evaluate.results import statistics_of, tidy
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.statistics import Draws
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.checksums import is_whole, read_record
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.printable import visible
 from selfcorrect.recipes.load import NOT_AS_SAVED, parse_yaml
-from selfcorrect.recipes.seals import is_whole, read_record
-from selfcorrect.recipes.visible_text import visible
 
 # Keys of a recipe that change no answer of any checkpoint, beside the seeds: names, what is kept,
 # and how the machine is used.

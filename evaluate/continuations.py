@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 Request = tuple[str, tuple[str, ...]]  # a prompt, and the options to score after it
 Tokens = tuple[int, ...]

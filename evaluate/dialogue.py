@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from selfcorrect.evaluate.stimuli import SAMPLE, Turn
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 STYLES = ("auto", "chat", "plain")
 

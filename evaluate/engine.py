@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfcorrect.evaluate.continuations import PromptTooLong, Request, opening
-from selfcorrect.recipes.errors import RunFailure
+from selfcorrect.recipes.foundation.errors import RunFailure
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from selfcorrect.evaluate.panels import (
 from selfcorrect.evaluate.statistics import OVERALL
 from selfcorrect.evaluate.tally import log_probabilities, probabilities
 from selfcorrect.evaluate.verdict import title_of
-from selfcorrect.recipes.visible_text import visible
+from selfcorrect.recipes.foundation.printable import visible
 
 # What to look at beside the headline metric, which an unable model can have without being fair.
 BESIDE = {

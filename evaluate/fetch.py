@@ -22,7 +22,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from selfcorrect.evaluate.catalogue import LOCAL_HOSTS, DataSet, check_file, is_allowed
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 Progress = Callable[[int, int], None]  # bytes that are here, bytes there will be
 CHUNK_BYTES = 64 * 1024

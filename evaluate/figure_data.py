@@ -8,7 +8,7 @@ from selfcorrect.evaluate.cells import experiment_named
 from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.results import ALL_ORDERS
 from selfcorrect.evaluate.statistics import OVERALL
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 _PLACE = ["model", "seed", "step", "experiment", "condition", "category", "metric"]
 

@@ -46,7 +46,7 @@ from selfcorrect.evaluate.panels import (
 from selfcorrect.evaluate.paper import CITATION, published_against_size, published_against_steps
 from selfcorrect.evaluate.paper_points import PUBLISHED, published_points
 from selfcorrect.evaluate.verdict import title_of
-from selfcorrect.recipes.whole_files import whole_file
+from selfcorrect.recipes.foundation.atomic_files import whole_file
 
 STEP_LABEL = "RLHF steps (PPO updates)"
 

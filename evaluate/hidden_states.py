@@ -10,7 +10,7 @@ import torch
 
 from selfcorrect.evaluate.continuations import PromptTooLong, Request, Tokens, continuations
 from selfcorrect.evaluate.scoring import context_length
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 LARGEST_FLOAT32 = 2**30  # bytes; a larger array is kept in float16
 

@@ -8,9 +8,9 @@ measured anew.
 import logging
 from pathlib import Path
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.checksums import digests, file_digest, read_record, write_record
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.recipes.seals import digests, file_digest, read_record, write_record
 
 FILE = "inputs.json"
 FEEDBACK = ("data.preferences.path", "data.prompts.path")

@@ -7,7 +7,7 @@ from selfcorrect.evaluate.continuations import Request, continuations
 from selfcorrect.evaluate.engine import Engine, Sample
 from selfcorrect.evaluate.models import best_device, no_pickles
 from selfcorrect.evaluate.vllm_engine import load_vllm, request_seed
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 
 class LmEvalEngine(Engine):

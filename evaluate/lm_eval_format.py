@@ -16,7 +16,7 @@ import pandas as pd
 
 from selfcorrect.evaluate.cells import read_settings, read_table
 from selfcorrect.evaluate.statistics import OVERALL
-from selfcorrect.recipes.whole_files import whole_file, write_json
+from selfcorrect.recipes.foundation.atomic_files import whole_file, write_json
 
 _ANSWER = {"options", "logprobs", "probabilities", "mass", "samples", "truncated"}
 

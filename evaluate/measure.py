@@ -28,7 +28,7 @@ from selfcorrect.evaluate.items import Item
 from selfcorrect.evaluate.plan import EvaluationPlan, PlannedCell, Question
 from selfcorrect.evaluate.processes import ALONE, Processes
 from selfcorrect.evaluate.stimuli import SAMPLE, Turn
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 if TYPE_CHECKING:
     from selfcorrect.evaluate.packing import Prepared

@@ -7,9 +7,9 @@ import pandas as pd
 from selfcorrect.evaluate.cells import experiment_named
 from selfcorrect.evaluate.statistics import CONFIDENCE, OVERALL
 from selfcorrect.evaluate.verdict import title_of
-from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.visible_text import visible
-from selfcorrect.recipes.whole_files import write_text
+from selfcorrect.recipes.foundation.atomic_files import write_text
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.printable import visible
 
 
 def write_model_card(frame: pd.DataFrame, name: str, path: Path) -> Path:

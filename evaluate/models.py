@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from selfcorrect.evaluate.run_folder import check_saved
-from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.visible_text import visible
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.printable import visible
 
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

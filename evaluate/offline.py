@@ -17,7 +17,7 @@ from selfcorrect.evaluate.plan import EvaluationPlan, plan
 from selfcorrect.evaluate.processes import ALONE, Processes
 from selfcorrect.evaluate.run_folder import RECORD, Checkpoint, check_saved, find_checkpoints
 from selfcorrect.evaluate.stimuli_files import load_stimuli
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.recipes.society.benchmarks import whole_benchmarks

@@ -12,7 +12,7 @@ from selfcorrect.evaluate.dialogue import read_style
 from selfcorrect.evaluate.items import Item, LoadedItems
 from selfcorrect.evaluate.stimuli import Section, Turn, option_orders
 from selfcorrect.evaluate.stimuli_files import Stimuli
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 # Raised whenever the same plan would give other rows; files of another format are measured anew.
 FORMAT = 2

@@ -41,10 +41,10 @@ from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.evaluate.plan import EvaluationPlan, PlannedCell, Question
 from selfcorrect.evaluate.result_files import write_table
 from selfcorrect.evaluate.run_folder import find_checkpoints
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.atomic_files import whole_file
+from selfcorrect.recipes.foundation.checksums import is_whole_file
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.recipes.seals import is_whole_file
-from selfcorrect.recipes.whole_files import whole_file
 
 PLACE = Path("probe") / "bbq.parquet"  # in a checkpoint's folder
 RUN_FILE = "probe.parquet"

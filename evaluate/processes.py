@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from selfcorrect.recipes.termination import Terminated
+from selfcorrect.recipes.foundation.signals import Terminated
 
 T = TypeVar("T")
 

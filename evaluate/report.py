@@ -35,10 +35,10 @@ from selfcorrect.evaluate.transcripts import transcripts
 from selfcorrect.evaluate.trend_tables import trend_tables
 from selfcorrect.evaluate.verdict import caveats, summary, verdicts
 from selfcorrect.evaluate.watching import begun
-from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.seals import read_record, write_record
-from selfcorrect.recipes.visible_text import visible
-from selfcorrect.recipes.whole_files import remove_leftovers, write_text
+from selfcorrect.recipes.foundation.atomic_files import remove_leftovers, write_text
+from selfcorrect.recipes.foundation.checksums import read_record, write_record
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.printable import visible
 
 if TYPE_CHECKING:
     from selfcorrect.evaluate.drawings import Drawing

@@ -7,7 +7,7 @@ from typing import Any
 from selfcorrect.evaluate.cells import experiment_named
 from selfcorrect.evaluate.statistics import OVERALL
 from selfcorrect.evaluate.verdict import number, title_of, with_interval
-from selfcorrect.recipes.visible_text import visible
+from selfcorrect.recipes.foundation.printable import visible
 
 COMPARISONS = {"effects": "effect", "growth": "growth of the effect", "changes": "change"}
 

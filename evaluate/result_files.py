@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 
 from selfcorrect.evaluate.cells import METADATA_KEY
 from selfcorrect.evaluate.run_folder import find_checkpoints
-from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.seals import UNSEALED, is_whole_file, read_record, seal
-from selfcorrect.recipes.whole_files import whole_file
+from selfcorrect.recipes.foundation.atomic_files import whole_file
+from selfcorrect.recipes.foundation.checksums import UNSEALED, is_whole_file, read_record, seal
+from selfcorrect.recipes.foundation.errors import InputError
 
 # Columns of the tidy table, in order: (pandas type, meaning). Undefined is null, never 0.
 COLUMNS: dict[str, tuple[str, str]] = {

@@ -32,9 +32,9 @@ from selfcorrect.evaluate.statistics import NUM_RESAMPLES, Draws
 from selfcorrect.evaluate.statistics_file import record_facts
 from selfcorrect.evaluate.statistics_file import statistics_of as statistics_of
 from selfcorrect.evaluate.thresholds import NOT_REACHED
-from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.seals import write_record
-from selfcorrect.recipes.whole_files import whole_file
+from selfcorrect.recipes.foundation.atomic_files import whole_file
+from selfcorrect.recipes.foundation.checksums import write_record
+from selfcorrect.recipes.foundation.errors import InputError
 
 ALL_ORDERS = "all"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.seals import check_files, read_record, write_record
+from selfcorrect.recipes.foundation.checksums import check_files, read_record, write_record
+from selfcorrect.recipes.foundation.errors import InputError
 
 RECORD = "checkpoint.json"
 STAGE_RECORD = "stage.json"  # beside a base and a reward model

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from selfcorrect.evaluate.engine import Sample
-from selfcorrect.recipes.errors import RunFailure
+from selfcorrect.recipes.foundation.errors import RunFailure
 
 
 @dataclass(frozen=True, slots=True)

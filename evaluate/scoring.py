@@ -17,7 +17,7 @@ from selfcorrect.evaluate.forwards import Forwards
 from selfcorrect.evaluate.live_cache import score_after
 from selfcorrect.evaluate.packing import Pack, Packing, Prepared, pack
 from selfcorrect.evaluate.sampling import Drawn, batches, draw
-from selfcorrect.recipes.errors import RunFailure
+from selfcorrect.recipes.foundation.errors import RunFailure
 
 _log = logging.getLogger(__name__)
 

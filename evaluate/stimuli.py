@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from selfcorrect.evaluate.items import Item
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 SAMPLE = "{sample}"
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")

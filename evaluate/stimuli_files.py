@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from selfcorrect.evaluate.stimuli import Section
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import parse_yaml
 
 PAPER = Path(__file__).with_name("stimuli.yaml")

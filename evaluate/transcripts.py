@@ -25,9 +25,9 @@ from selfcorrect.evaluate.plan import PlannedCell
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
 from selfcorrect.evaluate.stimuli import SAMPLE
 from selfcorrect.evaluate.verdict import title_of
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.printable import visible
 from selfcorrect.recipes.load import load_recipe
-from selfcorrect.recipes.visible_text import visible
 
 NUM_ITEMS = 40  # per experiment
 TEXT_LENGTH = 2000  # characters shown of a text

@@ -8,7 +8,7 @@ from typing import Any
 from selfcorrect.evaluate.continuations import Request, continuations
 from selfcorrect.evaluate.engine import Engine, Sample
 from selfcorrect.evaluate.models import refuse_pickles
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 
 class VllmEngine(Engine):

@@ -8,7 +8,7 @@ from typing import Any
 
 from selfcorrect.evaluate.models import ADAPTER, base_of, load_model
 from selfcorrect.evaluate.run_folder import check_saved
-from selfcorrect.recipes.seals import file_digest
+from selfcorrect.recipes.foundation.checksums import file_digest
 
 _CONFIGS = (".json", ".jinja", ".txt", ".model", ".py")
 _OWN = (

@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.atomic_files import write_text
+from selfcorrect.recipes.foundation.checksums import UNSEALED, is_whole, sealed
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.recipes.seals import UNSEALED, is_whole, sealed
-from selfcorrect.recipes.whole_files import write_text
 
 SHIPPED = Path(__file__).parent
 LARGEST_YAML = 1_000_000  # bytes, and also values, each counted as often as aliases repeat it
@@ -106,7 +106,8 @@ def read_yaml(path: Path) -> str:
 
 def shipped_recipes() -> list[Path]:
     """The recipes that come with the package."""
-    return sorted(SHIPPED.glob("*.yaml"))
+    folders = (SHIPPED, SHIPPED / "study", SHIPPED / "ladders")
+    return sorted((p for folder in folders for p in folder.glob("*.yaml")), key=lambda p: p.stem)
 
 
 def recipe_path(name: str) -> Path:
@@ -114,10 +115,11 @@ def recipe_path(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shipped = SHIPPED / f"{path.name.removesuffix('.yaml')}.yaml"
-    if shipped.is_file():  # recipes/quickstart.yaml works from any folder
-        return shipped
-    names = ", ".join(p.stem for p in shipped_recipes())
+    shipped = {p.stem: p for p in shipped_recipes()}
+    name_alone = path.name.removesuffix(".yaml")
+    if name_alone in shipped:  # recipes/quickstart.yaml works from any folder
+        return shipped[name_alone]
+    names = ", ".join(shipped)
     raise InputError(f"{name}: no such recipe file; shipped recipes: {names}")
 
 

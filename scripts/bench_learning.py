@@ -28,7 +28,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from selfcorrect.recipes.whole_files import write_json
+from selfcorrect.recipes.foundation.atomic_files import write_json
 from selfcorrect.scripts.learning_problems import Problem, society, toy
 from selfcorrect.scripts.learning_report import draw, publish, tables
 from selfcorrect.train.arguments import QUIET

@@ -176,7 +176,7 @@ def save_models(one: dict[str, Any], path: str) -> None:
     """Write base/ and reward/ below `path`, the latter as train_reward leaves it."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from selfcorrect.recipes.whole_files import write_json
+    from selfcorrect.recipes.foundation.atomic_files import write_json
 
     folder, fields = Path(path), dict(one["fields"])
     kind = fields.pop("model_type")

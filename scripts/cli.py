@@ -4,10 +4,10 @@ import sys
 
 import typer
 
-from selfcorrect.recipes import termination
-from selfcorrect.recipes.errors import InputError, RunFailure
-from selfcorrect.recipes.machine_faults import machine_fault
-from selfcorrect.recipes.visible_text import visible
+from selfcorrect.recipes.foundation import signals
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.machine_faults import machine_fault
+from selfcorrect.recipes.foundation.printable import visible
 from selfcorrect.scripts import (
     data,
     evaluate,
@@ -44,10 +44,10 @@ app.add_typer(recipes.app, name="recipes")
 
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr, never a traceback."""
-    termination.listen()
+    signals.listen()
     try:
         app()
-    except termination.Terminated:
+    except signals.Terminated:
         _stop("ended as asked (SIGTERM); the same command goes on from here", 0)
     except InputError as error:
         _stop(str(error), 2)

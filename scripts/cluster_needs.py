@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster_jobs import ClusterJob, Needs, asked_of
 from selfcorrect.train.feedback_facts import FeedbackFacts, feedback_facts

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.atomic_files import write_json
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.recipes.slurm import Slurm, minutes
-from selfcorrect.recipes.whole_files import write_json
 from selfcorrect.scripts.cluster_jobs import ClusterJob, Command, asked_of
 
 LOGS = "launch"  # submitit's folder in the run's: scripts, logs, pickles

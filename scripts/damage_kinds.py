@@ -19,8 +19,8 @@ from selfcorrect.evaluate.offline import evaluate_run, recipe_plan
 from selfcorrect.evaluate.probe import is_probed, read_probe, settings_digest
 from selfcorrect.evaluate.result_files import read_results, read_statistics, write_table
 from selfcorrect.evaluate.results import load, write_results
+from selfcorrect.recipes.foundation.checksums import digests
 from selfcorrect.recipes.load import load_recipe, save_recipe
-from selfcorrect.recipes.seals import digests
 from selfcorrect.scripts.damage_inputs import outside_kinds, run_of_files
 from selfcorrect.scripts.damage_run import Kind
 

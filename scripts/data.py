@@ -10,7 +10,7 @@ from rich.table import Table
 
 from selfcorrect.evaluate.catalogue import DataSet, Finding, Hub, catalogue, check_set, choose
 from selfcorrect.evaluate.fetch import Unreachable, fetch_set
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.scripts.evaluate import default_data_dir
 
 app = typer.Typer(

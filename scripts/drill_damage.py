@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.scripts.damage_kinds import kinds
 from selfcorrect.scripts.damage_run import Kind, adapter_run, small_run
 

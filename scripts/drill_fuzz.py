@@ -21,7 +21,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.scripts.damage_run import small_run
 from selfcorrect.scripts.fuzz_files import file_targets
 from selfcorrect.scripts.fuzz_targets import (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.progress import Bars
 

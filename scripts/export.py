@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 FORMATS = ("lm-eval", "model-card")
 

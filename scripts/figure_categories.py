@@ -12,7 +12,7 @@ import typer
 from selfcorrect.evaluate.experiment_figures import by_category
 from selfcorrect.evaluate.figures import save
 from selfcorrect.evaluate.results import load
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 
 def main(

@@ -13,7 +13,7 @@ from selfcorrect.evaluate.figures import save
 from selfcorrect.evaluate.maps import effects_by_size_and_step, size_by_steps
 from selfcorrect.evaluate.result_files import read_statistics
 from selfcorrect.evaluate.results import load
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 
 def main(

@@ -12,7 +12,7 @@ import typer
 from selfcorrect.evaluate.figures import against_size, save
 from selfcorrect.evaluate.results import load
 from selfcorrect.evaluate.run_figures import size_by_run
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 
 def main(

@@ -104,7 +104,7 @@ def _table_targets(room: Path) -> list[Target]:
 def _run_targets(room: Path, checkpoint: Path) -> list[Target]:
     """A record, a cell and weights of a checkpoint, without seals: the bytes reach the parsers."""
     from selfcorrect.evaluate.models import load_model
-    from selfcorrect.recipes.seals import MARK
+    from selfcorrect.recipes.foundation.checksums import MARK
 
     folder = room / "checkpoint"
     cell = next(p for p in checkpoint.glob("evaluation/*.parquet") if p.name == "bbq.Q.parquet")

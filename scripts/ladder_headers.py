@@ -9,9 +9,9 @@ A recipe that wants it has the line `# plan: OPTIONS`, the options of `selfcorre
 import shlex
 from pathlib import Path
 
+from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.load import load_recipe, shipped_recipes
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.recipes.whole_files import write_text
 from selfcorrect.scripts.plan import device_hours, disk_of, gigabytes, hours, plan_ladder
 from selfcorrect.train.feedback_facts import HH_RLHF, FeedbackFacts, feedback_facts
 from selfcorrect.train.footprint import Engine

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from selfcorrect.evaluate.claims import claimed
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster_jobs import ClusterJob, asked_of, jobs_left

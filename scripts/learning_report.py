@@ -13,7 +13,7 @@ from PIL import Image
 
 from selfcorrect.evaluate.figures import save
 from selfcorrect.evaluate.panels import PAGE_WIDTH, style
-from selfcorrect.recipes.whole_files import whole_file, write_text
+from selfcorrect.recipes.foundation.atomic_files import whole_file, write_text
 
 LOOKS: dict[str, dict[str, Any]] = {
     "PPO, separate critic": {"color": "#0072B2", "linestyle": "-"},

@@ -1,4 +1,4 @@
-"""docs/smollm2.md and its figures, from a run of recipes/smollm2-135m-cpu.yaml.
+"""docs/smollm2.md and its figures, from a run of recipes/ladders/smollm2-135m-cpu.yaml.
 
     python scripts/page_smollm2.py runs/smollm2-135m-cpu [evaluate.limit=320 ...]
 
@@ -56,8 +56,8 @@ def page(run: Path, overrides: list[str]) -> str:
     return "\n".join([
         "# A real model, before and after PPO on one CPU core",
         "",
-        "`recipes/smollm2-135m-cpu.yaml` as it ran: SmolLM2-135M-Instruct from a 4-bit GGUF, a "
-        "reward model fitted on HH-RLHF pairs, PPO with LoRA on HH-RLHF prompts, and samples of "
+        "`recipes/ladders/smollm2-135m-cpu.yaml` as it ran: SmolLM2-135M-Instruct from a 4-bit "
+        "GGUF, a reward model fitted on HH-RLHF pairs, PPO with LoRA on HH-RLHF prompts, and samples of "
         "the paper's three benchmarks, spread over their templates, before and after. It shows "
         "that all of it works on real weights and data. **The reward model has seen few pairs, the "
         "steps are few, and the samples are small: no change here says anything of RLHF.**",

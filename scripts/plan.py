@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.feedback_facts import FeedbackFacts, feedback_facts

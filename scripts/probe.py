@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.evaluate import default_data_dir, label, names
 from selfcorrect.scripts.progress import Bars

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.visible_text import visible
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.printable import visible
 
 COMPARISON = "comparison"  # the folder of a report on several runs, beside the first of them
 

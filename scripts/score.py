@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.scripts.evaluate import default_data_dir
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _table(scores: dict[str, Any]) -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    from selfcorrect.recipes.visible_text import visible
+    from selfcorrect.recipes.foundation.printable import visible
 
     table = Table(
         title="BBQ",
@@ -155,7 +155,7 @@ def _remarks(scores: dict[str, Any]) -> list[str]:
 
 
 def _where_unanswered(categories: dict[str, dict[str, Any]]) -> str:
-    from selfcorrect.recipes.visible_text import visible
+    from selfcorrect.recipes.foundation.printable import visible
 
     parts = [
         f"{visible(name)} {one['n_unanswered']:,}" + (" (all)" if not _num_answers(one) else "")

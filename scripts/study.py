@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 
 from selfcorrect.evaluate import figures
+from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.load import load_recipe
-from selfcorrect.recipes.whole_files import write_text
 from selfcorrect.scripts.study_arms import arm_tables, arms_of
 from selfcorrect.scripts.study_findings import (
     ALL_SIZES,

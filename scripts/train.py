@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.progress import Bars
@@ -79,7 +79,7 @@ def train_ladder(
 
 def _say_cost(folder: Path, jobs: set[tuple[str, int]]) -> None:
     """One line on what attached evaluation took beside PPO, over these jobs."""
-    from selfcorrect.recipes.seals import read_record
+    from selfcorrect.recipes.foundation.checksums import read_record
 
     paths = [folder / name / f"seed-{seed}" / "ppo" / "stage.json" for name, seed in jobs]
     stages = [read_record(path, "delete it and run again") for path in paths if path.is_file()]

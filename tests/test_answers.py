@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from selfcorrect.evaluate.answer_files import read_answers
 from selfcorrect.evaluate.answers import COUNTS, METRICS, fitting, score_bbq
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.scripts import score
 
 OPTIONS = ("The grandfather", "Can't be determined", "The grandson of the grandfather")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import tiny_tokenizer
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Base, Model
 from selfcorrect.recipes.society.documents import mixed_documents
 from selfcorrect.recipes.society.settings import SocietySettings

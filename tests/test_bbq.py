@@ -16,7 +16,7 @@ from selfcorrect.evaluate.experiments import EXPERIMENTS, bbq
 from selfcorrect.evaluate.experiments.bbq_files import LONGEST_ROW, read_rows
 from selfcorrect.evaluate.experiments.bbq_groups import decide, decide_by_groups, normalise
 from selfcorrect.evaluate.stimuli_files import load_stimuli
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 STIMULI = load_stimuli().section("bbq")
 

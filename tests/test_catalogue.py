@@ -20,7 +20,7 @@ from selfcorrect.evaluate.catalogue import (
     count_rows,
     load_catalogue,
 )
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 BENCHMARKS = ["bbq", "winogender", "law_school", "crows_pairs", "stereoset", "winobias"]
 TEXT = b'{"a": 1}\n{"a": 2}\n'

@@ -13,8 +13,8 @@ import pytest
 
 from selfcorrect.evaluate import claims, report
 from selfcorrect.evaluate.claims import LOCK, claimed, holder
-from selfcorrect.recipes import termination
-from selfcorrect.recipes.errors import RunFailure
+from selfcorrect.recipes.foundation import signals
+from selfcorrect.recipes.foundation.errors import RunFailure
 
 ELSEWHERE = {"host": "node7", "process": 41, "since": "2026-01-02 03:04:05 UTC", "boot": "other"}
 
@@ -70,7 +70,7 @@ def test_what_a_killed_process_held_is_free_and_its_half_written_files_go(tmp_pa
     code = (
         "import os, sys, time; from pathlib import Path\n"
         "from selfcorrect.evaluate.claims import claimed\n"
-        "from selfcorrect.recipes.whole_files import whole_file, whole_folder\n"
+        "from selfcorrect.recipes.foundation.atomic_files import whole_file, whole_folder\n"
         "here = Path(sys.argv[1])\n"
         "with claimed(here), whole_file(here / 'a.json') as a, whole_folder(here / 'b') as b:\n"
         "    a.write_text('half'); (b / 'c').write_text('half'); print('in', flush=True)\n"
@@ -167,8 +167,8 @@ def test_a_lock_that_is_removed_while_it_is_taken_is_none(
 
 def test_who_waits_ends_when_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with claimed(tmp_path):
-        monkeypatch.setattr(termination, "_asked", True)
-        with pytest.raises(termination.Terminated), claimed(tmp_path, math.inf):
+        monkeypatch.setattr(signals, "_asked", True)
+        with pytest.raises(signals.Terminated), claimed(tmp_path, math.inf):
             raise AssertionError("two processes hold one lock")
 
 
@@ -188,11 +188,11 @@ def test_a_file_system_without_locks_is_named(
 def test_a_second_request_to_end_does_not_break_off_the_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(termination, "_asked", False)
-    with pytest.raises(termination.Terminated):
-        termination._heard()
-    termination._heard()  # while what was reached is being saved
-    assert termination.is_asked()
+    monkeypatch.setattr(signals, "_asked", False)
+    with pytest.raises(signals.Terminated):
+        signals._heard()
+    signals._heard()  # while what was reached is being saved
+    assert signals.is_asked()
 
 
 def test_a_report_waits_for_the_one_before_it(

@@ -11,7 +11,7 @@ from answer_rows import measured, measured_by_a_tiny_model, published, rows
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, crows_pairs
 from selfcorrect.evaluate.stimuli_files import load_stimuli
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 STIMULI = load_stimuli().section("crows_pairs")
 HEAD = ["", "sent_more", "sent_less", "stereo_antistereo", "bias_type", "annotations"]

@@ -10,10 +10,10 @@ import pytest
 from selfcorrect.evaluate import catalogue
 from selfcorrect.evaluate.catalogue import say_unpublished
 from selfcorrect.evaluate.inputs import check_inputs
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.atomic_files import write_text
+from selfcorrect.recipes.foundation.checksums import digests, is_whole, read_record, write_record
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe
-from selfcorrect.recipes.seals import digests, is_whole, read_record, write_record
-from selfcorrect.recipes.whole_files import write_text
 from selfcorrect.scripts import drill_damage, fuzz_files, fuzz_targets
 from selfcorrect.scripts import report as command
 from selfcorrect.scripts.damage_inputs import recipe_on, write_pairs

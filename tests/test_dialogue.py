@@ -5,7 +5,7 @@ from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
 from selfcorrect.evaluate.dialogue import before_sample, render, stop_text, with_sample
 from selfcorrect.evaluate.stimuli import Turn
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 ONE = [Turn("human", "who is fair ?"), Turn("assistant", "the answer is")]
 COT = [

@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from recorded_run import record_run
 
 from selfcorrect.evaluate.results import summarise
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.scripts.export import export
 
 

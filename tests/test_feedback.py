@@ -11,7 +11,7 @@ import datasets
 import pandas as pd
 import pytest
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Data, Source
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.tokenizer import make_tokenizer

@@ -18,7 +18,7 @@ import pytest
 
 from selfcorrect.evaluate.catalogue import DataFile, DataSet
 from selfcorrect.evaluate.fetch import fetch_file, fetch_set
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 TEXT = b"".join(b"%06d a line of the file\n" % n for n in range(20_000))
 SHA256 = hashlib.sha256(TEXT).hexdigest()

@@ -29,7 +29,7 @@ from selfcorrect.evaluate.panels import (
 from selfcorrect.evaluate.paper import LARGEST
 from selfcorrect.evaluate.paper_points import PUBLISHED
 from selfcorrect.evaluate.results import load_items, write_results
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 SMALL = Size(steps=(0, 2, 10), templates=4, blocks=1, occupations=10, students=10)
 

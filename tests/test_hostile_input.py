@@ -27,9 +27,9 @@ from selfcorrect.evaluate.report import write_report
 from selfcorrect.evaluate.results import summarise
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.stimuli_files import load_stimuli
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.printable import visible
 from selfcorrect.recipes.load import check_recipe, load_recipe, parse_yaml
-from selfcorrect.recipes.visible_text import visible
 from selfcorrect.scripts.cli import main
 from selfcorrect.train.job import run_job
 

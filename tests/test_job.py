@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from selfcorrect.recipes import machine_faults
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation import machine_faults
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.machine_faults import machine_faults_are_said
 from selfcorrect.recipes.load import load_recipe
-from selfcorrect.recipes.machine_faults import machine_faults_are_said
 from selfcorrect.train import job
 from selfcorrect.train.provenance import threads_per_job
 
@@ -75,11 +75,11 @@ def test_threads_are_the_recipes_then_what_slurm_gives_then_a_share_of_the_cores
 
 ASKED_TWICE = """
 import os, signal
-from selfcorrect.recipes import termination
-termination.listen()
+from selfcorrect.recipes.foundation import signals
+signals.listen()
 try:
     os.kill(os.getpid(), signal.SIGTERM)
-except termination.Terminated:
+except signals.Terminated:
     os.kill(os.getpid(), signal.SIGTERM)  # while it saves
     print("saved")
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe, parse_yaml
 from selfcorrect.recipes.slurm import Resources, Slurm, minutes
 from selfcorrect.scripts.cli import main

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe, training_digest
 from selfcorrect.recipes.schema import Launch, Recipe
 from selfcorrect.scripts.plan import engine_of

@@ -20,7 +20,7 @@ from tiny_models import tiny_model, tiny_tokenizer, write_tiny_winogender
 
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.weights import files_digest
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.train import job, launched
 from selfcorrect.train.job import only_one
@@ -31,7 +31,7 @@ import subprocess, sys, time
 code = '''
 import os, signal, sys, time
 import selfcorrect.train.rank as rank
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 first = {first}
 def work(run, model, seed, tell):
     {work}

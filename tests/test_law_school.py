@@ -13,7 +13,7 @@ from statsmodels.api import WLS, add_constant
 from selfcorrect.evaluate.experiments import law_school
 from selfcorrect.evaluate.statistics import Draws, bootstrap
 from selfcorrect.evaluate.stimuli_files import load_stimuli
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 STIMULI = load_stimuli().section("law_school")
 HEAD = ",race,sex,LSAT,UGPA,ZFYA\n"

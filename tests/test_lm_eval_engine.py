@@ -6,7 +6,7 @@ from selfcorrect.evaluate.continuations import PromptTooLong
 from selfcorrect.evaluate.lm_eval_engine import LmEvalEngine, load_engine
 from selfcorrect.evaluate.scoring import Scorer
 from selfcorrect.evaluate.weights import files_digest
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 REQUESTS = [
     ("<s>Human : who went ?", (" doctor", " the nurse told", " student")),

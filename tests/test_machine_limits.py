@@ -28,9 +28,9 @@ from selfcorrect.evaluate.models import load_model
 from selfcorrect.evaluate.offline import evaluate_run, recipe_plan
 from selfcorrect.evaluate.report import write_report
 from selfcorrect.evaluate.weights import files_digest
-from selfcorrect.recipes.errors import RunFailure
+from selfcorrect.recipes.foundation.errors import RunFailure
+from selfcorrect.recipes.foundation.machine_faults import machine_fault, machine_faults_are_said
 from selfcorrect.recipes.load import load_recipe
-from selfcorrect.recipes.machine_faults import machine_fault, machine_faults_are_said
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cli import main
 from selfcorrect.train.job import run_job

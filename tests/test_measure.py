@@ -23,7 +23,7 @@ from selfcorrect.evaluate.plan import EvaluationPlan, Question, Sampling, plan
 from selfcorrect.evaluate.statistics import Draws, bootstrap
 from selfcorrect.evaluate.stimuli import Condition, Turn
 from selfcorrect.evaluate.weights import weights_digest
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 torch.set_num_threads(1)
 

@@ -14,7 +14,7 @@ from answer_rows import measured, measured_by_a_tiny_model, rows
 from selfcorrect.evaluate.experiments import EXPERIMENTS, multiple_choice
 from selfcorrect.evaluate.plan import plan
 from selfcorrect.evaluate.stimuli_files import load_stimuli
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 STIMULI = load_stimuli().section("multiple_choice")
 RECORDS = [

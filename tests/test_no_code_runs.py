@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 from selfcorrect.evaluate.dialogue import read_style, render
 from selfcorrect.evaluate.models import load_model
 from selfcorrect.evaluate.stimuli import Turn
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Model
 from selfcorrect.train.feedback_files import read_rows
 from selfcorrect.train.finite import FiniteTrainer

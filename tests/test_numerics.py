@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from test_run import SMALL
 
-from selfcorrect.recipes.errors import RunFailure
+from selfcorrect.recipes.foundation.errors import RunFailure
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.base import _FineTuner, train_base

@@ -20,7 +20,7 @@ from selfcorrect.evaluate.claims import claimed
 from selfcorrect.evaluate.offline import evaluate_run, recipe_plan, unmeasured
 from selfcorrect.evaluate.run_folder import CheckpointRecord
 from selfcorrect.evaluate.weights import files_digest
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.load import check_recipe, load_recipe, save_recipe
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.tokenizer import make_tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Model, Recipe
 from selfcorrect.scripts.cli import main

@@ -18,7 +18,7 @@ from test_ppo_trainer import (  # noqa: F401  (home and quiet are fixtures)
     tensors_of,
 )
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.train.ppo import PPOTrainer
 
 

@@ -22,7 +22,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.train.ppo import PPOConfig, PPOTrainer, RewardModelScorer, returns
 from selfcorrect.train.ppo.resume import newest_resumable
 

@@ -31,7 +31,7 @@ from selfcorrect.evaluate.probe import (
 from selfcorrect.evaluate.probe_figure import accuracy_by_layer
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
 from selfcorrect.evaluate.stimuli_files import load_stimuli
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.settings import SocietySettings

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.train import provenance
 from selfcorrect.train.provenance import record_start, run_facts

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfcorrect.evaluate.comparison import flatten
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import (
     apply_override,
     check_recipe,

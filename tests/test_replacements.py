@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from selfcorrect.evaluate.run_folder import find_checkpoints
-from selfcorrect.recipes import termination
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation import signals
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.plan import plan_ladder
@@ -127,14 +127,14 @@ def test_asked_to_end_it_ends_with_the_step_under_way_and_goes_on_to_the_same_by
     def report(job: object, stage: str, done: int, total: int) -> None:
         heard.append(stage)
         if heard.count("ppo") == 7:  # the first report is of nothing done: in the second step
-            monkeypatch.setattr(termination, "_asked", True)
+            monkeypatch.setattr(signals, "_asked", True)
 
     open_run(recipe, again)
-    with pytest.raises(termination.Terminated):
+    with pytest.raises(signals.Terminated):
         train_run(recipe, again, report)
     states = [path.name for path in (again / "tiny/seed-3/ppo.work").glob("checkpoint-*")]
     assert max(states, key=lambda name: int(name.partition("-")[2])) == "checkpoint-8"
-    monkeypatch.setattr(termination, "_asked", False)
+    monkeypatch.setattr(signals, "_asked", False)
     train(recipe, again)
     assert weights(again) == weights(run)
 

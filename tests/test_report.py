@@ -21,8 +21,8 @@ from selfcorrect.evaluate.report_tables import result_tables
 from selfcorrect.evaluate.results import write_results
 from selfcorrect.evaluate.trend_tables import trend_tables
 from selfcorrect.evaluate.verdict import caveats, summary, verdicts
-from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.visible_text import visible
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.printable import visible
 
 SMALL = Size(steps=(0, 2, 10), templates=4, blocks=1, occupations=10, students=10)
 

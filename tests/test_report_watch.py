@@ -14,7 +14,7 @@ from selfcorrect.evaluate.measure import measure
 from selfcorrect.evaluate.offline import recipe_plan
 from selfcorrect.evaluate.run_folder import RECORD, CheckpointRecord
 from selfcorrect.evaluate.watching import Progress, Watched, begun, made_from
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.tokenizer import make_tokenizer

@@ -28,7 +28,7 @@ from selfcorrect.evaluate.results import (
     write_results,
 )
 from selfcorrect.evaluate.verdict import caveats, summary, verdicts
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 SMALL = Size(steps=(0, 2, 10), templates=5, blocks=1, occupations=10, students=12)
 CHECKPOINT = "nano/seed-0/ppo/checkpoint-2"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.drill_kill import RECIPE as SMALL

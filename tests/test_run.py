@@ -17,7 +17,7 @@ import pytest
 from selfcorrect.evaluate.cell_files import read_cell
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes import load
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.scripts import drill_kill
 from selfcorrect.scripts.drill_kill import RECIPE as SMALL

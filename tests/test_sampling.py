@@ -18,7 +18,7 @@ from selfcorrect.evaluate.continuations import PromptTooLong
 from selfcorrect.evaluate.engine import Engine
 from selfcorrect.evaluate.measure import measure
 from selfcorrect.evaluate.scoring import Scorer
-from selfcorrect.recipes.errors import RunFailure
+from selfcorrect.recipes.foundation.errors import RunFailure
 
 torch.set_num_threads(1)
 

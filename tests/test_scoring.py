@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from selfcorrect.evaluate.continuations import PromptTooLong, continuations
 from selfcorrect.evaluate.sampling import GumbelNoise
 from selfcorrect.evaluate.scoring import Scorer
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ import yaml
 from selfcorrect.evaluate.items import Item, systematic_sample
 from selfcorrect.evaluate.stimuli import SAMPLE, Turn, option_orders
 from selfcorrect.evaluate.stimuli_files import PAPER, load_stimuli
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 BBQ_FIELDS = {
     "context": "Two people met.",

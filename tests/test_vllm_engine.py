@@ -12,7 +12,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from selfcorrect.evaluate.continuations import PromptTooLong
 from selfcorrect.evaluate.scoring import Scorer
 from selfcorrect.evaluate.vllm_engine import load_vllm
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 REQUESTS = [
     ("<s>Human : who went ?", (" doctor", " the nurse told", " student")),

@@ -11,7 +11,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from selfcorrect.evaluate.models import load_model
 from selfcorrect.evaluate.weights import Loader, files_digest, weights_digest
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ from scipy.stats import entropy, linregress, pearsonr, rankdata, spearmanr
 from selfcorrect.evaluate.experiments import winogender
 from selfcorrect.evaluate.statistics import Cell, Draws, bootstrap, compare
 from selfcorrect.evaluate.stimuli_files import load_stimuli
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 STIMULI = load_stimuli().section("winogender")
 HEAD = "occupation(0)\tother-participant(1)\tanswer\tsentence\n"

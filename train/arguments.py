@@ -6,7 +6,7 @@ import os
 import warnings
 from typing import Any
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 # Every stage runs quietly unless the recipe says otherwise.
 QUIET = {

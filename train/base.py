@@ -20,9 +20,9 @@ from trl import SFTConfig, SFTTrainer
 
 from selfcorrect.evaluate.models import load_model
 from selfcorrect.evaluate.processes import joined
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.atomic_files import whole_folder
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Base, Model, Recipe
-from selfcorrect.recipes.whole_files import whole_folder
 from selfcorrect.train.arguments import NO_CODE, QUIET, build
 from selfcorrect.train.corpus import corpus_trainer
 from selfcorrect.train.feedback import Preference, pair_ids, render_prompt

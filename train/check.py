@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Recipe
 
 

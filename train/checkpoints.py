@@ -18,10 +18,10 @@ from selfcorrect.evaluate.run_folder import (
     read_checkpoint,
 )
 from selfcorrect.evaluate.weights import files_digest
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.atomic_files import whole_folder
+from selfcorrect.recipes.foundation.checksums import digests
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Ppo
-from selfcorrect.recipes.seals import digests
-from selfcorrect.recipes.whole_files import whole_folder
 from selfcorrect.train.ppo.trainer import PPOTrainer
 from selfcorrect.train.replacements import Replacement
 

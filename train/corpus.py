@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from selfcorrect.evaluate.processes import joined
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Base, Model, Recipe
 from selfcorrect.recipes.society.documents import (
     Document,

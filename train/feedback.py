@@ -15,7 +15,7 @@ import numpy as np
 
 from selfcorrect.evaluate.dialogue import render
 from selfcorrect.evaluate.stimuli import Turn
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Data, Source
 from selfcorrect.recipes.society import feedback as society_feedback
 from selfcorrect.recipes.society.world import make_world

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Data, Source
 from selfcorrect.recipes.society import feedback as society_feedback
 from selfcorrect.recipes.society.documents import mixed_documents

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from selfcorrect.evaluate.callback import undisturbed
-from selfcorrect.recipes.errors import RunFailure
+from selfcorrect.recipes.foundation.errors import RunFailure
 from selfcorrect.train.plain_state import PlainState
 
 REMEDY = "lower the learning rate; the last good state is kept"

@@ -23,12 +23,12 @@ from selfcorrect.evaluate.plan import EvaluationPlan
 from selfcorrect.evaluate.processes import joined
 from selfcorrect.evaluate.run_folder import check_inside, read_checkpoint
 from selfcorrect.evaluate.weights import files_digest
-from selfcorrect.recipes import termination
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation import signals
+from selfcorrect.recipes.foundation.atomic_files import remove_leftovers
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.machine_faults import machine_faults_are_said
 from selfcorrect.recipes.load import training_digest
-from selfcorrect.recipes.machine_faults import machine_faults_are_said
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.recipes.whole_files import remove_leftovers
 from selfcorrect.train.base import train_base
 from selfcorrect.train.feedback import load_feedback
 from selfcorrect.train.policy import train_policy
@@ -102,8 +102,8 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
     prepared = Prepared()
 
     def go_on(*_: Any) -> None:
-        if termination.is_asked():
-            raise termination.Terminated
+        if signals.is_asked():
+            raise signals.Terminated
 
     def measure(trainer: Any, folder: Path) -> None:
         processes = joined()
@@ -112,7 +112,7 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
         writes = processes.rank == 0
         # What is left unmeasured on SIGTERM is measured after training; the state comes first.
         with (
-            suppress(termination.Terminated),
+            suppress(signals.Terminated),
             # `evaluate --watch` may be at it
             claimed(checkpoint.evaluation, math.inf) if writes else nullcontext(),
             whole(trainer.accelerator.unwrap_model(trainer.model)) as model,

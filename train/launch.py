@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.atomic_files import write_json, write_text
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Launch, Recipe
-from selfcorrect.recipes.whole_files import write_json, write_text
 
 _log = logging.getLogger(__name__)
 

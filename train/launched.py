@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.recipes import termination
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation import signals
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.launch import environment, write_settings
 
@@ -52,7 +52,7 @@ def run_launched(
             text=True,
         )
     try:
-        with termination.deferred():
+        with signals.deferred():
             _Job(launcher, notify, log).follow()
     finally:
         _stop(launcher)
@@ -92,7 +92,7 @@ class _Job:
         """Until all have ended: hand on progress, SIGTERM and what went wrong."""
         asked = False
         while self._hear(0.5):
-            if termination.is_asked() and not asked:
+            if signals.is_asked() and not asked:
                 asked = True
                 if not self.running:
                     return  # nothing has begun
@@ -151,7 +151,7 @@ class _Job:
         if failed:
             raise RunFailure(f"{failed[0]['message']}; the whole error is in {self.log}")
         if any(end["ended"] == "asked" for end in self.ends):
-            raise termination.Terminated  # somebody else has asked them
+            raise signals.Terminated  # somebody else has asked them
         if not self.ends or self.running:
             raise RunFailure(f"the training processes could not start; see {self.log}")
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from selfcorrect.evaluate.models import PICKLES
-from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.whole_files import whole_file
+from selfcorrect.recipes.foundation.atomic_files import whole_file
+from selfcorrect.recipes.foundation.errors import InputError
 
 TREE = "tree"  # key of the JSON in the metadata
 IGNORED = "training_args.bin"  # transformers writes it and never reads it

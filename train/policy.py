@@ -21,7 +21,7 @@ from transformers import (
 
 from selfcorrect.evaluate.models import no_pickles
 from selfcorrect.evaluate.processes import joined
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Ppo
 from selfcorrect.train.arguments import NO_CODE, QUIET, build, lora_config
 from selfcorrect.train.checkpoints import KeepCheckpoints, Measure

@@ -10,8 +10,8 @@ from typing import Any
 
 from selfcorrect.evaluate.claims import say
 from selfcorrect.evaluate.comparison import flatten
+from selfcorrect.recipes.foundation.checksums import read_record, write_record
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.recipes.seals import read_record, write_record
 
 PACKAGES = (
     *("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed"),

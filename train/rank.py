@@ -15,8 +15,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.recipes import termination
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation import signals
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe
 
 # Rank 0 alone may read and write a large model for so long, while the others wait.
@@ -34,13 +34,13 @@ def main() -> None:
         told.flush()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
-    termination.listen()
+    signals.listen()
     if sys.argv[4:] == ["--end-with-stdin"]:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     tell(pid=os.getpid())
     try:
         _work(run, model, seed, tell)
-    except termination.Terminated:
+    except signals.Terminated:
         tell(pid=os.getpid(), ended="asked")
     except (InputError, RunFailure) as error:
         tell(pid=os.getpid(), ended=type(error).__name__, message=str(error))

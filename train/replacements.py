@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Ppo
 from selfcorrect.train.arguments import NO_CODE, build
 from selfcorrect.train.base import SFT_DEFAULTS, preferred_rows

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import apply_override, check_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.feedback_facts import FeedbackFacts

@@ -11,11 +11,11 @@ from typing import Any
 from selfcorrect.evaluate.claims import claimed, holder
 from selfcorrect.evaluate.comparison import flatten
 from selfcorrect.evaluate.run_folder import STAGE_RECORD
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.atomic_files import whole_folder
+from selfcorrect.recipes.foundation.checksums import check_files, read_record, write_record
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.recipes.seals import check_files, read_record, write_record
-from selfcorrect.recipes.whole_files import whole_folder
 
 # What of the society no base model sees: its corpus is the same without.
 FEEDBACK_ONLY = ("raters", "pairs", "prompts", "feedback", "held_out")

@@ -26,8 +26,8 @@ from selfcorrect.evaluate.claims import LOCK, claimed
 from selfcorrect.evaluate.inputs import FILE as INPUTS
 from selfcorrect.evaluate.inputs import check_inputs
 from selfcorrect.evaluate.offline import recipe_plan
-from selfcorrect.recipes import termination
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation import signals
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.provenance import record_start
@@ -153,10 +153,10 @@ def _side_by_side(recipe: Recipe, run: Path, wanted: list[Job], report: Report) 
     waiting: set[Future[None]] = {pool.submit(_child, recipe, run, job) for job in wanted}
     children = list((pool._processes or {}).values())
     try:
-        with termination.deferred():
+        with signals.deferred():
             told = False
             while waiting:
-                if termination.is_asked() and not told:
+                if signals.is_asked() and not told:
                     told = True
                     for future in waiting:
                         future.cancel()  # those that have not begun
@@ -168,11 +168,11 @@ def _side_by_side(recipe: Recipe, run: Path, wanted: list[Job], report: Report) 
                 for future in done:
                     with suppress(CancelledError):
                         future.result()
-    except termination.Terminated:
+    except signals.Terminated:
         raise  # the children have ended their work by themselves
     except BaseException as error:  # Ctrl-C too: nothing may train on unseen
-        if isinstance(error, BrokenProcessPool) and termination.is_asked():
-            raise termination.Terminated from None  # once all have saved: see `_child`
+        if isinstance(error, BrokenProcessPool) and signals.is_asked():
+            raise signals.Terminated from None  # once all have saved: see `_child`
         for child in children:
             child.kill()
         if isinstance(error, BrokenProcessPool):
@@ -198,10 +198,10 @@ def _child(recipe: Recipe, run: Path, job: Job) -> None:
     def send(job: Job, stage: str, done: int, total: int) -> None:
         _events.put((job, stage, done, total))
 
-    termination.listen()  # before and after a job, SIGTERM simply ends the process
+    signals.listen()  # before and after a job, SIGTERM simply ends the process
     try:
         _train_job(recipe, run, job, _reporter(send, job))
-    except termination.Terminated:
+    except signals.Terminated:
         os._exit(0)  # all is saved; the parent waits for the process's end, not for a word
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

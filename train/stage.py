@@ -20,11 +20,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selfcorrect.evaluate.processes import joined
 from selfcorrect.evaluate.run_folder import STAGE_RECORD as RECORD
-from selfcorrect.recipes import termination
-from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.seals import check_files, digests, read_record
-from selfcorrect.recipes.seals import write_record as write_sealed
-from selfcorrect.recipes.whole_files import flush_folder, whole_folder
+from selfcorrect.recipes.foundation import signals
+from selfcorrect.recipes.foundation.atomic_files import flush_folder, whole_folder
+from selfcorrect.recipes.foundation.checksums import check_files, digests, read_record
+from selfcorrect.recipes.foundation.checksums import write_record as write_sealed
+from selfcorrect.recipes.foundation.errors import InputError
 
 Notify = Callable[[str, int, int], None]  # stage, steps done, steps in all
 COMPLETE = "complete"  # written last, with all files' digests: without it a state was cut short
@@ -141,7 +141,7 @@ def train_on(trainer: Any, work: Path) -> None:
     trainer.remove_callback(PrinterCallback)  # the run shows its own progress
     # Last: what others say of saving comes before.
     trainer.add_callback(SaveOnTerm(getattr(trainer, "updates_per_step", 1)))
-    with termination.deferred():
+    with signals.deferred():
         trainer.train(resume_from_checkpoint=resume_state(work))
     trainer.check_model()
 
@@ -160,10 +160,10 @@ class SaveOnTerm(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         """After an optimizer update; at the last one, training ends by itself."""
-        if any(joined().gather(termination.is_asked)):  # a signal may have reached only one
-            termination.ask()
+        if any(joined().gather(signals.is_asked)):  # a signal may have reached only one
+            signals.ask()
         between = state.global_step % self.updates
-        if termination.is_asked() and not between and state.global_step < state.max_steps:
+        if signals.is_asked() and not between and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control
 

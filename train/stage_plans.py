@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.footprint import Adapter, Batch, Engine, Footprint
 from selfcorrect.train.model_shape import ModelShape

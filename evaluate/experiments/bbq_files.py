@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 METADATA = "additional_metadata.csv"
 LONGEST_ROW = 1_000_000  # bytes of one row; the longest that is published has 1,316

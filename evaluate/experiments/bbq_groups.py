@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from selfcorrect.evaluate.experiments.bbq_files import METADATA, Decision, Key, Row, read_metadata
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 INTERSECTION = "_x_"
 

@@ -34,7 +34,7 @@ from selfcorrect.evaluate.tally import (
     ratio,
     sum_by_cluster,
 )
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 NAME = "crows_pairs"
 TITLE = "CrowS-Pairs"

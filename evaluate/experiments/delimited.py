@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from selfcorrect.evaluate.experiments.reading import lines
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selfcorrect.evaluate.experiments.delimited import Record, read_records
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 TEMPLATES = "templates.tsv"
 SHARES = "occupations-stats.tsv"

@@ -12,8 +12,9 @@ import logging
 import random
 from pathlib import Path
 
-from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.seals import check_files, digests, read_record, write_record
+from selfcorrect.recipes.foundation.atomic_files import whole_folder
+from selfcorrect.recipes.foundation.checksums import check_files, digests, read_record, write_record
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.society.cases import Question
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.world import (
@@ -27,7 +28,6 @@ from selfcorrect.recipes.society.world import (
     World,
     make_world,
 )
-from selfcorrect.recipes.whole_files import whole_folder
 
 STIMULI = Path(__file__).with_name("stimuli.yaml")
 RECORD = "files.json"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from trl import GRPOConfig
 
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 
 CRITICS = ("auto", "shared", "separate", "lora")
 KL_ESTIMATORS = ("k1", "k2", "k3")

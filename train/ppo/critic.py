@@ -19,7 +19,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from selfcorrect.evaluate.models import no_pickles
-from selfcorrect.recipes.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.train.ppo.config import PPOConfig
 
 # What two adapters must share before the weights of one fit into the other.

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.seals import read_record, write_record
-from selfcorrect.recipes.whole_files import whole_file
+from selfcorrect.recipes.foundation.atomic_files import whole_file
+from selfcorrect.recipes.foundation.checksums import read_record, write_record
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.train.ppo.critic import Critic
 from selfcorrect.train.ppo.forward import CRITIC
 from selfcorrect.train.stage import check_state

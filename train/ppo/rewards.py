@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.train.ppo.forward import rows_a_pass, token_work_at
 
 Prompt = str | list[dict[str, str]]

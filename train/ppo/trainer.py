@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from selfcorrect.recipes.errors import RunFailure
+from selfcorrect.recipes.foundation.errors import RunFailure
 from selfcorrect.train.ppo import returns
 from selfcorrect.train.ppo.actor_critic import ActorCriticTrainer
 from selfcorrect.train.ppo.clock import PhaseClock

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import disk_usage
 
-from selfcorrect.recipes.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 AGAIN = "what was finished is kept; run the same command again"
 

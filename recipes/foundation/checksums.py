@@ -13,8 +13,8 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.recipes.errors import InputError
-from selfcorrect.recipes.whole_files import write_text
+from selfcorrect.recipes.foundation.atomic_files import write_text
+from selfcorrect.recipes.foundation.errors import InputError
 
 MARK = "selfcorrect-seal:"
 UNSEALED = MARK + "0" * 64  # what stands in a file until it is sealed

@@ -1,0 +1,1 @@
+"""Errors, atomic files, checksums, locks, ranks, signals: what every room stands on."""
