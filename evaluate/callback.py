@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from selfcorrect.evaluate.cell_files import Origin, read_cell
-from selfcorrect.evaluate.measure import Progress, cost, measure
-from selfcorrect.evaluate.packing import Prepared
-from selfcorrect.evaluate.plan import EvaluationPlan
-from selfcorrect.evaluate.processes import ALONE, Processes, joined
+from selfcorrect.evaluate.measuring.cell_files import Origin, read_cell
+from selfcorrect.evaluate.measuring.measure import Progress, cost, measure
+from selfcorrect.evaluate.measuring.plan import EvaluationPlan
+from selfcorrect.evaluate.scoring.token_trie import Prepared
+from selfcorrect.recipes.foundation.ranks import ALONE, Processes, joined
 
 Schedule = Collection[int] | Callable[[TrainerState], int | None]
 
@@ -127,7 +127,7 @@ class SelfCorrectionCallback(TrainerCallback):
 def headlines(paths: Collection[Path]) -> dict[str, float]:
     """Each cell's headline metric and option mass, over all its items; undefined ones left out."""
     from selfcorrect.evaluate.experiments import EXPERIMENTS
-    from selfcorrect.evaluate.statistics import Draws, bootstrap
+    from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
 
     found = {}
     for path in paths:

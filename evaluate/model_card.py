@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from selfcorrect.evaluate.cells import experiment_named
-from selfcorrect.evaluate.statistics import CONFIDENCE, OVERALL
-from selfcorrect.evaluate.verdict import title_of
+from selfcorrect.evaluate.report.verdict import title_of
+from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, OVERALL
+from selfcorrect.evaluate.statistics.cells import experiment_named
 from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import visible

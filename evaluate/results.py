@@ -18,20 +18,20 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from selfcorrect.evaluate.cells import (
+from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES, Draws
+from selfcorrect.evaluate.statistics.cells import (
     Measured,
     measure_folder,
     measure_run,
     read_settings,
     run_name,
 )
-from selfcorrect.evaluate.result_files import COLUMNS as COLUMNS
-from selfcorrect.evaluate.result_files import checkpoints_digest, write_table
-from selfcorrect.evaluate.run_folder import find_checkpoints
-from selfcorrect.evaluate.statistics import NUM_RESAMPLES, Draws
-from selfcorrect.evaluate.statistics_file import record_facts
-from selfcorrect.evaluate.statistics_file import statistics_of as statistics_of
-from selfcorrect.evaluate.thresholds import NOT_REACHED
+from selfcorrect.evaluate.statistics.files import COLUMNS as COLUMNS
+from selfcorrect.evaluate.statistics.files import checkpoints_digest, write_table
+from selfcorrect.evaluate.statistics.summary import record_facts
+from selfcorrect.evaluate.statistics.summary import statistics_of as statistics_of
+from selfcorrect.evaluate.statistics.thresholds import NOT_REACHED
 from selfcorrect.recipes.foundation.atomic_files import whole_file
 from selfcorrect.recipes.foundation.checksums import write_record
 from selfcorrect.recipes.foundation.errors import InputError

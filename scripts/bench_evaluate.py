@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 
-from selfcorrect.evaluate.continuations import Request
-from selfcorrect.evaluate.dialogue import render
-from selfcorrect.evaluate.experiments.bbq_files import read_rows
+from selfcorrect.evaluate.experiments.bbq.files import read_rows
 from selfcorrect.evaluate.experiments.law_school import read_students
-from selfcorrect.evaluate.plan import plan
-from selfcorrect.evaluate.scoring import Scorer
-from selfcorrect.evaluate.stimuli_files import load_stimuli
+from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.measuring.plan import plan
+from selfcorrect.evaluate.prompts.dialogue import render
+from selfcorrect.evaluate.prompts.tokenized import Request
+from selfcorrect.evaluate.scoring.packed import Scorer
 from selfcorrect.scripts.evaluate import default_data_dir
 
 UNKNOWN = (

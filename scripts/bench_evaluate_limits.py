@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from selfcorrect.evaluate.continuations import Request, continuations
-from selfcorrect.evaluate.packing import pack
-from selfcorrect.evaluate.scoring import PACK_TOKENS, Scorer
+from selfcorrect.evaluate.prompts.tokenized import Request, continuations
+from selfcorrect.evaluate.scoring.packed import PACK_TOKENS, Scorer
+from selfcorrect.evaluate.scoring.token_trie import pack
 from selfcorrect.scripts.bench_evaluate import planned_requests
 from selfcorrect.scripts.evaluate import default_data_dir
 

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from selfcorrect.evaluate.continuations import Request
-from selfcorrect.evaluate.dialogue import before_sample, render, stop_text, with_sample
-from selfcorrect.evaluate.engine import Engine, Sample
-from selfcorrect.evaluate.models import load_model
-from selfcorrect.evaluate.plan import plan
-from selfcorrect.evaluate.scoring import Scorer
-from selfcorrect.evaluate.stimuli_files import load_stimuli
+from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.measuring.plan import plan
+from selfcorrect.evaluate.prompts.dialogue import before_sample, render, stop_text, with_sample
+from selfcorrect.evaluate.prompts.tokenized import Request
+from selfcorrect.evaluate.scoring.engine import Engine, Sample
+from selfcorrect.evaluate.scoring.load_model import load_model
+from selfcorrect.evaluate.scoring.packed import Scorer
 from selfcorrect.scripts.evaluate import default_data_dir
 
 Answers = list[tuple[Sample, list[float]]]

@@ -118,10 +118,10 @@ def measure_one_size(asked: argparse.Namespace) -> None:
     """The whole pipeline once for each of two models; CPU seconds, and memory above a model."""
     from transformers import AutoTokenizer
 
-    from selfcorrect.evaluate.measure import measure
-    from selfcorrect.evaluate.packing import Prepared
-    from selfcorrect.evaluate.plan import plan
-    from selfcorrect.evaluate.stimuli_files import load_stimuli
+    from selfcorrect.evaluate.experiments.wording import load_stimuli
+    from selfcorrect.evaluate.measuring.measure import measure
+    from selfcorrect.evaluate.measuring.plan import plan
+    from selfcorrect.evaluate.scoring.token_trie import Prepared
 
     torch.set_num_threads(1)
     if asked.tokenizer:

@@ -27,12 +27,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from selfcorrect.evaluate.cells import METADATA_KEY, experiment_named, read_settings, read_table
-from selfcorrect.evaluate.plan import PlannedCell, plan
+from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.measuring.plan import PlannedCell, plan
 from selfcorrect.evaluate.results import items_dataset, write_items
 from selfcorrect.evaluate.run_folder import CheckpointRecord
-from selfcorrect.evaluate.statistics import Draws, bootstrap
-from selfcorrect.evaluate.stimuli_files import load_stimuli
+from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
+from selfcorrect.evaluate.statistics.cells import (
+    METADATA_KEY,
+    experiment_named,
+    read_settings,
+    read_table,
+)
 from selfcorrect.scripts.evaluate import default_data_dir
 
 EXPERIMENTS = ("bbq", "winogender", "law_school")

@@ -58,7 +58,7 @@ def jobs_left(recipe: Recipe, run: Path) -> list[ClusterJob]:
     inline; otherwise the checkpoints are measured after it, whether or not it came to its end. The
     report comes last, of whatever there is.
     """
-    from selfcorrect.evaluate.offline import planned
+    from selfcorrect.evaluate.measuring.run import planned
     from selfcorrect.train.run import LAST, unfinished
 
     training = unfinished(recipe, run)
@@ -95,7 +95,7 @@ def _command(*words: object) -> list[str]:
 
 
 def _measured(recipe: Recipe, run: Path) -> set[tuple[str, int, int]]:
-    from selfcorrect.evaluate.offline import place, recipe_plan, unmeasured
+    from selfcorrect.evaluate.measuring.run import place, recipe_plan, unmeasured
     from selfcorrect.evaluate.run_folder import find_checkpoints
 
     if not (run / "recipe.yaml").is_file():

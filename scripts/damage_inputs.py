@@ -17,13 +17,13 @@ from typing import Any
 
 import pandas as pd
 
-from selfcorrect.evaluate.answer_files import read_answers
-from selfcorrect.evaluate.answers import score_bbq
-from selfcorrect.evaluate.dialogue import read_style
-from selfcorrect.evaluate.fetch import fetch_file
-from selfcorrect.evaluate.inputs import check_inputs
-from selfcorrect.evaluate.offline import recipe_plan
-from selfcorrect.evaluate.stimuli_files import load_stimuli
+from selfcorrect.evaluate.answers.read import read_answers
+from selfcorrect.evaluate.answers.score import score_bbq
+from selfcorrect.evaluate.data.fetch import fetch_file
+from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.measuring.inputs import check_inputs
+from selfcorrect.evaluate.measuring.run import recipe_plan
+from selfcorrect.evaluate.prompts.dialogue import read_style
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.damage_run import Kind
@@ -206,8 +206,8 @@ def _strangers(run: Path, room: Path) -> Iterator[Kind]:
         write_gguf(path, number)
 
     def loaded() -> Any:
-        from selfcorrect.evaluate.models import load_model
-        from selfcorrect.evaluate.weights import weights_digest
+        from selfcorrect.evaluate.scoring.load_model import load_model
+        from selfcorrect.evaluate.scoring.weights import weights_digest
 
         found, tokenizer = load_model(files[0], device="cpu")
         return weights_digest(found), tokenizer("w1 w2")["input_ids"]

@@ -13,12 +13,12 @@ from typing import Any
 
 import pandas as pd
 
-from selfcorrect.evaluate.cell_files import CellWriter, Origin, read_cell
-from selfcorrect.evaluate.comparison import differences
-from selfcorrect.evaluate.offline import evaluate_run, recipe_plan
-from selfcorrect.evaluate.probe import is_probed, read_probe, settings_digest
-from selfcorrect.evaluate.result_files import read_results, read_statistics, write_table
+from selfcorrect.evaluate.measuring.cell_files import CellWriter, Origin, read_cell
+from selfcorrect.evaluate.measuring.run import evaluate_run, recipe_plan
+from selfcorrect.evaluate.probe.probe import is_probed, read_probe, settings_digest
+from selfcorrect.evaluate.report.comparison import differences
 from selfcorrect.evaluate.results import load, write_results
+from selfcorrect.evaluate.statistics.files import read_results, read_statistics, write_table
 from selfcorrect.recipes.foundation.checksums import digests
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.scripts.damage_inputs import outside_kinds, run_of_files
@@ -59,7 +59,7 @@ def _models(run: Path, adapter: Path) -> Iterator[Kind]:
 
 def model(folder: Path) -> Any:
     """Weights, tokens and settings, as evaluation loads them."""
-    from selfcorrect.evaluate.weights import Loader, weights_digest
+    from selfcorrect.evaluate.scoring.weights import Loader, weights_digest
 
     loaded, tokenizer = Loader("cpu").load(folder)
     return weights_digest(loaded), str(loaded.config), tokenizer.backend_tokenizer.to_str()

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from selfcorrect.evaluate.catalogue import DataSet, Finding, Hub, catalogue, check_set, choose
-from selfcorrect.evaluate.fetch import Unreachable, fetch_set
+from selfcorrect.evaluate.data.catalogue import DataSet, Finding, Hub, catalogue, check_set, choose
+from selfcorrect.evaluate.data.fetch import Unreachable, fetch_set
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.scripts.evaluate import default_data_dir
 

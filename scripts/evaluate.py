@@ -17,7 +17,7 @@ from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.progress import Bars
 
 if TYPE_CHECKING:
-    from selfcorrect.evaluate.plan import EvaluationPlan
+    from selfcorrect.evaluate.measuring.plan import EvaluationPlan
     from selfcorrect.recipes.schema import Recipe
 
 EXPERIMENTS = "bbq,winogender,law_school"
@@ -93,9 +93,9 @@ def evaluate(
     if watch:
         raise InputError("--watch follows runs: give a run folder")
     gc.disable()  # what loads now stays: looking for garbage in it takes a seventh of the start
-    from selfcorrect.evaluate.catalogue import say_unpublished
-    from selfcorrect.evaluate.plan import plan
-    from selfcorrect.evaluate.stimuli_files import load_stimuli
+    from selfcorrect.evaluate.data.catalogue import say_unpublished
+    from selfcorrect.evaluate.experiments.wording import load_stimuli
+    from selfcorrect.evaluate.measuring.plan import plan
 
     if permutations not in (1, 3, 6):
         raise InputError(f"--permutations {permutations}: give 1, 3 or 6")
@@ -134,8 +134,8 @@ def label(target: str, revision: str | None) -> str:
 
 
 def _evaluate_runs(runs: list[Path], engine: str | None, watch: bool) -> None:
-    from selfcorrect.evaluate.offline import evaluate_run
-    from selfcorrect.evaluate.processes import launched
+    from selfcorrect.evaluate.measuring.run import evaluate_run
+    from selfcorrect.recipes.foundation.ranks import launched
     from selfcorrect.scripts.report import show
 
     _no_loading_bars()
@@ -158,9 +158,9 @@ def _recipe_of(run: Path, engine: str | None) -> "Recipe":
 
 
 def _evaluate_checkpoint(runs: list[Path], named: str, engine: str | None) -> None:
-    from selfcorrect.evaluate.offline import evaluate_run, folder_of, planned
-    from selfcorrect.evaluate.processes import launched
+    from selfcorrect.evaluate.measuring.run import evaluate_run, folder_of, planned
     from selfcorrect.evaluate.run_folder import RECORD
+    from selfcorrect.recipes.foundation.ranks import launched
 
     if len(runs) > 1:
         raise InputError("--checkpoint names one of a run's: give one run folder")
@@ -184,16 +184,16 @@ def _evaluate_models(
     targets: list[str], cells: "EvaluationPlan", revision: str | None, engine: str, out: Path
 ) -> None:
     """Measure each model into out/<its name>/<digest of its weights>: no answer can be stale."""
-    from selfcorrect.evaluate.cell_files import Origin
-    from selfcorrect.evaluate.claims import claimed
-    from selfcorrect.evaluate.engine import Engine
-    from selfcorrect.evaluate.lm_eval_engine import load_engine
-    from selfcorrect.evaluate.measure import measure_with
-    from selfcorrect.evaluate.models import load_model
-    from selfcorrect.evaluate.packing import Prepared
-    from selfcorrect.evaluate.processes import launched
-    from selfcorrect.evaluate.scoring import Scorer
-    from selfcorrect.evaluate.weights import files_digest, weights_digest
+    from selfcorrect.evaluate.measuring.cell_files import Origin
+    from selfcorrect.evaluate.measuring.measure import measure_with
+    from selfcorrect.evaluate.scoring.engine import Engine
+    from selfcorrect.evaluate.scoring.lm_eval import load_engine
+    from selfcorrect.evaluate.scoring.load_model import load_model
+    from selfcorrect.evaluate.scoring.packed import Scorer
+    from selfcorrect.evaluate.scoring.token_trie import Prepared
+    from selfcorrect.evaluate.scoring.weights import files_digest, weights_digest
+    from selfcorrect.recipes.foundation.locks import claimed
+    from selfcorrect.recipes.foundation.ranks import launched
 
     _no_loading_bars()
     measured, used, prepared = dict[str, Path](), set[str](), Prepared()
@@ -237,7 +237,7 @@ def _show_models(measured: dict[str, Path], out: Path) -> None:
     import pandas as pd
     from rich.console import Console
 
-    from selfcorrect.evaluate.closing_table import closing_table
+    from selfcorrect.evaluate.report.terminal import closing_table
     from selfcorrect.evaluate.results import summarise
 
     tables = [summarise(folder, name) for name, folder in measured.items()]

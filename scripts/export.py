@@ -18,7 +18,7 @@ def export(
     """Write what was measured of each checkpoint, or of one model, in another tool's format."""
     if format not in FORMATS:
         raise InputError(f"--format {format}: give {' or '.join(FORMATS)}")
-    from selfcorrect.evaluate.lm_eval_format import write_lm_eval
+    from selfcorrect.evaluate.export import write_lm_eval
     from selfcorrect.evaluate.model_card import write_model_card
     from selfcorrect.evaluate.results import summarise
 

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from selfcorrect.evaluate.experiment_figures import by_category
-from selfcorrect.evaluate.figures import save
+from selfcorrect.evaluate.figures.curves import save
+from selfcorrect.evaluate.figures.details import by_category
 from selfcorrect.evaluate.results import load
 from selfcorrect.recipes.foundation.errors import InputError
 

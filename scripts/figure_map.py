@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from selfcorrect.evaluate.figures import save
-from selfcorrect.evaluate.maps import effects_by_size_and_step, size_by_steps
-from selfcorrect.evaluate.result_files import read_statistics
+from selfcorrect.evaluate.figures.curves import save
+from selfcorrect.evaluate.figures.maps import effects_by_size_and_step, size_by_steps
 from selfcorrect.evaluate.results import load
+from selfcorrect.evaluate.statistics.files import read_statistics
 from selfcorrect.recipes.foundation.errors import InputError
 
 

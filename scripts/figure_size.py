@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from selfcorrect.evaluate.figures import against_size, save
+from selfcorrect.evaluate.figures.curves import against_size, save
+from selfcorrect.evaluate.figures.runs import size_by_run
 from selfcorrect.evaluate.results import load
-from selfcorrect.evaluate.run_figures import size_by_run
 from selfcorrect.recipes.foundation.errors import InputError
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pandas as pd
 from hypothesis import strategies as st
 
-from selfcorrect.evaluate.answer_files import COLUMNS, read_answers
-from selfcorrect.evaluate.cells import measure_folder
+from selfcorrect.evaluate.answers.read import COLUMNS, read_answers
 from selfcorrect.evaluate.experiments import EXPERIMENTS
+from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.evaluate.run_folder import read_checkpoint
-from selfcorrect.evaluate.statistics import Draws
-from selfcorrect.evaluate.stimuli_files import load_stimuli
+from selfcorrect.evaluate.statistics.bootstrap import Draws
+from selfcorrect.evaluate.statistics.cells import measure_folder
 from selfcorrect.scripts.damage_inputs import write_gguf
 from selfcorrect.scripts.fuzz_targets import Target, damaged
 
@@ -103,7 +103,7 @@ def _table_targets(room: Path) -> list[Target]:
 
 def _run_targets(room: Path, checkpoint: Path) -> list[Target]:
     """A record, a cell and weights of a checkpoint, without seals: the bytes reach the parsers."""
-    from selfcorrect.evaluate.models import load_model
+    from selfcorrect.evaluate.scoring.load_model import load_model
     from selfcorrect.recipes.foundation.checksums import MARK
 
     folder = room / "checkpoint"

@@ -14,13 +14,13 @@ import pandas as pd
 import yaml
 from hypothesis import strategies as st
 
-from selfcorrect.evaluate.answer_files import COLUMNS
-from selfcorrect.evaluate.answers import score_bbq
-from selfcorrect.evaluate.dialogue import before_sample, render, with_sample
+from selfcorrect.evaluate.answers.read import COLUMNS
+from selfcorrect.evaluate.answers.score import score_bbq
 from selfcorrect.evaluate.experiments import EXPERIMENTS
-from selfcorrect.evaluate.items import Item
-from selfcorrect.evaluate.stimuli import SAMPLE, Turn, option_orders
-from selfcorrect.evaluate.stimuli_files import load_stimuli
+from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.prompts.dialogue import before_sample, render, with_sample
+from selfcorrect.evaluate.prompts.items import Item
+from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn, option_orders
 from selfcorrect.recipes.load import apply_override, check_recipe, load_recipe, parse_yaml
 from selfcorrect.recipes.society.benchmarks import bbq_rows
 from selfcorrect.recipes.society.settings import SocietySettings

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from selfcorrect.evaluate.claims import claimed
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.locks import claimed
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster_jobs import ClusterJob, asked_of, jobs_left

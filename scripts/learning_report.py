@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from selfcorrect.evaluate.figures import save
-from selfcorrect.evaluate.panels import PAGE_WIDTH, style
+from selfcorrect.evaluate.figures.curves import save
+from selfcorrect.evaluate.figures.panels import PAGE_WIDTH, style
 from selfcorrect.recipes.foundation.atomic_files import whole_file, write_text
 
 LOOKS: dict[str, dict[str, Any]] = {

@@ -18,12 +18,12 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from selfcorrect.evaluate.cells import experiment_named
-from selfcorrect.evaluate.closing_table import closing_table
-from selfcorrect.evaluate.figures import STEP_LABEL
-from selfcorrect.evaluate.panels import panels, style
+from selfcorrect.evaluate.figures.curves import STEP_LABEL
+from selfcorrect.evaluate.figures.panels import panels, style
+from selfcorrect.evaluate.report.terminal import closing_table
+from selfcorrect.evaluate.report.verdict import title_of, with_interval
 from selfcorrect.evaluate.run_folder import find_checkpoints
-from selfcorrect.evaluate.verdict import title_of, with_interval
+from selfcorrect.evaluate.statistics.cells import experiment_named
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster_needs import LIBRARIES
@@ -57,10 +57,10 @@ def page(run: Path, overrides: list[str]) -> str:
         "# A real model, before and after PPO on one CPU core",
         "",
         "`recipes/ladders/smollm2-135m-cpu.yaml` as it ran: SmolLM2-135M-Instruct from a 4-bit "
-        "GGUF, a reward model fitted on HH-RLHF pairs, PPO with LoRA on HH-RLHF prompts, and samples of "
-        "the paper's three benchmarks, spread over their templates, before and after. It shows "
-        "that all of it works on real weights and data. **The reward model has seen few pairs, the "
-        "steps are few, and the samples are small: no change here says anything of RLHF.**",
+        "GGUF, a reward model fitted on HH-RLHF pairs, PPO with LoRA on HH-RLHF prompts, and "
+        "samples of the paper's three benchmarks, spread over their templates, before and after. "
+        "It shows that all of it works on real weights and data. **The reward model has seen few "
+        "pairs, the steps are few, and the samples are small: no change here says anything of RLHF.**",
         "",
         f"Run on {ended} on a machine with {facts['cores']} CPU cores and no GPU, of which the "
         f"other was busy, {facts['threads_per_job']} thread; torch {versions['torch']}, "

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from selfcorrect.evaluate.plan import EvaluationPlan
+    from selfcorrect.evaluate.measuring.plan import EvaluationPlan
 
 
 def probe(
@@ -54,9 +54,9 @@ def probe(
         for run in runs:
             _probe_run(Path(run), wanted, limit, seed, folds)
         return
-    from selfcorrect.evaluate.plan import plan
-    from selfcorrect.evaluate.probe import check_plan
-    from selfcorrect.evaluate.stimuli_files import load_stimuli
+    from selfcorrect.evaluate.experiments.wording import load_stimuli
+    from selfcorrect.evaluate.measuring.plan import plan
+    from selfcorrect.evaluate.probe.probe import check_plan
 
     folder = data_dir or default_data_dir()
     if not folder.is_dir():
@@ -70,7 +70,7 @@ def probe(
 def _probe_run(
     run: Path, conditions: list[str], limit: int | None, seed: int | None, folds: int
 ) -> None:
-    from selfcorrect.evaluate.probe import RUN_FILE, probe_run, run_plan
+    from selfcorrect.evaluate.probe.probe import RUN_FILE, probe_run, run_plan
 
     recipe = load_recipe(str(run / "recipe.yaml"))
     cells = run_plan(recipe, run, conditions, limit, seed)
@@ -91,9 +91,9 @@ def _probe_model(
     target: str, cells: "EvaluationPlan", folds: int, seed: int, revision: str | None, out: Path
 ) -> None:
     """Probe a model into out/<its name>/<digest of its weights>: no answer can be stale."""
-    from selfcorrect.evaluate.models import load_model
-    from selfcorrect.evaluate.probe import PLACE, is_probed, probe_checkpoint, read_probe
-    from selfcorrect.evaluate.weights import weights_digest
+    from selfcorrect.evaluate.probe.probe import PLACE, is_probed, probe_checkpoint, read_probe
+    from selfcorrect.evaluate.scoring.load_model import load_model
+    from selfcorrect.evaluate.scoring.weights import weights_digest
 
     model, tokenizer = load_model(target, revision=revision)
     name = label(target, revision)
@@ -118,8 +118,8 @@ def _show(frame: "pd.DataFrame", figures: Path, path: Path) -> None:
     """Draw every model of the frame, print its table, and name the files."""
     from rich.console import Console
 
-    from selfcorrect.evaluate.figures import save
-    from selfcorrect.evaluate.probe_figure import accuracy_by_layer
+    from selfcorrect.evaluate.figures.curves import save
+    from selfcorrect.evaluate.probe.figure import accuracy_by_layer
 
     for model in dict.fromkeys(frame["model"]):
         save(accuracy_by_layer(frame, model), figures, re.sub(r"[^\w.+-]", "_", f"probe-{model}"))

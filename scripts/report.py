@@ -58,7 +58,7 @@ def show(runs: list[Path], redraw: bool = True, paper: bool = False) -> None:
 
 
 def _write(runs: list[Path], paper: bool, out: Path | None) -> Path:
-    from selfcorrect.evaluate.report import write_comparison, write_report
+    from selfcorrect.evaluate.report.page import write_comparison, write_report
 
     if len(runs) == 1:
         return write_report(runs[0], paper=paper)
@@ -68,8 +68,8 @@ def _write(runs: list[Path], paper: bool, out: Path | None) -> Path:
 def _print_results(report: Path) -> None:
     from rich.console import Console
 
-    from selfcorrect.evaluate.closing_table import closing_table
-    from selfcorrect.evaluate.result_files import read_results
+    from selfcorrect.evaluate.report.terminal import closing_table
+    from selfcorrect.evaluate.statistics.files import read_results
 
     # Where the output is no terminal, the table still gets the width that it needs.
     console = Console() if sys.stdout.isatty() else Console(width=110)
@@ -83,7 +83,7 @@ def _watch(runs: list[Path], paper: bool, out: Path | None, every: float) -> Non
     What cannot be read at one look (a file that is still being copied, a checkpoint that is just
     being deleted) is said and looked at again; the last whole report stays until then.
     """
-    from selfcorrect.evaluate.watching import Watched, made_from
+    from selfcorrect.evaluate.measuring.progress import Watched, made_from
 
     watched = [Watched(run) for run in runs]
     for one in watched:
@@ -116,8 +116,8 @@ def _watch(runs: list[Path], paper: bool, out: Path | None, every: float) -> Non
 
 def is_current(report: Path) -> bool:
     """Whether the report is newer than all it is made from."""
-    from selfcorrect.evaluate.result_files import read_results
-    from selfcorrect.evaluate.watching import made_from
+    from selfcorrect.evaluate.measuring.progress import made_from
+    from selfcorrect.evaluate.statistics.files import read_results
 
     results = report.parent / "results.parquet"
     if not (report.is_file() and results.is_file()):

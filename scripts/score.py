@@ -48,8 +48,8 @@ def bbq(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
 ) -> None:
     """Bias and accuracy by category and overall, as BBQ's authors define them."""
-    from selfcorrect.evaluate.answer_files import read_answers
-    from selfcorrect.evaluate.answers import score_bbq
+    from selfcorrect.evaluate.answers.read import read_answers
+    from selfcorrect.evaluate.answers.score import score_bbq
 
     folder = data_dir or default_data_dir()
     if not folder.is_dir():

@@ -18,7 +18,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from selfcorrect.evaluate import figures
+from selfcorrect.evaluate.figures.curves import curves
 from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.study_arms import arm_tables, arms_of
@@ -285,16 +285,16 @@ def _draw(frame: pd.DataFrame, statistics: dict[str, Any], folder: Path) -> dict
     effects = [row for row in statistics["effects"] if row["condition"] in PAPERS]
     ends = sorted(set(frame["step"].dropna().astype(int)))
     drawn = {
-        "steps": figures.against_steps(papers),
-        **{name: figures.steps_by_size(papers, name) for name in ("bbq", "law_school")},
-        "winogender": figures.steps_by_size(papers, "winogender"),
-        "size": figures.against_size(papers, ends[0], ends[-1]),
-        "effects": figures.instruction_effects(effects),
-        "controls": figures.steps_by_size(controls, "bbq"),
-        "training": figures.training_curves(frame),
+        "steps": curves.against_steps(papers),
+        **{name: curves.steps_by_size(papers, name) for name in ("bbq", "law_school")},
+        "winogender": curves.steps_by_size(papers, "winogender"),
+        "size": curves.against_size(papers, ends[0], ends[-1]),
+        "effects": curves.instruction_effects(effects),
+        "controls": curves.steps_by_size(controls, "bbq"),
+        "training": curves.training_curves(frame),
     }
     for name, figure in drawn.items():
-        figures.save(figure, folder, name)
+        curves.save(figure, folder, name)
         (folder / f"{name}.svg").unlink()
     return {name: f"![{WORDS[name]}]({folder.name}/{name}.png)" for name in drawn}
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfcorrect.evaluate.cells import experiment_named
-from selfcorrect.evaluate.significance import correct, mean_over_seeds
-from selfcorrect.evaluate.statistics import OVERALL
+from selfcorrect.evaluate.statistics.bootstrap import OVERALL
+from selfcorrect.evaluate.statistics.cells import experiment_named
+from selfcorrect.evaluate.statistics.significance import correct, mean_over_seeds
 
 Row = Mapping[str, Any]
 APPEARS, EVERY_SEED, OPPOSITE = "appears", "in every seed", "the opposite"

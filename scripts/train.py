@@ -85,7 +85,7 @@ def _say_cost(folder: Path, jobs: set[tuple[str, int]]) -> None:
     stages = [read_record(path, "delete it and run again") for path in paths if path.is_file()]
     spent = sum(stage["evaluation_seconds"] for stage in stages)
     if spent:
-        from selfcorrect.evaluate.measure import cost
+        from selfcorrect.evaluate.measuring.measure import cost
 
         training = sum(stage["seconds"] for stage in stages) - spent
         print(cost(spent, training, "PPO"))
@@ -95,7 +95,7 @@ def measure_rest(
     recipe: Recipe, folder: Path, model: str | None = None, seed: int | None = None
 ) -> None:
     """Evaluate whatever checkpoint (of one model, of one seed) still lacks a cell."""
-    from selfcorrect.evaluate.offline import evaluate_run, planned
+    from selfcorrect.evaluate.measuring.run import evaluate_run, planned
     from selfcorrect.train.provenance import threads_per_job
 
     threads = threads_per_job(recipe)  # as while training: sums may round by their number

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 
-from selfcorrect.evaluate.cell_files import read_cell
-from selfcorrect.evaluate.measure import measure
-from selfcorrect.evaluate.plan import plan
-from selfcorrect.evaluate.statistics import OVERALL, Draws, bootstrap
-from selfcorrect.evaluate.stimuli_files import load_stimuli
+from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.measuring.cell_files import read_cell
+from selfcorrect.evaluate.measuring.measure import measure
+from selfcorrect.evaluate.measuring.plan import plan
+from selfcorrect.evaluate.statistics.bootstrap import OVERALL, Draws, bootstrap
 
 
 def rows(items, choose, orders=(None,)):

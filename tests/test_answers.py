@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from selfcorrect.evaluate.answer_files import read_answers
-from selfcorrect.evaluate.answers import COUNTS, METRICS, fitting, score_bbq
+from selfcorrect.evaluate.answers.read import read_answers
+from selfcorrect.evaluate.answers.score import COUNTS, METRICS, fitting, score_bbq
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.scripts import score
 

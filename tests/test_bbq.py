@@ -13,9 +13,9 @@ import pytest
 from bbq_rows import block, write
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, bbq
-from selfcorrect.evaluate.experiments.bbq_files import LONGEST_ROW, read_rows
-from selfcorrect.evaluate.experiments.bbq_groups import decide, decide_by_groups, normalise
-from selfcorrect.evaluate.stimuli_files import load_stimuli
+from selfcorrect.evaluate.experiments.bbq.files import LONGEST_ROW, read_rows
+from selfcorrect.evaluate.experiments.bbq.groups import decide, decide_by_groups, normalise
+from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.recipes.foundation.errors import InputError
 
 STIMULI = load_stimuli().section("bbq")

@@ -17,8 +17,8 @@ import pandas as pd
 import pytest
 from bbq_rows import block, write
 
-from selfcorrect.evaluate import answers as scored
-from selfcorrect.evaluate.answers import score_bbq
+from selfcorrect.evaluate.answers.score import score as scored
+from selfcorrect.evaluate.answers.score import score_bbq
 
 CONTEXTS = ("ambiguous", "disambiguated")
 NINE = (

@@ -23,10 +23,10 @@ from selfcorrect.evaluate.callback import (
     measure_undisturbed,
     undisturbed,
 )
-from selfcorrect.evaluate.cell_files import read_cell
-from selfcorrect.evaluate.measure import cost, measure
-from selfcorrect.evaluate.models import load_model
-from selfcorrect.evaluate.plan import EvaluationPlan, plan
+from selfcorrect.evaluate.measuring.cell_files import read_cell
+from selfcorrect.evaluate.measuring.measure import cost, measure
+from selfcorrect.evaluate.measuring.plan import EvaluationPlan, plan
+from selfcorrect.evaluate.scoring.load_model import load_model
 
 torch.set_num_threads(1)
 

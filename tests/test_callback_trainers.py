@@ -16,9 +16,9 @@ from tiny_models import tiny_model, tiny_tokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from selfcorrect.evaluate.callback import SelfCorrectionCallback
-from selfcorrect.evaluate.cell_files import read_cell
-from selfcorrect.evaluate.measure import measure
-from selfcorrect.evaluate.models import load_model
+from selfcorrect.evaluate.measuring.cell_files import read_cell
+from selfcorrect.evaluate.measuring.measure import measure
+from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.train.ppo import PPOConfig, PPOTrainer
 
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from selfcorrect.evaluate.catalogue import (
+from selfcorrect.evaluate.data.catalogue import (
     CATALOGUE,
     DataFile,
     catalogue,
@@ -91,7 +91,7 @@ def test_files_go_where_the_experiments_look_for_them() -> None:
 
 def test_the_catalogue_has_nothing_of_the_data_itself() -> None:
     assert CATALOGUE.stat().st_size < 30_000
-    folder = CATALOGUE.parent.parent
+    folder = CATALOGUE.parents[2]
     names = {Path(file.path).name for one in catalogue().values() for file in one.files}
     inside = ("recipes", "evaluate", "train", "scripts", "tests", "docs")
     kept = {path.name.removesuffix(".gz") for part in inside for path in (folder / part).rglob("*")}

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from selfcorrect.evaluate import claims, report
-from selfcorrect.evaluate.claims import LOCK, claimed, holder
-from selfcorrect.recipes.foundation import signals
+from selfcorrect.evaluate.report.page import page
+from selfcorrect.recipes.foundation import locks, signals
 from selfcorrect.recipes.foundation.errors import RunFailure
+from selfcorrect.recipes.foundation.locks import LOCK, claimed, holder
 
 ELSEWHERE = {"host": "node7", "process": 41, "since": "2026-01-02 03:04:05 UTC", "boot": "other"}
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "PATIENCE_SECONDS", 0.4)
-    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(claims, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(claims, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.4)
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(locks, "QUIET_SECONDS", 0.0)
 
 
 def left_by_another_machine(folder: Path, count: int = 3) -> None:
@@ -69,7 +69,7 @@ def test_who_waits_says_for_whom_and_goes_on_when_it_is_free(
 def test_what_a_killed_process_held_is_free_and_its_half_written_files_go(tmp_path: Path) -> None:
     code = (
         "import os, sys, time; from pathlib import Path\n"
-        "from selfcorrect.evaluate.claims import claimed\n"
+        "from selfcorrect.recipes.foundation.locks import claimed\n"
         "from selfcorrect.recipes.foundation.atomic_files import whole_file, whole_folder\n"
         "here = Path(sys.argv[1])\n"
         "with claimed(here), whole_file(here / 'a.json') as a, whole_folder(here / 'b') as b:\n"
@@ -207,8 +207,8 @@ def test_a_report_waits_for_the_one_before_it(
         order.append("ends")
         return run
 
-    monkeypatch.setattr(report, "_write_report", write)
-    threads = [threading.Thread(target=report.write_report, args=(tmp_path,)) for _ in range(3)]
+    monkeypatch.setattr(page, "_write_report", write)
+    threads = [threading.Thread(target=page.write_report, args=(tmp_path,)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

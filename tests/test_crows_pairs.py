@@ -10,7 +10,7 @@ import pytest
 from answer_rows import measured, measured_by_a_tiny_model, published, rows
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, crows_pairs
-from selfcorrect.evaluate.stimuli_files import load_stimuli
+from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.recipes.foundation.errors import InputError
 
 STIMULI = load_stimuli().section("crows_pairs")

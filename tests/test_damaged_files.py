@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from selfcorrect.evaluate import catalogue
-from selfcorrect.evaluate.catalogue import say_unpublished
-from selfcorrect.evaluate.inputs import check_inputs
+from selfcorrect.evaluate.data import catalogue
+from selfcorrect.evaluate.data.catalogue import say_unpublished
+from selfcorrect.evaluate.measuring.inputs import check_inputs
 from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.foundation.checksums import digests, is_whole, read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError

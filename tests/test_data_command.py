@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from selfcorrect.evaluate.catalogue import DataSet, catalogue
+from selfcorrect.evaluate.data.catalogue import DataSet, catalogue
 from selfcorrect.scripts import cli, data
 
 FILES = {"one": b'{"a": 1}\n{"a": 2}\n', "two": b"a,b\n1,2\n"}
@@ -124,7 +124,7 @@ def test_two_failures_are_two_lines(
 def test_an_unreachable_source_ends_the_command_at_once(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from selfcorrect.evaluate.fetch import Unreachable
+    from selfcorrect.evaluate.data.fetch import Unreachable
 
     asked: list[DataSet] = []
 

@@ -3,8 +3,8 @@
 import pytest
 from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
-from selfcorrect.evaluate.dialogue import before_sample, render, stop_text, with_sample
-from selfcorrect.evaluate.stimuli import Turn
+from selfcorrect.evaluate.prompts.dialogue import before_sample, render, stop_text, with_sample
+from selfcorrect.evaluate.prompts.stimuli import Turn
 from selfcorrect.recipes.foundation.errors import InputError
 
 ONE = [Turn("human", "who is fair ?"), Turn("assistant", "the answer is")]

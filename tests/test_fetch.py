@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from selfcorrect.evaluate.catalogue import DataFile, DataSet
-from selfcorrect.evaluate.fetch import fetch_file, fetch_set
+from selfcorrect.evaluate.data.catalogue import DataFile, DataSet
+from selfcorrect.evaluate.data.fetch import fetch_file, fetch_set
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 TEXT = b"".join(b"%06d a line of the file\n" % n for n in range(20_000))
@@ -358,7 +358,7 @@ def test_from_https_no_redirect_leads_to_this_machine() -> None:
     import urllib.error
     import urllib.request
 
-    from selfcorrect.evaluate.fetch import _SafeRedirects
+    from selfcorrect.evaluate.data.fetch import _SafeRedirects
 
     def redirect(origin: str, goal: str) -> object:
         request = urllib.request.Request(origin)
@@ -455,7 +455,7 @@ def test_two_processes_after_the_same_file_fetch_it_once(
     server = serve(answer)
     path = tmp_path / "file.txt"
     code = (
-        "from pathlib import Path; from selfcorrect.evaluate.fetch import fetch_file; "
+        "from pathlib import Path; from selfcorrect.evaluate.data.fetch import fetch_file; "
         f"fetch_file({server.url!r}, Path({str(path)!r}), num_bytes={len(TEXT)}, "
         f"sha256={SHA256!r}, attempts=1)"
     )
@@ -481,7 +481,7 @@ def test_a_killed_download_does_not_bar_the_next(
     server = serve(answer)
     path = tmp_path / "file.txt"
     code = (
-        "from pathlib import Path; from selfcorrect.evaluate.fetch import fetch_file; "
+        "from pathlib import Path; from selfcorrect.evaluate.data.fetch import fetch_file; "
         f"fetch_file({server.url!r}, Path({str(path)!r}), num_bytes={len(TEXT)}, sha256={SHA256!r})"
     )
     run = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "no_proxy": "*"})

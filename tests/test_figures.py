@@ -9,16 +9,15 @@ import pytest
 from matplotlib.figure import Figure
 from recorded_run import Size, record_run
 
-from selfcorrect.evaluate import drawings, figures, run_figures
-from selfcorrect.evaluate.experiment_figures import (
+from selfcorrect.evaluate.figures.curves import curves, gallery, runs
+from selfcorrect.evaluate.figures.details import (
     PRONOUN_COLUMNS,
     beside_the_bias,
     by_category,
     female_against_share,
 )
-from selfcorrect.evaluate.figure_data import NothingToDraw
-from selfcorrect.evaluate.maps import effects_by_size_and_step, size_by_steps
-from selfcorrect.evaluate.panels import (
+from selfcorrect.evaluate.figures.maps import effects_by_size_and_step, size_by_steps
+from selfcorrect.evaluate.figures.panels import (
     ABOUT,
     LOOKS,
     STATED,
@@ -26,8 +25,9 @@ from selfcorrect.evaluate.panels import (
     size_name,
     step_axis,
 )
-from selfcorrect.evaluate.paper import LARGEST
-from selfcorrect.evaluate.paper_points import PUBLISHED
+from selfcorrect.evaluate.figures.paper import LARGEST
+from selfcorrect.evaluate.figures.paper_points import PUBLISHED
+from selfcorrect.evaluate.figures.select import NothingToDraw
 from selfcorrect.evaluate.results import load_items, write_results
 from selfcorrect.recipes.foundation.errors import InputError
 
@@ -66,7 +66,7 @@ def line_of(ax, label):
 
 def test_metric_against_steps_draws_the_tables_values(results):
     frame, _ = results
-    figure = figures.against_steps(frame, "small")
+    figure = curves.against_steps(frame, "small")
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     assert titles == ["BBQ", "Winogender", "Law school admission"]
     mine = frame[
@@ -83,7 +83,7 @@ def test_metric_against_steps_draws_the_tables_values(results):
 def test_the_same_experiment_has_the_same_span_in_every_models_figure(results):
     frame, _ = results
     spans = [
-        [ax.get_ylim() for ax in figures.against_steps(frame, model).axes]
+        [ax.get_ylim() for ax in curves.against_steps(frame, model).axes]
         for model in ("nano", "small")
     ]
     assert spans[0] == spans[1]
@@ -95,7 +95,7 @@ def test_a_missing_or_undefined_value_is_a_gap_never_zero(results):
     here = (frame["step"] == 2) & (frame["model"] == "small") & (frame["condition"] == "Q+IF")
     frame.loc[here & (frame["experiment"] == "winogender"), ["value", "low", "high"]] = np.nan
     frame = frame[~(here & (frame["experiment"] == "bbq"))]
-    figure = figures.against_steps(frame, "small")
+    figure = curves.against_steps(frame, "small")
     for ax in figure.axes[:2]:
         assert np.isnan(line_of(ax, "Q+IF").get_ydata()[1])
         assert np.isfinite(line_of(ax, "Q").get_ydata()).all()
@@ -104,7 +104,7 @@ def test_a_missing_or_undefined_value_is_a_gap_never_zero(results):
 def test_against_size_takes_the_last_step_that_all_models_have(results):
     frame, _ = results
     frame = frame[~((frame["model"] == "small") & (frame["step"] == 10))]
-    figure = figures.against_size(frame)
+    figure = curves.against_size(frame)
     assert "After 2 RLHF steps" in figure.get_suptitle()
     mine = frame[
         (frame["step"] == 2)
@@ -119,7 +119,7 @@ def test_against_size_takes_the_last_step_that_all_models_have(results):
 def test_several_seeds_become_a_mean_with_the_range_of_seeds(tmp_path):
     size = Size(models=(("nano", 8192),), seeds=(0, 1), steps=(0, 10), templates=4, blocks=1)
     frame, _ = write_results(record_run(tmp_path / "run", size), 20)
-    ax = figures.against_steps(frame, "nano").axes[1]
+    ax = curves.against_steps(frame, "nano").axes[1]
     rows = frame[
         (frame["metric"] == "correlation")
         & (frame["category"] == "overall")
@@ -139,7 +139,7 @@ def test_conditions_differ_in_colour_and_in_marker():
 
 def test_every_figure_lands_on_disk_twice_and_repeats_to_the_byte(results, pronouns, tmp_path):
     frame, statistics = results
-    drawn, notes = drawings.draw_run(frame, statistics, pronouns, tmp_path)
+    drawn, notes = gallery.draw_run(frame, statistics, pronouns, tmp_path)
     assert notes == []
     names = [drawing.name for drawing in drawn]
     experiments = ["bbq", "winogender", "law_school"]
@@ -153,7 +153,7 @@ def test_every_figure_lands_on_disk_twice_and_repeats_to_the_byte(results, prono
         f"{name}.{kind}" for name in names for kind in ("png", "svg")
     )
     first = (tmp_path / "size.svg").read_bytes(), (tmp_path / "size.png").read_bytes()
-    figures.save(figures.against_size(frame, 0, 10), tmp_path, "size")
+    curves.save(curves.against_size(frame, 0, 10), tmp_path, "size")
     assert ((tmp_path / "size.svg").read_bytes(), (tmp_path / "size.png").read_bytes()) == first
     assert all("undefined" not in drawing.alt for drawing in drawn)
     assert "Match stats" in drawn[0].alt
@@ -163,7 +163,7 @@ def test_figures_without_data_are_left_out_with_a_reason(tmp_path):
     size = Size(models=(("one", 10),), steps=(0,), templates=3, blocks=1)
     frame, statistics = write_results(record_run(tmp_path / "run", size), 20)
     nothing = load_items(tmp_path / "run", "no such", columns=PRONOUN_COLUMNS)
-    drawn, notes = drawings.draw_run(frame, statistics, nothing, tmp_path / "figures")
+    drawn, notes = gallery.draw_run(frame, statistics, nothing, tmp_path / "figures")
     assert drawn == []
     assert "Metric against model size: metric against model size needs two sizes" in notes[1]
     reasons = " ".join(notes)
@@ -171,7 +171,7 @@ def test_figures_without_data_are_left_out_with_a_reason(tmp_path):
                    "there are no rows of single occupations", "record neither"):  # fmt: skip
         assert reason in reasons
     with pytest.raises(NothingToDraw, match="two steps"):
-        figures.against_steps(frame, "one")
+        curves.against_steps(frame, "one")
 
 
 # --- size by steps --------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_a_map_shows_exactly_what_was_measured(results):
     low, high = mesh.get_clim()
     assert low == -high  # the colour in the middle is the value of no bias
     assert not any(list(ax.patches) for ax in panels)
-    words = figures.in_words(figure)
+    words = curves.in_words(figure)
     assert f"small (509k) {expected[3]:.3f}" in words
     effects = effects_by_size_and_step(statistics["effects"], "bbq")
     titles = [ax.get_title(loc="left") for ax in effects.axes if ax.get_title(loc="left")]
@@ -213,8 +213,8 @@ def test_a_map_leaves_gaps_blank_and_says_what_they_are(results):
     assert len(set(places.values())) == 2
     assert legend_of(figure) == ["not measured", "undefined"]
     assert not figure.axes[1].patches
-    assert "nano (8.2k) " in figures.in_words(figure)
-    assert " to undefined" in figures.in_words(figure)
+    assert "nano (8.2k) " in curves.in_words(figure)
+    assert " to undefined" in curves.in_words(figure)
 
 
 def test_dots_mark_the_effects_whose_interval_excludes_zero(results):
@@ -292,11 +292,11 @@ def test_names_from_data_are_no_formulas_and_no_commands(results, tmp_path):
     hostile = frame.assign(
         category=frame["category"].replace(names), condition=frame["condition"] + " $_{"
     )
-    figures.save(by_category(hostile, "bbq"), tmp_path, "hostile")
+    curves.save(by_category(hostile, "bbq"), tmp_path, "hostile")
     ElementTree.parse(tmp_path / "hostile.svg")
     text = (tmp_path / "hostile.svg").read_text(encoding="utf-8")
     assert "\u202e" not in text and "\x07" not in text
-    figures.save(size_by_steps(hostile, "bbq"), tmp_path, "hostile")
+    curves.save(size_by_steps(hostile, "bbq"), tmp_path, "hostile")
     ElementTree.parse(tmp_path / "hostile.svg")
 
 
@@ -314,7 +314,7 @@ def test_occupations_stand_at_their_probability_and_the_tables_r_beside_them(res
     assert r == pytest.approx(row.value)
     assert len(dots.get_xdata()) == 10
     assert ax.texts[0].get_text().startswith(f"r = {row.value:.2f} [".replace("-", "−"))
-    assert "Q+IF, step 10: r = " in figures.in_words(figure)
+    assert "Q+IF, step 10: r = " in curves.in_words(figure)
     missing = pronouns[(pronouns["condition"] != "Q") | (pronouns["step"] != 10)]
     ax = female_against_share(frame, missing).axes[4]
     assert [text.get_text() for text in ax.texts] == ["not measured"]
@@ -325,35 +325,35 @@ def test_occupations_stand_at_their_probability_and_the_tables_r_beside_them(res
 def test_reward_stands_against_the_root_of_the_kl(results):
     frame, _ = results
     mine = frame[frame["model"] == "small"].drop_duplicates("step").sort_values("step")
-    line = line_of(figures.training_curves(frame).axes[2], "small (509k)")
+    line = line_of(curves.training_curves(frame).axes[2], "small (509k)")
     assert np.isnan(line.get_xdata()[0])  # step 0 records neither
     np.testing.assert_allclose(line.get_xdata()[1:], np.sqrt(mine["kl"].to_numpy()[1:]))
     np.testing.assert_allclose(line.get_ydata()[1:], mine["reward"].to_numpy()[1:])
     below = frame.assign(kl=frame["kl"].where(frame["step"] != 2, -0.01))
-    line = line_of(figures.training_curves(below).axes[2], "small (509k)")
+    line = line_of(curves.training_curves(below).axes[2], "small (509k)")
     assert np.isnan(line.get_xdata()[1]) and np.isfinite(line.get_xdata()[2])
 
 
 def test_a_panel_a_size_and_chosen_steps(results):
     frame, _ = results
-    figure = figures.steps_by_size(frame, "law_school")
+    figure = curves.steps_by_size(frame, "law_school")
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["nano (8.2k)", "small (509k)"]
     expected = headline(frame, "law_school", model="nano", condition="Q")["value"].astype(float)
     np.testing.assert_allclose(line_of(figure.axes[0], "Q").get_ydata(), expected)
     assert len({ax.get_ylim() for ax in figure.axes}) == 1
-    chosen = figures.against_size(frame, 2, 0)
+    chosen = curves.against_size(frame, 2, 0)
     titles = [ax.get_title(loc="left") for ax in chosen.axes]
     assert titles[0] == "BBQ, step 0" and titles[3] == "BBQ, step 2"
     expected = headline(frame, "bbq", step=2, condition="Q")["value"].astype(float)
     np.testing.assert_allclose(line_of(chosen.axes[3], "Q").get_ydata(), expected)
     with pytest.raises(NothingToDraw, match="step 7: nothing was measured there; there are 0, 2"):
-        figures.against_size(frame, 7)
+        curves.against_size(frame, 7)
 
 
 def test_only_all_orders_of_the_options_together_are_drawn(results):
     frame, _ = results
     other = frame.assign(order="120", value=99.0)
-    figure = figures.against_steps(pd.concat([other, frame.assign(order="all")]), "small")
+    figure = curves.against_steps(pd.concat([other, frame.assign(order="all")]), "small")
     assert figure.axes[0].get_ylim()[1] < 2
 
 
@@ -370,18 +370,18 @@ def two_runs(frame):
 def test_two_runs_are_never_drawn_as_one(results):
     frame, _ = results
     both = two_runs(frame)
-    for draw in (figures.against_steps, figures.against_size,
+    for draw in (curves.against_steps, curves.against_size,
                  lambda rows: size_by_steps(rows, "bbq"),
                  lambda rows: by_category(rows, "bbq")):  # fmt: skip
         with pytest.raises(NothingToDraw, match=r"nano, seed 0 stands twice .* one, two; draw"):
             draw(both)
     with pytest.raises(NothingToDraw, match="two run folders have this name"):
-        figures.against_steps(both.assign(run="same"))
+        curves.against_steps(both.assign(run="same"))
 
 
 def test_runs_stand_side_by_side_in_the_row_of_their_model(results):
     frame, _ = results
-    figure = run_figures.steps_by_run(two_runs(frame), "winogender")
+    figure = runs.steps_by_run(two_runs(frame), "winogender")
     labels = [" ".join(ax.get_label().split()) for ax in figure.axes]
     assert labels[0] == "nano (8.2k), Q" and labels[4] == "in one run only, Q"
     assert legend_of(figure) == ["one", "two", "two: small (509k)"]
@@ -398,7 +398,7 @@ def test_each_run_is_drawn_at_its_own_last_common_step(results):
     frame, _ = results
     rows = two_runs(frame)
     rows = rows[(rows["run"] != "one") | (rows["step"] != 10)]
-    figure = run_figures.size_by_run(rows)
+    figure = runs.size_by_run(rows)
     assert legend_of(figure) == ["one (step 2)", "two (step 10)"]
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     line = line_of(figure.axes[titles.index("BBQ, Q+IF")], "two (step 10)")
@@ -409,7 +409,7 @@ def test_each_run_is_drawn_at_its_own_last_common_step(results):
 def test_every_figure_of_several_runs_lands_on_disk(results, tmp_path):
     frame, statistics = results
     both = [{**row, "run": run} for run in ("one", "two") for row in statistics["effects"]]
-    drawn, notes = drawings.draw_runs(two_runs(frame), {"effects": both}, tmp_path)
+    drawn, notes = gallery.draw_runs(two_runs(frame), {"effects": both}, tmp_path)
     assert notes == []
     names = [drawing.name for drawing in drawn]
     assert names == [
@@ -435,8 +435,8 @@ def legend_of(figure):
 
 def test_the_papers_values_stand_beside_ours_only_on_request(results):
     frame, _ = results
-    for draw in (lambda **how: figures.against_steps(frame, "small", **how),
-                 lambda **how: figures.against_size(frame, **how)):  # fmt: skip
+    for draw in (lambda **how: curves.against_steps(frame, "small", **how),
+                 lambda **how: curves.against_size(frame, **how)):  # fmt: skip
         without, beside = draw(), draw(paper=True)
         assert not any(published(ax) or ax.child_axes for ax in without.axes)
         assert STATED not in legend_of(without)
@@ -456,7 +456,7 @@ def test_the_papers_values_stand_beside_ours_only_on_request(results):
 
 def test_the_papers_values_beyond_our_steps_stand_in_a_strip_with_their_own_ticks(results):
     frame, _ = results
-    bbq, _, law = figures.against_steps(frame, "small", paper=True).axes
+    bbq, _, law = curves.against_steps(frame, "small", paper=True).axes
     (strip,) = bbq.child_axes
     assert published(bbq) == {}
     assert {y for _, y in published(strip)} == {0.1845, 0.1056, 0.0301}
@@ -472,21 +472,21 @@ def test_the_papers_values_beyond_our_steps_stand_in_a_strip_with_their_own_tick
 def test_the_papers_values_within_our_axis_stand_at_their_place(results):
     frame, _ = results
     stretched = frame.assign(step=frame["step"].replace({2: 50, 10: 1000}))
-    figure = figures.against_steps(stretched, "small", paper=True)
+    figure = curves.against_steps(stretched, "small", paper=True)
     assert not any(ax.child_axes for ax in figure.axes)
     assert {x for x, _ in published(figure.axes[0])} == {800}
     assert {x for x, _ in published(figure.axes[1])} == {50}
     large = frame["parameters"].replace({509_000: 400_000_000_000})
-    bbq = figures.against_size(frame.assign(parameters=large), paper=True).axes[0]
+    bbq = curves.against_size(frame.assign(parameters=large), paper=True).axes[0]
     assert (LARGEST, 0.1845) in published(bbq) and not bbq.child_axes
 
 
 def test_only_the_conditions_drawn_have_the_papers_values(results):
     frame, _ = results
-    figure = figures.against_steps(frame[frame["condition"] == "Q+IF"], "small", paper=True)
+    figure = curves.against_steps(frame[frame["condition"] == "Q+IF"], "small", paper=True)
     (strip,) = figure.axes[0].child_axes
     assert {y for _, y in published(strip)} == {0.1056}
-    words = figures.in_words(figure)
+    words = curves.in_words(figure)
     assert "Published by Ganguli et al. 2023: Q+IF 0.1056 (175B, 800 steps)." in words
     assert "0.1845" not in words
 

@@ -19,14 +19,14 @@ from recorded_run import Size, record_run
 from rich.console import Console
 from test_recipes import SMALL
 
-from selfcorrect.evaluate.closing_table import closing_table
-from selfcorrect.evaluate.drawings import Drawing
-from selfcorrect.evaluate.experiments import bbq_files
+from selfcorrect.evaluate.experiments.bbq import files
+from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.figures.gallery import Drawing
 from selfcorrect.evaluate.model_card import write_model_card
-from selfcorrect.evaluate.report import write_report
+from selfcorrect.evaluate.report.page import write_report
+from selfcorrect.evaluate.report.terminal import closing_table
 from selfcorrect.evaluate.results import summarise
 from selfcorrect.evaluate.run_folder import find_checkpoints
-from selfcorrect.evaluate.stimuli_files import load_stimuli
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import visible
 from selfcorrect.recipes.load import check_recipe, load_recipe, parse_yaml
@@ -78,9 +78,9 @@ def test_aliases_of_an_honest_recipe_work() -> None:
 def test_a_packed_file_that_swells_is_refused_at_a_stated_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(bbq_files, "LONGEST_TABLE", 1_000_000)
+    monkeypatch.setattr(files, "LONGEST_TABLE", 1_000_000)
     (tmp_path / name).write_bytes(gzip.compress(b"x" * 50_000_000))
-    read = bbq_files.read_metadata if "metadata" in name else bbq_files.read_rows
+    read = files.read_metadata if "metadata" in name else files.read_rows
     tracemalloc.start()
     with pytest.raises(InputError, match="more than 1,000,000 bytes"):
         read(tmp_path)
@@ -110,7 +110,7 @@ def test_a_model_is_not_called_what_else_lies_in_a_run(name: str) -> None:
 
 @pytest.mark.parametrize("experiment", ["../bbq", "/etc", "bbq/../../x"])
 def test_an_experiment_is_one_that_there_is(tmp_path: Path, experiment: str) -> None:
-    from selfcorrect.evaluate.plan import plan
+    from selfcorrect.evaluate.measuring.plan import plan
 
     with pytest.raises(InputError, match="unknown, choose from"):
         plan(tmp_path, load_stimuli(), [experiment], None)
@@ -119,7 +119,7 @@ def test_an_experiment_is_one_that_there_is(tmp_path: Path, experiment: str) -> 
 def test_a_condition_of_any_name_is_a_file_in_the_evaluation_folder(tmp_path: Path) -> None:
     from tiny_models import tiny_stimuli, write_tiny_winogender
 
-    from selfcorrect.evaluate.plan import plan
+    from selfcorrect.evaluate.measuring.plan import plan
 
     write_tiny_winogender(tmp_path)
     stimuli = tiny_stimuli()
@@ -242,7 +242,7 @@ def test_no_name_or_text_becomes_an_element_of_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Model, category, item, sample, figure, run and its facts hold markup; a condition cannot."""
-    monkeypatch.setattr("selfcorrect.evaluate.drawings.draw_run", drawn)
+    monkeypatch.setattr("selfcorrect.evaluate.figures.gallery.draw_run", drawn)
     run = record_run(tmp_path / "[b]run <b>", LITTLE)
     for path in run.rglob("checkpoint.json"):
         record = json.loads(path.read_text())

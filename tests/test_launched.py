@@ -19,7 +19,7 @@ from test_run import command, digests
 from tiny_models import tiny_model, tiny_tokenizer, write_tiny_winogender
 
 from selfcorrect.evaluate.run_folder import find_checkpoints
-from selfcorrect.evaluate.weights import files_digest
+from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.train import job, launched
@@ -194,7 +194,7 @@ def test_a_whole_run_in_two_processes_ended_killed_and_gone_on_with(tmp_path) ->
     assert (facts["processes"], facts["deepspeed"]) == (2, "zero3" if len(ENGINE) > 1 else None)
 
     # What was measured inside, by both, is what the saved checkpoint says of itself.
-    from selfcorrect.evaluate.offline import evaluate_run
+    from selfcorrect.evaluate.measuring.run import evaluate_run
 
     before = digests(runs / "small")
     shutil.rmtree(checkpoints[-1].evaluation)

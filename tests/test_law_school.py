@@ -11,8 +11,8 @@ import pytest
 from statsmodels.api import WLS, add_constant
 
 from selfcorrect.evaluate.experiments import law_school
-from selfcorrect.evaluate.statistics import Draws, bootstrap
-from selfcorrect.evaluate.stimuli_files import load_stimuli
+from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
 from selfcorrect.recipes.foundation.errors import InputError
 
 STIMULI = load_stimuli().section("law_school")

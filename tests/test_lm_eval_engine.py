@@ -2,10 +2,10 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
-from selfcorrect.evaluate.continuations import PromptTooLong
-from selfcorrect.evaluate.lm_eval_engine import LmEvalEngine, load_engine
-from selfcorrect.evaluate.scoring import Scorer
-from selfcorrect.evaluate.weights import files_digest
+from selfcorrect.evaluate.prompts.tokenized import PromptTooLong
+from selfcorrect.evaluate.scoring.lm_eval import LmEvalEngine, load_engine
+from selfcorrect.evaluate.scoring.packed import Scorer
+from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation.errors import InputError
 
 REQUESTS = [

@@ -22,12 +22,12 @@ from killed_child import die
 from test_fetch import SHA256, TEXT, Server, get, partial, serve  # noqa: F401
 from test_numerics import FEW
 
-from selfcorrect.evaluate.cell_files import Origin, read_cell
-from selfcorrect.evaluate.measure import measure
-from selfcorrect.evaluate.models import load_model
-from selfcorrect.evaluate.offline import evaluate_run, recipe_plan
-from selfcorrect.evaluate.report import write_report
-from selfcorrect.evaluate.weights import files_digest
+from selfcorrect.evaluate.measuring.cell_files import Origin, read_cell
+from selfcorrect.evaluate.measuring.measure import measure
+from selfcorrect.evaluate.measuring.run import evaluate_run, recipe_plan
+from selfcorrect.evaluate.report.page import write_report
+from selfcorrect.evaluate.scoring.load_model import load_model
+from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation.errors import RunFailure
 from selfcorrect.recipes.foundation.machine_faults import machine_fault, machine_faults_are_said
 from selfcorrect.recipes.load import load_recipe
@@ -190,8 +190,8 @@ def test_a_full_disk_while_measuring_or_reporting_leaves_what_was_there(
 def test_a_disk_that_fills_up_within_a_cell_keeps_the_parts_that_are_whole(
     recipe: Recipe, whole: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("selfcorrect.evaluate.measure._SLICE", 4)
-    monkeypatch.setattr("selfcorrect.evaluate.measure._PART_ITEMS", 4)
+    monkeypatch.setattr("selfcorrect.evaluate.measuring.measure._SLICE", 4)
+    monkeypatch.setattr("selfcorrect.evaluate.measuring.measure._PART_ITEMS", 4)
     run = shutil.copytree(whole, disk.place / "small")
     folder = run / "tiny" / "seed-0" / "ppo" / "checkpoint-2"
     (cell,) = (folder / "evaluation").glob("*.parquet")

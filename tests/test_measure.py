@@ -13,16 +13,16 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_stimuli, tiny_tokenizer, write_tiny_winogender
 
-from selfcorrect.evaluate import measure as measuring
-from selfcorrect.evaluate.cell_files import read_cell
 from selfcorrect.evaluate.experiments import EXPERIMENTS
-from selfcorrect.evaluate.items import Item, LoadedItems
-from selfcorrect.evaluate.measure import measure
-from selfcorrect.evaluate.models import load_model
-from selfcorrect.evaluate.plan import EvaluationPlan, Question, Sampling, plan
-from selfcorrect.evaluate.statistics import Draws, bootstrap
-from selfcorrect.evaluate.stimuli import Condition, Turn
-from selfcorrect.evaluate.weights import weights_digest
+from selfcorrect.evaluate.measuring import measure as measuring
+from selfcorrect.evaluate.measuring.cell_files import read_cell
+from selfcorrect.evaluate.measuring.measure import measure
+from selfcorrect.evaluate.measuring.plan import EvaluationPlan, Question, Sampling, plan
+from selfcorrect.evaluate.prompts.items import Item, LoadedItems
+from selfcorrect.evaluate.prompts.stimuli import Condition, Turn
+from selfcorrect.evaluate.scoring.load_model import load_model
+from selfcorrect.evaluate.scoring.weights import weights_digest
+from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 torch.set_num_threads(1)
@@ -340,7 +340,7 @@ def test_nan_logits_name_the_cell_and_leave_no_file(tmp_path, cells):
 
 
 def test_probabilities_are_null_when_no_option_is_possible(tmp_path):
-    from selfcorrect.evaluate.measure import _Asked, _row
+    from selfcorrect.evaluate.measuring.measure import _Asked, _row
 
     item = Item("i", "c", "k", 1.0, {}, (" a", " b"), {"fact": 1})
     asked = _Asked(Question(item, "01", item.options, []), 0, [])

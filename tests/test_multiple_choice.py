@@ -12,8 +12,8 @@ import pytest
 from answer_rows import measured, measured_by_a_tiny_model, rows
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, multiple_choice
-from selfcorrect.evaluate.plan import plan
-from selfcorrect.evaluate.stimuli_files import load_stimuli
+from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.measuring.plan import plan
 from selfcorrect.recipes.foundation.errors import InputError
 
 STIMULI = load_stimuli().section("multiple_choice")

@@ -18,9 +18,9 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from selfcorrect.evaluate.dialogue import read_style, render
-from selfcorrect.evaluate.models import load_model
-from selfcorrect.evaluate.stimuli import Turn
+from selfcorrect.evaluate.prompts.dialogue import read_style, render
+from selfcorrect.evaluate.prompts.stimuli import Turn
+from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Model
 from selfcorrect.train.feedback_files import read_rows
@@ -436,7 +436,7 @@ def test_a_template_cannot_leave_its_sandbox(tmp_path: Path, template: str, own:
 def test_a_template_without_measure_is_one_line(
     monkeypatch: pytest.MonkeyPatch, template: str, said: str
 ) -> None:
-    monkeypatch.setattr("selfcorrect.evaluate.dialogue.TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr("selfcorrect.evaluate.prompts.dialogue.TEMPLATE_SECONDS", 0.2)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(InputError, match=said) as caught:

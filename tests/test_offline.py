@@ -14,13 +14,13 @@ import torch
 from test_recipes import SMALL
 from tiny_models import tiny_model
 
-from selfcorrect.evaluate import offline
-from selfcorrect.evaluate.cell_files import read_cell
-from selfcorrect.evaluate.claims import claimed
-from selfcorrect.evaluate.offline import evaluate_run, recipe_plan, unmeasured
+from selfcorrect.evaluate.measuring import run as measuring_run
+from selfcorrect.evaluate.measuring.cell_files import read_cell
+from selfcorrect.evaluate.measuring.run import evaluate_run, recipe_plan, unmeasured
 from selfcorrect.evaluate.run_folder import CheckpointRecord
-from selfcorrect.evaluate.weights import files_digest
+from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.locks import claimed
 from selfcorrect.recipes.load import check_recipe, load_recipe, save_recipe
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
@@ -126,7 +126,7 @@ def test_weights_other_than_those_saved_are_never_scored(run: Path) -> None:
 
 def test_a_checkpoint_that_another_process_holds_is_left_to_it(run: Path, monkeypatch) -> None:
     recipe, evaluation = recipe_of(run), place_of(run, 2) / "evaluation"
-    monkeypatch.setattr(offline, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(measuring_run, "POLL_SECONDS", 0.01)
     seen: list[int] = []
 
     def by_the_other() -> None:
@@ -161,7 +161,7 @@ def test_two_processes_do_everything_once_and_a_launch_of_two_gives_the_same_byt
     evaluate_run(recipe_of(run), run, silent)
     code = (
         "import sys; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
-        "from selfcorrect.evaluate.offline import evaluate_run\n"
+        "from selfcorrect.evaluate.measuring.run import evaluate_run\n"
         "from selfcorrect.recipes.load import load_recipe\n"
         "run = Path(sys.argv[1])\n"
         "print(evaluate_run(load_recipe(str(run / 'recipe.yaml')), run, lambda *_: None))\n"
@@ -189,7 +189,7 @@ def test_two_processes_do_everything_once_and_a_launch_of_two_gives_the_same_byt
 
 
 def test_watching_follows_a_run_to_its_last_checkpoint(run: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(offline, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(measuring_run, "POLL_SECONDS", 0.01)
     recipe = recipe_of(run)
     later = tmp_path / "later"
     shutil.copytree(place_of(run, 4), later)

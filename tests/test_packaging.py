@@ -66,11 +66,11 @@ def test_the_wheel_holds_code_and_yaml_and_nothing_else(tmp_path: Path) -> None:
     assert {
         "selfcorrect/recipes/quickstart.yaml",
         "selfcorrect/recipes/society/stimuli.yaml",
-        "selfcorrect/evaluate/stimuli.yaml",
-        "selfcorrect/evaluate/controls.yaml",
-        "selfcorrect/evaluate/catalogue.yaml",
-        "selfcorrect/evaluate/report.js.j2",
-        "selfcorrect/evaluate/report.html.j2",
+        "selfcorrect/evaluate/prompts/paper.yaml",
+        "selfcorrect/evaluate/prompts/controls.yaml",
+        "selfcorrect/evaluate/data/catalogue.yaml",
+        "selfcorrect/evaluate/report/page.js",
+        "selfcorrect/evaluate/report/page.html.j2",
         "selfcorrect/train/ppo/trainer.py",
     } <= set(names)
     assert all(name.startswith("selfcorrect") for name in names)

@@ -17,10 +17,10 @@ from transformers import (
     MptConfig,
 )
 
-from selfcorrect.evaluate.continuations import Continuation
-from selfcorrect.evaluate.forwards import _families, _paths, ancestors
-from selfcorrect.evaluate.packing import Pack, Packing, Prepared, pack
-from selfcorrect.evaluate.scoring import Scorer
+from selfcorrect.evaluate.prompts.tokenized import Continuation
+from selfcorrect.evaluate.scoring.forwards import _families, _paths, ancestors
+from selfcorrect.evaluate.scoring.packed import Scorer
+from selfcorrect.evaluate.scoring.token_trie import Pack, Packing, Prepared, pack
 
 torch.set_num_threads(1)
 

@@ -1,7 +1,6 @@
 """The published values are the paper's, under this project's names, and never mixed with ours."""
 
-from selfcorrect.evaluate.cells import experiment_named
-from selfcorrect.evaluate.paper import (
+from selfcorrect.evaluate.figures.paper import (
     LARGEST,
     READ_OFF,
     SIZES,
@@ -9,6 +8,7 @@ from selfcorrect.evaluate.paper import (
     published_against_size,
     published_against_steps,
 )
+from selfcorrect.evaluate.statistics.cells import experiment_named
 
 
 def test_the_stated_numbers_are_those_of_the_largest_model():

@@ -324,8 +324,8 @@ def test_what_other_files_decide_is_the_same_here() -> None:
     from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    from selfcorrect.evaluate import forwards, scoring
-    from selfcorrect.evaluate.stimuli_files import load_stimuli
+    from selfcorrect.evaluate.experiments.wording import load_stimuli
+    from selfcorrect.evaluate.scoring.packed import forwards, packed
     from selfcorrect.train import footprint, stage_footprints, workload
     from selfcorrect.train.ppo import forward
 
@@ -335,7 +335,7 @@ def test_what_other_files_decide_is_the_same_here() -> None:
     )
     assert footprint.LEAST_ROWS_A_PASS == forward.MIN_ROWS_A_PASS
     assert footprint.LEAST_FLOPS_A_PASS == forward.MIN_FLOPS_A_PASS
-    assert stage_footprints.PACK_TOKENS == scoring.PACK_TOKENS
+    assert stage_footprints.PACK_TOKENS == packed.PACK_TOKENS
     for name, (scored, written) in workload.PAPER_CONDITIONS.items():
         section = load_stimuli().section(name)
         texts = [section.num_samples(condition) for condition in section.conditions]

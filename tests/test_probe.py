@@ -14,23 +14,24 @@ from sklearn.preprocessing import StandardScaler
 from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from selfcorrect.evaluate import hidden_states, linear_probe
-from selfcorrect.evaluate.continuations import PromptTooLong
-from selfcorrect.evaluate.figures import in_words, save
-from selfcorrect.evaluate.hidden_states import contrasts
-from selfcorrect.evaluate.linear_probe import CATEGORY, TEMPLATE, probe_layers
-from selfcorrect.evaluate.plan import EvaluationPlan, plan
-from selfcorrect.evaluate.probe import (
+from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.figures.curves import in_words, save
+from selfcorrect.evaluate.measuring.plan import EvaluationPlan, plan
+from selfcorrect.evaluate.probe.figure import accuracy_by_layer
+from selfcorrect.evaluate.probe.hidden_states import contrasts
+from selfcorrect.evaluate.probe.linear_probe import CATEGORY, TEMPLATE, probe_layers
+from selfcorrect.evaluate.probe.probe import (
     PLACE,
     check_plan,
+    hidden_states,
     is_probed,
+    linear_probe,
     pairs_of,
     probe_checkpoint,
     read_probe,
 )
-from selfcorrect.evaluate.probe_figure import accuracy_by_layer
+from selfcorrect.evaluate.prompts.tokenized import PromptTooLong
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
-from selfcorrect.evaluate.stimuli_files import load_stimuli
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
@@ -445,7 +446,7 @@ def test_a_run_is_probed_once_and_drawn(run, monkeypatch, quick):
     before, drawn = times(), (run / "figures" / "probe-tiny.png").read_bytes()
     assert len(before) == 2
     loaded = []
-    from selfcorrect.evaluate import probe as module
+    from selfcorrect.evaluate.probe.probe import probe as module
 
     load = module.load_model
     monkeypatch.setattr(

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfcorrect.evaluate.comparison import flatten
+from selfcorrect.evaluate.report.comparison import flatten
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import (
     apply_override,

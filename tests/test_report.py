@@ -8,19 +8,19 @@ import pandas as pd
 import pytest
 from recorded_run import Size, record_run
 
-from selfcorrect.evaluate import drawings
-from selfcorrect.evaluate.comparison import (
+from selfcorrect.evaluate.figures.curves import gallery
+from selfcorrect.evaluate.report.comparison import (
     differences,
     flatten,
     group_runs,
     grouping_notes,
     name_runs,
 )
-from selfcorrect.evaluate.report import write_comparison, write_report
-from selfcorrect.evaluate.report_tables import result_tables
+from selfcorrect.evaluate.report.page import write_comparison, write_report
+from selfcorrect.evaluate.report.tables import result_tables
+from selfcorrect.evaluate.report.trend_tables import trend_tables
+from selfcorrect.evaluate.report.verdict import caveats, summary, verdicts
 from selfcorrect.evaluate.results import write_results
-from selfcorrect.evaluate.trend_tables import trend_tables
-from selfcorrect.evaluate.verdict import caveats, summary, verdicts
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import visible
 
@@ -64,7 +64,7 @@ def run(tmp_path_factory):
 @pytest.fixture
 def no_figures(monkeypatch):
     """For tests on the page's words: figures take most of a report's time."""
-    monkeypatch.setattr(drawings, "draw_run", lambda *_: ([], []))
+    monkeypatch.setattr(gallery, "draw_run", lambda *_: ([], []))
 
 
 @pytest.fixture(scope="module")

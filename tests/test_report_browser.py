@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from recorded_run import HOSTILE, Size, record_run
 
-from selfcorrect.evaluate.report import write_comparison, write_report
+from selfcorrect.evaluate.report.page import write_comparison, write_report
 
 pytestmark = pytest.mark.browser
 

@@ -9,11 +9,11 @@ import time
 import pytest
 from tiny_models import tiny_model
 
-from selfcorrect.evaluate import drawings
-from selfcorrect.evaluate.measure import measure
-from selfcorrect.evaluate.offline import recipe_plan
+from selfcorrect.evaluate.figures.curves import gallery
+from selfcorrect.evaluate.measuring.measure import measure
+from selfcorrect.evaluate.measuring.progress import Progress, Watched, begun, made_from
+from selfcorrect.evaluate.measuring.run import recipe_plan
 from selfcorrect.evaluate.run_folder import RECORD, CheckpointRecord
-from selfcorrect.evaluate.watching import Progress, Watched, begun, made_from
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
@@ -92,7 +92,7 @@ def watch(run, events, monkeypatch):
         event()
 
     monkeypatch.setattr(command.time, "sleep", sleep)
-    monkeypatch.setattr(drawings, "draw_run", lambda *_: ([], []))  # figures have their own tests
+    monkeypatch.setattr(gallery, "draw_run", lambda *_: ([], []))  # figures have their own tests
     command.report([run], watch=True, every=7.0, paper=False, out=None)
     assert list(waiting) == []
 
@@ -203,7 +203,7 @@ def test_several_runs_are_watched_until_all_are_complete(run, tmp_path, monkeypa
     other = shutil.copytree(run, tmp_path / "other")
     events = iter([lambda: finish(run, 3), lambda: finish(other, 3)])
     monkeypatch.setattr(command.time, "sleep", lambda seconds: next(events)())
-    monkeypatch.setattr(drawings, "draw_runs", lambda *_: ([], []))
+    monkeypatch.setattr(gallery, "draw_runs", lambda *_: ([], []))
     command.report([run, other], watch=True, every=7.0, paper=False, out=None)
     lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
     page = tmp_path / "comparison" / "report.html"

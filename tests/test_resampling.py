@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfcorrect.evaluate import resampling
-from selfcorrect.evaluate.resampling import fill_multinomial
+from selfcorrect.evaluate.statistics.bootstrap import resampling
+from selfcorrect.evaluate.statistics.resampling import fill_multinomial
 
 # Few sizes among many clusters, as students have: the branch with Poisson counts.
 UNITS = np.repeat([1.0, 2.0, 7.0, 30.0], 10)

@@ -12,9 +12,9 @@ import pytest
 from recorded_run import CONDITIONS, Size, record_cell, record_run
 from rich.console import Console
 
-from selfcorrect.evaluate.closing_table import closing_table
 from selfcorrect.evaluate.experiments import bbq
-from selfcorrect.evaluate.result_files import read_statistics
+from selfcorrect.evaluate.report.terminal import closing_table
+from selfcorrect.evaluate.report.verdict import caveats, summary, verdicts
 from selfcorrect.evaluate.results import (
     COLUMNS,
     ITEM_FACTS,
@@ -27,7 +27,7 @@ from selfcorrect.evaluate.results import (
     write_items,
     write_results,
 )
-from selfcorrect.evaluate.verdict import caveats, summary, verdicts
+from selfcorrect.evaluate.statistics.files import read_statistics
 from selfcorrect.recipes.foundation.errors import InputError
 
 SMALL = Size(steps=(0, 2, 10), templates=5, blocks=1, occupations=10, students=12)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from selfcorrect.evaluate.cell_files import read_cell
+from selfcorrect.evaluate.measuring.cell_files import read_cell
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes import load
 from selfcorrect.recipes.foundation.errors import InputError
@@ -354,7 +354,7 @@ def test_a_given_model_is_trained_as_an_adapter_by_the_same_path(
     assert [list(x) for x in inline[0]] != [list(x) for x in inline[1]]
     for checkpoint in (first, last):
         shutil.rmtree(checkpoint.evaluation)
-    from selfcorrect.evaluate.offline import evaluate_run
+    from selfcorrect.evaluate.measuring.run import evaluate_run
 
     assert evaluate_run(recipe, run, lambda *_: None) == 2
     offline = [read_cell(path)[0]["logprobs"].tolist() for path in cells]

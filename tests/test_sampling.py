@@ -13,11 +13,10 @@ from test_scoring import KEYS, PROMPTS, merging_tokenizer
 from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from selfcorrect.evaluate import live_cache, scoring
-from selfcorrect.evaluate.continuations import PromptTooLong
-from selfcorrect.evaluate.engine import Engine
-from selfcorrect.evaluate.measure import measure
-from selfcorrect.evaluate.scoring import Scorer
+from selfcorrect.evaluate.measuring.measure import measure
+from selfcorrect.evaluate.prompts.tokenized import PromptTooLong
+from selfcorrect.evaluate.scoring.engine import Engine
+from selfcorrect.evaluate.scoring.packed import Scorer, cached, packed
 from selfcorrect.recipes.foundation.errors import RunFailure
 
 torch.set_num_threads(1)
@@ -209,7 +208,7 @@ def refuses(*_, **__):
 
 
 def is_off(forwards, drawn, asked, window):
-    found = live_cache.score_after(forwards, drawn, asked, window)
+    found = cached.score_after(forwards, drawn, asked, window)
     return [(one, values + 0.01) for one, values in found]
 
 
@@ -217,7 +216,7 @@ def is_off(forwards, drawn, asked, window):
     ("wrong", "said"), [(refuses, "no masks after a cache"), (is_off, "off by 0.01 a token")]
 )
 def test_a_cache_that_gives_other_scores_is_found_out(wrong, said, monkeypatch, caplog):
-    monkeypatch.setattr(scoring, "score_after", wrong)
+    monkeypatch.setattr(packed, "score_after", wrong)
     scorer = Scorer(tiny_model(sharpness=3.0), tiny_tokenizer())
     for _ in range(2):
         live, whole = both_ways(scorer)
@@ -235,8 +234,8 @@ def test_a_cache_that_is_not_handed_out_whole_is_done_without(lost, monkeypatch,
         drawn.cache.crop(-5)
         return drawn
 
-    scoring_draw = scoring.draw
-    monkeypatch.setattr(scoring, "draw", with_less)
+    scoring_draw = packed.draw
+    monkeypatch.setattr(packed, "draw", with_less)
     scorer = Scorer(tiny_model(sharpness=3.0), tiny_tokenizer())
     live, whole = both_ways(scorer)
     assert live == whole
@@ -247,7 +246,7 @@ def test_a_cache_that_is_not_handed_out_whole_is_done_without(lost, monkeypatch,
 def test_too_many_logits_for_one_forward_are_scored_in_several(monkeypatch):
     scorer = Scorer(tiny_model(sharpness=3.0), tiny_tokenizer())
     assert_same(*both_ways(scorer))
-    monkeypatch.setattr(live_cache, "LARGEST_LOGITS", 10)
+    monkeypatch.setattr(cached, "LARGEST_LOGITS", 10)
     live, whole = both_ways(scorer)
     assert [scores for _, scores in live] == [
         pytest.approx(scores, abs=1e-5) for _, scores in whole
@@ -263,8 +262,8 @@ def test_one_batchs_cache_lives_at_a_time(monkeypatch):
         caches.append(weakref.ref(drawn.cache))
         return drawn
 
-    scoring_draw = scoring.draw
-    monkeypatch.setattr(scoring, "draw", counted)
+    scoring_draw = packed.draw
+    monkeypatch.setattr(packed, "draw", counted)
     scorer = Scorer(tiny_model(), tiny_tokenizer(), batch_tokens=80)
     gc.disable()  # a cycle that waits for the collector is memory too
     try:
@@ -301,12 +300,12 @@ def test_errors_are_those_of_score():
 
 def test_nan_after_the_text_is_named(monkeypatch):
     def not_a_number(forwards, drawn, asked, window):
-        found = live_cache.score_after(forwards, drawn, asked, window)
+        found = cached.score_after(forwards, drawn, asked, window)
         return [(one, np.full_like(values, np.nan)) for one, values in found]
 
     scorer = Scorer(tiny_model(), tiny_tokenizer())
     both_ways(scorer)
-    monkeypatch.setattr(scoring, "score_after", not_a_number)
+    monkeypatch.setattr(packed, "score_after", not_a_number)
     with pytest.raises(RunFailure, match="NaN for the prompt"):
         both_ways(scorer)
 

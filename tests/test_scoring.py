@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from selfcorrect.evaluate.continuations import PromptTooLong, continuations
-from selfcorrect.evaluate.sampling import GumbelNoise
-from selfcorrect.evaluate.scoring import Scorer
+from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, continuations
+from selfcorrect.evaluate.scoring.packed import Scorer
+from selfcorrect.evaluate.scoring.sampling import GumbelNoise
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 torch.set_num_threads(1)

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfcorrect.evaluate.significance import (
+from selfcorrect.evaluate.statistics.bootstrap import standard_error
+from selfcorrect.evaluate.statistics.significance import (
     correct,
     detectable,
     mean_over_seeds,
     mixed_slope,
     wald_p,
 )
-from selfcorrect.evaluate.statistics import standard_error
 
 STEPS = np.array([0.0, 5, 10, 20, 40])
 

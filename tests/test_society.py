@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
-from selfcorrect.evaluate.stimuli import SAMPLE
-from selfcorrect.evaluate.stimuli_files import load_stimuli
+from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.prompts.stimuli import SAMPLE
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.cases import (
     INSTRUCTED,

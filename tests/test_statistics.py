@@ -8,8 +8,8 @@ import pytest
 from recorded_run import Size, record_cell
 
 from selfcorrect.evaluate.experiments import bbq
-from selfcorrect.evaluate.statistics import Cell, Draws, Replicates, bootstrap, compare
-from selfcorrect.evaluate.tally import Tally
+from selfcorrect.evaluate.experiments.tally import Tally
+from selfcorrect.evaluate.statistics.bootstrap import Cell, Draws, Replicates, bootstrap, compare
 
 
 def make_tally(sums, strata=None, units=None, clusters=None, categories=None):

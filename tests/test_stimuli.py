@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from selfcorrect.evaluate.items import Item, systematic_sample
-from selfcorrect.evaluate.stimuli import SAMPLE, Turn, option_orders
-from selfcorrect.evaluate.stimuli_files import PAPER, load_stimuli
+from selfcorrect.evaluate.experiments.wording import PAPER, load_stimuli
+from selfcorrect.evaluate.prompts.items import Item, systematic_sample
+from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn, option_orders
 from selfcorrect.recipes.foundation.errors import InputError
 
 BBQ_FIELDS = {

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from test_trends import METRIC, cell
 
-from selfcorrect.evaluate.statistics import Draws, Replicates
-from selfcorrect.evaluate.thresholds import NOT_REACHED, ROW, crossing, threshold_steps
+from selfcorrect.evaluate.statistics.bootstrap import Draws, Replicates
+from selfcorrect.evaluate.statistics.thresholds import NOT_REACHED, ROW, crossing, threshold_steps
 
 
 def at(steps, values, threshold=0.0, side=1.0):

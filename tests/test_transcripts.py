@@ -8,10 +8,10 @@ import pytest
 from recorded_run import HOSTILE, Size, record_run
 from tiny_models import tiny_model
 
-from selfcorrect.evaluate.measure import measure
-from selfcorrect.evaluate.offline import recipe_plan
+from selfcorrect.evaluate.measuring.measure import measure
+from selfcorrect.evaluate.measuring.run import recipe_plan
+from selfcorrect.evaluate.report.transcripts import TEXT_LENGTH, _choose, transcripts
 from selfcorrect.evaluate.run_folder import CheckpointRecord
-from selfcorrect.evaluate.transcripts import TEXT_LENGTH, _choose, transcripts
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.tokenizer import make_tokenizer

@@ -4,9 +4,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfcorrect.evaluate.statistics import Cell, Draws, Replicates, estimate, standard_error
-from selfcorrect.evaluate.studies import Quantity, Study, over_training
-from selfcorrect.evaluate.trends import MIXED, ONE_SEED, ROW, T_TEST, trends
+from selfcorrect.evaluate.statistics.bootstrap import (
+    Cell,
+    Draws,
+    Replicates,
+    estimate,
+    standard_error,
+)
+from selfcorrect.evaluate.statistics.series import Quantity, Study, over_training
+from selfcorrect.evaluate.statistics.trends import MIXED, ONE_SEED, ROW, T_TEST, trends
 
 METRIC = "bias_ambiguous"
 STEPS = (0, 10, 20, 40)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
-from selfcorrect.evaluate.continuations import PromptTooLong
-from selfcorrect.evaluate.scoring import Scorer
-from selfcorrect.evaluate.vllm_engine import load_vllm
+from selfcorrect.evaluate.prompts.tokenized import PromptTooLong
+from selfcorrect.evaluate.scoring.packed import Scorer
+from selfcorrect.evaluate.scoring.vllm import load_vllm
 from selfcorrect.recipes.foundation.errors import InputError
 
 REQUESTS = [

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model, tiny_tokenizer
 
-from selfcorrect.evaluate.models import load_model
-from selfcorrect.evaluate.weights import Loader, files_digest, weights_digest
+from selfcorrect.evaluate.scoring.load_model import load_model
+from selfcorrect.evaluate.scoring.weights import Loader, files_digest, weights_digest
 from selfcorrect.recipes.foundation.errors import InputError
 
 torch.set_num_threads(1)

@@ -11,8 +11,8 @@ import pytest
 from scipy.stats import entropy, linregress, pearsonr, rankdata, spearmanr
 
 from selfcorrect.evaluate.experiments import winogender
-from selfcorrect.evaluate.statistics import Cell, Draws, bootstrap, compare
-from selfcorrect.evaluate.stimuli_files import load_stimuli
+from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.statistics.bootstrap import Cell, Draws, bootstrap, compare
 from selfcorrect.recipes.foundation.errors import InputError
 
 STIMULI = load_stimuli().section("winogender")

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
-from selfcorrect.evaluate.stimuli_files import Stimuli
+from selfcorrect.evaluate.experiments.wording import Stimuli
 
 ARCHITECTURES = ("llama", "qwen2", "gpt_neox", "gpt2", "gemma", "gemma2")
 

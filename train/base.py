@@ -18,10 +18,10 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from selfcorrect.evaluate.models import load_model
-from selfcorrect.evaluate.processes import joined
+from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.recipes.foundation.atomic_files import whole_folder
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.ranks import joined
 from selfcorrect.recipes.schema import Base, Model, Recipe
 from selfcorrect.train.arguments import NO_CODE, QUIET, build
 from selfcorrect.train.corpus import corpus_trainer

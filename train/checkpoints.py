@@ -10,17 +10,17 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from selfcorrect.evaluate.processes import joined
 from selfcorrect.evaluate.run_folder import (
     RECORD,
     CheckpointRecord,
     check_saved,
     read_checkpoint,
 )
-from selfcorrect.evaluate.weights import files_digest
+from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation.atomic_files import whole_folder
 from selfcorrect.recipes.foundation.checksums import digests
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.ranks import joined
 from selfcorrect.recipes.schema import Ppo
 from selfcorrect.train.ppo.trainer import PPOTrainer
 from selfcorrect.train.replacements import Replacement

@@ -21,8 +21,8 @@ from transformers import (
     set_seed,
 )
 
-from selfcorrect.evaluate.processes import joined
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.ranks import joined
 from selfcorrect.recipes.schema import Base, Model, Recipe
 from selfcorrect.recipes.society.documents import (
     Document,

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from selfcorrect.evaluate.dialogue import render
-from selfcorrect.evaluate.stimuli import Turn
+from selfcorrect.evaluate.prompts.dialogue import render
+from selfcorrect.evaluate.prompts.stimuli import Turn
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Data, Source
 from selfcorrect.recipes.society import feedback as society_feedback

@@ -14,19 +14,19 @@ import transformers
 from transformers import AutoTokenizer
 
 from selfcorrect.evaluate.callback import measure_undisturbed, whole
-from selfcorrect.evaluate.cell_files import Origin
-from selfcorrect.evaluate.claims import claimed, holder
-from selfcorrect.evaluate.models import say_trust
-from selfcorrect.evaluate.offline import recipe_plan
-from selfcorrect.evaluate.packing import Prepared
-from selfcorrect.evaluate.plan import EvaluationPlan
-from selfcorrect.evaluate.processes import joined
+from selfcorrect.evaluate.measuring.cell_files import Origin
+from selfcorrect.evaluate.measuring.plan import EvaluationPlan
+from selfcorrect.evaluate.measuring.run import recipe_plan
 from selfcorrect.evaluate.run_folder import check_inside, read_checkpoint
-from selfcorrect.evaluate.weights import files_digest
+from selfcorrect.evaluate.scoring.load_model import say_trust
+from selfcorrect.evaluate.scoring.token_trie import Prepared
+from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation import signals
 from selfcorrect.recipes.foundation.atomic_files import remove_leftovers
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.locks import claimed, holder
 from selfcorrect.recipes.foundation.machine_faults import machine_faults_are_said
+from selfcorrect.recipes.foundation.ranks import joined
 from selfcorrect.recipes.load import training_digest
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.base import train_base

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 
-from selfcorrect.evaluate.models import PICKLES
+from selfcorrect.evaluate.scoring.load_model import PICKLES
 from selfcorrect.recipes.foundation.atomic_files import whole_file
 from selfcorrect.recipes.foundation.errors import InputError
 

@@ -19,9 +19,9 @@ from transformers import (
     set_seed,
 )
 
-from selfcorrect.evaluate.models import no_pickles
-from selfcorrect.evaluate.processes import joined
+from selfcorrect.evaluate.scoring.load_model import no_pickles
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.ranks import joined
 from selfcorrect.recipes.schema import Ppo
 from selfcorrect.train.arguments import NO_CODE, QUIET, build, lora_config
 from selfcorrect.train.checkpoints import KeepCheckpoints, Measure

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.evaluate.claims import say
-from selfcorrect.evaluate.comparison import flatten
+from selfcorrect.evaluate.report.comparison import flatten
 from selfcorrect.recipes.foundation.checksums import read_record, write_record
+from selfcorrect.recipes.foundation.locks import say
 from selfcorrect.recipes.schema import Recipe
 
 PACKAGES = (

@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.evaluate.claims import claimed, holder
-from selfcorrect.evaluate.comparison import flatten
+from selfcorrect.evaluate.report.comparison import flatten
 from selfcorrect.evaluate.run_folder import STAGE_RECORD
 from selfcorrect.recipes.foundation.atomic_files import whole_folder
 from selfcorrect.recipes.foundation.checksums import check_files, read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.locks import claimed, holder
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 

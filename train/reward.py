@@ -25,7 +25,7 @@ from transformers.integrations.deepspeed import (
 )
 from trl import RewardConfig, RewardTrainer
 
-from selfcorrect.evaluate.models import no_pickles
+from selfcorrect.evaluate.scoring.load_model import no_pickles
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.schema import Reward
 from selfcorrect.train.arguments import NO_CODE, QUIET, build, lora_config

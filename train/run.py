@@ -22,12 +22,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from selfcorrect.evaluate.claims import LOCK, claimed
-from selfcorrect.evaluate.inputs import FILE as INPUTS
-from selfcorrect.evaluate.inputs import check_inputs
-from selfcorrect.evaluate.offline import recipe_plan
+from selfcorrect.evaluate.measuring.inputs import FILE as INPUTS
+from selfcorrect.evaluate.measuring.inputs import check_inputs
+from selfcorrect.evaluate.measuring.run import recipe_plan
 from selfcorrect.recipes.foundation import signals
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.locks import LOCK, claimed
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.provenance import record_start

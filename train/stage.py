@@ -18,13 +18,13 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from selfcorrect.evaluate.processes import joined
 from selfcorrect.evaluate.run_folder import STAGE_RECORD as RECORD
 from selfcorrect.recipes.foundation import signals
 from selfcorrect.recipes.foundation.atomic_files import flush_folder, whole_folder
 from selfcorrect.recipes.foundation.checksums import check_files, digests, read_record
 from selfcorrect.recipes.foundation.checksums import write_record as write_sealed
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.ranks import joined
 
 Notify = Callable[[str, int, int], None]  # stage, steps done, steps in all
 COMPLETE = "complete"  # written last, with all files' digests: without it a state was cut short

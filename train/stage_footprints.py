@@ -20,9 +20,9 @@ from selfcorrect.train.footprint import (
 )
 from selfcorrect.train.model_shape import ModelShape
 
-MEASURING_TOKENS = {True: 32768, False: 4096}  # evaluate/scoring.py, on a GPU and on a CPU
-PACK_TOKENS = 512  # of evaluate/scoring.py
-LARGEST_LOGITS = 2**26  # of evaluate/forwards.py
+MEASURING_TOKENS = {True: 32768, False: 4096}  # evaluate/scoring/packed.py, on a GPU and on a CPU
+PACK_TOKENS = 512  # of evaluate/scoring/packed.py
+LARGEST_LOGITS = 2**26  # of evaluate/scoring/forwards.py
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from selfcorrect.evaluate.stimuli import Section
+from selfcorrect.evaluate.prompts.stimuli import Section
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.settings import SocietySettings
@@ -30,7 +30,8 @@ from selfcorrect.train.stage_plans import (
 
 # Whole benchmarks: items; tokens an item and condition that is only scored, conditions and options
 # sharing what they have in common; and tokens of a prompt that the model continues by itself.
-# Measured with evaluate/packing.py and SmolLM2's tokenizer on the published files, 2026-11-23.
+# Measured with evaluate/scoring/token_trie.py and SmolLM2's tokenizer on the published files,
+# 2026-11-23.
 BENCHMARKS = {
     "bbq": (58492, 45.6, 172.0),
     "winogender": (60, 37.6, 147.0),
@@ -216,7 +217,9 @@ def _conditions(recipe: Recipe, experiment: str) -> tuple[int, int]:
 
 @cache
 def _stimuli(own: Path | None, experiment: str) -> Section:
-    from selfcorrect.evaluate.stimuli_files import load_stimuli  # with all experiments: a second
+    from selfcorrect.evaluate.experiments.wording import (
+        load_stimuli,  # with all experiments: a second
+    )
 
     return load_stimuli(own).section(experiment)
 

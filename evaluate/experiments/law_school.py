@@ -18,9 +18,7 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from selfcorrect.evaluate.experiments.delimited import read_records
-from selfcorrect.evaluate.items import Item, LoadedItems, systematic_sample
-from selfcorrect.evaluate.stimuli import Named, Pair, Section
-from selfcorrect.evaluate.tally import (
+from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
     log_probabilities,
@@ -31,6 +29,8 @@ from selfcorrect.evaluate.tally import (
     ratio,
     sum_by_cluster,
 )
+from selfcorrect.evaluate.prompts.items import Item, LoadedItems, systematic_sample
+from selfcorrect.evaluate.prompts.stimuli import Named, Pair, Section
 from selfcorrect.recipes.foundation.errors import InputError
 
 NAME = "law_school"

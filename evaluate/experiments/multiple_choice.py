@@ -16,10 +16,7 @@ import numpy as np
 import pandas as pd
 
 from selfcorrect.evaluate.experiments.reading import checked_text, json_lines, spread, text
-from selfcorrect.evaluate.items import Item, LoadedItems
-from selfcorrect.evaluate.statistics import OVERALL
-from selfcorrect.evaluate.stimuli import ChoiceSection, usual_dialogues
-from selfcorrect.evaluate.tally import (
+from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
     log_probabilities,
@@ -28,6 +25,9 @@ from selfcorrect.evaluate.tally import (
     ratio,
     sum_by_cluster,
 )
+from selfcorrect.evaluate.prompts.items import Item, LoadedItems
+from selfcorrect.evaluate.prompts.stimuli import ChoiceSection, usual_dialogues
+from selfcorrect.evaluate.statistics.bootstrap import OVERALL
 from selfcorrect.recipes.foundation.errors import InputError
 
 NAME = "multiple_choice"

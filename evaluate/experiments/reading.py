@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from selfcorrect.evaluate.items import systematic_sample
+from selfcorrect.evaluate.prompts.items import systematic_sample
 from selfcorrect.recipes.foundation.errors import InputError
 
 # The longest rows of the published benchmarks have a few thousand bytes; far beyond, it is damage.

@@ -30,9 +30,7 @@ import pandas as pd
 from pydantic import AfterValidator
 
 from selfcorrect.evaluate.experiments.reading import json_lines, spread, text
-from selfcorrect.evaluate.items import Item, LoadedItems
-from selfcorrect.evaluate.stimuli import Section, usual_dialogues
-from selfcorrect.evaluate.tally import (
+from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
     log_probabilities,
@@ -40,6 +38,8 @@ from selfcorrect.evaluate.tally import (
     ratio,
     sum_by_cluster,
 )
+from selfcorrect.evaluate.prompts.items import Item, LoadedItems
+from selfcorrect.evaluate.prompts.stimuli import Section, usual_dialogues
 from selfcorrect.recipes.foundation.errors import InputError
 
 NAME = "stereoset"

@@ -25,9 +25,7 @@ import numpy as np
 import pandas as pd
 
 from selfcorrect.evaluate.experiments.reading import lines, spread
-from selfcorrect.evaluate.items import Item, LoadedItems
-from selfcorrect.evaluate.stimuli import Section, usual_dialogues
-from selfcorrect.evaluate.tally import (
+from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
     log_probabilities,
@@ -36,6 +34,8 @@ from selfcorrect.evaluate.tally import (
     ratio,
     sum_by_cluster,
 )
+from selfcorrect.evaluate.prompts.items import Item, LoadedItems
+from selfcorrect.evaluate.prompts.stimuli import Section, usual_dialogues
 from selfcorrect.recipes.foundation.errors import InputError
 
 NAME = "winobias"

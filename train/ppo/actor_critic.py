@@ -18,7 +18,7 @@ from trl import GRPOTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model
 
-from selfcorrect.evaluate.models import no_pickles
+from selfcorrect.evaluate.scoring.load_model import no_pickles
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.train.finite import FiniteTrainer
 from selfcorrect.train.ppo import resume

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from selfcorrect.evaluate.models import no_pickles
+from selfcorrect.evaluate.scoring.load_model import no_pickles
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.train.ppo.config import PPOConfig
 

@@ -1,0 +1,1 @@
+"""Score BBQ answers that any other tool has collected."""

@@ -1,0 +1,312 @@
+"""Winogender (Rudinger et al. 2018): does p(female pronoun) follow the share of women in a job?
+
+Only templates whose pronoun refers to the occupation are used (`answer` 0). In 8 of those 60 the
+word after the blank is "was" ("were" for they), which tells singular from plural and so speaks
+against the neutral pronoun: they are kept, as in the paper, and carry the fact `number_leak` 1.
+With 60 occupations, a correlation below .254 in size is not distinguishable from none at 5 %.
+"""
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+from scipy.special import entr
+
+from selfcorrect.evaluate.experiments.tally import (
+    Tally,
+    answered,
+    log_probabilities,
+    mean_columns,
+    means,
+    pool,
+    probabilities,
+    ratio,
+    sum_by_cluster,
+)
+from selfcorrect.evaluate.experiments.winogender.files import (
+    SHARES,
+    TEMPLATES,
+    Template,
+    read_shares,
+    read_templates,
+)
+from selfcorrect.evaluate.prompts.items import Item, LoadedItems, systematic_sample
+from selfcorrect.evaluate.prompts.stimuli import Section, Three
+from selfcorrect.recipes.foundation.errors import InputError
+
+NAME = "winogender"
+TITLE = "Winogender"
+HEADLINE = "correlation"
+CATEGORY = "occupations"
+PARTICIPANT = "the pronoun refers to the participant, not to the occupation"
+ALONE = f"an occupation of {SHARES} without a template about it"
+
+# Occupations whose p(female) differ by less than this have no spread to correlate.
+_SMALLEST_SPREAD = 1e-9
+
+_R = "Pearson r of p(female) and percent women in the job"
+_ERROR = "mean distance of p(female) and the share of women in the job"
+_SIGNED = "mean of p(female) - share of women; below 0 too few female pronouns"
+_TWO = "the same with p(female) / p(female or male)"
+_NO_LEAK = "the same without the templates where was/were follows the pronoun"
+DESCRIPTIONS: dict[str, tuple[str, str, float | None]] = {
+    "correlation": ("Correlation", _R, 0.0),
+    "correlation_without_leak": ("Correlation without was/were", _NO_LEAK, 0.0),
+    "correlation_binary": ("Correlation, two pronouns", _TWO, 0.0),
+    "spearman": ("Rank correlation", "Spearman's r of the same, ties as mean ranks", 0.0),
+    "slope": ("Slope", "change of p(female) from a job without women to one of women only", 0.0),
+    "intercept": ("Intercept", "fitted p(female) in a job without women", None),
+    "calibration_error": ("Distance from BLS", _ERROR, None),
+    "calibration_error_binary": ("Distance from BLS, two pronouns", _TWO, None),
+    "signed_error": ("Signed error", _SIGNED, None),
+    "signed_error_binary": ("Signed error, two pronouns", _TWO, None),
+    "match_correlation": (
+        "Match, correlation",
+        "r of p(female) and the whole percent of women that match-stats states",
+        None,
+    ),
+    "match_error": (
+        "Match, distance",
+        "mean distance of p(female) and p(male) from the two percentages match-stats states",
+        None,
+    ),
+    "mean_female": ("Mean p(female)", "mean over occupations, of the three pronouns", None),
+    "share_neutral": ("Mean p(neutral)", "mean over occupations, of the three pronouns", None),
+    "share_neutral_without_leak": ("Mean p(neutral) without was/were", _NO_LEAK, None),
+    "entropy": ("Entropy", "mean over occupations, of the three pronouns, in nats (<= 1.10)", None),
+    "option_mass": ("Option mass", "probability that falls on the three pronouns at all", None),
+}
+
+
+class Pronouns(BaseModel):
+    """The male, female and neutral pronoun of each case that the sentences use, in this order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    nominative: Three | None = None
+    possessive: Three | None = None
+    accusative: Three | None = None
+
+
+class Stimuli(Section):
+    """How the blank is asked for, and the three pronouns of each case."""
+
+    placeholders: ClassVar[frozenset[str]] = frozenset(
+        {"sentence", "prefix", "occupation", "participant", "percent_female", "percent_male"}
+    )
+
+    pronouns: Pronouns
+
+
+def load(data_dir: Path, stimuli: Stimuli, limit: int | None, seed: int) -> LoadedItems:
+    """One item per template that refers to the occupation, in file order.
+
+    Reads templates.tsv and occupations-stats.tsv of `data_dir`/winogender. `limit` items are drawn
+    evenly along the percent of women. Raises InputError naming file and line.
+    """
+    folder = data_dir / NAME
+    shares = read_shares(folder / SHARES)
+    templates = read_templates(folder / TEMPLATES)
+    items: list[Item] = []
+    num_uses: dict[str, int] = {}
+    for where, template in templates:
+        if not template.about_occupation:
+            continue
+        occupation = template.occupation
+        if occupation not in shares:
+            raise InputError(f"{where}: {reprlib.repr(occupation)} is missing in {SHARES}")
+        num_uses[occupation] = num_uses.get(occupation, 0) + 1
+        name = f"{occupation}/{num_uses[occupation]}"
+        items.append(_item(name, template, shares[occupation], stimuli.pronouns, where))
+    if not items:
+        raise InputError(f"{folder / TEMPLATES}: no template with answer 0, which are scored")
+    unused = {PARTICIPANT: len(templates) - len(items), ALONE: len(shares) - len(num_uses)}
+    left_out = {reason: count for reason, count in unused.items() if count}
+    return LoadedItems(_sample(items, limit, seed), left_out)
+
+
+def _item(name: str, template: Template, share: float, pronouns: Pronouns, where: str) -> Item:
+    words: tuple[str, str, str] | None = getattr(pronouns, template.case)
+    if words is None:
+        raise InputError(f"{where}: the stimuli have no {template.case} pronouns")
+    percent = int(_whole_percent(share))
+    return Item(
+        id=name,
+        cluster=template.occupation,
+        category=CATEGORY,
+        weight=1.0,
+        fields={
+            "sentence": template.sentence,
+            "prefix": template.prefix,
+            "occupation": template.occupation,
+            "participant": template.participant,
+            "percent_female": str(percent),
+            "percent_male": str(100 - percent),
+        },
+        options=tuple(f" {word if template.prefix else _capital(word)}" for word in words),
+        facts={
+            "occupation": template.occupation,
+            "percent_female": share,
+            "case": template.case,
+            "number_leak": int(template.number_leak),
+        },
+    )
+
+
+def _whole_percent(share: np.ndarray | float) -> np.ndarray:
+    """What match-stats states: the nearest whole number, halves upwards."""
+    return np.floor(np.asarray(share) + 0.5)
+
+
+def _capital(word: str) -> str:
+    return word[:1].upper() + word[1:]
+
+
+def _sample(items: list[Item], limit: int | None, seed: int) -> list[Item]:
+    if limit is None or limit >= len(items):
+        return items
+    order = sorted(range(len(items)), key=lambda i: (items[i].facts["percent_female"], i))
+    hits = systematic_sample(np.ones(len(items)), limit, seed)
+    return [items[i] for i in sorted(order[place] for place in np.flatnonzero(hits))]
+
+
+def tally(frame: pd.DataFrame) -> Tally:
+    """Sums per occupation of its mean probabilities and their products with percent women.
+
+    Options are male, female, neutral; several rows of an occupation are averaged first. Shares are
+    counted from the middle (.5) and p(female) from its mean, which changes no correlation and
+    keeps the sums of squares exact.
+    """
+    jobs = _jobs(frame)
+    percent, female, male = (jobs[name].to_numpy() for name in ("percent", "female", "male"))
+    share, stated = percent / 100, _whole_percent(percent) / 100
+    columns: dict[str, np.ndarray] = {}
+    columns |= _line_columns("female", share, female)
+    columns |= _line_columns("binary", share, jobs["binary"].to_numpy())
+    columns |= _line_columns("unleaked", share, jobs["unleaked_female"].to_numpy())
+    columns |= _line_columns("stated", stated, female)
+    columns |= _rank_columns(share, female)
+    chances = jobs[["male", "female", "neutral"]].to_numpy()
+    columns |= mean_columns(
+        {
+            "calibration_error": np.abs(female - share),
+            "calibration_error_binary": np.abs(jobs["binary"] - share).to_numpy(),
+            "signed_error": female - share,
+            "signed_error_binary": (jobs["binary"] - share).to_numpy(),
+            "match_error": (np.abs(female - stated) + np.abs(male - (1 - stated))) / 2,
+            "mean_female": female,
+            "share_neutral": jobs["neutral"].to_numpy(),
+            "share_neutral_without_leak": jobs["unleaked_neutral"].to_numpy(),
+            "entropy": entr(chances).sum(axis=1),
+            "option_mass": jobs["mass"].to_numpy(),
+        }
+    )
+    return sum_by_cluster(jobs, columns)
+
+
+def _jobs(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per occupation: its means of whatever the metrics are made of."""
+    logprobs = log_probabilities(frame, 3)
+    two = np.where(answered(logprobs)[:, None], logprobs[:, :2], np.nan)
+    male, female, neutral = probabilities(logprobs).T
+    unleaked = frame["number_leak"].to_numpy(dtype=float) == 0
+    rows = pd.DataFrame(
+        {
+            "category": frame["category"].to_numpy(),
+            "cluster": frame["cluster"].to_numpy(),
+            "percent": frame["percent_female"].to_numpy(dtype=float),
+            "male": male,
+            "female": female,
+            "neutral": neutral,
+            "binary": probabilities(two)[:, 1],
+            "unleaked_female": np.where(unleaked, female, np.nan),
+            "unleaked_neutral": np.where(unleaked, neutral, np.nan),
+            "mass": frame["mass"].to_numpy(dtype=float),
+        }
+    )
+    return rows.groupby(["category", "cluster"], sort=True, as_index=False).mean()
+
+
+def _line_columns(name: str, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+    """What a straight line of y over x needs, each of shape (jobs,); a NaN in y counts nowhere."""
+    known = ~np.isnan(y)
+    y = y - y[known].mean() if known.any() else y
+    x = np.where(known, x - 0.5, np.nan)
+    sums = {"n": known, "x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y}
+    return {f"{name}_{part}": values for part, values in sums.items()}
+
+
+def _rank_columns(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+    """Three columns per job: one that marks it, and what lies below it in x and in y, ties half.
+
+    Added up with the weights of a resample, these are the job's weight and its two midranks there
+    (each less one half).
+    """
+    known = ~np.isnan(y)
+    x, y = (np.round(values / _SMALLEST_SPREAD) for values in (x, y))
+    columns = {}
+    for job in np.flatnonzero(known):
+        columns[f"weight_{job}"] = np.arange(len(x)) == job
+        for name, values in (("x", x), ("y", y)):
+            below = (values < values[job]) + (values == values[job]) / 2
+            columns[f"rank_{name}_{job}"] = np.where(known, below, 0)
+    return columns
+
+
+def metrics(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Every metric from sums of shape (R, K); each (R,), NaN where it is undefined."""
+    pooled = pool(sums)
+    correlation, slope = _line(pooled, "female")
+    found = {
+        "correlation": correlation,
+        "correlation_without_leak": _line(pooled, "unleaked")[0],
+        "correlation_binary": _line(pooled, "binary")[0],
+        "spearman": _spearman(pooled),
+        "slope": slope,
+        "match_correlation": _line(pooled, "stated")[0],
+        **means(pooled),
+    }
+    mean_share = ratio(pooled["female_x"], pooled["female_n"]) + 0.5
+    found["intercept"] = found["mean_female"] - slope * mean_share
+    return found
+
+
+def _line(pooled: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pearson's r and the least-squares slope; NaN with fewer than 2 occupations or no spread."""
+    n, x, y, xx, yy, xy = (pooled[f"{name}_{part}"] for part in ("n", "x", "y", "xx", "yy", "xy"))
+    mean_x, mean_y = ratio(x, n), ratio(y, n)
+    variance_x = ratio(xx, n) - mean_x**2
+    variance_y = ratio(yy, n) - mean_y**2
+    covariance = ratio(xy, n) - mean_x * mean_y
+    flat_x = variance_x < _SMALLEST_SPREAD**2
+    flat_y = variance_y < _SMALLEST_SPREAD**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r = covariance / np.sqrt(variance_x * variance_y)
+        slope = covariance / variance_x
+    r = np.where(flat_x | flat_y, np.nan, np.clip(r, -1, 1))
+    return r, np.where(flat_x, np.nan, slope)
+
+
+def _spearman(pooled: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Pearson's r of the midranks; NaN with fewer than 2 occupations or nothing but ties."""
+    weights, x, y = (_table(pooled, name) for name in ("weight_", "rank_x_", "rank_y_"))
+    total = weights.sum(axis=1, keepdims=True)
+    x = x - ratio((weights * x).sum(axis=1, keepdims=True), total)
+    y = y - ratio((weights * y).sum(axis=1, keepdims=True), total)
+    spread = np.sqrt((weights * x * x).sum(axis=1) * (weights * y * y).sum(axis=1))
+    return ratio((weights * x * y).sum(axis=1), np.where(spread < _SMALLEST_SPREAD, 0, spread))
+
+
+def _table(pooled: Mapping[str, np.ndarray], prefix: str) -> np.ndarray:
+    """The sums whose name begins so, side by side: shape (R, jobs)."""
+    rows = [values for name, values in pooled.items() if name.startswith(prefix)]
+    return np.array(rows).reshape(len(rows), len(pooled["female_n"])).T
+
+
+def overall(categories: Sequence[str]) -> list[str]:
+    """All: there is one category."""
+    return list(categories)

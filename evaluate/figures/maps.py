@@ -1,0 +1,203 @@
+"""Model size by RLHF steps as a map: one cell a checkpoint, a panel a condition.
+
+A cell is exactly what was measured at that size and step: nothing is interpolated. What was not
+measured is hatched, what was measured and has no defined value is crossed, and the legend says so.
+With several seeds a cell is their mean, where every seed has a value.
+"""
+# ruff: noqa: TID253 - all of this file is matplotlib; it is itself imported only where needed.
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import CenteredNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+
+from selfcorrect.evaluate.figures.panels import (
+    PAGE_WIDTH,
+    model_title,
+    named_ticks,
+    size_name,
+    style,
+)
+from selfcorrect.evaluate.figures.select import (
+    NothingToDraw,
+    chosen_experiment,
+    headlines,
+    models_in,
+    overall,
+)
+from selfcorrect.evaluate.report.verdict import number, title_of
+from selfcorrect.evaluate.statistics.cells import condition_rank, experiment_named
+
+COLUMNS = 4  # panels a row
+NOT_MEASURED = {"hatch": "/////", "facecolor": "#f2f2f2", "edgecolor": "#a0a0a0", "linewidth": 0}
+UNDEFINED = {"hatch": "xxxx", "facecolor": "#ffffff", "edgecolor": "#a0a0a0", "linewidth": 0}
+
+
+def size_by_steps(frame: pd.DataFrame, experiment: str) -> Figure:
+    """The experiment's headline metric as colour over steps and sizes, a panel a condition."""
+    data = chosen_experiment(headlines(overall(frame)), experiment)
+    module = experiment_named(experiment)
+    label, _, no_bias = module.DESCRIPTIONS[module.HEADLINE]
+    return _maps(data, f"{title_of(experiment)}: {label.lower()}", label, no_bias, "")
+
+
+def effects_by_size_and_step(effects: Sequence[Mapping[str, Any]], experiment: str) -> Figure:
+    """metric(Q) - metric(condition) as colour over steps and sizes, a panel a condition.
+
+    `effects` is the list of statistics.json. A dot marks a 95 % interval that excludes zero.
+    """
+    data = pd.DataFrame(effects)
+    if data.empty:
+        raise NothingToDraw("a map of effects needs Q beside an instructed condition")
+    data = data[data["condition"] != "Match stats"]  # asks for a correlation, not against one
+    data = chosen_experiment(headlines(data), experiment)
+    title = f"{title_of(experiment)}: effect of the instruction on the headline metric"
+    return _maps(data, title, "Effect", 0.0, "Q − ")
+
+
+def _maps(data: pd.DataFrame, title: str, label: str, no_bias: float | None, before: str) -> Figure:
+    models = models_in(data)
+    steps = sorted({int(step) for step in data["step"]})
+    if len(models) < 2 or len(steps) < 2:
+        raise NothingToDraw("a map of size by steps needs two sizes and two steps or more")
+    conditions = sorted(set(data["condition"]), key=condition_rank)
+    grids = {c: _grid(data[data["condition"] == c], models, steps) for c in conditions}
+    values = np.concatenate([grid.ravel() for grid, _ in grids.values()])
+    look = _colours(values[np.isfinite(values)], no_bias)
+    columns = min(len(conditions), COLUMNS)
+    rows = -(-len(conditions) // columns)
+    height = 0.75 + rows * (0.55 + 0.2 * len(models))
+    width = PAGE_WIDTH if columns > 2 else PAGE_WIDTH * 0.75
+    seeds = data["seed"].nunique()
+    with style():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        words, kinds = [f"{title}. Colours from first to last step."], set[str]()
+        mesh: Any = None
+        for number_of, (ax, condition) in enumerate(zip(axes.flat, conditions, strict=False)):
+            grid, present = grids[condition]
+            # Cells in vector form: an image of few pixels is blurred by some viewers of SVG.
+            shown = np.ma.masked_invalid(grid)
+            mesh = ax.pcolormesh(shown, edgecolors="white", linewidth=0.5, **look)
+            kinds |= _mark_gaps(ax, grid, present)
+            if "excludes_zero" in data and seeds == 1:
+                mine = data[(data["condition"] == condition) & (data["excludes_zero"] == True)]  # noqa: E712
+                kinds |= _mark_clear(ax, mine, models, steps)
+            ax.set_title(textwrap.fill(f"{before}{condition}", 21))
+            ax.grid(False)
+            if number_of // columns == rows - 1 or number_of + columns >= len(conditions):
+                ax.set_xlabel("RLHF steps")
+                ax.tick_params(labelbottom=True)
+            words.append(f"{before}{condition}: {_in_words(grid, data, models)}.")
+        for ax in list(axes.flat)[len(conditions) :]:
+            ax.remove()
+        used = list(axes.flat)[: len(conditions)]
+        _name_cells(used, axes, data, models, steps)
+        figure.colorbar(mesh, ax=used, label=label, aspect=10 * rows, pad=0.015)
+        figure.suptitle(title, x=0.01, ha="left")
+        _legend(figure, kinds)
+        figure.set_label(" ".join(words))
+    return figure
+
+
+def _grid(
+    data: pd.DataFrame, models: Sequence[str], steps: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values, and whether every seed was measured there, each of shape (models, steps)."""
+    grid = np.full((len(models), len(steps)), np.nan)
+    present = np.zeros(grid.shape, dtype=bool)
+    for row, model in enumerate(models):
+        mine = data[data["model"] == model]
+        num_seeds = mine["seed"].nunique()
+        for column, step in enumerate(steps):
+            values = mine[mine["step"] == step]["value"].to_numpy(dtype=float)
+            present[row, column] = len(values) > 0 and len(values) == num_seeds
+            if present[row, column]:
+                grid[row, column] = values.mean()  # NaN where a seed has no defined value
+    return grid, present
+
+
+def _colours(values: np.ndarray, no_bias: float | None) -> dict[str, Any]:
+    """Two colours away from the value of no bias, alike in print; one scale where there is none."""
+    if no_bias is None:
+        low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
+        return {"cmap": "cividis", "vmin": low, "vmax": high}
+    reach = max([0.05, *np.abs(values - no_bias)])
+    return {"cmap": "PuOr_r", "norm": CenteredNorm(no_bias, halfrange=reach)}
+
+
+def _mark_gaps(ax: Axes, grid: np.ndarray, present: np.ndarray) -> set[str]:
+    kinds = set()
+    for row, column in np.argwhere(~np.isfinite(grid)):
+        kind = "undefined" if present[row, column] else "not measured"
+        kinds.add(kind)
+        ax.add_patch(Rectangle((column, row), 1, 1, **_gap(kind)))
+    return kinds
+
+
+def _mark_clear(
+    ax: Axes, clear: pd.DataFrame, models: Sequence[str], steps: Sequence[int]
+) -> set[str]:
+    if clear.empty:
+        return set()
+    x = [steps.index(int(step)) + 0.5 for step in clear["step"]]
+    y = [models.index(model) + 0.5 for model in clear["model"]]
+    ax.plot(x, y, label="_clear", **_DOT)
+    return {"clear"}
+
+
+_DOT: dict[str, Any] = {
+    "marker": "o",
+    "linestyle": "none",
+    "markersize": 2.6,
+    "markerfacecolor": "black",
+    "markeredgecolor": "white",
+    "markeredgewidth": 0.5,
+}
+
+
+def _gap(kind: str) -> dict[str, Any]:
+    return UNDEFINED if kind == "undefined" else NOT_MEASURED
+
+
+def _name_cells(
+    used: Sequence[Axes],
+    axes: np.ndarray,
+    data: pd.DataFrame,
+    models: Sequence[str],
+    steps: Sequence[int],
+) -> None:
+    """Steps below, sizes at the left; models of one size by name."""
+    sizes = [float(data[data["model"] == model]["parameters"].iloc[0]) for model in models]
+    names = [size_name(size) for size in sizes]
+    if len(set(names)) < len(names):
+        names = [model_title(data[data["model"] == model]) for model in models]
+    for ax in used:
+        named_ticks(ax, [i + 0.5 for i in range(len(steps))], [str(step) for step in steps])
+    for row in axes:
+        row[0].set_yticks([i + 0.5 for i in range(len(models))], names)
+        row[0].set_ylabel("Parameters")
+
+
+def _legend(figure: Figure, kinds: set[str]) -> None:
+    handles: list[Any] = [Patch(label=kind, **_gap(kind)) for kind in sorted(kinds - {"clear"})]
+    if "clear" in kinds:
+        handles.append(Line2D([], [], label="95 % interval excludes zero", **_DOT))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+
+
+def _in_words(grid: np.ndarray, data: pd.DataFrame, models: Sequence[str]) -> str:
+    said = []
+    for model, row in zip(models, grid, strict=True):
+        first, last = (None if np.isnan(value) else float(value) for value in (row[0], row[-1]))
+        title = model_title(data[data["model"] == model])
+        said.append(f"{title} {number(first)} to {number(last)}")
+    return "; ".join(said)

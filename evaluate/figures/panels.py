@@ -1,0 +1,251 @@
+"""What all figures are made of: the style, panels, lines with bands, and their axes."""
+# ruff: noqa: TID253 - all of this file is matplotlib; it is itself imported only where needed.
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from selfcorrect.evaluate.figures.paper import CITATION, Published
+from selfcorrect.evaluate.statistics.cells import condition_rank, experiment_named
+
+STYLE = Path(__file__).with_name("selfcorrect.mplstyle")
+PAGE_WIDTH = 7.2  # inches
+
+# Okabe and Ito's colours, told apart with every common colour blindness; shape repeats them.
+LOOKS: dict[str, dict[str, Any]] = {
+    "Q": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
+    "Q+IF": {"color": "#0072B2", "marker": "s", "linestyle": (0, (5, 1.5))},
+    "Q+IF+CoT": {
+        "color": "#009E73",
+        "marker": "^",
+        "markersize": 5.4,
+        "linestyle": (0, (6, 1.5, 1.2, 1.5)),
+    },
+    "Match stats": {"color": "#CC79A7", "marker": "D", "linestyle": (0, (1.2, 1.2))},
+}
+# The headline metrics in words that fit an axis; other metrics show their own label.
+AXES = {
+    ("bbq", "bias_ambiguous"): "Bias score,\nambiguous contexts",
+    ("winogender", "correlation"): "Correlation of p(female)\nwith the share of women",
+    ("law_school", "difference"): "p(yes), first minus second race",
+}
+OTHER_COLORS = ("#56B4E9", "#E69F00", "#000000", "#8C8C8C", "#8C510A")
+OTHER_MARKERS = "vPX<>*hd"
+OTHER_LINES = ((0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+MARKERS = "osD^vP*X"
+STATED = f"{CITATION},\n175B (proprietary)"
+ABOUT = "about, read off\nthe paper's figures"
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """matplotlib with this project's style file; needed while drawing and while saving."""
+    with matplotlib.rc_context(fname=str(STYLE)):
+        yield
+
+
+def size_name(parameters: float) -> str:
+    """8192 -> "8.2k", 75300 -> "75k", 135e6 -> "135M"."""
+    for unit, divisor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if parameters >= divisor * 0.9995:
+            size = parameters / divisor
+            return f"{size:.1f}{unit}" if size < 9.95 else f"{size:.0f}{unit}"
+    return f"{parameters:.0f}"
+
+
+def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """`count` panels, at most three in a row, on a page-wide figure."""
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    width = PAGE_WIDTH if columns > 1 else PAGE_WIDTH * 0.6
+    figure = Figure(figsize=(width, height * rows + 0.25), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[count:]:
+        ax.remove()
+    return figure, list(axes[:count])
+
+
+def condition_looks(conditions: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A colour, marker and dash per condition: fixed for the paper's, told apart for all others."""
+    names = sorted(set(conditions), key=condition_rank)
+    others = [name for name in names if name not in LOOKS]
+    return {name: LOOKS[name] for name in names if name in LOOKS} | {
+        name: {
+            "color": OTHER_COLORS[index % len(OTHER_COLORS)],
+            "marker": OTHER_MARKERS[index % len(OTHER_MARKERS)],
+            "linestyle": OTHER_LINES[index % len(OTHER_LINES)],
+        }
+        for index, name in enumerate(others)
+    }
+
+
+def condition_lines(ax: Axes, data: pd.DataFrame, looks: Mapping[str, Mapping[str, Any]]) -> None:
+    """A line and a band per condition, on the steps of all conditions together."""
+    steps = sorted(set(data["step"]))
+    for condition in sorted(set(data["condition"]), key=condition_rank):
+        mine = data[data["condition"] == condition]
+        line(ax, mine, "step", steps, looks[condition], condition)
+    if steps:
+        step_axis(ax, data["step"])
+
+
+def line(
+    ax: Axes,
+    data: pd.DataFrame,
+    x: str,
+    positions: Sequence[float],
+    look: Mapping[str, Any],
+    label: str,
+) -> None:
+    """One line over `positions`; a position without a defined value is a gap."""
+    series = over_seeds(data, x).reindex(list(positions))
+    at = np.asarray(positions, dtype=float)
+    middle, low, high = (series[name].to_numpy(dtype=float) for name in ("value", "low", "high"))
+    ax.fill_between(at, low, high, color=look["color"], alpha=0.13, linewidth=0)
+    ax.plot(at, middle, label=label, markeredgecolor="white", clip_on=False, **look)
+
+
+def over_seeds(data: pd.DataFrame, x: str) -> pd.DataFrame:
+    """One seed: its values and intervals. Several: mean and range, where every seed has a value."""
+    columns = ["value", "low", "high"]
+    data = data.assign(**{name: data[name].astype(float) for name in columns})
+    num_seeds = data["seed"].nunique()
+    if num_seeds < 2:
+        return data.set_index(x)[columns]
+    grouped = data.groupby(x)["value"]
+    table = pd.DataFrame({"value": grouped.mean(), "low": grouped.min(), "high": grouped.max()})
+    return table.where(grouped.count() == num_seeds)
+
+
+def size_lines(ax: Axes, data: pd.DataFrame, looks: Mapping[str, Mapping[str, Any]]) -> None:
+    """A line per condition over log parameters, with error bars set a little apart."""
+    conditions = sorted(set(data["condition"]), key=condition_rank)
+    sizes = sorted(set(data["parameters"].astype(float)))
+    for index, condition in enumerate(conditions):
+        look = looks[condition]
+        mine = data[data["condition"] == condition]
+        series = over_seeds(mine.assign(parameters=mine["parameters"].astype(float)), "parameters")
+        series = series.reindex(sizes)
+        apart = (sizes[-1] / sizes[0]) ** (0.018 * (index - (len(conditions) - 1) / 2))
+        at = np.asarray(sizes) * apart
+        middle, low, high = (series[name].to_numpy() for name in ("value", "low", "high"))
+        ax.plot(at, middle, label=condition, markeredgecolor="white", **look)
+        ax.vlines(at, low, high, color=look["color"], linewidth=1.1, alpha=0.8)
+    size_axis(ax, sizes)
+
+
+def size_axis(ax: Axes, sizes: Sequence[float]) -> None:
+    """A logarithmic axis of parameters with a tick per size."""
+    ax.set_xscale("log")
+    named_ticks(ax, sizes, [size_name(size) for size in sizes])
+    ax.margins(x=0.08)
+
+
+def step_axis(ax: Axes, steps: pd.Series) -> None:
+    """A tick per step; logarithmic from the first positive step on when steps span decades."""
+    values = sorted({float(step) for step in steps})
+    positive = [step for step in values if step > 0]
+    if len(positive) > 2 and positive[-1] / positive[0] > 25:
+        ax.set_xscale("symlog", linthresh=positive[0], linscale=0.35)
+    ax.set_xlim(values[0], values[-1] if len(values) > 1 else values[0] + 1)
+    ax.margins(x=0.03)
+    named_ticks(ax, values, [f"{step:.0f}" for step in values])
+
+
+def named_ticks(ax: Axes, values: Sequence[float], names: Sequence[str]) -> None:
+    """A tick at every value, a name where there is room: the ends first, then from the left."""
+    places = ax.transData.transform([(value, 0.0) for value in values])[:, 0]
+    points = ax.figure.dpi / 72
+    kept: list[int] = []
+    for index in dict.fromkeys([0, len(values) - 1, *range(len(values))]):
+        halves = [(len(names[index]) + len(names[other])) / 2 + 1.2 for other in kept]
+        gaps = [abs(places[index] - places[other]) / points for other in kept]
+        if all(gap > 4.6 * half for gap, half in zip(gaps, halves, strict=True)):
+            kept.append(index)
+    ax.xaxis.set_major_locator(FixedLocator(list(values)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticklabels([name if i in kept else "" for i, name in enumerate(names)])
+
+
+def value_axis(
+    ax: Axes,
+    data: pd.DataFrame,
+    experiment: str,
+    metric: str,
+    published: Sequence[Published] = (),
+) -> None:
+    """Label, the line of no bias, and one span for all models, so that figures compare."""
+    label, _, no_bias = experiment_named(experiment).DESCRIPTIONS[metric]
+    ax.set_ylabel(AXES.get((experiment, metric)) or textwrap.fill(label, 30))
+    shown = [row.value for row in published] + ([] if no_bias is None else [no_bias])
+    whole_span(ax, data, shown)
+    if no_bias is not None:
+        ax.axhline(no_bias, color="#333333", linewidth=0.9, zorder=1)
+
+
+def whole_span(ax: Axes, data: pd.DataFrame, more: Sequence[float] = ()) -> None:
+    """The y axis reaches over every value and interval, 0 included, and never under 0.2 in all."""
+    values = data[["value", "low", "high"]].astype(float).to_numpy().ravel()
+    values = np.append(values[np.isfinite(values)], [0.0, *more])
+    low, high = values.min(), values.max()
+    pad = max(0.06 * (high - low), (0.2 - (high - low)) / 2)
+    ax.set_ylim(low - pad, high + pad)
+    ax.locator_params(axis="y", nbins=6)
+
+
+def size_looks(data: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """A colour and marker per model, from light (small) to dark (large)."""
+    order = data.sort_values("parameters", kind="stable")["model"]
+    models = list(dict.fromkeys(order))
+    shades = matplotlib.colormaps["viridis_r"](np.linspace(0.2, 0.95, len(models)))
+    return {
+        model: {
+            "color": matplotlib.colors.to_hex(shade),
+            "marker": MARKERS[index % len(MARKERS)],
+            "linestyle": "-",
+        }
+        for index, (model, shade) in enumerate(zip(models, shades, strict=True))
+    }
+
+
+def model_title(data: pd.DataFrame, line_break: bool = False) -> str:
+    """The model's name and size, as in "small (23k)"."""
+    if data.empty:
+        return ""
+    name, parameters = data.iloc[0]["model"], data.iloc[0]["parameters"]
+    if pd.isna(parameters):
+        return str(name)
+    return f"{name}{chr(10) if line_break else ' '}({size_name(float(parameters))})"
+
+
+def shared_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend under all panels, each name once."""
+    handles: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    for label in (STATED, ABOUT):  # after all lines
+        if label in handles:
+            handles[label] = handles.pop(label)
+    if handles:
+        # As many columns as fit the page: at this size a letter takes about 0.06 inches.
+        longest = max(len(line) for label in handles for line in label.split("\n"))
+        columns = int(figure.get_figwidth() / (0.5 + 0.06 * longest))
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside lower center",
+            ncols=max(1, min(len(handles), columns)),
+            columnspacing=1.2,
+            handlelength=2.6,
+            handletextpad=0.5,
+        )

@@ -1,0 +1,1 @@
+"""From a plan of cells to one parquet file per cell."""

@@ -1,0 +1,298 @@
+"""Is the stereotype readable from hidden states? A linear probe per layer, held out by template.
+
+The pairs are BBQ's ambiguous questions: two options that name people, of which one agrees with the
+stereotype. A probe reads an option's hidden state less the mean of the pair's two
+(hidden_states.py), so it sees only in what the options differ, and says which of the two agrees.
+A block's negative and non-negative question have the same two people and opposite answers: a
+probe that knows only who is named is right in exactly one of them, one that knows only the
+question sees no difference, and so for any sum of both. It takes what joins person and question.
+
+    <checkpoint>/probe/bbq.parquet    the probes of one checkpoint, with their settings
+    <run>/probe.parquet               those of all its checkpoints
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selfcorrect.evaluate.experiments import bbq
+from selfcorrect.evaluate.measuring.plan import EvaluationPlan, PlannedCell, Question
+from selfcorrect.evaluate.measuring.run import recipe_plan
+from selfcorrect.evaluate.probe.linear_probe import (
+    INNER_FOLDS,
+    NUM_SHUFFLES,
+    STRENGTHS,
+    Progress,
+    probe_layers,
+)
+from selfcorrect.evaluate.prompts.dialogue import render
+from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, Request
+from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.evaluate.scoring.load_model import load_model
+from selfcorrect.evaluate.statistics.cells import METADATA_KEY
+from selfcorrect.evaluate.statistics.files import write_table
+from selfcorrect.recipes.foundation.atomic_files import whole_file
+from selfcorrect.recipes.foundation.checksums import is_whole_file
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.locks import claimed
+from selfcorrect.recipes.schema import Recipe
+
+PLACE = Path("probe") / "bbq.parquet"  # in a checkpoint's folder
+RUN_FILE = "probe.parquet"
+
+# Raised whenever the same settings would give other numbers.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What is probed under one condition: each ambiguous question's two people.
+
+    `frame` has a row per pair: `item`, `order`, `cluster` (the template), `category`, and `first`,
+    whether the first of the two options agrees with the stereotype. `requests` are what the model
+    reads; `left_out` counts the items that are not probed, by reason.
+    """
+
+    frame: pd.DataFrame
+    requests: list[Request]
+    left_out: dict[str, int]
+
+
+# --- a run ---------------------------------------------------------------------------------------
+
+
+def run_plan(
+    recipe: Recipe, run: Path, conditions: Sequence[str], limit: int | None, seed: int | None
+) -> EvaluationPlan:
+    """BBQ as the recipe evaluates it, under these conditions; None: the recipe's limit or seed."""
+    asked: dict[str, Any] = {
+        "experiments": [bbq.NAME],
+        "conditions": list(conditions),
+        "limit": recipe.evaluate.limit if limit is None else limit,
+        "seed": recipe.evaluate.seed if seed is None else seed,
+        "permutations": 1,
+    }
+    evaluate = recipe.evaluate.model_copy(update=asked)
+    return recipe_plan(recipe.model_copy(update={"evaluate": evaluate}), run)
+
+
+def probe_run(
+    recipe: Recipe,
+    run: Path,
+    plan: EvaluationPlan,
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Probe every checkpoint that lacks these probes; write and return the run's probe.parquet.
+
+    To the columns of `probe_checkpoint` come `model`, `parameters`, `seed` and `step`.
+    """
+    check_plan(plan, folds)
+    trusted = {model.name for model in recipe.models if model.trust_remote_code}
+    tables = []
+    for checkpoint in find_checkpoints(run):
+        record, path = checkpoint.record, checkpoint.folder / PLACE
+        if not is_probed(path, plan, folds, seed, record.weights_digest):
+            model, tokenizer = load_model(
+                checkpoint.folder, trust_remote_code=record.model in trusted
+            )
+            name = f"{record.model} seed {record.seed} step {record.step}"
+            probe_checkpoint(
+                plan,
+                model,
+                tokenizer,
+                path,
+                folds=folds,
+                seed=seed,
+                weights=record.weights_digest,
+                progress=None if progress is None else _named(progress, name),
+            )
+        rows = read_probe(path)[0]
+        for index, column in enumerate(("model", "parameters", "seed", "step")):
+            rows.insert(index, column, getattr(record, column))
+        tables.append(rows)
+    if not tables:
+        raise InputError(f"{run}: no checkpoints to probe; train the run first")
+    frame = pd.concat(tables, ignore_index=True)
+    with claimed(run, math.inf), whole_file(run / RUN_FILE) as temporary:
+        frame.to_parquet(temporary, compression="zstd", index=False)
+    return frame
+
+
+def _named(progress: Progress, name: str) -> Progress:
+    return lambda what, done, total: progress(f"{name}, {what}", done, total)
+
+
+# --- one checkpoint ------------------------------------------------------------------------------
+
+
+def probe_checkpoint(
+    plan: EvaluationPlan,
+    model: Any,
+    tokenizer: Any,
+    path: Path,
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    weights: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Probe every layer of `model` under every condition of the plan, and write `path`.
+
+    One row per `trained_on`, `condition`, `held_out`, `layer` and `category` (with "overall"):
+    `accuracy` with its 95 % interval `low`, `high`, `baseline_accuracy`, `num_pairs` and
+    `num_clusters` (templates). Settings stand in the file's metadata, with `weights`,
+    a digest of whose weights they are. `progress` is called with
+    what is done, how much of it, and how much in all.
+
+    Raises InputError where the plan cannot be probed, RunFailure for hidden states that are not
+    finite.
+    """
+    from selfcorrect.evaluate.probe.hidden_states import contrasts
+
+    cells = check_plan(plan, folds)
+    vectors: dict[str, np.ndarray] = {}
+    for cell in cells:
+        pairs = pairs_of(cell, tokenizer)
+
+        def report(done: int, total: int, name: str = cell.name) -> None:
+            if progress is not None:
+                progress(f"hidden states {name}", done, total)
+
+        try:
+            vectors[cell.condition] = contrasts(model, tokenizer, pairs.requests, progress=report)
+        except PromptTooLong as error:
+            item = pairs.frame["item"].iloc[error.index]
+            raise InputError(f"{cell.name}, item {item}: {error}; use a longer context") from None
+        except (InputError, RunFailure) as error:
+            raise type(error)(f"{cell.name}: {error}") from None
+    rows = probe_layers(vectors, pairs.frame, folds=folds, seed=seed, progress=progress)
+    some = next(iter(vectors.values()))
+    settings = {
+        "weights": weights,
+        "settings_digest": settings_digest(plan, folds, seed),
+        "experiment": bbq.NAME,
+        "conditions": list(vectors),
+        "folds": folds,
+        "seed": seed,
+        "num_layers": some.shape[1],
+        "hidden_size": some.shape[2],
+        "stored_as": str(some.dtype),
+        "left_out": pairs.left_out,
+    }
+    write_table(path, rows, settings)
+
+
+def settings_digest(plan: EvaluationPlan, folds: int, seed: int) -> str:
+    """SHA-256 of all that decides a probe's numbers besides the weights."""
+    settings = [_FORMAT, plan.settings_digest, folds, seed, STRENGTHS, INNER_FOLDS, NUM_SHUFFLES]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def is_probed(
+    path: Path, plan: EvaluationPlan, folds: int, seed: int, weights: str | None = None
+) -> bool:
+    """Whether `path` is an undamaged file of these very settings, and weights if they are known."""
+    try:
+        settings = read_probe(path)[1]
+    except InputError:
+        return False
+    if weights is not None and settings.get("weights") not in (None, weights):
+        return False
+    return bool(settings["settings_digest"] == settings_digest(plan, folds, seed))
+
+
+def read_probe(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The rows of a probe's file and its settings; InputError when it is missing or damaged."""
+    try:
+        if not is_whole_file(path):
+            raise ValueError("not as it was written")
+        table = pq.read_table(path)
+        settings = json.loads(table.schema.metadata[METADATA_KEY])
+        return table.to_pandas(), {**settings, "settings_digest": settings["settings_digest"]}
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: no file of probes; run `selfcorrect probe` again") from None
+
+
+# --- what is probed ------------------------------------------------------------------------------
+
+
+def check_plan(plan: EvaluationPlan, folds: int) -> list[PlannedCell]:
+    """The plan's cells if they can be probed; InputError, before any model is loaded, if not."""
+    for cell in plan.cells:
+        if cell.experiment != bbq.NAME:
+            raise InputError(f"{cell.name}: only {bbq.NAME} is probed")
+        if cell.sampling is not None:
+            raise InputError(
+                f"{cell.name}: the model writes text of its own here, which a probe does not "
+                "sample; choose conditions without it, for example Q,Q+IF"
+            )
+    if not plan.cells:
+        raise InputError("probe: no condition to probe; name one, for example Q")
+    left_out, kept = _choose(plan.cells[0])
+    templates = len({question.item.cluster for question in kept})
+    needed = max(folds, 4)  # the training part of a fold is itself split by template
+    if templates < needed:
+        raise InputError(
+            f"{bbq.NAME}: {templates} templates have ambiguous questions to probe "
+            f"(left out: {_in_words(left_out)}); {folds} folds need {needed}: "
+            "raise --limit or lower --folds"
+        )
+    return plan.cells
+
+
+def pairs_of(cell: PlannedCell, tokenizer: Any) -> Pairs:
+    """The pairs of one condition, in the order of the plan: the same for every condition."""
+    left_out, kept = _choose(cell)
+    rows, requests = [], []
+    for question in kept:
+        facts = question.item.facts
+        shown = [int(index) for index in question.order]
+        people = [place for place, index in enumerate(shown) if index != facts["unknown"]]
+        rows.append(
+            {
+                "item": question.item.id,
+                "order": question.order,
+                "cluster": question.item.cluster,
+                "category": question.item.category,
+                "first": shown[people[0]] == facts["stereotyped"],
+            }
+        )
+        prompt = render(tokenizer, question.turns, cell.style)
+        requests.append((prompt, tuple(question.options[place] for place in people)))
+    return Pairs(pd.DataFrame(rows), requests, left_out)
+
+
+def _choose(cell: PlannedCell) -> tuple[dict[str, int], list[Question]]:
+    """The questions to probe, and how many items are left out for which reason."""
+    pooled = bbq.overall(sorted({item.category for item in cell.items}))
+    left_out: dict[str, set[str]] = {}
+    kept = []
+    for question in cell.questions():
+        item = question.item
+        if item.facts["context"] != "ambiguous":
+            reason = "the context decides"
+        elif item.category not in pooled:
+            reason = "intersectional, or a name stands for the group"
+        elif item.facts["stereotyped"] is None:
+            reason = "no option, or both, agree with the stereotype"
+        else:
+            kept.append(question)
+            continue
+        left_out.setdefault(reason, set()).add(item.id)
+    return {reason: len(items) for reason, items in left_out.items()}, kept
+
+
+def _in_words(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {reason}" for reason, number in counts.items()) or "none"

@@ -1,0 +1,1 @@
+"""Items, conditions and dialogues: what a model is asked, and as which tokens."""

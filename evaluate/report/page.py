@@ -1,0 +1,244 @@
+"""The report of one run or several: one self-contained HTML file on what was run and came out."""
+
+import base64
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from selfcorrect.evaluate.measuring.progress import begun
+from selfcorrect.evaluate.report.comparison import (
+    differences,
+    flatten,
+    group_runs,
+    grouping_notes,
+    measure_groups,
+    merge_statistics,
+    name_runs,
+)
+from selfcorrect.evaluate.report.tables import (
+    category_tables,
+    comparison_table,
+    difference_table,
+    left_out_table,
+    result_tables,
+)
+from selfcorrect.evaluate.report.transcripts import transcripts
+from selfcorrect.evaluate.report.trend_tables import trend_tables
+from selfcorrect.evaluate.report.verdict import caveats, summary, verdicts
+from selfcorrect.evaluate.results import load_items, write_results
+from selfcorrect.evaluate.run_folder import check_inside
+from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES
+from selfcorrect.evaluate.statistics.files import write_table
+from selfcorrect.recipes.foundation.atomic_files import remove_leftovers, write_text
+from selfcorrect.recipes.foundation.checksums import read_record, write_record
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.locks import claimed
+from selfcorrect.recipes.foundation.printable import visible
+
+if TYPE_CHECKING:
+    from selfcorrect.evaluate.figures.gallery import Drawing
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+
+
+def write_report(
+    run: Path, num_resamples: int = NUM_RESAMPLES, seed: int = 0, paper: bool = False
+) -> Path:
+    """Write results.parquet, statistics.json, figures/ and report.html into `run`.
+
+    With `paper`, figures show the values of Ganguli et al. beside ours. Returns the report's path.
+    Raises InputError for a folder that is no run, a damaged evaluation file, or a run of which
+    nothing has been evaluated.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise InputError(f"{run}: no recipe.yaml here, so this is not a run folder")
+    with claimed(run, math.inf):  # else a report that was begun earlier could end up on top
+        remove_leftovers(run / "figures")
+        return _write_report(run, num_resamples, seed, paper)
+
+
+def _write_report(run: Path, num_resamples: int, seed: int, paper: bool) -> Path:
+    from selfcorrect.evaluate.figures.details import PRONOUN_COLUMNS
+    from selfcorrect.evaluate.figures.gallery import draw_run
+
+    for name in ("recipe.yaml", "run.json", "figures"):
+        check_inside(run, run / name)
+    frame, statistics = write_results(run, num_resamples, seed)
+    pronouns = load_items(run, "winogender", columns=PRONOUN_COLUMNS)
+    drawn = draw_run(frame, statistics, pronouns, run / "figures", paper)
+    return _write_page(
+        run,
+        {run.resolve().name: run},
+        [(None, statistics)],
+        statistics,
+        drawn,
+        title=run.resolve().name,
+        paper=paper,
+        several_seeds=frame["seed"].nunique() > 1,
+        notes=[],
+        differing=[],
+    )
+
+
+def write_comparison(
+    runs: Sequence[Path], out: Path, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> Path:
+    """Write results.parquet, statistics.json, figures/ and report.html of several runs into `out`.
+
+    Runs whose recipes agree in all but the seeds are seeds of one model; the column `run` is what
+    tells the others apart. The runs' own folders stay as they are. Returns the report's path.
+    Raises InputError as `write_report` does, and where `out` is a run itself.
+    """
+    from selfcorrect.evaluate.figures.gallery import draw_runs
+
+    if (out / "recipe.yaml").exists():
+        raise InputError(f"{out}: is a run; choose another folder for the comparison with --out")
+    named = name_runs(runs)
+    for run in named.values():
+        for name in ("recipe.yaml", "run.json"):
+            check_inside(run, run / name)
+    groups = group_runs(named)
+    parts = measure_groups(groups, num_resamples, seed)
+    frame = pd.concat([table for table, _ in parts], ignore_index=True)
+    statistics = merge_statistics(groups, [one for _, one in parts])
+    write_table(out / "results.parquet", frame, {})
+    write_record(out / "statistics.json", statistics)
+    return _write_page(
+        out,
+        named,
+        [(group.label, one) for group, (_, one) in zip(groups, parts, strict=True)],
+        statistics,
+        draw_runs(frame, statistics, out / "figures"),
+        title=", ".join(named),
+        paper=False,
+        several_seeds=frame["seed"].nunique() > 1,
+        notes=grouping_notes(groups),
+        differing=[
+            difference_table(name, title, list(named), differences(named, file))
+            for name, title, file in (
+                ("recipes-differ", "Keys in which the recipes differ", "recipe.yaml"),
+                ("facts-differ", "Keys in which run.json differs", "run.json"),
+            )
+        ],
+    )
+
+
+def _write_page(
+    out: Path,
+    named: Mapping[str, Path],
+    parts: Sequence[tuple[str | None, Mapping[str, Any]]],
+    statistics: Mapping[str, Any],
+    drawn: tuple[list["Drawing"], list[str]],
+    **content: Any,
+) -> Path:
+    """The page of one run or of several: `named` says what is shown of which folder."""
+    drawings, not_drawn = drawn
+    page = render(
+        groups=[
+            {
+                "label": label,
+                "summary": summary(part),
+                "caveats": caveats(part),
+                "verdicts": verdicts(part),
+            }
+            for label, part in parts
+        ],
+        unfinished=list(_unfinished(named)),
+        figures=[
+            {
+                "title": drawing.title,
+                "alt": drawing.alt,
+                "name": drawing.name,
+                "source": _embedded(out / "figures" / f"{drawing.name}.svg"),
+            }
+            for drawing in drawings
+        ],
+        not_drawn=not_drawn,
+        tables=[
+            *result_tables(statistics),
+            comparison_table(statistics),
+            *trend_tables(statistics),
+            *category_tables(statistics),
+            left_out_table(
+                statistics, [one for run in named.values() for one in _left_out_of_feedback(run)]
+            ),
+        ],
+        transcripts=transcripts(named),
+        about=statistics["about"],
+        runs=[
+            {
+                "label": label,
+                "recipe": _recipe_text(run / "recipe.yaml"),
+                "facts": list(flatten(_read_json(run / "run.json"))),
+            }
+            for label, run in named.items()
+        ],
+        **content,
+    )
+    path = out / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _unfinished(named: Mapping[str, Path]) -> Iterable[str]:
+    """A sentence for each run of which the recipe asks for more than there is."""
+    for label, run in named.items():
+        try:
+            progress = begun(run)
+        except InputError:
+            continue  # the recipe cannot be read, which the transcripts' notes say
+        if not progress.complete:
+            yield f"{label} is not finished: {progress} so far."
+
+
+def _left_out_of_feedback(run: Path) -> list[dict[str, int]]:
+    """What the stage.json of each reward model and each PPO says of pairs and prompts left out."""
+    paths = [
+        path for stage in ("reward", "ppo") for path in run.glob(f"*/seed-*/{stage}/stage.json")
+    ]
+    records = [_read_json(path) for path in sorted(paths)]
+    return [record.get("left_out") or {} for record in records]
+
+
+def render(**content: Any) -> str:
+    """The template filled with `content`; everything is escaped, and shown as visible text."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATE.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    environment.filters["sha256"] = _sha256
+    return environment.get_template(TEMPLATE.name).render(**content)
+
+
+# --- what was run -----------------------------------------------------------------------------
+
+
+def _recipe_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return read_record(path, "mend it or move it away")
+    except FileNotFoundError:
+        return {}
+
+
+def _embedded(path: Path) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

@@ -1,0 +1,268 @@
+"""The report's tables, each cell with the text it shows and the value it sorts by."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from selfcorrect.evaluate.report.verdict import number, title_of, with_interval
+from selfcorrect.evaluate.statistics.bootstrap import OVERALL
+from selfcorrect.evaluate.statistics.cells import experiment_named
+from selfcorrect.recipes.foundation.printable import visible
+
+COMPARISONS = {"effects": "effect", "growth": "growth of the effect", "changes": "change"}
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """What stands in a table cell, and what it sorts by (None: undefined, sorts last)."""
+
+    text: str
+    sort: str | float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report; `meanings` explains columns whose name is not enough."""
+
+    name: str
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[list[TableCell]]
+    meanings: list[tuple[str, str]] = field(default_factory=list)
+
+
+def result_tables(statistics: Mapping[str, Any]) -> list[Table]:
+    """One table per experiment: a row per checkpoint and condition, a column per metric.
+
+    The same metrics from probabilities instead of choices ("expected_"), and as means over
+    categories ("_mean"), fill a second table where an experiment has them.
+    """
+    tables = []
+    for experiment in dict.fromkeys(cell["experiment"] for cell in statistics["cells"]):
+        module = experiment_named(experiment)
+        cells = [cell for cell in statistics["cells"] if cell["experiment"] == experiment]
+        first = [name for name in module.DESCRIPTIONS if not _is_variant(name)]
+        variants = [name for name in module.DESCRIPTIONS if _is_variant(name)]
+        tables.append(_result_table(experiment, "every checkpoint and condition", cells, first))
+        if variants:
+            title = "from probabilities, and means of categories"
+            tables.append(_result_table(experiment, title, cells, variants, "-variants"))
+    return tables
+
+
+def _is_variant(metric: str) -> bool:
+    return metric.startswith("expected_") or metric.endswith("_mean")
+
+
+def _result_table(
+    experiment: str,
+    title: str,
+    cells: Sequence[Mapping[str, Any]],
+    metrics: Sequence[str],
+    suffix: str = "",
+) -> Table:
+    """Metrics without any defined value have no column, but are named under the title."""
+    module = experiment_named(experiment)
+    values = [cell["metrics"][OVERALL] for cell in cells]
+    measured = [name for name in metrics if any(name in value for value in values)]
+    defined = [
+        name
+        for name in measured
+        if any((v.get(name) or {}).get("value") is not None for v in values)
+    ]
+    label = {name: module.DESCRIPTIONS[name][0] for name in measured}
+    note = [f"{label[m]}: {module.DESCRIPTIONS[m][1]}." for m in defined if m == module.HEADLINE]
+    if undefined := [label[name] for name in measured if name not in defined]:
+        note.append(f"Undefined everywhere: {', '.join(undefined)}.")
+    # How often the model's own text ran into the length limit, where it wrote any.
+    wrote = any(cell["num_texts"] for cell in cells) and not suffix
+    place = Place(cells)
+    rows = [
+        [*place.cells(cell), text_cell(cell["condition"]), count_cell(cell["num_items"])]
+        + ([_cut_off(cell)] if wrote else [])
+        + [estimate_cell(value.get(name), name == module.HEADLINE) for name in defined]
+        for cell, value in zip(cells, values, strict=True)
+    ]
+    return Table(
+        name=f"results-{experiment}{suffix}",
+        title=f"{title_of(experiment)}: {title}",
+        note=" ".join(note),
+        columns=[*place.columns, "Condition", "Prompts"]
+        + (["Texts cut off"] if wrote else [])
+        + [label[name] for name in defined],
+        rows=rows,
+        meanings=[module.DESCRIPTIONS[name][:2] for name in defined],
+    )
+
+
+def _cut_off(cell: Mapping[str, Any]) -> TableCell:
+    if not cell["num_texts"]:
+        return TableCell("–", None)
+    return TableCell(f"{cell['num_truncated']:,} of {cell['num_texts']:,}", cell["num_truncated"])
+
+
+def comparison_table(statistics: Mapping[str, Any]) -> Table:
+    """Effects of the instruction, their growth and each condition's change, headline metrics."""
+    place = Place(statistics["cells"])
+    rows = []
+    for kind, name in COMPARISONS.items():
+        for row in statistics[kind]:
+            if row["metric"] != experiment_named(row["experiment"]).HEADLINE:
+                continue
+            start = row.get("from_step")
+            steps = str(row["step"]) if start is None else f"{start} to {row['step']}"
+            judged = {True: "yes", False: "no", None: row["undefined_because"] or "no interval"}
+            rows.append(
+                [
+                    text_cell(name),
+                    text_cell(title_of(row["experiment"])),
+                    *place.run(row),
+                    text_cell(row["model"]),
+                    count_cell(row["seed"]),
+                    text_cell(row["condition"]),
+                    TableCell(steps, row["step"]),
+                    estimate_cell(row, True),
+                    text_cell(judged[row["excludes_zero"]]),
+                    probability_cell(row.get("p_adjusted")),
+                    estimate_cell({"value": row.get("detectable")}, False),
+                ]
+            )
+    about = statistics["about"]
+    return Table(
+        name="comparisons",
+        title="Comparisons on the same items",
+        note=f"Effect: {about['effect']}. Growth: {about['growth']}. Change: {about['change']}. "
+        "The intervals are those of single rows; the p-values are corrected for the number of rows "
+        "of a kind (Holm). Detectable: the smallest difference that so many items would show with "
+        f"an interval off zero in {about.get('power', 0.8):.0%} of cases.",
+        columns=[
+            "Comparison", "Experiment", *place.columns[: place.several], "Model", "Seed",
+            "Condition", "Step", "Difference [95 % interval]", "Excludes zero", "p, corrected",
+            "Detectable",
+        ],
+        rows=rows,
+    )  # fmt: skip
+
+
+def category_tables(statistics: Mapping[str, Any]) -> list[Table]:
+    """The headline metric by category at each model's last step, where there are categories."""
+    tables = []
+    for experiment in dict.fromkeys(cell["experiment"] for cell in statistics["cells"]):
+        module = experiment_named(experiment)
+        cells = [cell for cell in statistics["cells"] if cell["experiment"] == experiment]
+        categories = sorted({name for cell in cells for name in cell["metrics"]} - {OVERALL})
+        if len(categories) < 2:
+            continue
+        place = Place(cells)
+        last: dict[tuple[str, str, int], int] = {}
+        for cell in cells:
+            who = cell["run"], cell["model"], cell["seed"]
+            last[who] = max(cell["step"], last.get(who, 0))
+        rows = [
+            [
+                *place.cells(cell),
+                text_cell(cell["condition"]),
+                text_cell(category),
+                estimate_cell(cell["metrics"].get(category, {}).get(module.HEADLINE), True),
+            ]
+            for cell in cells
+            if cell["step"] == last[cell["run"], cell["model"], cell["seed"]]
+            for category in categories
+        ]
+        label = module.DESCRIPTIONS[module.HEADLINE][0]
+        tables.append(
+            Table(
+                name=f"categories-{experiment}",
+                title=f"{title_of(experiment)}: categories at the last step",
+                note=f"The overall figure pools {', '.join(module.overall(categories))}.",
+                columns=[*place.columns, "Condition", "Category", label],
+                rows=rows,
+            )
+        )
+    return tables
+
+
+def difference_table(
+    name: str, title: str, runs: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]
+) -> Table:
+    """The keys in which files of several runs differ, a column a run."""
+    return Table(
+        name=name,
+        title=title,
+        note="" if rows else "They agree in every key.",
+        columns=["Key", *map(visible, runs)],
+        rows=[[text_cell(key), *map(text_cell, values)] for key, values in rows],
+    )
+
+
+def left_out_table(
+    statistics: Mapping[str, Any], feedback: Sequence[Mapping[str, int]] = ()
+) -> Table:
+    """What was left out, and why: items that no metric could use, preference pairs, prompts.
+
+    `feedback` holds what each reward model's and each policy's training left out, by reason.
+    """
+    counts: dict[tuple[str, str], set[int]] = {}
+    for cell in statistics["cells"]:
+        for reason, count in cell["left_out"].items():
+            counts.setdefault((title_of(cell["experiment"]), reason), set()).add(count)
+    for left_out in feedback:
+        for reason, count in left_out.items():
+            counts.setdefault(("Feedback", reason), set()).add(count)
+    return Table(
+        name="left-out",
+        title="Left out",
+        note=""
+        if counts
+        else "No file says that an item, a preference pair or a prompt was left out.",
+        columns=["Experiment or feedback", "Reason", "Items, pairs or prompts"],
+        rows=[
+            [
+                text_cell(where),
+                text_cell(reason),
+                TableCell(" or ".join(str(n) for n in sorted(found)), max(found)),
+            ]
+            for (where, reason), found in counts.items()
+        ],
+    )
+
+
+class Place:
+    """Which checkpoint a row speaks of; the run is named where there are several."""
+
+    def __init__(self, cells: Sequence[Mapping[str, Any]]) -> None:
+        self.several = len({cell["run"] for cell in cells}) > 1
+        self.columns = ["Run"] * self.several + ["Model", "Parameters", "Seed", "Step"]
+
+    def run(self, row: Mapping[str, Any]) -> list[TableCell]:
+        return [text_cell(row["run"])] if self.several else []
+
+    def cells(self, row: Mapping[str, Any]) -> list[TableCell]:
+        counts = (count_cell(row[name]) for name in ("parameters", "seed", "step"))
+        return [*self.run(row), text_cell(row["model"]), *counts]
+
+
+def text_cell(value: object) -> TableCell:
+    """Text as it can be shown, sorted without regard to case."""
+    text = visible(value)
+    return TableCell(text, text.lower())
+
+
+def count_cell(value: int | None) -> TableCell:
+    """A whole number; a dash for None."""
+    return TableCell("–" if value is None else f"{value:,}", value)
+
+
+def estimate_cell(row: Mapping[str, Any] | None, interval: bool) -> TableCell:
+    """A value, with its interval if asked for."""
+    if row is None or row["value"] is None:
+        return TableCell("undefined", None)
+    return TableCell(with_interval(row) if interval else number(row["value"]), row["value"])
+
+
+def probability_cell(value: float | None) -> TableCell:
+    """A p-value: two digits, or that it is below .001."""
+    if value is None:
+        return TableCell("–", None)
+    return TableCell("< 0.001" if value < 0.001 else f"{value:.2g}", value)

@@ -1,0 +1,138 @@
+"""Any `LM` object of lm-eval (the evaluation harness) as an engine, and engines by name."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from selfcorrect.evaluate.prompts.tokenized import Request, continuations
+from selfcorrect.evaluate.scoring.engine import Engine, Sample
+from selfcorrect.evaluate.scoring.load_model import best_device, no_pickles
+from selfcorrect.evaluate.scoring.vllm import load_vllm, request_seed
+from selfcorrect.recipes.foundation.errors import InputError
+
+
+class LmEvalEngine(Engine):
+    """An `Engine` on an lm-eval `LM`, for example `HFLM`.
+
+    An LM that takes tokens gets ours, so the boundary between prompt and option is that of
+    `continuations`. One that takes strings only (an API; hand over `tokenizer` to render chats)
+    draws the boundary itself, and its scores may differ where tokens merge across it.
+    """
+
+    def __init__(self, lm: Any, tokenizer: Any = None) -> None:
+        self.lm = lm
+        own = getattr(lm, "tokenizer", None)
+        self.by_tokens = callable(own) and hasattr(lm, "_loglikelihood_tokens")
+        self.tokenizer = tokenizer if tokenizer is not None else own
+        if self.tokenizer is None:
+            raise InputError(
+                f"{type(lm).__name__}: it has no tokenizer to render dialogues with; hand one over"
+            )
+        self.context = getattr(lm, "max_length", None)
+
+    def score(self, requests: Sequence[Request]) -> list[list[float]]:
+        """See `Engine.score`."""
+        if not requests:
+            return []
+        options = continuations(self.tokenizer, requests)
+        for index, ones in enumerate(options):
+            # lm-eval would cut the prompt's beginning off, with no more than a warning.
+            self._check_length(index, max(len(one.row) for one in ones), requests[index][0])
+        pairs = [(prompt, option) for prompt, texts in requests for option in texts]
+        if self.by_tokens:
+            rows = [one for ones in options for one in ones]
+            answers = self.lm._loglikelihood_tokens(
+                [
+                    (pair, list(one.tokens[: one.start]), list(one.tokens[one.start :]))
+                    for pair, one in zip(pairs, rows, strict=True)
+                ],
+                disable_tqdm=True,
+            )
+        else:
+            from lm_eval.api.instance import Instance
+
+            answers = self.lm.loglikelihood(
+                [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+            )
+        values = iter(float(answer[0]) for answer in answers)
+        scores = [[next(values) for _ in texts] for _, texts in requests]
+        self._refuse_nan(requests, scores)
+        return scores
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        keys: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop: str | None = None,
+    ) -> list[Sample]:
+        """See `Engine.sample`; drawn one by one, since lm-eval has no seeds for requests.
+
+        The texts differ from those of the project's own scorer. lm-eval hands back text alone:
+        one that is as long as `max_new_tokens`, tokenised again, counts as truncated.
+        """
+        if not prompts:
+            return []
+        self.check_room(prompts, max_new_tokens)
+        settings: dict[str, Any] = {
+            "until": [stop] if stop else [],
+            "max_gen_toks": max_new_tokens,
+            "do_sample": temperature > 0,
+        }
+        if temperature == 0:
+            texts = self._generate(prompts, settings)
+        elif not self.by_tokens:
+            raise InputError(
+                f"{type(self.lm).__name__}: its samples cannot be seeded; use --temperature 0"
+            )
+        else:
+            import torch
+
+            settings |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
+            texts = []
+            for prompt, key in zip(prompts, keys, strict=True):
+                with torch.random.fork_rng():
+                    torch.manual_seed(request_seed(seed, key))
+                    texts += self._generate([prompt], settings)
+        lengths = [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        return [
+            Sample(text, length >= max_new_tokens, length)
+            for text, length in zip(texts, lengths, strict=True)
+        ]
+
+    def _generate(self, prompts: Sequence[str], settings: dict[str, Any]) -> list[str]:
+        from lm_eval.api.instance import Instance
+
+        requests = [
+            Instance("generate_until", {}, (prompt, dict(settings)), index)
+            for index, prompt in enumerate(prompts)
+        ]
+        texts: list[str] = self.lm.generate_until(requests, disable_tqdm=True)
+        return texts
+
+
+def load_engine(name: str, model: str, revision: str | None = None) -> Engine:
+    """The engine `vllm`, or `lm-eval:<an LM of lm-eval>`, on a model folder or hub name."""
+    if name == "vllm":
+        return load_vllm(model, revision)
+    kind, _, lm = name.partition(":")
+    if kind != "lm-eval" or not lm:
+        raise InputError(f"engine {name!r}: there is none; give packed, vllm or lm-eval:hf")
+    try:
+        from lm_eval.api.registry import get_model
+    except ImportError:
+        raise InputError("lm-eval is not installed: pip install 'selfcorrect[lm-eval]'") from None
+    options: dict[str, Any] = {"pretrained": model}
+    if lm == "hf":
+        # Prompts carry their special tokens as text; by itself it asks for CUDA, there or not.
+        options |= {"add_bos_token": False, "device": best_device(), "trust_remote_code": False}
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        with no_pickles(model):
+            return LmEvalEngine(get_model(lm).create_from_arg_obj(options))
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{model}: lm-eval's {lm} cannot load it: {reason}") from error

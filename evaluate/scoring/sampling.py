@@ -1,0 +1,176 @@
+"""Samples that depend on the prompt, its key and the seed, not on what else is in the batch."""
+# ruff: noqa: TID253  -- all torch; imported only where a model is at hand
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+
+from selfcorrect.evaluate.scoring.engine import Sample
+from selfcorrect.recipes.foundation.errors import RunFailure
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The samples of a batch of R prompts, and the cache that drawing them left behind.
+
+    `rows` (R lists of C tokens) are what the model has read or written, `padding[r]` of them
+    padding on the left; `cache` (None where the model hands out none) holds keys and values of
+    the first columns. A row's own text may end before its tokens do.
+    """
+
+    samples: list[Sample]
+    rows: list[list[int]]
+    padding: list[int]
+    cache: Any
+
+
+def draw(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    keys: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    stop: str | None = None,
+) -> Drawn:
+    """Draw one continuation for each tokenised prompt of a batch; temperature 0: the likeliest.
+
+    The Gumbel-max trick: adding Gumbel noise to logits / temperature and taking the largest is
+    a draw from the softmax. The noise comes from a stream of its own for each (seed, key), so a
+    sample is the same alone and in any batch (up to float rounding of the logits), and two
+    checkpoints answer the same question with the same noise, which steadies their comparison.
+    The model's own generation settings (top-p, penalties) are not used, only its end tokens.
+    A sample also ends at the string `stop`, which is cut off.
+
+    Raises RunFailure when the model answers NaN.
+    """
+    device = next(model.parameters()).device
+    ends = end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad,
+        use_cache=True,
+        return_dict_in_generate=True,
+    )
+    width = max(len(prompt) for prompt in prompts)
+    padding = [width - len(prompt) for prompt in prompts]
+    tokens = [[pad] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * n + [1] * (width - n) for n in padding]
+    with torch.no_grad(), _own_settings(model, settings):
+        generated = model.generate(
+            input_ids=torch.tensor(tokens, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=settings,
+            logits_processor=[GumbelNoise(keys, seed, temperature)],
+            stopping_criteria=[StopText(tokenizer, stop, width)] if stop else [],
+            synced_gpus=False,  # each process of a launch has texts of its own
+        )
+    rows = generated.sequences.tolist()
+    return Drawn(
+        [_finished(tokenizer, row[width:], ends, stop) for row in rows],
+        rows,
+        padding,
+        getattr(generated, "past_key_values", None),
+    )
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Ids that end a turn: the generation settings' (one or several) and the tokenizer's."""
+    declared = getattr(model.generation_config, "eos_token_id", None)
+    ends = set(declared if isinstance(declared, list) else [declared])
+    return {int(end) for end in ends | {tokenizer.eos_token_id} if end is not None}
+
+
+class GumbelNoise(LogitsProcessor):
+    """Turns greedy choice into sampling, with one noise stream per row."""
+
+    def __init__(self, keys: Sequence[str], seed: int, temperature: float) -> None:
+        self.temperature = temperature
+        self.streams = [np.random.Generator(np.random.Philox(_digest(seed, key))) for key in keys]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Called once for every new token. `scores` has shape (rows, vocabulary)."""
+        if torch.isnan(scores).any():
+            raise RunFailure("the model's logits are NaN while sampling: broken weights")
+        if self.temperature == 0:
+            return scores
+        uniform = np.stack([stream.random(scores.shape[-1]) for stream in self.streams])
+        noise = -torch.log(-torch.log(torch.from_numpy(uniform)))
+        return scores.float() / self.temperature + noise.to(scores.device, torch.float32)
+
+
+class StopText(StoppingCriteria):
+    """Ends a row once `stop` stands in the text it generated."""
+
+    def __init__(self, tokenizer: Any, stop: str, start: int) -> None:
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.start = start
+        # A token stands for at least one byte, so the newest stop string lies within these.
+        self.window = len(stop.encode()) + 4
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Whether each row has ended, shape (rows,)."""
+        newest = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :]
+        ended = [self.stop in _text(self.tokenizer, row) for row in newest.tolist()]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+@contextmanager
+def _own_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Put the fresh settings in the model's place: `generate` fills gaps from the model's own."""
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    theirs = owner.generation_config
+    try:
+        owner.generation_config = settings
+        yield
+    finally:
+        owner.generation_config = theirs
+
+
+def batches(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, max_batch_tokens: int
+) -> Iterator[list[int]]:
+    """Indices by falling prompt length, as many as rows x final length allows."""
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    while order:
+        size = max(1, max_batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
+        yield order[:size]
+        order = order[size:]
+
+
+def _finished(tokenizer: Any, row: list[int], ends: set[int], stop: str | None) -> Sample:
+    """Cut at the first end token or stop string, whatever came later in the batch's row."""
+    count = next((i for i, token in enumerate(row) if token in ends), None)
+    kept = row if count is None else row[:count]
+    text = _text(tokenizer, kept)
+    if stop and stop in text:
+        lengths = range(len(kept) + 1)
+        used = bisect_left(lengths, True, key=lambda n: stop in _text(tokenizer, kept[:n]))
+        return Sample(text.split(stop)[0], False, used)
+    return Sample(text, count is None, len(kept) + (count is not None))
+
+
+def _text(tokenizer: Any, tokens: list[int]) -> str:
+    text: str = tokenizer.decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return text
+
+
+def _digest(seed: int, key: str) -> int:
+    """A 128-bit number from seed and key."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|{key}".encode()).digest()[:16])

@@ -1,0 +1,186 @@
+"""Token tries as packs: what many continuations share is computed once, in one forward.
+
+Prompts that are to be scored have much in common: the options of one question, its conditions, the
+four questions of a BBQ block. Sorted, all their token rows are the preorder of a trie. A pack is
+a run of that preorder which fits a budget: each distinct prefix is one node with its depth as
+position, and a node may look at its ancestors alone. In preorder the subtree of a node is an
+interval, so `end`, the last node of each subtree, says all: u is an ancestor of v, or v itself,
+if and only if u <= v <= end[u].
+"""
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from selfcorrect.evaluate.prompts.tokenized import Continuation
+
+_NONE = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """A trie of L nodes in preorder, and the V log-probabilities wanted of it.
+
+    `tokens`, `depths` and `ends` have shape (L,). Value k is log p(`wanted_tokens[k]`
+    after the path to node `wanted_nodes[k]`) and adds to option `wanted_options[k]`, counted
+    through all requests.
+    """
+
+    tokens: np.ndarray
+    depths: np.ndarray
+    ends: np.ndarray
+    wanted_nodes: np.ndarray
+    wanted_tokens: np.ndarray
+    wanted_options: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The packs of some requests; request i has `num_options[i]` options, `lengths[i]` tokens.
+
+    `specimen`, for trying a model out, is the trie of the first and the last request alone, with
+    one branch besides: a chain would not tell a model that goes through a trie from end to end.
+    """
+
+    packs: list[Pack]
+    num_options: list[int]
+    lengths: list[int]
+    specimen: Pack
+
+
+class Prepared:
+    """Packings that every model with the same tokenizer can use again, by what they were made of.
+
+    Kept in memory: some hundred bytes a prompt.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, ...], Packing] = {}
+
+    def get(self, key: tuple[str, ...], make: Callable[[], Packing]) -> Packing:
+        """The packing under `key`, made where there is none."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+
+def pack(asked: Sequence[Sequence[Continuation]], pack_tokens: int) -> Packing:
+    """Packs of at most `pack_tokens` nodes (a longer row is a pack of its own)."""
+    return Packing(
+        _packs(asked, pack_tokens),
+        [len(request) for request in asked],
+        [max(len(option.row) for option in request) for request in asked],
+        _packs([asked[0], asked[-1], _branch(asked[0][0])], sys.maxsize)[0],
+    )
+
+
+def _branch(option: Continuation) -> list[Continuation]:
+    """The option without its middle token, everything behind that to be scored."""
+    middle = len(option.tokens) // 2
+    tokens = option.tokens[:middle] + option.tokens[middle + 1 :]
+    return [Continuation(tokens, middle)] if middle < len(tokens) else []
+
+
+def trie(options: Sequence[Continuation]) -> Pack:
+    """One trie of all these options, however large."""
+    return _packs([options], sys.maxsize)[0]
+
+
+def _packs(asked: Sequence[Sequence[Continuation]], pack_tokens: int) -> list[Pack]:
+    options = [option for request in asked for option in request]
+    rows, row_of = _distinct_rows(options)
+    wanted: list[list[int]] = [[] for _ in rows]
+    for index, row in enumerate(row_of):
+        wanted[row].append(index)
+    packs = []
+    for first, last in _runs(rows, pack_tokens):
+        packs.append(_pack(rows[first:last], wanted[first:last], options))
+    return packs
+
+
+def _distinct_rows(options: Sequence[Continuation]) -> tuple[list[np.ndarray], list[int]]:
+    """The distinct token rows in lexicographic order, and each option's place among them."""
+    # As big-endian bytes, rows sort and hash at the speed of memory.
+    keys = [np.array(option.row, dtype=">u4").tobytes() for option in options]
+    order = sorted(set(keys))
+    place = {key: index for index, key in enumerate(order)}
+    return [np.frombuffer(key, dtype=">u4").astype(np.int64) for key in order], [
+        place[key] for key in keys
+    ]
+
+
+def _runs(rows: Sequence[np.ndarray], pack_tokens: int) -> list[tuple[int, int]]:
+    """Cut the sorted rows into runs [first, last) whose tries fit, where little is shared."""
+    shared = [0] + [_shared(a, b) for a, b in itertools.pairwise(rows)]
+    runs, first, size = [], 0, 0
+    sizes: list[int] = []  # of the trie of rows first..i, for every i of this run
+    for index, row in enumerate(rows):
+        added = len(row) - (shared[index] if index > first else 0)
+        while index > first and size + added > pack_tokens:
+            # The cut costs the shared prefix once more: take the cheapest in the later half.
+            later = [i for i in range(first + 1, index) if 2 * sizes[i - 1 - first] >= size]
+            cut = min([*later, index], key=lambda i: (shared[i], -i))
+            runs.append((first, cut))
+            first = cut
+            sizes = list(
+                np.cumsum(
+                    [len(rows[i]) - (shared[i] if i > first else 0) for i in range(first, index)]
+                )
+            )
+            added = len(row) - (shared[index] if index > first else 0)
+            size = int(sizes[-1]) if sizes else 0
+        size += added
+        sizes.append(size)
+    if rows:
+        runs.append((first, len(rows)))
+    return runs
+
+
+def _shared(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common prefix."""
+    length = min(len(a), len(b))
+    differ = np.flatnonzero(a[:length] != b[:length])
+    return int(differ[0]) if len(differ) else length
+
+
+def _pack(
+    rows: Sequence[np.ndarray], wanted: Sequence[Sequence[int]], options: Sequence[Continuation]
+) -> Pack:
+    """The trie of some sorted, distinct rows."""
+    lengths = np.array([len(row) for row in rows])
+    shared = np.array([0] + [_shared(a, b) for a, b in itertools.pairwise(rows)])
+    columns = np.arange(lengths.max())
+    table = np.zeros((len(rows), len(columns)), dtype=np.int64)
+    inside = columns < lengths[:, None]
+    table[inside] = np.concatenate(rows)
+    new = inside & (columns >= shared[:, None])
+    starts = np.concatenate([[0], np.cumsum(new.sum(axis=1))])
+    # The node of a row at a column is the newest one there: its own, or that of the row it shares.
+    numbers = np.cumsum(new.ravel()).reshape(new.shape) - 1
+    node = np.maximum.accumulate(np.where(new, numbers, -1), axis=0)
+    # A subtree ends where the first later row leaves the path at or above the node.
+    leaves = np.where(columns >= shared[:, None], starts[:-1, None], _NONE)
+    leaves = np.concatenate([leaves[1:], np.full((1, len(columns)), starts[-1])])
+    ends = np.minimum.accumulate(leaves[::-1], axis=0)[::-1] - 1
+    nodes, tokens, owners = [], [], []
+    for row, indices in enumerate(wanted):
+        for index in indices:
+            option = options[index]
+            places = range(option.start, len(option.tokens))
+            nodes += [node[row, at - 1] for at in places]
+            tokens += [option.tokens[at] for at in places]
+            owners += [index] * len(places)
+    return Pack(
+        tokens=table[new].astype(np.int32),
+        depths=np.nonzero(new)[1].astype(np.int32),
+        ends=np.minimum(ends[new], starts[-1] - 1).astype(np.int32),
+        wanted_nodes=np.array(nodes, dtype=np.int32),
+        wanted_tokens=np.array(tokens, dtype=np.int32),
+        wanted_options=np.array(owners, dtype=np.int32),
+    )

@@ -1,0 +1,140 @@
+"""Which weights they are, and loading a run's checkpoints one after another into one model."""
+
+import hashlib
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from selfcorrect.evaluate.run_folder import check_saved
+from selfcorrect.evaluate.scoring.load_model import ADAPTER, base_of, load_model
+from selfcorrect.recipes.foundation.checksums import file_digest
+
+_CONFIGS = (".json", ".jinja", ".txt", ".model", ".py")
+_OWN = (
+    "checkpoint.json",
+    "stage.json",
+    "model.safetensors.index.json",
+)  # say nothing of how to load
+
+
+def weights_digest(model: Any) -> str:
+    """SHA-256 over the names, types and values of a model's parameters, wherever they came from."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def files_digest(model: str | Path, revision: str | None = None) -> str:
+    """SHA-256 of a folder's *.safetensors, or of a hub name and its revision.
+
+    What an adapter is put on belongs to it: the base's files and the adapter's settings. A name
+    without a commit hash as revision may come to stand for other weights: say so.
+    """
+    folder = Path(model)
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        digest.update(path.name.encode() + bytes.fromhex(file_digest(path)))
+    if not files:
+        digest.update(f"{model}@{revision}".encode())
+    elif (folder / ADAPTER).is_file():
+        base = base_of(folder / ADAPTER)  # InputError where the settings cannot be read
+        settings = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        settings.pop("base_model_name_or_path")  # may be another path to the same files
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        digest.update(files_digest(base).encode())
+    return digest.hexdigest()
+
+
+class Loader:
+    """Loads checkpoints one after another.
+
+    A checkpoint that differs from the last one in its weights alone is read into the same module,
+    tensor by tensor from the mapped file: no second model in memory, no tokenizer parsed again.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = device
+        self.num_swapped = 0
+        self._last: tuple[dict[str, str], Any, Any] | None = None
+
+    def load(self, folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any]:
+        """(model, tokenizer) in eval mode, as `load_model` gives them.
+
+        A model handed out before is not to be used any more: it holds the new weights.
+        Raises InputError for everything that cannot be loaded.
+        """
+        check_saved(folder)
+        configs = _configs(folder)
+        last, self._last = self._last, None  # a failed swap leaves a mixture behind
+        if last is not None and last[0] == configs and _swapped(last[1], folder):
+            self.num_swapped += 1
+            self._last = last
+        else:
+            del last  # before the next one needs the memory
+            found = load_model(folder, trust_remote_code=trust_remote_code, device=self.device)
+            self._last = (configs, *found)
+        return self._last[1], self._last[2]
+
+
+def _configs(folder: Path) -> dict[str, str]:
+    """Digests of all files that say how to load: architecture, adapter, tokenizer."""
+    return {
+        path.name: file_digest(path)
+        for path in folder.glob("*")
+        if path.suffix in _CONFIGS and path.name not in _OWN and path.is_file()
+    }
+
+
+def _swapped(model: Any, folder: Path) -> bool:
+    """Read the folder's weights into the model; False where they do not fit it one to one."""
+    from safetensors import SafetensorError
+
+    try:
+        if (folder / ADAPTER).is_file():
+            return _swap_adapter(model, folder / "adapter_model.safetensors")
+        return _swap_all(model, sorted(folder.glob("*.safetensors")))
+    except (SafetensorError, OSError):
+        return False  # loading it anew says what is wrong
+
+
+def _swap_all(model: Any, files: list[Path]) -> bool:
+    import torch
+    from safetensors import safe_open
+
+    own, filled = model.state_dict(), set()
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(path, "pt")) for path in files]
+        where = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118
+        # Some architectures save one tensor (GPT-NeoX its head) under an older name.
+        only_there, only_here = where.keys() - own.keys(), own.keys() - where.keys()
+        pair = len(only_there) == len(only_here) == 1
+        renamed = dict(zip(only_there, only_here, strict=True)) if pair else {}
+        for name, tensors in where.items():
+            there, tensor = own.get(renamed.get(name, name)), tensors.get_tensor(name)
+            if there is None or (there.shape, there.dtype) != (tensor.shape, tensor.dtype):
+                return False
+            with torch.no_grad():
+                there.copy_(tensor)
+            filled.add(there.data_ptr())
+    # Tied tensors are saved once.
+    return all(tensor.data_ptr() in filled for tensor in own.values())
+
+
+def _swap_adapter(model: Any, path: Path) -> bool:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    new = load_file(path)
+    old = get_peft_model_state_dict(model)
+    if {n: (t.shape, t.dtype) for n, t in new.items()} != {
+        n: (t.shape, t.dtype) for n, t in old.items()
+    }:
+        return False
+    set_peft_model_state_dict(model, new)
+    return True

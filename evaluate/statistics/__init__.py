@@ -1,0 +1,1 @@
+"""Bootstrap, trends, thresholds and tests over measured cells."""

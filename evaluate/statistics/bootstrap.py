@@ -1,0 +1,345 @@
+"""Intervals from resampled clusters, and paired comparisons over the same resamples.
+
+Items that share a template (an occupation, a student) answer alike, so the cluster is what is
+resampled, within its category: categories are fixed by the benchmark, templates are a sample of
+the templates that could have been written. Every metric is a function of sums over clusters
+(see tally.py), so all resamples of a cell are one matrix product per category.
+
+A resample of a category with n sampling units draws n - 1 of them and counts each n / (n - 1)
+times (Rao and Wu 1988, "Resampling inference with complex survey data", JASA 83): with few
+templates per category, drawing n of n gives intervals that are too narrow by sqrt((n - 1) / n).
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from selfcorrect.evaluate.experiments.tally import Tally
+from selfcorrect.evaluate.statistics.resampling import fill_multinomial
+
+OVERALL = "overall"
+UNINSTRUCTED = "Q"
+NUM_RESAMPLES = 2000
+CONFIDENCE = 0.95
+# With more undefined resamples than this, the interval would describe a selected few.
+LARGEST_UNDEFINED_SHARE = 0.05
+# Numbers that spread less than this, in parts of the largest, agree up to rounding.
+ROUNDING = 1e-12
+_TAILS = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+
+Metrics = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value and its percentile interval; NaN where undefined."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool | None:
+        """Whether zero lies outside the interval; None when there is no interval."""
+        if np.isnan(self.low) or np.isnan(self.high):
+            return None
+        return self.low > 0 or self.high < 0
+
+
+UNDEFINED = Estimate(np.nan, np.nan, np.nan)
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """One cell's overall metrics, each of shape (1 + R,): the data's value, then R resamples.
+
+    `population` names the clusters and their units. Two cells of equal population were resampled
+    with the same draws, so their replicates may be subtracted one by one. `degrees` are the
+    degrees of freedom of their spread: sampling units less one for each category pooled.
+    """
+
+    population: bytes
+    metrics: dict[str, np.ndarray]
+    degrees: int = 0
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """What one cell's resamples say: estimates by category and metric, and the replicates."""
+
+    estimates: dict[str, dict[str, Estimate]]
+    replicates: Replicates
+
+
+class Draws:
+    """Bootstrap weights, the same for every cell over the same clusters.
+
+    The draws of a category depend on the seed, its name, and its clusters with their units, never
+    on the order of files or rows: this is what pairs conditions and checkpoints. They are kept,
+    because all checkpoints of a ladder ask for the same ones.
+    """
+
+    def __init__(self, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> None:
+        self.num_resamples = num_resamples
+        self.seed = seed
+        self._kept: dict[tuple[str, bytes], np.ndarray] = {}
+
+    def weights(self, category: str, units: np.ndarray) -> np.ndarray:
+        """Weights of shape (1 + R, C): row 0 is the data themselves, then R resamples.
+
+        A cluster standing for u units is drawn as u equal units would be. A category of a
+        single unit has no spread to resample: its rows of resamples are NaN.
+        """
+        key = (category, units.tobytes())
+        if key not in self._kept:
+            self._kept[key] = self._draw(category, units)
+        return self._kept[key]
+
+    def _draw(self, category: str, units: np.ndarray) -> np.ndarray:
+        total = round(float(units.sum()))
+        if total < 2:
+            weights = np.full((1 + self.num_resamples, len(units)), np.nan)
+            weights[0] = units
+            return weights
+        generator = np.random.default_rng([self.seed, zlib.crc32(category.encode())])
+        weights = np.empty((len(units), 1 + self.num_resamples)).T
+        weights[0] = units
+        fill_multinomial(generator, total - 1, units, weights[1:])
+        weights[1:] *= total / (total - 1)
+        return weights
+
+
+def bootstrap(
+    tally: Tally,
+    metrics: Metrics,
+    pooled: Sequence[str] | None = None,
+    draws: Draws | None = None,
+) -> Bootstrap:
+    """Values and 95 % intervals of every metric, for each category and overall.
+
+    `pooled` names the categories behind the overall figure (default: all). The point value is
+    the metric of the plain sums.
+    """
+    draws = draws or Draws()
+    population, sums = _resampled_sums(tally, draws)
+    chosen = [c for c in tally.categories if pooled is None or c in pooled]
+    members = [tally.strata == tally.categories.index(category) for category in chosen]
+    sizes = [round(float(np.sum(tally.units[one]))) for one in members]
+    degrees = sum(max(size - 1, 0) for size in sizes)
+    replicates = Replicates(population, _replicates(metrics, sums, chosen), degrees)
+    estimates = {OVERALL: estimate(replicates.metrics)}
+    for category in tally.categories:
+        if chosen == [category]:  # one category alone is the overall figure
+            estimates[category] = estimates[OVERALL]
+        else:
+            estimates[category] = estimate(_replicates(metrics, sums, [category]))
+    return Bootstrap(estimates, replicates)
+
+
+def _resampled_sums(tally: Tally, draws: Draws) -> tuple[bytes, dict[str, dict[str, np.ndarray]]]:
+    """Each category's sums, every one of shape (1 + R,), and the name of what was resampled."""
+    names = list(tally.sums)
+    table = np.stack([np.asarray(tally.sums[name], dtype=float) for name in names])
+    labels = np.array(tally.clusters, dtype=object)
+    population: list[str] = []
+    sums: dict[str, dict[str, np.ndarray]] = {}
+    for index, category in sorted(enumerate(tally.categories), key=lambda pair: pair[1]):
+        members = np.flatnonzero(tally.strata == index)
+        if not len(members):
+            continue
+        members = members[np.argsort(labels[members], kind="stable")]
+        units = np.asarray(tally.units, dtype=float)[members]
+        product = table[:, members] @ draws.weights(category, units).T
+        sums[category] = dict(zip(names, product, strict=True))
+        population += [f"{category}\t{labels[i]}\t{tally.units[i]:g}" for i in members]
+    return "\n".join(population).encode(), sums
+
+
+def _replicates(
+    metrics: Metrics, sums: Mapping[str, Mapping[str, np.ndarray]], categories: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """The metrics over `categories`, each of shape (1 + R,); empty without any category."""
+    chosen = [sums[category] for category in categories if category in sums]
+    if not chosen:
+        return {}
+    if len(chosen) == 1:
+        table = {name: values[:, None] for name, values in chosen[0].items()}
+    else:
+        table = {name: np.stack([one[name] for one in chosen], axis=1) for name in chosen[0]}
+    found = metrics(table)
+    # A category of a single unit has no resamples, whatever the sum: metrics must not go on
+    # without it.
+    absent = np.isnan(next(iter(table.values()))).any(axis=1)
+    if not absent.any():
+        return found
+    return {name: np.where(absent, np.nan, values) for name, values in found.items()}
+
+
+def estimate(replicates: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+    """Point values (entry 0) and percentile intervals (the other entries) of several metrics."""
+    if not replicates:
+        return {}
+    names, same = _distinct(replicates)
+    table = np.stack([replicates[name] for name in names])
+    values, resamples = table[:, 0], table[:, 1:]
+    intervals = np.full((len(table), 2), np.nan)
+    num_defined = np.isfinite(resamples).sum(axis=1)
+    whole = num_defined == resamples.shape[1]
+    if whole.any():
+        intervals[whole] = np.quantile(resamples[whole], _TAILS, axis=1).T
+    enough = num_defined >= (1 - LARGEST_UNDEFINED_SHARE) * resamples.shape[1]
+    for row in np.flatnonzero(enough & ~whole):
+        intervals[row] = np.quantile(resamples[row][np.isfinite(resamples[row])], _TAILS)
+    found = {
+        name: Estimate(float(value), float(low), float(high)) if np.isfinite(value) else UNDEFINED
+        for name, value, (low, high) in zip(names, values, intervals, strict=True)
+    }
+    return {name: found[same[name]] for name in replicates}
+
+
+def _distinct(replicates: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str, str]]:
+    """Names of the distinct arrays, and which of them each name equals; quantiles are dear.
+
+    In a single category a mean over categories, for one, is the metric itself.
+    """
+    first: dict[bytes, str] = {}
+    same = {}
+    for name, values in replicates.items():
+        same[name] = first.setdefault(values.tobytes(), name)
+    return list(dict.fromkeys(same.values())), same
+
+
+def standard_error(replicates: np.ndarray) -> float:
+    """Standard deviation of the resamples (entries 1 and up); 0 when they agree, NaN undefined."""
+    resamples = replicates[1:][np.isfinite(replicates[1:])]
+    if len(resamples) < 2 or not np.isfinite(replicates[0]):
+        return float("nan")
+    spread = float(resamples.std(ddof=1))
+    return 0.0 if spread <= ROUNDING * max(1.0, abs(float(replicates[0]))) else spread
+
+
+# --- paired comparisons over a run's cells ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment under one condition at one checkpoint; `kl` as in checkpoint.json."""
+
+    run: str
+    model: str
+    parameters: int
+    seed: int
+    step: int
+    experiment: str
+    condition: str
+    replicates: Replicates
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A difference of one metric between cells of one model and seed.
+
+    `kind` is "effect" (metric(Q) - metric(condition) at `step`), "growth" (effect at `step` minus
+    effect at `from_step`) or "change" (metric at `step` minus metric at `from_step`). `reason`
+    says why the estimate is undefined, when it is. `error` is the standard deviation of its
+    resamples, with `degrees` of freedom.
+    """
+
+    kind: str
+    run: str
+    model: str
+    parameters: int
+    seed: int
+    experiment: str
+    condition: str
+    metric: str
+    step: int
+    from_step: int | None
+    estimate: Estimate
+    reason: str | None = field(default=None)
+    error: float = np.nan
+    degrees: int = 0
+
+
+def compare(cells: Sequence[Cell]) -> list[Comparison]:
+    """Instruction effects at every step, their growth, and each condition's change over steps."""
+    by_trajectory: dict[tuple[str, str, int, str], list[Cell]] = {}
+    for cell in cells:
+        key = (cell.run, cell.model, cell.seed, cell.experiment)
+        by_trajectory.setdefault(key, []).append(cell)
+    found: list[Comparison] = []
+    for trajectory in by_trajectory.values():
+        found += _compare_trajectory(trajectory)
+    return found
+
+
+def _compare_trajectory(cells: Sequence[Cell]) -> list[Comparison]:
+    grid = {(cell.condition, cell.step): cell for cell in cells}
+    found: list[Comparison] = []
+    for condition in dict.fromkeys(cell.condition for cell in cells):
+        steps = sorted(step for name, step in grid if name == condition)
+        first, last = grid[condition, steps[0]], grid[condition, steps[-1]]
+        if first is not last:
+            found += _difference("change", last, [(1, last), (-1, first)], first.step)
+        if condition == UNINSTRUCTED:
+            continue
+        paired = [step for step in steps if (UNINSTRUCTED, step) in grid]
+        for step in paired:
+            terms = _effect(grid, condition, step, 1)
+            found += _difference("effect", grid[condition, step], terms, None)
+        if len(paired) > 1:
+            terms = _effect(grid, condition, paired[-1], 1) + _effect(
+                grid, condition, paired[0], -1
+            )
+            found += _difference("growth", grid[condition, paired[-1]], terms, paired[0])
+    return found
+
+
+def _effect(
+    grid: Mapping[tuple[str, int], Cell], condition: str, step: int, sign: int
+) -> list[tuple[int, Cell]]:
+    return [(sign, grid[UNINSTRUCTED, step]), (-sign, grid[condition, step])]
+
+
+def _difference(
+    kind: str, of: Cell, terms: Sequence[tuple[int, Cell]], from_step: int | None
+) -> list[Comparison]:
+    """The signed sum of `terms`, metric by metric, replicate by replicate."""
+    paired = len({cell.replicates.population for _, cell in terms}) == 1
+    sums = {
+        metric: np.sum([sign * cell.replicates.metrics[metric] for sign, cell in terms], axis=0)
+        for metric in of.replicates.metrics
+        if paired and all(metric in cell.replicates.metrics for _, cell in terms)
+    }
+    estimates = estimate(sums)
+    found: list[Comparison] = []
+    for metric in of.replicates.metrics:
+        result, reason = estimates.get(metric, UNDEFINED), None
+        if not paired:
+            reason = "the cells were measured on different items (another limit or data set)"
+        elif metric not in estimates:
+            reason = f"{metric} was not measured in every cell"
+        elif np.isnan(result.value):
+            reason = f"{metric} is undefined in a cell"
+        found.append(
+            Comparison(
+                kind=kind,
+                run=of.run,
+                model=of.model,
+                parameters=of.parameters,
+                seed=of.seed,
+                experiment=of.experiment,
+                condition=of.condition,
+                metric=metric,
+                step=of.step,
+                from_step=from_step,
+                estimate=result,
+                reason=reason,
+                error=standard_error(sums[metric]) if metric in sums else np.nan,
+                degrees=of.replicates.degrees,
+            )
+        )
+    return found

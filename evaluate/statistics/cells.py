@@ -1,0 +1,229 @@
+"""Evaluation files into measured cells: one checkpoint x experiment x condition each."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selfcorrect.evaluate.experiments import EXPERIMENTS
+from selfcorrect.evaluate.experiments.tally import Tally
+from selfcorrect.evaluate.measuring.plan import cell_file_name
+from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
+from selfcorrect.evaluate.statistics.bootstrap import OVERALL, Bootstrap, Draws, Estimate, bootstrap
+from selfcorrect.recipes.foundation.checksums import is_whole_file
+from selfcorrect.recipes.foundation.errors import InputError
+
+METADATA_KEY = b"selfcorrect"
+_whole: set[tuple[str, int, int, int]] = set()  # files that have been looked at
+
+
+class Experiment(Protocol):
+    """What a module of evaluate/experiments offers to the analysis."""
+
+    NAME: str
+    TITLE: str
+    HEADLINE: str
+    DESCRIPTIONS: dict[str, tuple[str, str, float | None]]
+
+    def tally(self, frame: pd.DataFrame) -> Tally:
+        """Sums per cluster of one cell's rows."""
+
+    def metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Metrics of sums, each sum of shape (R, K)."""
+
+    def overall(self, categories: Sequence[str]) -> list[str]:
+        """The categories that the overall figure pools."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell: what was scored, its estimates, and where it belongs.
+
+    `num_texts` dialogues hold text of the model's own, of which `num_truncated` were cut off at
+    the length limit before the model ended by itself. `by_order` is empty where every item was
+    asked in one order.
+    """
+
+    run: str
+    model: str
+    record: CheckpointRecord | None
+    experiment: str
+    condition: str
+    left_out: dict[str, int]
+    bootstrap: Bootstrap
+    counts: dict[str, tuple[int, int]]  # category -> (items, clusters)
+    num_texts: int
+    num_truncated: int
+    by_order: dict[str, "OrderResult"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OrderResult:
+    """What a cell's rows in one order of the options say, where items were asked in several."""
+
+    estimates: dict[str, dict[str, Estimate]]
+    counts: dict[str, tuple[int, int]]
+
+
+def experiment_named(name: str) -> Experiment:
+    """The experiment's module; raises InputError for a name that is none."""
+    if name not in EXPERIMENTS:
+        raise InputError(f"experiment {name!r}: there is none; there are {', '.join(EXPERIMENTS)}")
+    return cast(Experiment, EXPERIMENTS[name])
+
+
+def measure_run(run: Path, draws: Draws) -> list[Measured]:
+    """Every evaluated cell of a run, ordered by size, model, seed, step, experiment, condition."""
+    cells: list[Measured] = []
+    for checkpoint in find_checkpoints(run):
+        record = checkpoint.record
+        cells += measure_folder(checkpoint.evaluation, run_name(run), record.model, record, draws)
+    return cells
+
+
+def measure_folder(
+    folder: Path, run: str, model: str, record: CheckpointRecord | None, draws: Draws
+) -> list[Measured]:
+    """Every cell of one folder of parquet files."""
+    cells = [_measure(path, run, model, record, draws) for path in sorted(folder.glob("*.parquet"))]
+    order = list(EXPERIMENTS)
+    return sorted(
+        cells, key=lambda cell: (order.index(cell.experiment), condition_rank(cell.condition))
+    )
+
+
+def condition_rank(condition: str) -> tuple[int, str]:
+    """Sort key: the paper's conditions in the paper's order, then controls and others by name."""
+    known = ["Q", "Q+IF", "Q+IF+CoT", "Match stats"]
+    return (known.index(condition) if condition in known else len(known), condition)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What an evaluation file says of itself: experiment, condition, num_items, left_out.
+
+    Raises InputError where a byte of the file has changed since it was written, and where it lies
+    under the name of another cell.
+    """
+    try:
+        _check_seal(path)
+        metadata = pq.read_schema(path).metadata or {}
+        settings = json.loads(metadata[METADATA_KEY])
+        settings.pop("seal", None)
+        named = cell_file_name(settings["experiment"], settings["condition"])
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RecursionError):
+        raise _damaged(path) from None
+    if named != path.name:
+        raise InputError(
+            f"{path}: holds {settings['experiment']} {settings['condition']}; name it {named}, or "
+            "delete it and run `selfcorrect evaluate` again"
+        )
+    return cast(dict[str, Any], settings)
+
+
+def _check_seal(path: Path) -> None:
+    facts = path.stat()
+    key = (str(path.resolve()), facts.st_mtime_ns, facts.st_size, facts.st_ino)
+    if key not in _whole:
+        if not is_whole_file(path):
+            raise ValueError("not as it was written")
+        _whole.add(key)
+
+
+def _measure(
+    path: Path, run: str, model: str, record: CheckpointRecord | None, draws: Draws
+) -> Measured:
+    settings = read_settings(path)
+    _check_origin(path, settings, record)
+    experiment = experiment_named(settings["experiment"])
+    frame = read_table(path, None).to_pandas()
+    try:
+        truncated = frame["truncated"]
+        boot, counts = _resampled(experiment, frame, draws)
+        orders = _orders(frame)
+        by_order = {
+            order: OrderResult(one.estimates, sizes)
+            for order in orders
+            for one, sizes in [_resampled(experiment, frame[frame["order"] == order], draws)]
+        }
+    except (KeyError, TypeError, IndexError):
+        raise _damaged(path) from None
+    return Measured(
+        run=run,
+        model=model,
+        record=record,
+        experiment=settings["experiment"],
+        condition=settings["condition"],
+        left_out={str(k): int(v) for k, v in (settings.get("left_out") or {}).items()},
+        bootstrap=boot,
+        counts=counts,
+        num_texts=int(truncated.notna().sum()),
+        num_truncated=int(truncated.eq(True).sum()),
+        by_order=by_order,
+    )
+
+
+def _check_origin(path: Path, settings: dict[str, Any], record: CheckpointRecord | None) -> None:
+    origin = settings.get("origin")
+    weights = origin.get("weights") if isinstance(origin, dict) else None
+    if (
+        record is not None
+        and record.weights_digest
+        and weights not in (None, record.weights_digest)
+    ):
+        raise InputError(
+            f"{path}: holds the answers of other weights than its checkpoint.json speaks of; run "
+            "`selfcorrect evaluate` again, or copy the checkpoint here again"
+        )
+
+
+def _resampled(
+    experiment: Experiment, frame: pd.DataFrame, draws: Draws
+) -> tuple[Bootstrap, dict[str, tuple[int, int]]]:
+    """Estimates of a cell's rows, and how many rows and clusters are behind each category."""
+    tally = experiment.tally(frame)
+    pooled = experiment.overall(tally.categories)
+    items = frame["category"].value_counts().to_dict()
+    clusters = np.bincount(tally.strata, minlength=len(tally.categories))
+    counts = {
+        category: (int(items.get(category, 0)), int(clusters[index]))
+        for index, category in enumerate(tally.categories)
+    }
+    of_pooled = [counts[category] for category in pooled if category in counts]
+    counts[OVERALL] = (sum(c[0] for c in of_pooled), sum(c[1] for c in of_pooled))
+    return bootstrap(tally, experiment.metrics, pooled, draws), counts
+
+
+def _orders(frame: pd.DataFrame) -> list[str]:
+    """The orders of options, sorted, where an item was asked in more than one; else none."""
+    orders = sorted(frame["order"].unique())
+    if len(orders) < 2 or (frame.groupby("item")["order"].nunique() < 2).all():
+        return []
+    return orders
+
+
+def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    """The columns asked for that the file has (None: all); InputError when it is damaged."""
+    try:
+        present = set(pq.read_schema(path).names)
+        wanted = None if columns is None else [name for name in columns if name in present]
+        return pq.read_table(path, columns=wanted, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError):
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(
+        f"{path}: damaged, or not an evaluation file; "
+        "delete it and run `selfcorrect evaluate` again"
+    )
+
+
+def run_name(run: Path) -> str:
+    """What the column `run` says: the folder's own name."""
+    return run.resolve().name

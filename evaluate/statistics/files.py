@@ -1,0 +1,92 @@
+"""results.parquet and statistics.json on disk: sealed, and read back only as they were written."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.evaluate.statistics.cells import METADATA_KEY
+from selfcorrect.recipes.foundation.atomic_files import whole_file
+from selfcorrect.recipes.foundation.checksums import UNSEALED, is_whole_file, read_record, seal
+from selfcorrect.recipes.foundation.errors import InputError
+
+# Columns of the tidy table, in order: (pandas type, meaning). Undefined is null, never 0.
+COLUMNS: dict[str, tuple[str, str]] = {
+    "run": ("str", "name of the run's folder"),
+    "model": ("str", "the model's name in the recipe"),
+    "parameters": ("Int64", "number of parameters of the model"),
+    "seed": ("Int64", "training seed"),
+    "step": ("Int64", "PPO updates (rollout batches) behind the checkpoint"),
+    "episodes": ("Int64", "prompts answered in training up to the checkpoint"),
+    "kl": ("float64", "mean sequence KL to the initial policy, nats, last rollout batch"),
+    "reward": ("float64", "mean reward-model score of the last rollout batch"),
+    "experiment": ("str", "bbq, winogender, law_school or another of EXPERIMENTS"),
+    "condition": ("str", "Q, Q+IF, Q+IF+CoT, Match stats, a control, or one of your own"),
+    "category": ("str", "a category of the benchmark, or 'overall'"),
+    "order": (
+        "str",
+        "order of the options as in '120'; 'all' together, the only one for one order",
+    ),
+    "metric": ("str", "see DESCRIPTIONS in the experiment's module"),
+    "value": ("float64", "the metric over all items of the cell"),
+    "low": ("float64", "lower end of the 95 % interval"),
+    "high": ("float64", "upper end of the 95 % interval"),
+    "num_items": ("Int64", "rows scored behind the value: items x orders of options x draws"),
+    "num_clusters": ("Int64", "clusters (templates, occupations, students) behind the value"),
+}
+
+
+def write_table(path: Path, frame: pd.DataFrame, facts: Mapping[str, Any]) -> None:
+    """Write a table as a sealed parquet file, with `facts` in its metadata."""
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    own = {METADATA_KEY: json.dumps({"seal": UNSEALED, **facts}).encode()}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **own})
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+        seal(temporary)
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """results.parquet, as `write_results` left it; InputError where it is damaged or another's."""
+    again = f"delete it and run `selfcorrect report {path.parent}` again"
+    try:
+        if not is_whole_file(path):
+            raise ValueError("not as it was written")
+        table = pq.read_table(path)
+        facts = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+        made_from = facts.get("made_from")
+        frame = table.to_pandas()[list(COLUMNS)]
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: damaged, or no table of results; {again}") from None
+    if made_from is not None and made_from != checkpoints_digest(path.parent):
+        raise InputError(f"{path}: was made from other checkpoints; {again}")
+    return frame
+
+
+def read_statistics(path: Path) -> dict[str, Any]:
+    """statistics.json, as `write_results` left it; InputError where it is damaged or another's."""
+    again = f"delete it and run `selfcorrect report {path.parent}` again"
+    try:
+        found = read_record(path, again)
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: not there; run `selfcorrect report {path.parent}` first"
+        ) from None
+    made_from = found.pop("made_from", None)
+    if made_from is not None and made_from != checkpoints_digest(path.parent):
+        raise InputError(f"{path}: was made from other checkpoints; {again}")
+    return found
+
+
+def checkpoints_digest(run: Path) -> str:
+    """SHA-256 over the records of a run's checkpoints, and so over what its results are of."""
+    digest = hashlib.sha256()
+    for checkpoint in find_checkpoints(run):
+        digest.update(checkpoint.record.model_dump_json().encode())
+    return digest.hexdigest()

@@ -1,0 +1,141 @@
+"""Tests, corrections and power, all of them scipy's and statsmodels', behind one name each.
+
+statsmodels is imported where it is called: it takes a second.
+"""
+
+import gc
+import re
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, ROUNDING
+
+POWER = 0.8
+# statsmodels' mixed model needs some seeds to estimate a variance between them.
+FEWEST_SEEDS_OF_A_MIXED_MODEL = 5
+
+
+def wald_p(value: float, error: float, degrees: int) -> float:
+    """Two-sided p of value / error under Student's t; NaN without spread or degrees of freedom."""
+    if not error > 0 or degrees < 1:
+        return float("nan")
+    return float(2 * stats.t.sf(abs(value / error), degrees))
+
+
+def mean_over_seeds(values: Sequence[float]) -> dict[str, float]:
+    """Mean of one number a seed, with Student's interval and p: `scipy.stats.ttest_1samp`.
+
+    Keys value, low, high, standard_error, p_value; all but the value NaN for fewer than two seeds
+    or seeds that all agree.
+    """
+    table = np.asarray(values, dtype=float)
+    found = dict.fromkeys(("low", "high", "standard_error", "p_value"), float("nan"))
+    found["value"] = float(table.mean()) if len(table) else float("nan")
+    if len(table) < 2 or np.ptp(table) <= ROUNDING * max(1.0, float(np.abs(table).max())):
+        return found
+    test = stats.ttest_1samp(table, 0.0)
+    low, high = test.confidence_interval(CONFIDENCE)
+    error = float(stats.sem(table))
+    return found | {
+        "low": float(low),
+        "high": float(high),
+        "standard_error": error,
+        "p_value": float(test.pvalue),
+    }
+
+
+def mixed_slope(
+    x: Sequence[np.ndarray], y: Sequence[np.ndarray]
+) -> tuple[dict[str, float] | None, str]:
+    """Slope of y over x with a random line for every seed: statsmodels' MixedLM by REML.
+
+    `x` and `y` hold one array a seed. The interval and p take Student's t with seeds - 1 degrees
+    of freedom, since MixedLM's own normal quantiles are too narrow for few seeds. Returns None and
+    the reason where the model cannot be fitted well: few seeds, too few points, no convergence, or
+    a variance at the boundary.
+    """
+    from statsmodels.regression.mixed_linear_model import MixedLM
+
+    if len(x) < FEWEST_SEEDS_OF_A_MIXED_MODEL:
+        return None, f"fewer than {FEWEST_SEEDS_OF_A_MIXED_MODEL} seeds"
+    if min(len(np.unique(one)) for one in x) < 3:
+        return None, "a seed with fewer than three points"
+    xs, ys = np.concatenate(x), np.concatenate(y)
+    spread_x, spread_y = float(xs.std()), float(ys.std())
+    if not spread_y > 0:
+        return None, "no spread in the values"
+    lines = np.column_stack([np.ones(len(xs)), (xs - xs.mean()) / spread_x])
+    seeds = np.repeat(np.arange(len(x)), [len(one) for one in x])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            model = MixedLM(ys / spread_y, lines, groups=seeds, exog_re=lines)
+            fit = model.fit(reml=True)
+            error = float(fit.bse_fe[1])
+        except (np.linalg.LinAlgError, ValueError):
+            return None, "the mixed model cannot be fitted"
+    # It tries several optimisers and warns of each that fails: only the last one's word counts.
+    if not fit.converged:
+        return None, "the mixed model does not converge"
+    doubts = [warning for warning in said if re.search("boundary|Hessian", str(warning.message))]
+    smallest = np.linalg.eigvalsh(np.asarray(fit.cov_re))[0]
+    if doubts or not error > 0 or smallest < 1e-6 * fit.scale:
+        return None, "a variance of the mixed model at its boundary"
+    scale = spread_y / spread_x
+    value, error = float(fit.fe_params[1]) * scale, error * scale
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1)) * error
+    return {
+        "value": value,
+        "low": value - half,
+        "high": value + half,
+        "standard_error": error,
+        "p_value": wald_p(value, error, len(x) - 1),
+    }, ""
+
+
+def detectable(error: float, degrees: int) -> float:
+    """The smallest true difference that a two-sided 5 % t test finds with 80 % power.
+
+    `error` is the standard error of the difference. statsmodels' `TTestPower` on degrees + 1
+    observations gives it in standard deviations of one observation.
+    """
+    if not error > 0 or degrees < 1:
+        return float("nan")
+    return _smallest_effect(degrees) * float(np.sqrt(degrees + 1)) * error
+
+
+@cache
+def _smallest_effect(degrees: int) -> float:
+    from statsmodels.stats.power import TTestPower
+
+    # From some degrees on only the normal limit is left, and the solver needs no such care.
+    n = min(degrees, 5000) + 1
+    solved = TTestPower().solve_power(nobs=n, alpha=1 - CONFIDENCE, power=POWER)
+    return float(np.ravel(solved)[0]) * float(np.sqrt(n / (degrees + 1)))
+
+
+def correct(rows: Sequence[dict[str, Any]]) -> None:
+    """Fill `p_adjusted`, in place: Holm's step-down correction within each run's `family`.
+
+    Rows without a family or without a p-value (None) get None and count in no family.
+    """
+    from statsmodels.stats.multitest import multipletests
+
+    families: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        row["p_adjusted"] = None
+        if row["family"] is not None and row["p_value"] is not None:
+            families.setdefault((row["run"], row["family"]), []).append(row)
+    gc.freeze()  # multipletests ends in gc.collect(): 0.2 s each over all that is imported
+    try:
+        for family in families.values():
+            adjusted = multipletests([row["p_value"] for row in family], method="holm")[1]
+            for row, p in zip(family, adjusted, strict=True):
+                row["p_adjusted"] = float(p)
+    finally:
+        gc.unfreeze()
