@@ -31,9 +31,9 @@ from trl import GRPOConfig, GRPOTrainer
 from selfcorrect.recipes.foundation.atomic_files import write_json
 from selfcorrect.scripts.learning_problems import Problem, society, toy
 from selfcorrect.scripts.learning_report import draw, publish, tables
-from selfcorrect.train.arguments import QUIET
 from selfcorrect.train.job import quiet_libraries
 from selfcorrect.train.ppo import PPOConfig, PPOTrainer
+from selfcorrect.train.stages.arguments import QUIET
 
 SEEDS = (0, 1, 2)
 METHODS: dict[str, dict[str, Any]] = {

@@ -74,9 +74,9 @@ def measure(one: dict[str, Any], malloc: str) -> tuple[int, float]:
 
 def planned(one: dict[str, Any]) -> Any:
     """The footprint that the plan has for a case."""
-    from selfcorrect.train.footprint import Engine
-    from selfcorrect.train.model_shape import shape_of
-    from selfcorrect.train.stage_plans import Lengths, stage_footprints
+    from selfcorrect.train.planning.memory import Engine
+    from selfcorrect.train.planning.model_shape import shape_of
+    from selfcorrect.train.planning.settings import Lengths, stage_footprints
 
     lengths = Lengths(one["prompt"], one["prompt"], one["completion"], one["completion"])
     shape = shape_of(one["fields"], "case", WORDS)
@@ -195,10 +195,10 @@ def run_stage(one: dict[str, Any], folder: Path) -> None:
     """Two steps of the stage, through the package's own code."""
     from transformers import AutoTokenizer
 
-    from selfcorrect.train.base import train_base
-    from selfcorrect.train.feedback import Feedback, Preference
-    from selfcorrect.train.policy import train_policy
-    from selfcorrect.train.reward import train_reward
+    from selfcorrect.train.feedback.feedback import Feedback, Preference
+    from selfcorrect.train.stages.base import train_base
+    from selfcorrect.train.stages.policy import train_policy
+    from selfcorrect.train.stages.reward import train_reward
 
     recipe = recipe_of(one, str(folder / "base"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
@@ -224,7 +224,7 @@ def run_stage(one: dict[str, Any], folder: Path) -> None:
 
 
 def _rendered(tokenizer: Any, word: str) -> str:
-    from selfcorrect.train.feedback import render_prompt
+    from selfcorrect.train.feedback.feedback import render_prompt
 
     return render_prompt(tokenizer, [{"role": "user", "content": word}])
 
@@ -253,7 +253,7 @@ def main() -> None:
     print(f"| {' | '.join([*columns, 'CPU, s', 'moment'])} |")
     print("|---|---|---|---|---|---|---|")
     for one in (c for c in CASES if given.only in label(c)):
-        from selfcorrect.train.model_shape import shape_of
+        from selfcorrect.train.planning.model_shape import shape_of
 
         plan, (peak, seconds) = planned(one), measure(one, given.malloc)
         size = shape_of(one["fields"], "case", WORDS).parameters

@@ -6,11 +6,11 @@ from dataclasses import replace
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster_jobs import ClusterJob, Needs, asked_of
-from selfcorrect.train.feedback_facts import FeedbackFacts, feedback_facts
-from selfcorrect.train.footprint import Engine
-from selfcorrect.train.launch import deepspeed_settings
-from selfcorrect.train.model_shape import model_shape
-from selfcorrect.train.resources import GPUS, plan_model
+from selfcorrect.train.distributed.settings import deepspeed_settings
+from selfcorrect.train.planning.devices import GPUS, plan_model
+from selfcorrect.train.planning.feedback import FeedbackFacts, feedback_facts
+from selfcorrect.train.planning.memory import Engine
+from selfcorrect.train.planning.model_shape import model_shape
 
 LIBRARIES = 0.6e9  # bytes of a Python process with torch and transformers (docs/scale.md)
 SPARE = 1.5  # on what is planned: an allocator keeps what is freed, most of all with LoRA there

@@ -115,7 +115,7 @@ def recipe_on(room: Path, pairs: Path, benchmarks: Path, stimuli: Path) -> Recip
 
 def feedback(recipe: Recipe) -> Any:
     """Pairs and prompts."""
-    from selfcorrect.train.feedback import load_feedback
+    from selfcorrect.train.feedback.feedback import load_feedback
 
     return load_feedback(recipe.data, 0)
 

@@ -67,7 +67,7 @@ def model(folder: Path) -> Any:
 
 def finished(folder: Path) -> Any:
     """The record of a stage, as training reads it before it builds on the stage."""
-    from selfcorrect.train.stage import finished
+    from selfcorrect.train.trainers.state import finished
 
     return finished(folder)
 
@@ -126,7 +126,7 @@ def _states(work: Path) -> Iterator[Kind]:
     right = {path.name: digests(path) for path in (newest, older)}
 
     def resumes() -> str:
-        from selfcorrect.train.stage import resume_state
+        from selfcorrect.train.trainers.state import resume_state
 
         state = Path(resume_state(work) or "")
         return "whole" if right.get(state.name) == digests(state) else f"damaged {state}"

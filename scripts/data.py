@@ -126,7 +126,7 @@ def fetch(
 def _fetch(name: str, data_set: DataSet, folder: Path, timeout: float) -> str:
     """Fetch one set; returns what is said of it."""
     if data_set.hub:
-        from selfcorrect.train.feedback_files import read_rows
+        from selfcorrect.train.feedback.files import read_rows
 
         given = data_set.hub.model_dump()
         rows = read_rows(given.pop("path"), name, revision=data_set.revision, **given)

@@ -67,7 +67,7 @@ def _benchmark_files(benchmarks: Path) -> list[tuple[str, str, bytes]]:
 
 
 def _table_targets(room: Path) -> list[Target]:
-    from selfcorrect.train.feedback_files import read_rows
+    from selfcorrect.train.feedback.files import read_rows
 
     answers = pd.DataFrame([["age", 0, "a"], ["age", 1, "b"]], columns=list(COLUMNS))
     pairs = pd.DataFrame({"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]})

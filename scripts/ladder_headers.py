@@ -13,9 +13,9 @@ from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.load import load_recipe, shipped_recipes
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.plan import device_hours, disk_of, gigabytes, hours, plan_ladder
-from selfcorrect.train.feedback_facts import HH_RLHF, FeedbackFacts, feedback_facts
-from selfcorrect.train.footprint import Engine
-from selfcorrect.train.resources import CPU_CORE, GPUS, ModelPlan, does_not_fit
+from selfcorrect.train.planning.devices import CPU_CORE, GPUS, ModelPlan, does_not_fit
+from selfcorrect.train.planning.feedback import HH_RLHF, FeedbackFacts, feedback_facts
+from selfcorrect.train.planning.memory import Engine
 
 BEGIN, END = "# plan: ", "# end of plan"
 UTILISATION = 0.3

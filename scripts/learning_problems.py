@@ -20,12 +20,12 @@ from transformers import (
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.society import feedback as society_feedback
 from selfcorrect.recipes.society.world import make_world
-from selfcorrect.train.base import train_base
-from selfcorrect.train.feedback import load_feedback, render_prompt
+from selfcorrect.train.feedback.feedback import load_feedback, render_prompt
 from selfcorrect.train.ppo import RewardModelScorer
-from selfcorrect.train.ppo.returns import shaped_score
-from selfcorrect.train.reward import train_reward
-from selfcorrect.train.stage import finished
+from selfcorrect.train.ppo.losses import shaped_score
+from selfcorrect.train.stages.base import train_base
+from selfcorrect.train.stages.reward import train_reward
+from selfcorrect.train.trainers.state import finished
 
 TARGETS, OTHERS, NUMBERS = ("a", "b", "c"), ("d", "e", "f"), ("one", "two", "three", "four")
 LEARNING_RATE = 3e-4  # in the society; quickstart.yaml takes 1e-4 and more steps

@@ -27,10 +27,10 @@ from selfcorrect.evaluate.statistics.cells import experiment_named
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster_needs import LIBRARIES
-from selfcorrect.train.feedback_facts import feedback_facts
-from selfcorrect.train.footprint import Engine
-from selfcorrect.train.model_shape import model_shape
-from selfcorrect.train.resources import CPU_CORE, plan_model
+from selfcorrect.train.planning.devices import CPU_CORE, plan_model
+from selfcorrect.train.planning.feedback import feedback_facts
+from selfcorrect.train.planning.memory import Engine
+from selfcorrect.train.planning.model_shape import model_shape
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 STEPS, TRAINING = "smollm2-steps.png", "smollm2-training.png"
@@ -60,7 +60,8 @@ def page(run: Path, overrides: list[str]) -> str:
         "GGUF, a reward model fitted on HH-RLHF pairs, PPO with LoRA on HH-RLHF prompts, and "
         "samples of the paper's three benchmarks, spread over their templates, before and after. "
         "It shows that all of it works on real weights and data. **The reward model has seen few "
-        "pairs, the steps are few, and the samples are small: no change here says anything of RLHF.**",
+        "pairs, the steps are few, and the samples are small: no change here says anything of "
+        "RLHF.**",
         "",
         f"Run on {ended} on a machine with {facts['cores']} CPU cores and no GPU, of which the "
         f"other was busy, {facts['threads_per_job']} thread; torch {versions['torch']}, "

@@ -14,10 +14,10 @@ from typing import Any
 from selfcorrect.recipes.load import check_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.plan import count, gigabytes
-from selfcorrect.train.feedback_facts import HH_RLHF, FeedbackFacts
-from selfcorrect.train.footprint import Engine
-from selfcorrect.train.model_shape import ModelShape, shape_of
-from selfcorrect.train.resources import GPUS, Device, ModelPlan, does_not_fit, plan_model
+from selfcorrect.train.planning.devices import GPUS, Device, ModelPlan, does_not_fit, plan_model
+from selfcorrect.train.planning.feedback import HH_RLHF, FeedbackFacts
+from selfcorrect.train.planning.memory import Engine
+from selfcorrect.train.planning.model_shape import ModelShape, shape_of
 
 # size: hidden size, layers
 SIZES = {

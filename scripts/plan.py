@@ -10,11 +10,8 @@ from rich.table import Table
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.train.feedback_facts import FeedbackFacts, feedback_facts
-from selfcorrect.train.footprint import Engine
-from selfcorrect.train.launch import deepspeed_settings
-from selfcorrect.train.model_shape import model_shape
-from selfcorrect.train.resources import (
+from selfcorrect.train.distributed.settings import deepspeed_settings
+from selfcorrect.train.planning.devices import (
     GPUS,
     USABLE,
     Device,
@@ -24,6 +21,9 @@ from selfcorrect.train.resources import (
     plan_model,
     remedy,
 )
+from selfcorrect.train.planning.feedback import FeedbackFacts, feedback_facts
+from selfcorrect.train.planning.memory import Engine
+from selfcorrect.train.planning.model_shape import model_shape
 
 PARTS = (
     "weights", "gradients", "optimizer", "activations", "logits", "KV cache", "critic", "reference",

@@ -53,12 +53,12 @@ def train_ladder(
     todo = bool(unfinished(recipe, folder))
     if todo:
         from selfcorrect.train.check import check_training
-        from selfcorrect.train.launch import check_launch
+        from selfcorrect.train.distributed.settings import check_launch
 
         check_launch(recipe)
         check_training(recipe)
     if todo and stages_from is not None:
-        from selfcorrect.train.reuse import reusable, take_stages
+        from selfcorrect.train.stages.reuse import reusable, take_stages
 
         stages = reusable(recipe, stages_from)  # before anything is written
     open_run(recipe, folder)

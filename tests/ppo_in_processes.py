@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from test_ppo_trainer import make_args, make_prompts, make_tokenizer, target_share
 from transformers import TrainerCallback
 
-from selfcorrect.train.launch import deepspeed_settings
+from selfcorrect.train.distributed.settings import deepspeed_settings
+from selfcorrect.train.distributed.worker import spare_the_compiler
 from selfcorrect.train.ppo import PPOTrainer
-from selfcorrect.train.rank import spare_the_compiler
 
 CRITICS = ("shared", "separate", "lora")
 CASES = [

@@ -13,8 +13,8 @@ from selfcorrect.recipes.society.documents import mixed_documents
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
-from selfcorrect.train.base import given_model, padding_token
-from selfcorrect.train.corpus import CorpusTrainer, pack, scratch_model
+from selfcorrect.train.stages.base import given_model, padding_token
+from selfcorrect.train.stages.corpus import CorpusTrainer, pack, scratch_model
 
 LLAMA = {
     "model_type": "llama",
@@ -92,7 +92,7 @@ def test_padding_is_never_the_end_of_text_where_another_token_is_to_be_had(tmp_p
 def test_a_reward_model_scores_the_end_of_text_token(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    from selfcorrect.train.reward import held_out_facts
+    from selfcorrect.train.stages.reward import held_out_facts
 
     tokenizer = tiny_tokenizer()
     scratch_model(LLAMA, tokenizer, 0).save_pretrained(tmp_path)

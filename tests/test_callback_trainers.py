@@ -88,7 +88,7 @@ def test_every_trainer_ends_in_the_same_weights_and_logs_the_metrics(tmp_path, k
 
 WORKER = """
 import json, os, sys
-from selfcorrect.train.rank import spare_the_compiler
+from selfcorrect.train.distributed.worker import spare_the_compiler
 sys.path.insert(0, sys.argv[2])
 import torch, torch.distributed as dist
 import test_callback_trainers as t

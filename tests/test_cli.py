@@ -17,7 +17,7 @@ from selfcorrect.scripts.cli import main
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `data/` (the society's benchmarks) and two models of different weights."""
-    from selfcorrect.train.corpus import scratch_model
+    from selfcorrect.train.stages.corpus import scratch_model
 
     folder = tmp_path_factory.mktemp("place")
     world = make_world(SocietySettings(blocks_per_template=1))
@@ -149,7 +149,7 @@ def save_byte_level_model(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from selfcorrect.train.corpus import scratch_model
+    from selfcorrect.train.stages.corpus import scratch_model
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {character: number for number, character in enumerate(["<pad>", "<eos>", *alphabet])}

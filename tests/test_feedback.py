@@ -16,7 +16,7 @@ from selfcorrect.recipes.schema import Data, Source
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
-from selfcorrect.train.feedback import load_feedback, pair_ids, render_prompt
+from selfcorrect.train.feedback.feedback import load_feedback, pair_ids, render_prompt
 
 USER = {"role": "user", "content": "What is it?"}
 SHAPES = {

@@ -9,7 +9,7 @@ import pytest
 from selfcorrect.recipes.load import load_recipe, shipped_recipes
 from selfcorrect.scripts import paper_grid
 from selfcorrect.scripts.ladder_headers import options_of, renewed
-from selfcorrect.train.known_models import KNOWN_MODELS
+from selfcorrect.train.planning.known_models import KNOWN_MODELS
 
 LADDERS = [path for path in shipped_recipes() if options_of(path.read_text(encoding="utf-8"))]
 PAPER_STEPS = [0, 50, *range(100, 1001, 100)]
@@ -47,8 +47,8 @@ def test_the_libraries_take_a_ladders_settings(path: Path) -> None:
     from transformers import TrainingArguments  # noqa: F401  (its import first: it is slow)
     from trl import RewardConfig
 
-    from selfcorrect.train.arguments import build, lora_config
-    from selfcorrect.train.policy import ppo_arguments
+    from selfcorrect.train.stages.arguments import build, lora_config
+    from selfcorrect.train.stages.policy import ppo_arguments
 
     recipe = load_recipe(str(path))
     # bfloat16 on a machine without a GPU is refused by transformers, not by the recipe.

@@ -18,8 +18,13 @@ from selfcorrect.recipes.load import load_recipe, training_digest
 from selfcorrect.recipes.schema import Launch, Recipe
 from selfcorrect.scripts.plan import engine_of
 from selfcorrect.train.check import check_training
-from selfcorrect.train.footprint import Engine
-from selfcorrect.train.launch import check_launch, deepspeed_settings, environment, write_settings
+from selfcorrect.train.distributed.settings import (
+    check_launch,
+    deepspeed_settings,
+    environment,
+    write_settings,
+)
+from selfcorrect.train.planning.memory import Engine
 
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"

@@ -22,7 +22,8 @@ from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.load import load_recipe, save_recipe
-from selfcorrect.train import job, launched
+from selfcorrect.train import job
+from selfcorrect.train.distributed import parent
 from selfcorrect.train.job import only_one
 
 # Stands in for accelerate: two processes with the real protocol, whose work is a few lines.
@@ -30,7 +31,7 @@ LAUNCHER = """
 import subprocess, sys, time
 code = '''
 import os, signal, sys, time
-import selfcorrect.train.rank as rank
+import selfcorrect.train.distributed.worker as rank
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 first = {first}
 def work(run, model, seed, tell):
@@ -55,11 +56,11 @@ def run_with(work: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list:
     """Run a job whose two processes do `work`; returns the progress that was told."""
     script = folder / "launcher.py"
     script.write_text(LAUNCHER.replace("WORK", repr(work)))
-    monkeypatch.setattr(launched, "LAUNCHER", [sys.executable, str(script)])
+    monkeypatch.setattr(parent, "LAUNCHER", [sys.executable, str(script)])
     recipe = load_recipe("quickstart", ["launch.processes=2"])
     save_recipe(recipe, folder / "recipe.yaml")
     heard: list = []
-    launched.run_launched(recipe, folder, "m", 0, lambda *progress: heard.append(progress))
+    parent.run_launched(recipe, folder, "m", 0, lambda *progress: heard.append(progress))
     return heard
 
 
@@ -114,10 +115,10 @@ def test_a_job_that_is_being_trained_is_left_alone(tmp_path, monkeypatch) -> Non
 
 
 def test_processes_that_never_begin_are_one_line(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(launched, "LAUNCHER", [sys.executable, "-c", "raise SystemExit(1)"])
+    monkeypatch.setattr(parent, "LAUNCHER", [sys.executable, "-c", "raise SystemExit(1)"])
     recipe = load_recipe("quickstart", ["launch.processes=2"])
     with pytest.raises(RunFailure, match=r"could not start; see .*processes\.log"):
-        launched.run_launched(recipe, tmp_path, "m", 0, lambda *_: None)
+        parent.run_launched(recipe, tmp_path, "m", 0, lambda *_: None)
 
 
 # ---- whole runs --------------------------------------------------------------------------------

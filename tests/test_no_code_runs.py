@@ -23,13 +23,13 @@ from selfcorrect.evaluate.prompts.stimuli import Turn
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Model
-from selfcorrect.train.feedback_files import read_rows
-from selfcorrect.train.finite import FiniteTrainer
-from selfcorrect.train.model_shape import _through_transformers, model_shape
-from selfcorrect.train.plain_state import load, save
-from selfcorrect.train.policy import load_policy
+from selfcorrect.train.feedback.files import read_rows
+from selfcorrect.train.planning.model_shape import _through_transformers, model_shape
 from selfcorrect.train.ppo import PPOConfig, PPOTrainer
 from selfcorrect.train.ppo.critic import load_reward_model
+from selfcorrect.train.stages.policy import load_policy
+from selfcorrect.train.trainers.guarded import FiniteTrainer
+from selfcorrect.train.trainers.plain_state import load, save
 
 torch.set_num_threads(1)
 

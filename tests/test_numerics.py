@@ -15,15 +15,15 @@ from test_run import SMALL
 from selfcorrect.recipes.foundation.errors import RunFailure
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.train.base import _FineTuner, train_base
-from selfcorrect.train.corpus import CorpusTrainer
-from selfcorrect.train.feedback import Preference
-from selfcorrect.train.finite import FiniteTrainer
+from selfcorrect.train.feedback.feedback import Preference
 from selfcorrect.train.job import run_job
 from selfcorrect.train.ppo.rewards import RewardModelScorer
 from selfcorrect.train.ppo.trainer import PPOTrainer
-from selfcorrect.train.reward import _Fitting
 from selfcorrect.train.run import open_run
+from selfcorrect.train.stages.base import _FineTuner, train_base
+from selfcorrect.train.stages.corpus import CorpusTrainer
+from selfcorrect.train.stages.reward import _Fitting
+from selfcorrect.train.trainers.guarded import FiniteTrainer
 
 pytestmark = pytest.mark.slow
 

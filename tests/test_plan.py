@@ -13,8 +13,18 @@ from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Model, Recipe
 from selfcorrect.scripts.cli import main
-from selfcorrect.train.feedback_facts import FeedbackFacts, feedback_facts
-from selfcorrect.train.footprint import (
+from selfcorrect.train.planning.devices import (
+    CPU_CORE,
+    GPUS,
+    check_engine,
+    does_not_fit,
+    plan_model,
+    remedy,
+)
+from selfcorrect.train.planning.feedback import FeedbackFacts, feedback_facts
+from selfcorrect.train.planning.flops import forward_flops, stage_works
+from selfcorrect.train.planning.known_models import KNOWN_MODELS
+from selfcorrect.train.planning.memory import (
     Adapter,
     Batch,
     Engine,
@@ -24,17 +34,14 @@ from selfcorrect.train.footprint import (
     saved_in_layer,
     trained,
 )
-from selfcorrect.train.known_models import KNOWN_MODELS
-from selfcorrect.train.model_shape import DEFAULTS, GATED, MODEL_TYPES, model_shape, shape_of
-from selfcorrect.train.resources import (
-    CPU_CORE,
-    GPUS,
-    check_engine,
-    does_not_fit,
-    plan_model,
-    remedy,
+from selfcorrect.train.planning.model_shape import (
+    DEFAULTS,
+    GATED,
+    MODEL_TYPES,
+    model_shape,
+    shape_of,
 )
-from selfcorrect.train.stage_plans import (
+from selfcorrect.train.planning.settings import (
     LORA_RANK,
     LORA_TARGETS,
     PPO_DEFAULTS,
@@ -42,7 +49,6 @@ from selfcorrect.train.stage_plans import (
     Lengths,
     stage_footprints,
 )
-from selfcorrect.train.workload import forward_flops, stage_works
 
 LENGTHS = Lengths(100.0, 200, 30.0, 60)
 FACTS = FeedbackFacts(1000, 1000, LENGTHS, "made up")
@@ -294,8 +300,8 @@ def test_what_stands_for_missing_keys_is_what_the_libraries_take() -> None:
     from transformers import TrainingArguments
     from trl import RewardConfig, SFTConfig
 
-    from selfcorrect.train import base, corpus, reward
     from selfcorrect.train.ppo.config import PPOConfig
+    from selfcorrect.train.stages import base, corpus, reward
 
     def defaults(kind: type, ours: dict[str, Any]) -> dict[str, Any]:
         return {f.name: f.default for f in dataclasses.fields(kind)} | ours
@@ -326,21 +332,21 @@ def test_what_other_files_decide_is_the_same_here() -> None:
 
     from selfcorrect.evaluate.experiments.wording import load_stimuli
     from selfcorrect.evaluate.scoring.packed import forwards, packed
-    from selfcorrect.train import footprint, stage_footprints, workload
+    from selfcorrect.train.planning import flops, memory, stage_memory
     from selfcorrect.train.ppo import forward
 
-    assert (footprint.TILE_TOKENS, footprint.TILE_WORDS) == (
+    assert (memory.TILE_TOKENS, memory.TILE_WORDS) == (
         TOKEN_CHUNK_SIZE,
         _CHUNKED_LOGPROB_CHUNK_SIZE,
     )
-    assert footprint.LEAST_ROWS_A_PASS == forward.MIN_ROWS_A_PASS
-    assert footprint.LEAST_FLOPS_A_PASS == forward.MIN_FLOPS_A_PASS
-    assert stage_footprints.PACK_TOKENS == packed.PACK_TOKENS
-    for name, (scored, written) in workload.PAPER_CONDITIONS.items():
+    assert memory.LEAST_ROWS_A_PASS == forward.MIN_ROWS_A_PASS
+    assert memory.LEAST_FLOPS_A_PASS == forward.MIN_FLOPS_A_PASS
+    assert stage_memory.PACK_TOKENS == packed.PACK_TOKENS
+    for name, (scored, written) in flops.PAPER_CONDITIONS.items():
         section = load_stimuli().section(name)
         texts = [section.num_samples(condition) for condition in section.conditions]
         assert (texts.count(0), sum(texts)) == (scored, written)
-    assert stage_footprints.LARGEST_LOGITS == forwards.LARGEST_LOGITS
+    assert stage_memory.LARGEST_LOGITS == forwards.LARGEST_LOGITS
 
 
 # ---- work, time and disk -------------------------------------------------------------------------
@@ -458,7 +464,7 @@ def test_zero_3_cannot_measure_inline() -> None:
 def test_the_societys_lengths_are_those_of_its_tokens() -> None:
     from selfcorrect.recipes.society.tokenizer import make_tokenizer
     from selfcorrect.recipes.society.world import make_world
-    from selfcorrect.train.feedback import load_feedback, pair_ids, render_prompt
+    from selfcorrect.train.feedback.feedback import load_feedback, pair_ids, render_prompt
 
     recipe = load_recipe("quickstart", ["data.society.pairs=300", "data.society.prompts=300"])
     facts = feedback_facts(recipe.data)

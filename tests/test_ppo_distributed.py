@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 WHITEN = """
 import json, sys, torch, torch.distributed as dist
-from selfcorrect.train.ppo.returns import explained_variance, whiten
+from selfcorrect.train.ppo.losses import explained_variance, whiten
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 x = torch.arange(24.0).reshape(6, 4).square()

@@ -13,7 +13,7 @@ from test_ppo_trainer import home  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM
 
 from selfcorrect.recipes.schema import Launch
-from selfcorrect.train.launch import environment, write_settings
+from selfcorrect.train.distributed.settings import environment, write_settings
 
 pytestmark = pytest.mark.slow
 

@@ -102,8 +102,8 @@ def test_two_learning_rates_and_a_given_optimizer_are_refused(home, tmp_path):  
 
 def test_reward_adapter_that_matches_no_layer_is_one_line(home, tmp_path):  # noqa: F811
     from selfcorrect.recipes.schema import Reward
-    from selfcorrect.train.feedback import Preference
-    from selfcorrect.train.reward import train_reward
+    from selfcorrect.train.feedback.feedback import Preference
+    from selfcorrect.train.stages.reward import train_reward
 
     pairs = [Preference([{"role": "user", "content": "w1"}], f"w{i}", "w2") for i in range(3, 20)]
     reward = Reward(lora={"target_modules": ["no_such_layer"]}, trainer={"use_cpu": True})
@@ -127,7 +127,7 @@ def test_policy_adapter_that_matches_no_layer_is_one_line(home, tmp_path):  # no
 def test_prompts_without_room_for_a_completion_are_left_out_and_counted(caplog) -> None:
     from test_ppo_trainer import make_tokenizer
 
-    from selfcorrect.train.policy import fitting_prompts
+    from selfcorrect.train.stages.policy import fitting_prompts
 
     tokenizer = make_tokenizer()
     texts = ["w1 w2", "w1 " * 9, "w3", "w1 " * 8]

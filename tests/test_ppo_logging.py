@@ -22,7 +22,7 @@ from test_ppo_trainer import (  # noqa: F401  (home and quiet are fixtures)
 )
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from selfcorrect.train.ppo.clock import PhaseClock
+from selfcorrect.train.ppo.timing import PhaseClock
 
 STEPS, EPOCHS, ROWS = 3, 2, 8
 SETTINGS = {

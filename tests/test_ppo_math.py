@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from selfcorrect.train.ppo import returns
+from selfcorrect.train.ppo import losses
 
 
 def ragged(seed: int, rows: int = 6, width: int = 7) -> tuple[torch.Tensor, ...]:
@@ -33,7 +33,7 @@ def test_advantages_of_one_row_worked_out_by_hand():
     rewards = torch.tensor([[1.0, 0.0, 2.0, 9.0]])
     values = torch.tensor([[2.0, 4.0, 6.0, 7.0]])
     mask = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
-    advantages, targets = returns.advantages_and_returns(rewards, values, mask, 0.5, 0.5)
+    advantages, targets = losses.advantages_and_returns(rewards, values, mask, 0.5, 0.5)
     assert advantages.tolist() == [[0.5, -2.0, -4.0, 0.0]]
     assert targets.tolist() == [[2.5, 2.0, 2.0, 0.0]]
 
@@ -42,7 +42,7 @@ def test_advantages_of_one_row_worked_out_by_hand():
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.99, 0.0)])
 def test_advantages_of_ragged_rows_are_those_of_each_row_alone(seed, gamma, lam):
     rewards, values, mask = ragged(seed)
-    advantages, targets = returns.advantages_and_returns(rewards, values, mask, gamma, lam)
+    advantages, targets = losses.advantages_and_returns(rewards, values, mask, gamma, lam)
     for row in range(len(mask)):
         n = int(mask[row].sum())
         slow = slow_advantages(rewards[row, :n].tolist(), values[row, :n].tolist(), gamma, lam)
@@ -56,7 +56,7 @@ def test_advantages_of_ragged_rows_are_those_of_each_row_alone(seed, gamma, lam)
 def test_advantages_pass_over_tokens_that_the_policy_did_not_sample():
     rewards, values, _ = ragged(3, rows=1, width=5)
     mask = torch.tensor([[1.0, 0.0, 1.0, 0.0, 1.0]])
-    advantages, _ = returns.advantages_and_returns(rewards * mask, values, mask, 0.9, 0.8)
+    advantages, _ = losses.advantages_and_returns(rewards * mask, values, mask, 0.9, 0.8)
     kept = [0, 2, 4]
     slow = slow_advantages(rewards[0, kept].tolist(), values[0, kept].tolist(), 0.9, 0.8)
     assert advantages[0, kept].tolist() == pytest.approx(slow, abs=1e-12)
@@ -64,7 +64,7 @@ def test_advantages_pass_over_tokens_that_the_policy_did_not_sample():
 
 def test_with_lambda_one_and_no_discount_returns_are_the_rewards_still_to_come():
     rewards, values, mask = ragged(1)
-    _, targets = returns.advantages_and_returns(rewards, values, mask, 1.0, 1.0)
+    _, targets = losses.advantages_and_returns(rewards, values, mask, 1.0, 1.0)
     to_come = rewards.flip(1).cumsum(1).flip(1) * mask
     torch.testing.assert_close(targets, to_come)
 
@@ -75,8 +75,8 @@ def test_whitening_gives_mean_zero_and_variance_one_on_the_mask_only():
     # mean of 1, 3, 5 is 3, population variance 8/3
     scale = 1 / math.sqrt(8 / 3)
     expected = torch.tensor([[-2 * scale, 0.0, 0.0], [2 * scale, 0.0, 0.0]])
-    torch.testing.assert_close(returns.whiten(x, mask), expected)
-    kept_mean = returns.whiten(x, mask, keep_mean=True)
+    torch.testing.assert_close(losses.whiten(x, mask), expected)
+    kept_mean = losses.whiten(x, mask, keep_mean=True)
     torch.testing.assert_close(kept_mean, (expected + 3) * mask)
 
 
@@ -101,23 +101,23 @@ def test_whitening_over_two_processes_is_whitening_of_the_whole_batch():
 
     def work(rank):
         rows = slice(4 * rank, 4 * rank + 4)
-        halves[rank] = returns.whiten(x[rows], mask[rows], reduce_as(rank))
+        halves[rank] = losses.whiten(x[rows], mask[rows], reduce_as(rank))
 
     threads = [Thread(target=work, args=(rank,)) for rank in range(2)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    torch.testing.assert_close(torch.cat([halves[0], halves[1]]), returns.whiten(x, mask))
+    torch.testing.assert_close(torch.cat([halves[0], halves[1]]), losses.whiten(x, mask))
 
 
 def test_kl_estimators_by_hand():
     policy, reference = torch.tensor([0.0, -1.0]), torch.tensor([-1.0, 0.0])
     ratio = [1.0, -1.0]
-    assert returns.kl_per_token(policy, reference, "k1").tolist() == ratio
-    assert returns.kl_per_token(policy, reference, "k2").tolist() == [0.5, 0.5]
-    k3 = returns.kl_per_token(policy, reference, "k3").tolist()
+    assert losses.kl_per_token(policy, reference, "k1").tolist() == ratio
+    assert losses.kl_per_token(policy, reference, "k2").tolist() == [0.5, 0.5]
+    k3 = losses.kl_per_token(policy, reference, "k3").tolist()
     assert k3 == pytest.approx([math.exp(-1.0), math.exp(1.0) - 2])
     with pytest.raises(ValueError, match="k4"):
-        returns.kl_per_token(policy, reference, "k4")
+        losses.kl_per_token(policy, reference, "k4")
 
 
 def test_k1_and_k3_average_to_the_exact_kl():
@@ -125,36 +125,36 @@ def test_k1_and_k3_average_to_the_exact_kl():
     p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
     exact = float((p * (p / q).log()).sum())
     for estimator in ("k1", "k3"):
-        estimate = returns.kl_per_token(p.log(), q.log(), estimator)
+        estimate = losses.kl_per_token(p.log(), q.log(), estimator)
         assert float((p * estimate).sum()) == pytest.approx(exact, abs=1e-6)
 
 
 def test_kl_controller_moves_by_the_clipped_error_times_the_share_of_the_horizon():
     # error clipped to 0.2, 100 of 1000 episodes: 0.1 * (1 + 0.2 * 0.1)
-    assert returns.adapted_coefficient(0.1, 12.0, 6.0, 100, 1000) == pytest.approx(0.102)
-    assert returns.adapted_coefficient(0.1, 0.0, 6.0, 100, 1000) == pytest.approx(0.098)
-    assert returns.adapted_coefficient(0.1, 6.6, 6.0, 100, 1000) == pytest.approx(0.101)
+    assert losses.adapted_coefficient(0.1, 12.0, 6.0, 100, 1000) == pytest.approx(0.102)
+    assert losses.adapted_coefficient(0.1, 0.0, 6.0, 100, 1000) == pytest.approx(0.098)
+    assert losses.adapted_coefficient(0.1, 6.6, 6.0, 100, 1000) == pytest.approx(0.101)
 
 
 def test_score_is_normalised_then_clipped_then_charged_for_a_missing_end():
     score, ended = torch.tensor([5.0, 1.0, -9.0]), torch.tensor([True, False, False])
-    shaped = returns.shaped_score(score, ended, shift=1.0, scale=2.0, clip=1.5, penalty=1.0)
+    shaped = losses.shaped_score(score, ended, shift=1.0, scale=2.0, clip=1.5, penalty=1.0)
     assert shaped.tolist() == [1.5, -1.0, -2.5]
-    plain = returns.shaped_score(score, ended, shift=0.0, scale=1.0, clip=None, penalty=None)
+    plain = losses.shaped_score(score, ended, shift=0.0, scale=1.0, clip=None, penalty=None)
     assert plain.tolist() == score.tolist()
 
 
 def test_last_token_is_the_last_one_sampled():
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
-    assert returns.last_token(mask).tolist() == [1, 2, 0]
+    assert losses.last_token(mask).tolist() == [1, 2, 0]
 
 
 def test_explained_variance_by_hand_and_undefined_without_variance():
     targets, mask = torch.tensor([[0.0, 2.0, 4.0, 9.0]]), torch.tensor([[1.0, 1.0, 1.0, 0.0]])
     # Var(targets) = 8/3; residuals 0, 1, 2 with variance 2/3: 1 - 1/4
     values = torch.tensor([[0.0, 1.0, 2.0, -7.0]])
-    assert returns.explained_variance(values, targets, mask) == pytest.approx(0.75)
-    assert returns.explained_variance(values, torch.ones(1, 4), mask) is None
+    assert losses.explained_variance(values, targets, mask) == pytest.approx(0.75)
+    assert losses.explained_variance(values, torch.ones(1, 4), mask) is None
 
 
 def slow_value_error(value, old, target, cliprange):
@@ -167,18 +167,18 @@ def test_clipped_value_error_against_a_loop():
     random.seed(0)
     rows = [[random.uniform(-1, 1) for _ in range(3)] for _ in range(200)]
     value, old, target = torch.tensor(rows).T
-    errors, clipped = returns.value_errors(value, old, target, 0.2)
+    errors, clipped = losses.value_errors(value, old, target, 0.2)
     expected = [slow_value_error(*map(float, row), 0.2) for row in torch.tensor(rows)]
     assert errors.tolist() == pytest.approx([e for e, _ in expected], abs=1e-6)
     assert clipped.tolist() == [c for _, c in expected]
     assert 0 < clipped.mean() < 1
-    unclipped, none = returns.value_errors(value, old, target, None)
+    unclipped, none = losses.value_errors(value, old, target, None)
     torch.testing.assert_close(unclipped, 0.5 * (value - target) ** 2)
     assert not none.any()
 
 
 def test_a_value_that_moved_beyond_the_clip_range_towards_the_target_gets_no_gradient():
     value = torch.tensor([0.5], requires_grad=True)
-    error, clipped = returns.value_errors(value, torch.tensor([0.0]), torch.tensor([1.0]), 0.2)
+    error, clipped = losses.value_errors(value, torch.tensor([0.0]), torch.tensor([1.0]), 0.2)
     error.sum().backward()
     assert value.grad.tolist() == [0.0] and clipped.tolist() == [1.0]

@@ -59,8 +59,8 @@ def test_scores_do_not_depend_on_how_rows_are_batched(home, monkeypatch, batch_s
 def test_a_reward_model_is_trained_to_score_the_end(home, tmp_path):  # noqa: F811
     """Also where a tokenizer has nothing else to pad with (GPT-2): the end makes a difference."""
     from selfcorrect.recipes.schema import Reward
-    from selfcorrect.train.feedback import Preference
-    from selfcorrect.train.reward import train_reward
+    from selfcorrect.train.feedback.feedback import Preference
+    from selfcorrect.train.stages.reward import train_reward
 
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
@@ -80,9 +80,9 @@ def test_a_reward_model_is_trained_to_score_the_end(home, tmp_path):  # noqa: F8
 def test_a_given_reward_model_is_taken_as_it_is_and_reads_its_own_tokens(home, tmp_path):  # noqa: F811
     """Its vocabulary is not the policy's: no critic can start from it, and it reads the text."""
     from selfcorrect.recipes.schema import Ppo, Reward
-    from selfcorrect.train.feedback import Feedback, Preference
-    from selfcorrect.train.policy import train_policy
-    from selfcorrect.train.reward import train_reward
+    from selfcorrect.train.feedback.feedback import Feedback, Preference
+    from selfcorrect.train.stages.policy import train_policy
+    from selfcorrect.train.stages.reward import train_reward
 
     given, folder = tmp_path / "given", tmp_path / "reward"
     model = AutoModelForSequenceClassification.from_pretrained(home / "reward")

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
-from selfcorrect.train.ppo import PPOConfig, PPOTrainer, RewardModelScorer, returns
+from selfcorrect.train.ppo import PPOConfig, PPOTrainer, RewardModelScorer, losses
 from selfcorrect.train.ppo.resume import newest_resumable
 
 WORDS = [f"w{i}" for i in range(24)]
@@ -700,13 +700,13 @@ def test_single_update_per_rollout_still_has_values(home, tmp_path):
 def test_old_values_are_those_of_the_critic_that_learns(home, tmp_path, critic, monkeypatch):
     """Not those of the reference pass, in which an adapter critic is switched off as well."""
     seen = []
-    inner = returns.value_errors
+    inner = losses.value_errors
 
     def note(values, old_values, *rest):
         seen.append((values.detach(), old_values))
         return inner(values, old_values, *rest)
 
-    monkeypatch.setattr(returns, "value_errors", note)
+    monkeypatch.setattr(losses, "value_errors", note)
     make_trainer(home, tmp_path, critic, max_steps=8, learning_rate=1e-2).train()
     values, old_values = seen[4]  # the first minibatch of the second rollout
     torch.testing.assert_close(values, old_values)

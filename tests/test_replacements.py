@@ -13,8 +13,8 @@ from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.plan import plan_ladder
 from selfcorrect.train.check import check_training
-from selfcorrect.train.feedback_facts import feedback_facts
-from selfcorrect.train.footprint import Engine
+from selfcorrect.train.planning.feedback import feedback_facts
+from selfcorrect.train.planning.memory import Engine
 from selfcorrect.train.run import open_run, train_run
 
 SMALL = {
@@ -156,8 +156,8 @@ def test_it_trains_an_adapter_where_the_recipe_has_one(method: str, tmp_path: Pa
 def test_fine_tuning_makes_the_preferred_answers_likelier(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from selfcorrect.train.base import preferred_rows
-    from selfcorrect.train.feedback import load_feedback
+    from selfcorrect.train.feedback.feedback import load_feedback
+    from selfcorrect.train.stages.base import preferred_rows
 
     recipe, run = recipe_with("sft", learning_rate=1e-2), tmp_path / "small"
     train(recipe, run)
@@ -193,8 +193,8 @@ def test_wrong_keys_are_one_line_before_anything_is_written(method, keys, messag
 
 
 def test_ppos_settings_are_taken_over_where_the_other_has_them() -> None:
-    from selfcorrect.train.policy import ppo_arguments
-    from selfcorrect.train.replacements import fine_tuning_arguments
+    from selfcorrect.train.stages.baselines import fine_tuning_arguments
+    from selfcorrect.train.stages.policy import ppo_arguments
 
     recipe = recipe_with("sft")
     arguments = ppo_arguments(recipe.ppo, Path("nowhere"), 0)

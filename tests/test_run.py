@@ -22,10 +22,10 @@ from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.scripts import drill_kill
 from selfcorrect.scripts.drill_kill import RECIPE as SMALL
 from selfcorrect.scripts.drill_kill import Moment, command, differences, drill
-from selfcorrect.train.base import train_base
 from selfcorrect.train.check import check_training
 from selfcorrect.train.job import only_one
 from selfcorrect.train.run import open_run, train_run
+from selfcorrect.train.stages.base import train_base
 
 pytestmark = pytest.mark.slow
 

@@ -19,8 +19,8 @@ def check_training(recipe: Recipe) -> None:
             "ppo.trainer.use_vllm: vLLM is not installed; pip install 'selfcorrect[vllm]', or "
             "remove the key"
         )
-    from selfcorrect.train.arguments import lora_config
-    from selfcorrect.train.corpus import scratch_config
+    from selfcorrect.train.stages.arguments import lora_config
+    from selfcorrect.train.stages.corpus import scratch_config
 
     _check_trainers(recipe)
     for index, model in enumerate(recipe.models):
@@ -47,9 +47,9 @@ def _check_trainers(recipe: Recipe) -> None:
     from transformers import TrainingArguments
     from trl import RewardConfig, SFTConfig
 
-    from selfcorrect.train.arguments import NO_CODE, build
-    from selfcorrect.train.policy import ppo_arguments
-    from selfcorrect.train.replacements import fine_tuning_arguments
+    from selfcorrect.train.stages.arguments import NO_CODE, build
+    from selfcorrect.train.stages.baselines import fine_tuning_arguments
+    from selfcorrect.train.stages.policy import ppo_arguments
 
     nowhere = Path("checked-only")
     output = {"output_dir": str(nowhere)}

@@ -29,12 +29,12 @@ from selfcorrect.recipes.foundation.machine_faults import machine_faults_are_sai
 from selfcorrect.recipes.foundation.ranks import joined
 from selfcorrect.recipes.load import training_digest
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.train.base import train_base
-from selfcorrect.train.feedback import load_feedback
-from selfcorrect.train.policy import train_policy
+from selfcorrect.train.feedback.feedback import load_feedback
 from selfcorrect.train.provenance import threads_per_job, versions
-from selfcorrect.train.reward import train_reward
-from selfcorrect.train.stage import Notify, finished
+from selfcorrect.train.stages.base import train_base
+from selfcorrect.train.stages.policy import train_policy
+from selfcorrect.train.stages.reward import train_reward
+from selfcorrect.train.trainers.state import Notify, finished
 
 GOING_DOWN_SECONDS = 7.0  # one that was just killed may still be going down
 

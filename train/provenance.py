@@ -42,7 +42,7 @@ def record_start(recipe: Recipe, run: Path) -> None:
     changes = list(before.get("changes", []))
     if changed := _differences(before, now):
         changes.append({"at": time, **changed})
-    taken = {"taken": before["taken"]} if "taken" in before else {}  # see train/reuse.py
+    taken = {"taken": before["taken"]} if "taken" in before else {}  # see train/stages/reuse.py
     write_record(path, {**now, "begun": before.get("begun"), "changes": changes, **taken})
     if matters := _since_begun(changes, now):
         said = ", ".join(f"{key} was {_shown(old)}, is {_shown(new)}" for key, old, new in matters)

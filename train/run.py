@@ -213,7 +213,7 @@ def _train_job(
 ) -> None:
     """One job, in this process or in those that the recipe asks for."""
     if recipe.launch.starts_processes:
-        from selfcorrect.train.launched import run_launched
+        from selfcorrect.train.distributed.parent import run_launched
 
         child = current_process().name.rpartition("-")[2]  # SpawnProcess-1 and so on
         slot = int(child) % recipe.launch.jobs if child.isdecimal() else 0

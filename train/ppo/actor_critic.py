@@ -20,7 +20,6 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from selfcorrect.evaluate.scoring.load_model import no_pickles
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.train.finite import FiniteTrainer
 from selfcorrect.train.ppo import resume
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.critic import (
@@ -31,7 +30,8 @@ from selfcorrect.train.ppo.critic import (
 )
 from selfcorrect.train.ppo.forward import CompletionPass, attach, hidden_critic, rows_a_pass
 from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded
-from selfcorrect.train.stage import MarkWhole
+from selfcorrect.train.trainers.guarded import FiniteTrainer
+from selfcorrect.train.trainers.state import MarkWhole
 
 
 class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):

@@ -20,7 +20,7 @@ from selfcorrect.recipes.foundation.checksums import read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.train.ppo.critic import Critic
 from selfcorrect.train.ppo.forward import CRITIC
-from selfcorrect.train.stage import check_state
+from selfcorrect.train.trainers.state import check_state
 
 STATE = "ppo.json"
 TRAINER_STATE = "trainer_state.json"

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from selfcorrect.recipes.foundation.errors import RunFailure
-from selfcorrect.train.ppo import returns
+from selfcorrect.train.ppo import losses
 from selfcorrect.train.ppo.actor_critic import ActorCriticTrainer
-from selfcorrect.train.ppo.clock import PhaseClock
 from selfcorrect.train.ppo.config import PPOConfig
+from selfcorrect.train.ppo.timing import PhaseClock
 
 # The columns of a rollout batch that PPO learns from.
 LEARNED_FROM = (
@@ -88,10 +88,10 @@ class PPOTrainer(ActorCriticTrainer):
 
         rows = slice(self.accelerator.process_index * len(inputs), None)
         raw = (self._scores * self.reward_weights.to(mask.device)).sum(dim=1)[rows][: len(inputs)]
-        last = returns.last_token(mask)
+        last = losses.last_token(mask)
         ended = self._ended(batch["completion_ids"], last)
         args = self.args
-        score = returns.shaped_score(
+        score = losses.shaped_score(
             raw,
             ended,
             args.score_shift,
@@ -103,14 +103,14 @@ class PPOTrainer(ActorCriticTrainer):
         rewards[torch.arange(len(rewards), device=mask.device), last] += score * mask.any(dim=1)
         self._log_rollout(mode, raw, rewards, kl, ended)
         if args.whiten_rewards:
-            rewards = returns.whiten(rewards, mask, self._sum, keep_mean=True)
-        advantages, targets = returns.advantages_and_returns(
+            rewards = losses.whiten(rewards, mask, self._sum, keep_mean=True)
+        advantages, targets = losses.advantages_and_returns(
             rewards, values, mask, args.gamma, args.lam
         )
-        explained = returns.explained_variance(values, targets, mask, self._sum)
+        explained = losses.explained_variance(values, targets, mask, self._sum)
         self._note(mode, {"value/explained_variance": explained})
         if args.whiten_advantages:
-            advantages = returns.whiten(advantages, mask, self._sum)
+            advantages = losses.whiten(advantages, mask, self._sum)
 
         kept = {name: batch[name] for name in LEARNED_FROM if name in batch}
         return {**kept, "advantages": advantages, "old_values": values, "returns": targets}
@@ -121,7 +121,7 @@ class PPOTrainer(ActorCriticTrainer):
         if self.beta == 0:
             return torch.zeros_like(policy), None
         reference = batch["ref_per_token_logps"].float()
-        penalty = returns.kl_per_token(policy, reference, self.args.kl_estimator)
+        penalty = losses.kl_per_token(policy, reference, self.args.kl_estimator)
         return -self.kl_coef * penalty * mask, ((policy - reference) * mask).sum(dim=1)
 
     def _log_rollout(
@@ -146,7 +146,7 @@ class PPOTrainer(ActorCriticTrainer):
         self.last_kl = mean_kl if kl is not None else None
         self._stop_if_lost(mean_kl)
         if self.args.kl_target is not None:
-            self.kl_coef = returns.adapted_coefficient(
+            self.kl_coef = losses.adapted_coefficient(
                 self.kl_coef, mean_kl, self.args.kl_target, int(count), self.args.kl_horizon
             )
 
@@ -205,7 +205,7 @@ class PPOTrainer(ActorCriticTrainer):
             self.beta = beta
         values = self._take_values()
         mask = _sampled(inputs)
-        errors, clipped = returns.value_errors(
+        errors, clipped = losses.value_errors(
             values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
         )
         value_loss = (errors * mask).sum() / self._tokens_per_update(mode, inputs)

@@ -8,7 +8,7 @@ import torch
 
 from selfcorrect.evaluate.callback import undisturbed
 from selfcorrect.recipes.foundation.errors import RunFailure
-from selfcorrect.train.plain_state import PlainState
+from selfcorrect.train.trainers.plain_state import PlainState
 
 REMEDY = "lower the learning rate; the last good state is kept"
 

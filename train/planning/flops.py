@@ -15,11 +15,10 @@ from selfcorrect.recipes.schema import Recipe
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.world import make_world
-from selfcorrect.train.feedback_facts import FeedbackFacts
-from selfcorrect.train.footprint import Engine
-from selfcorrect.train.model_shape import ModelShape
-from selfcorrect.train.stage_footprints import Rollout
-from selfcorrect.train.stage_plans import (
+from selfcorrect.train.planning.feedback import FeedbackFacts
+from selfcorrect.train.planning.memory import Engine
+from selfcorrect.train.planning.model_shape import ModelShape
+from selfcorrect.train.planning.settings import (
     Settings,
     adapter_of,
     base_settings,
@@ -27,6 +26,7 @@ from selfcorrect.train.stage_plans import (
     reward_settings,
     rollout_of,
 )
+from selfcorrect.train.planning.stage_memory import Rollout
 
 # Whole benchmarks: items; tokens an item and condition that is only scored, conditions and options
 # sharing what they have in common; and tokens of a prompt that the model continues by itself.

@@ -18,14 +18,14 @@ from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Ppo
-from selfcorrect.train.arguments import NO_CODE, build
-from selfcorrect.train.base import SFT_DEFAULTS, preferred_rows
-from selfcorrect.train.feedback import Preference
-from selfcorrect.train.finite import FiniteTrainer
-from selfcorrect.train.ppo import returns
+from selfcorrect.train.feedback.feedback import Preference
+from selfcorrect.train.ppo import losses
 from selfcorrect.train.ppo.actor_critic import EpochSampler
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.rewards import RewardModelScorer, guarded
+from selfcorrect.train.stages.arguments import NO_CODE, build
+from selfcorrect.train.stages.base import SFT_DEFAULTS, preferred_rows
+from selfcorrect.train.trainers.guarded import FiniteTrainer
 
 SECTION = "ppo.replaced_by.trainer"
 
@@ -85,7 +85,7 @@ class GroupTrainer(GRPOTrainer, Replacement):
         self.last_score = float(raw.mean())
         args, ends = self.args, self.eos_token_ids
         ended = torch.tensor([bool(ids) and ids[-1] in ends for ids in completion_ids])
-        shaped: list[float] = returns.shaped_score(
+        shaped: list[float] = losses.shaped_score(
             raw, ended, args.score_shift, args.score_scale, args.score_clip,
             args.missing_eos_penalty,
         ).tolist()  # fmt: skip

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from selfcorrect.train.footprint import (
+from selfcorrect.train.planning.memory import (
     Adapter,
     Batch,
     Engine,
@@ -18,7 +18,7 @@ from selfcorrect.train.footprint import (
     rows_a_pass,
     trained,
 )
-from selfcorrect.train.model_shape import ModelShape
+from selfcorrect.train.planning.model_shape import ModelShape
 
 MEASURING_TOKENS = {True: 32768, False: 4096}  # evaluate/scoring/packed.py, on a GPU and on a CPU
 PACK_TOKENS = 512  # of evaluate/scoring/packed.py

@@ -23,11 +23,11 @@ from selfcorrect.recipes.foundation.atomic_files import whole_folder
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.ranks import joined
 from selfcorrect.recipes.schema import Base, Model, Recipe
-from selfcorrect.train.arguments import NO_CODE, QUIET, build
-from selfcorrect.train.corpus import corpus_trainer
-from selfcorrect.train.feedback import Preference, pair_ids, render_prompt
-from selfcorrect.train.finite import FiniteTrainer
-from selfcorrect.train.stage import (
+from selfcorrect.train.feedback.feedback import Preference, pair_ids, render_prompt
+from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build
+from selfcorrect.train.stages.corpus import corpus_trainer
+from selfcorrect.train.trainers.guarded import FiniteTrainer
+from selfcorrect.train.trainers.state import (
     Notify,
     StageCallback,
     finishing,

@@ -23,14 +23,14 @@ from selfcorrect.evaluate.scoring.load_model import no_pickles
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.ranks import joined
 from selfcorrect.recipes.schema import Ppo
-from selfcorrect.train.arguments import NO_CODE, QUIET, build, lora_config
-from selfcorrect.train.checkpoints import KeepCheckpoints, Measure
-from selfcorrect.train.feedback import Feedback, render_prompt
+from selfcorrect.train.feedback.feedback import Feedback, render_prompt
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.rewards import RewardModelScorer
 from selfcorrect.train.ppo.trainer import PPOTrainer
-from selfcorrect.train.replacements import Replacement, replacement
-from selfcorrect.train.stage import (
+from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build, lora_config
+from selfcorrect.train.stages.baselines import Replacement, replacement
+from selfcorrect.train.stages.checkpoints import KeepCheckpoints, Measure
+from selfcorrect.train.trainers.state import (
     Notify,
     StageCallback,
     finished,

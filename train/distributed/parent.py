@@ -16,7 +16,7 @@ from typing import Any
 from selfcorrect.recipes.foundation import signals
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.train.launch import environment, write_settings
+from selfcorrect.train.distributed.settings import environment, write_settings
 
 Notify = Callable[[str, int, int], None]  # stage, steps done, steps in all
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -40,7 +40,14 @@ def run_launched(
     log = run / model / f"seed-{seed}" / LOG
     with only_one(log.parent):  # rank 0 holds it later; another's log stays as it is
         pass
-    program = ["-m", "selfcorrect.train.rank", str(run), model, str(seed), "--end-with-stdin"]
+    program = [
+        "-m",
+        "selfcorrect.train.distributed.worker",
+        str(run),
+        model,
+        str(seed),
+        "--end-with-stdin",
+    ]
     with log.open("w", encoding="utf-8") as output:
         launcher = subprocess.Popen(
             [*LAUNCHER, "--config_file", str(settings), *program],

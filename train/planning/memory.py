@@ -8,7 +8,7 @@ peaks, by tests/test_plan.py and scripts/bench_plan.py; docs/scale.md says how c
 import math
 from dataclasses import dataclass, field
 
-from selfcorrect.train.model_shape import GATED, ModelShape
+from selfcorrect.train.planning.model_shape import GATED, ModelShape
 
 TILE_TOKENS, TILE_WORDS = 4096, 32768  # TRL computes the LM head in tiles of this size
 TILE_COPIES = 8  # float32 tiles alive at once where no GPU kernel folds them (measured)

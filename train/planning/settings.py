@@ -5,9 +5,9 @@ from typing import Any
 
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.train.footprint import Adapter, Batch, Engine, Footprint
-from selfcorrect.train.model_shape import ModelShape
-from selfcorrect.train.stage_footprints import (
+from selfcorrect.train.planning.memory import Adapter, Batch, Engine, Footprint
+from selfcorrect.train.planning.model_shape import ModelShape
+from selfcorrect.train.planning.stage_memory import (
     Rollout,
     evaluation,
     fine_tuning,
@@ -233,6 +233,6 @@ def _text_batch(settings: Settings, lengths: Lengths, engine: Engine, answers: i
     rows = answers * settings.number("per_device_train_batch_size")
     length = min(lengths.longest_prompt + lengths.longest_answer, settings.number("max_length"))
     bf16 = settings.bf16(engine, otherwise=False)
-    # Without a GPU's kernel TRL computes the LM head at every place (train/footprint.py: head).
+    # Without a GPU's kernel TRL computes the LM head at every place (train/planning/memory.py: head).
     scored = rows * (min(lengths.longest_answer, length) if engine.gpu else length)
     return Batch(rows, length, scored, bf16, settings.checkpointing, settings.accumulates)

@@ -23,7 +23,7 @@ from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.ranks import joined
 from selfcorrect.recipes.schema import Ppo
 from selfcorrect.train.ppo.trainer import PPOTrainer
-from selfcorrect.train.replacements import Replacement
+from selfcorrect.train.stages.baselines import Replacement
 
 _log = logging.getLogger(__name__)
 

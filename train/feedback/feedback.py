@@ -19,7 +19,7 @@ from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Data, Source
 from selfcorrect.recipes.society import feedback as society_feedback
 from selfcorrect.recipes.society.world import make_world
-from selfcorrect.train.feedback_files import read_rows
+from selfcorrect.train.feedback.files import read_rows
 
 Messages = Sequence[dict[str, str]]
 PARTED = "chosen and rejected differ before the last turn"

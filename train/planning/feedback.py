@@ -15,7 +15,7 @@ from selfcorrect.recipes.society import feedback as society_feedback
 from selfcorrect.recipes.society.documents import mixed_documents
 from selfcorrect.recipes.society.tokenizer import vocabulary
 from selfcorrect.recipes.society.world import World, make_world
-from selfcorrect.train.stage_plans import Lengths
+from selfcorrect.train.planning.settings import Lengths
 
 # Tokens of HH-RLHF harmless-base (test split, 2,312 pairs) by SmolLM2's tokenizer, measured on
 # 2026-11-23: prompts 149 on average and 880 at most, whole dialogues 195 and 1024. What stands in

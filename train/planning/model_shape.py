@@ -7,7 +7,7 @@ from typing import Any
 
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Model
-from selfcorrect.train.known_models import KNOWN_MODELS
+from selfcorrect.train.planning.known_models import KNOWN_MODELS
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 MODEL_TYPES = (*GATED, "gpt_neox", "gpt2")

@@ -11,11 +11,11 @@ import numpy as np
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import apply_override, check_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.train.feedback_facts import FeedbackFacts
-from selfcorrect.train.footprint import Engine, Footprint
-from selfcorrect.train.model_shape import ModelShape
-from selfcorrect.train.stage_plans import ppo_settings, rollout_of, stage_footprints
-from selfcorrect.train.workload import Disk, Work, disk, stage_works
+from selfcorrect.train.planning.feedback import FeedbackFacts
+from selfcorrect.train.planning.flops import Disk, Work, disk, stage_works
+from selfcorrect.train.planning.memory import Engine, Footprint
+from selfcorrect.train.planning.model_shape import ModelShape
+from selfcorrect.train.planning.settings import ppo_settings, rollout_of, stage_footprints
 
 USABLE = 0.95  # of a device's memory: the rest is the driver's and lost between blocks
 NODE, BETWEEN_NODES = 8, 50e9  # GPUs of one machine; bytes/s a GPU beyond it (400 Gb/s InfiniBand)

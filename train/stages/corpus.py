@@ -31,9 +31,9 @@ from selfcorrect.recipes.society.documents import (
 )
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import World, make_world
-from selfcorrect.train.arguments import QUIET, build
-from selfcorrect.train.finite import FiniteTrainer
-from selfcorrect.train.stage import (
+from selfcorrect.train.stages.arguments import QUIET, build
+from selfcorrect.train.trainers.guarded import FiniteTrainer
+from selfcorrect.train.trainers.state import (
     Notify,
     StageCallback,
 )

@@ -1,4 +1,4 @@
-"""One of the processes that train a job: python -m selfcorrect.train.rank RUN MODEL SEED.
+"""One of the processes that train a job: python -m selfcorrect.train.distributed.worker RUN MODEL SEED.
 
 Started by launched.py through `accelerate launch`. On stdout it tells, a JSON object a line, that
 it has begun, how far the job is (rank 0), and how it ended; all else goes to stderr. With

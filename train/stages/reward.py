@@ -28,11 +28,11 @@ from trl import RewardConfig, RewardTrainer
 from selfcorrect.evaluate.scoring.load_model import no_pickles
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.schema import Reward
-from selfcorrect.train.arguments import NO_CODE, QUIET, build, lora_config
-from selfcorrect.train.feedback import Preference, pair_ids
-from selfcorrect.train.finite import FiniteTrainer
+from selfcorrect.train.feedback.feedback import Preference, pair_ids
 from selfcorrect.train.ppo.critic import load_reward_model
-from selfcorrect.train.stage import (
+from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build, lora_config
+from selfcorrect.train.trainers.guarded import FiniteTrainer
+from selfcorrect.train.trainers.state import (
     Notify,
     StageCallback,
     finishing,

@@ -1,0 +1,1 @@
+"""Preference pairs and PPO prompts, from the society or from data."""

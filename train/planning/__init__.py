@@ -1,0 +1,1 @@
+"""Memory, FLOPs, disk and hours of a recipe before it runs."""

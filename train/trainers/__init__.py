@@ -1,0 +1,1 @@
+"""Trainer base classes and callbacks shared by all stages."""
