@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from selfcorrect.evaluate.answers.read import read_answers
 from selfcorrect.evaluate.answers.score import COUNTS, METRICS, fitting, score_bbq
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.scripts import score
+from selfcorrect.scripts.commands import score
 
 OPTIONS = ("The grandfather", "Can't be determined", "The grandson of the grandfather")
 ROOT = Path(__file__).resolve().parent.parent
@@ -498,7 +498,7 @@ def test_a_data_folder_that_is_absent_or_empty_is_named(data: Path) -> None:
 
 def test_scoring_needs_no_torch(data: Path) -> None:
     code = (
-        "import sys; from selfcorrect.scripts.score import app\n"
+        "import sys; from selfcorrect.scripts.commands.score import app\n"
         "app(sys.argv[1:], standalone_mode=False)\n"
         "heavy = {'torch', 'transformers', 'trl', 'matplotlib', 'datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy"

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from bbq_rows import block, write
 
-from selfcorrect.evaluate.answers.score import score as scored
+from selfcorrect.evaluate.answers import score as scored
 from selfcorrect.evaluate.answers.score import score_bbq
 
 CONTEXTS = ("ambiguous", "disambiguated")

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from selfcorrect.scripts import bench_learning, learning_problems
-from selfcorrect.scripts.learning_report import BEGIN, END, publish
+from selfcorrect.scripts.benchmarks import learning, learning_problems
+from selfcorrect.scripts.benchmarks.learning_report import BEGIN, END, publish
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_reward_counts_targets_against_the_number_asked_for(problem):
 
 
 def test_enumerated_answers_have_the_probabilities_of_sampling(problem):
-    model = bench_learning.AutoModelForCausalLM.from_pretrained(problem.policy)
+    model = learning.AutoModelForCausalLM.from_pretrained(problem.policy)
     prompts = torch.tensor(problem.tokenizer(["one", "three"])["input_ids"])
     joint = learning_problems.log_probabilities(model, prompts, end=1, length=3)
     size = len(problem.tokenizer)
@@ -67,9 +67,9 @@ def test_enumerated_answers_have_the_probabilities_of_sampling(problem):
 
 def test_toy_runs_end_to_end(problem, tmp_path, monkeypatch):
     """Two steps of PPO and GRPO: all figures are there; the page keeps the words around them."""
-    monkeypatch.setattr(bench_learning, "EXACT_EVERY", 1)
+    monkeypatch.setattr(learning, "EXACT_EVERY", 1)
     methods = ("PPO, separate critic", "GRPO, unscaled")
-    runs = [bench_learning.train(problem, method, 0, tmp_path / "work") for method in methods]
+    runs = [learning.train(problem, method, 0, tmp_path / "work") for method in methods]
     best = problem.facts["optimum"]["objective"]
     for run in runs:
         assert len(run["steps"]) == 2
@@ -83,7 +83,7 @@ def test_toy_runs_end_to_end(problem, tmp_path, monkeypatch):
         "problems": {"toy": {"facts": problem.facts, "settings": problem.same, "runs": runs}},
     }  # fmt: skip
     results = json.loads(json.dumps(results))
-    bench_learning.draw(results, tmp_path)
+    learning.draw(results, tmp_path)
     (tmp_path / "ppo-learning.md").write_text(f"Before.\n{BEGIN}\nold\n{END}\nBehind.\n")
     publish(results, tmp_path, tmp_path)
     page = (tmp_path / "ppo-learning.md").read_text()

@@ -11,7 +11,7 @@ from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
-from selfcorrect.scripts.cli import main
+from selfcorrect.scripts.commands.__main__ import main
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.foundation.checksums import digests, is_whole, read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe
-from selfcorrect.scripts import drill_damage, fuzz_files, fuzz_targets
-from selfcorrect.scripts import report as command
-from selfcorrect.scripts.damage_inputs import recipe_on, write_pairs
-from selfcorrect.scripts.damage_kinds import kinds
-from selfcorrect.scripts.damage_run import adapter_run, small_run
-from selfcorrect.scripts.drill_fuzz import run_target
+from selfcorrect.scripts.commands import report as command
 from selfcorrect.train.run import open_run, train_run
+from tests.drills import damage, fuzz_files, fuzz_targets
+from tests.drills.damage_inputs import recipe_on, write_pairs
+from tests.drills.damage_readers import kinds
+from tests.drills.damage_run import adapter_run, small_run
+from tests.drills.fuzz import run_target
 
 MUTATIONS_A_KIND = 2
 EXAMPLES = 15
@@ -63,13 +63,13 @@ def test_every_kind_of_file_damaged_is_named_made_anew_or_without_effect(
     every = list(kinds(run, mine / "adapter", mine / "small.work", room))
     roots = [run, mine / "adapter", mine / "small.work", room]
 
-    def sampled(kind, flips, chance, all_of=drill_damage.mutations):
+    def sampled(kind, flips, chance, all_of=damage.mutations):
         return random.Random(kind.name).sample(list(all_of(kind, flips, chance)), MUTATIONS_A_KIND)
 
     failures: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drill_damage, "mutations", sampled)
-        table = drill_damage.drill(every, roots, 4, 1, failures.append)
+        patch.setattr(damage, "mutations", sampled)
+        table = damage.drill(every, roots, 4, 1, failures.append)
     assert not failures
     assert len(table) > 80
     states = [name for name in table if name.startswith("state to resume from")]
@@ -82,9 +82,9 @@ def test_a_reader_that_takes_damage_in_silence_is_found_out(tmp_path: Path) -> N
     path, other = tmp_path / "a.txt", tmp_path / "b.txt"
     path.write_text("right")
     other.write_text("wrong")
-    kind = drill_damage.Kind("text", path, other, lambda: path.read_text(errors="replace"))
+    kind = damage.Kind("text", path, other, lambda: path.read_text(errors="replace"))
     failures: list[str] = []
-    table = drill_damage.drill([kind], [tmp_path], 2, 0, failures.append)["text"]
+    table = damage.drill([kind], [tmp_path], 2, 0, failures.append)["text"]
     assert table["silent"] > 5 and table["traceback"] == 1  # a folder
     assert len(failures) == table["silent"] + table["traceback"]
 
@@ -221,6 +221,6 @@ def test_a_reader_that_breaks_the_promise_is_found_out() -> None:
         run_target(("breaks", st.integers(0, 3), lambda number: 1 // number), 20)
 
 
-@pytest.mark.parametrize("kind", [InputError, drill_damage.RunFailure])
+@pytest.mark.parametrize("kind", [InputError, damage.RunFailure])
 def test_an_error_is_one_line_whatever_it_quotes(kind: type[Exception]) -> None:
     assert str(kind("a:\n b\r\n\tc")) == "a: b c"

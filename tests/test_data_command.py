@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from selfcorrect.evaluate.data.catalogue import DataSet, catalogue
-from selfcorrect.scripts import cli, data
+from selfcorrect.scripts.commands import data
+from selfcorrect.scripts.commands.__main__ import app, main
 
 FILES = {"one": b'{"a": 1}\n{"a": 2}\n', "two": b"a,b\n1,2\n"}
 
@@ -54,11 +55,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Run the command as a user does; returns its exit code."""
-    if not any(group.name == "data" for group in cli.app.registered_groups):
-        cli.app.add_typer(data.app, name="data")
+    if not any(group.name == "data" for group in app.registered_groups):
+        app.add_typer(data.app, name="data")
     monkeypatch.setattr(sys, "argv", ["selfcorrect", "data", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     return int(ended.value.code or 0)
 
 

@@ -7,7 +7,7 @@ from recorded_run import record_run
 
 from selfcorrect.evaluate.results import summarise
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.scripts.export import export
+from selfcorrect.scripts.commands.export import export
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from recorded_run import Size, record_run
 
-from selfcorrect.evaluate.figures.curves import curves, gallery, runs
+from selfcorrect.evaluate.figures import curves, gallery, runs
 from selfcorrect.evaluate.figures.details import (
     PRONOUN_COLUMNS,
     beside_the_bias,

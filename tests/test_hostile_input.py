@@ -30,7 +30,7 @@ from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import visible
 from selfcorrect.recipes.load import check_recipe, load_recipe, parse_yaml
-from selfcorrect.scripts.cli import main
+from selfcorrect.scripts.commands.__main__ import main
 from selfcorrect.train.job import run_job
 
 LITTLE = Size(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from selfcorrect.recipes.load import load_recipe, shipped_recipes
-from selfcorrect.scripts import paper_grid
-from selfcorrect.scripts.ladder_headers import options_of, renewed
+from selfcorrect.scripts.study import paper_grid
+from selfcorrect.scripts.study.ladder_headers import options_of, renewed
 from selfcorrect.train.planning.known_models import KNOWN_MODELS
 
 LADDERS = [path for path in shipped_recipes() if options_of(path.read_text(encoding="utf-8"))]
@@ -28,7 +28,7 @@ def test_every_ladder_is_there() -> None:
 
 @pytest.mark.parametrize("path", LADDERS, ids=lambda path: path.stem)
 def test_a_header_says_what_the_plan_says(path: Path) -> None:
-    """After a change: python scripts/ladder_headers.py"""
+    """After a change: python scripts/study/ladder_headers.py"""
     assert path.read_text(encoding="utf-8") == renewed(path)
 
 

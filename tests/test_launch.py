@@ -15,8 +15,8 @@ import pytest
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe, parse_yaml
 from selfcorrect.recipes.slurm import Resources, Slurm, minutes
-from selfcorrect.scripts.cli import main
-from selfcorrect.scripts.cluster_jobs import Command, jobs_left
+from selfcorrect.scripts.cluster.jobs import Command, jobs_left
+from selfcorrect.scripts.commands.__main__ import main
 
 TINY = (
     "{model_type: llama, hidden_size: 8, intermediate_size: 16, num_hidden_layers: 1, "
@@ -153,7 +153,7 @@ def test_a_dry_run_prints_every_script_and_writes_nothing(
         assert f"#SBATCH {line}\n" in first
     assert "--dependency" not in first and "--gpus" not in first
     assert re.search(r"# planned: 0\.\d GB at most\n", first) and "#SBATCH --mem=2G\n" in first
-    assert "# runs: -m selfcorrect.scripts.cli train" in first
+    assert "# runs: -m selfcorrect.scripts.commands train" in first
     assert "--model other --seed 0" in first
     assert "#SBATCH --array=0-2%3\n" in array
     assert "#SBATCH --dependency='afterany:{small.other.0.train}'\n" in array
@@ -334,7 +334,7 @@ sys.exit(int((place / "go").read_text() or 0))
 """
 JOB = """
 import signal, sys, pathlib
-from selfcorrect.scripts.cluster_jobs import Command
+from selfcorrect.scripts.cluster.jobs import Command
 place = pathlib.Path(sys.argv[1])
 command = Command([sys.executable, str(place / "child.py"), str(place)], place / "done", None)
 def warned(*_):

@@ -14,8 +14,8 @@ from test_run import SMALL, digests
 
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes.load import load_recipe
-from selfcorrect.scripts.cli import main
-from selfcorrect.scripts.cluster_jobs import jobs_left
+from selfcorrect.scripts.cluster.jobs import jobs_left
+from selfcorrect.scripts.commands.__main__ import main
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ LITTLE = [
 
 
 def command(runs: Path, what: str, *more: str) -> list[str]:
-    words = [sys.executable, "-m", "selfcorrect.scripts.cli", what, "quickstart"]
+    words = [sys.executable, "-m", "selfcorrect.scripts.commands", what, "quickstart"]
     return [*words, *LITTLE, *more, "--runs-dir", str(runs)]
 
 
@@ -181,7 +181,7 @@ def test_where_a_job_fails_the_rest_goes_on_and_its_own_line_is_shown(
 
 
 def test_a_real_slurm_runs_the_jobs_in_order_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
-    """See scripts/slurm_single_node.sh."""
+    """See scripts/dev/slurm_single_node.sh."""
     if not shutil.which("sbatch") or subprocess.run(["sinfo"], capture_output=True).returncode:
         pytest.skip(
             "no SLURM answers here (sbatch, sinfo): the jobs are not run through a real one"

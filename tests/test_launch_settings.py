@@ -16,7 +16,7 @@ import yaml
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe, training_digest
 from selfcorrect.recipes.schema import Launch, Recipe
-from selfcorrect.scripts.plan import engine_of
+from selfcorrect.scripts.commands.plan import engine_of
 from selfcorrect.train.check import check_training
 from selfcorrect.train.distributed.settings import (
     check_launch,

@@ -32,7 +32,7 @@ from selfcorrect.recipes.foundation.errors import RunFailure
 from selfcorrect.recipes.foundation.machine_faults import machine_fault, machine_faults_are_said
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.scripts.cli import main
+from selfcorrect.scripts.commands.__main__ import main
 from selfcorrect.train.job import run_job
 from selfcorrect.train.run import open_run, train_run
 

@@ -179,7 +179,7 @@ def test_two_processes_do_everything_once_and_a_launch_of_two_gives_the_same_byt
     # What `accelerate launch` starts for several devices; by itself it starts one on a CPU.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += ["-m", "selfcorrect.scripts.cli", "evaluate", str(sharded)]
+    command += ["-m", "selfcorrect.scripts.commands", "evaluate", str(sharded)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env=environment, check=False
     )

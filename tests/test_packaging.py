@@ -78,7 +78,7 @@ def test_the_wheel_holds_code_and_yaml_and_nothing_else(tmp_path: Path) -> None:
 
 def test_the_command_starts_without_torch() -> None:
     code = (
-        "import sys; from selfcorrect.scripts.cli import app; "
+        "import sys; from selfcorrect.scripts.commands.__main__ import app; "
         "heavy = {'torch', 'transformers', 'trl', 'matplotlib', 'pandas'} & set(sys.modules); "
         "assert not heavy, heavy"
     )

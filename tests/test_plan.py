@@ -12,7 +12,7 @@ import torch
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Model, Recipe
-from selfcorrect.scripts.cli import main
+from selfcorrect.scripts.commands.__main__ import main
 from selfcorrect.train.planning.devices import (
     CPU_CORE,
     GPUS,
@@ -331,7 +331,7 @@ def test_what_other_files_decide_is_the_same_here() -> None:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     from selfcorrect.evaluate.experiments.wording import load_stimuli
-    from selfcorrect.evaluate.scoring.packed import forwards, packed
+    from selfcorrect.evaluate.scoring import forwards, packed
     from selfcorrect.train.planning import flops, memory, stage_memory
     from selfcorrect.train.ppo import forward
 
@@ -565,7 +565,7 @@ def test_planning_needs_no_torch() -> None:
 
     code = (
         "import sys; sys.argv = ['selfcorrect', 'plan', 'pythia-full']\n"
-        "from selfcorrect.scripts.cli import main\n"
+        "from selfcorrect.scripts.commands.__main__ import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'scipy') if m in sys.modules])"
     )

@@ -17,15 +17,14 @@ from typer.testing import CliRunner
 from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.evaluate.figures.curves import in_words, save
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan, plan
+from selfcorrect.evaluate.probe import hidden_states, linear_probe
 from selfcorrect.evaluate.probe.figure import accuracy_by_layer
 from selfcorrect.evaluate.probe.hidden_states import contrasts
 from selfcorrect.evaluate.probe.linear_probe import CATEGORY, TEMPLATE, probe_layers
 from selfcorrect.evaluate.probe.probe import (
     PLACE,
     check_plan,
-    hidden_states,
     is_probed,
-    linear_probe,
     pairs_of,
     probe_checkpoint,
     read_probe,
@@ -38,7 +37,7 @@ from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
-from selfcorrect.scripts.probe import probe
+from selfcorrect.scripts.commands.probe import probe
 
 torch.set_num_threads(1)
 
@@ -446,7 +445,7 @@ def test_a_run_is_probed_once_and_drawn(run, monkeypatch, quick):
     before, drawn = times(), (run / "figures" / "probe-tiny.png").read_bytes()
     assert len(before) == 2
     loaded = []
-    from selfcorrect.evaluate.probe.probe import probe as module
+    from selfcorrect.evaluate.probe import probe as module
 
     load = module.load_model
     monkeypatch.setattr(

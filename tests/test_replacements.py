@@ -11,7 +11,7 @@ from selfcorrect.recipes.foundation import signals
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.scripts.plan import plan_ladder
+from selfcorrect.scripts.commands.plan import plan_ladder
 from selfcorrect.train.check import check_training
 from selfcorrect.train.planning.feedback import feedback_facts
 from selfcorrect.train.planning.memory import Engine

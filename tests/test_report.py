@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from recorded_run import Size, record_run
 
-from selfcorrect.evaluate.figures.curves import gallery
+from selfcorrect.evaluate.figures import gallery
 from selfcorrect.evaluate.report.comparison import (
     differences,
     flatten,

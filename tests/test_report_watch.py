@@ -9,7 +9,7 @@ import time
 import pytest
 from tiny_models import tiny_model
 
-from selfcorrect.evaluate.figures.curves import gallery
+from selfcorrect.evaluate.figures import gallery
 from selfcorrect.evaluate.measuring.measure import measure
 from selfcorrect.evaluate.measuring.progress import Progress, Watched, begun, made_from
 from selfcorrect.evaluate.measuring.run import recipe_plan
@@ -19,7 +19,7 @@ from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
-from selfcorrect.scripts import report as command
+from selfcorrect.scripts.commands import report as command
 
 SETTINGS = [
     "evaluate.limit=8",
@@ -223,7 +223,14 @@ def test_options_that_do_not_fit_are_refused(run):
 
 
 def test_control_c_is_one_line_and_130(run):
-    command_line = [sys.executable, "-m", "selfcorrect.scripts.cli", "report", str(run), "--watch"]
+    command_line = [
+        sys.executable,
+        "-m",
+        "selfcorrect.scripts.commands",
+        "report",
+        str(run),
+        "--watch",
+    ]
     with subprocess.Popen(
         command_line,
         stderr=subprocess.PIPE,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfcorrect.evaluate.statistics.bootstrap import resampling
+from selfcorrect.evaluate.statistics import resampling
 from selfcorrect.evaluate.statistics.resampling import fill_multinomial
 
 # Few sizes among many clusters, as students have: the branch with Poisson counts.

@@ -8,10 +8,10 @@ import pytest
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.scripts.drill_kill import RECIPE as SMALL
-from selfcorrect.scripts.train import train_ladder
+from selfcorrect.scripts.commands.train import train_ladder
 from selfcorrect.train.run import open_run
 from selfcorrect.train.stages.reuse import reusable, take_stages
+from tests.drills.kill import RECIPE as SMALL
 
 QUICK = ["ppo.steps=1", "ppo.checkpoints=[0, 1]", "evaluate.attach=off"]
 

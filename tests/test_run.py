@@ -19,13 +19,13 @@ from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes import load
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import check_recipe, load_recipe
-from selfcorrect.scripts import drill_kill
-from selfcorrect.scripts.drill_kill import RECIPE as SMALL
-from selfcorrect.scripts.drill_kill import Moment, command, differences, drill
 from selfcorrect.train.check import check_training
 from selfcorrect.train.job import only_one
 from selfcorrect.train.run import open_run, train_run
 from selfcorrect.train.stages.base import train_base
+from tests.drills import kill
+from tests.drills.kill import RECIPE as SMALL
+from tests.drills.kill import Moment, command, differences, drill
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +86,7 @@ def test_offline_evaluation_gives_the_same_numbers_to_the_last_digit(
     for checkpoint in find_checkpoints(copy):
         shutil.rmtree(checkpoint.evaluation)
     done = subprocess.run(
-        [sys.executable, "-m", "selfcorrect.scripts.cli", "evaluate", str(copy)],
+        [sys.executable, "-m", "selfcorrect.scripts.commands", "evaluate", str(copy)],
         capture_output=True,
         text=True,
         timeout=280,
@@ -143,7 +143,7 @@ def test_the_drill_sees_what_is_missing_other_or_left_behind(whole: Path, tmp_pa
         "figures/.effects.png.7-0a1b2c3d.part",
         "tiny/seed-0/base.work",
     ]
-    assert list(drill_kill.half_written(run)) == ["figures/effects.png"]
+    assert list(kill.half_written(run)) == ["figures/effects.png"]
 
 
 def test_another_checkout_folder_locale_umask_and_hash_seed_give_the_same_bytes(
@@ -298,7 +298,7 @@ def test_bad_input_is_one_line_before_anything_is_written(
     more: str,
     message: str,
 ) -> None:
-    from selfcorrect.scripts.cli import main
+    from selfcorrect.scripts.commands.__main__ import main
 
     arguments = command(tmp_path / "runs", more)[3:]
     monkeypatch.setattr(sys, "argv", ["selfcorrect", *arguments])

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from selfcorrect.evaluate.measuring.measure import measure
 from selfcorrect.evaluate.prompts.tokenized import PromptTooLong
+from selfcorrect.evaluate.scoring import cached, packed
 from selfcorrect.evaluate.scoring.engine import Engine
-from selfcorrect.evaluate.scoring.packed import Scorer, cached, packed
+from selfcorrect.evaluate.scoring.packed import Scorer
 from selfcorrect.recipes.foundation.errors import RunFailure
 
 torch.set_num_threads(1)

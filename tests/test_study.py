@@ -11,9 +11,9 @@ from scipy import stats
 
 from selfcorrect.evaluate.results import write_results
 from selfcorrect.recipes.load import load_recipe, save_recipe
-from selfcorrect.scripts import study
-from selfcorrect.scripts.study_arms import arm_tables, arms_of
-from selfcorrect.scripts.study_findings import (
+from selfcorrect.scripts.study import page
+from selfcorrect.scripts.study.ablations import arm_tables, arms_of
+from selfcorrect.scripts.study.findings import (
     Finding,
     Number,
     Results,
@@ -166,20 +166,20 @@ def test_a_condition_that_was_not_asked_is_undefined(results: Results) -> None:
 
 def test_the_page_is_made_of_the_runs_records(runs: Path, tmp_path: Path, results: Results) -> None:
     (tmp_path / "study-discussion.md").write_text("Said *by hand*, {{ as it stands }}.\n")
-    study.main([str(runs), "--docs", str(tmp_path)])
-    page = (tmp_path / "study.md").read_text(encoding="utf-8")
-    assert "Said *by hand*, {{ as it stands }}." in page and "None" not in page
-    headings = [line for line in page.splitlines() if line.lstrip().startswith("#")]
+    page.main([str(runs), "--docs", str(tmp_path)])
+    written = (tmp_path / "study.md").read_text(encoding="utf-8")
+    assert "Said *by hand*, {{ as it stands }}." in written and "None" not in written
+    headings = [line for line in written.splitlines() if line.lstrip().startswith("#")]
     assert len(headings) == 14 and not any(line.startswith(" ") for line in headings)
-    words = " ".join(page.split())
+    words = " ".join(written.split())
     assert "commit `0123456`" in words and "2026-01-02 03:04:05 UTC" in words
-    named = re.findall(r"\]\(study/(.+?)\)", page)
+    named = re.findall(r"\]\(study/(.+?)\)", written)
     assert len(named) == 7 and all((tmp_path / "study" / name).is_file() for name in named)
-    assert "| small | 509,000 | 100 | 20 | 40 | 30 | 0.50 | 75% | 2.27 |" in page
-    assert str(results.compared("growth", "small", "bbq", "Q+IF")) in page
-    assert "fine-tuning on the preferred answers in place of PPO" in page
-    again = page
-    study.main([str(runs), "--docs", str(tmp_path)])
+    assert "| small | 509,000 | 100 | 20 | 40 | 30 | 0.50 | 75% | 2.27 |" in written
+    assert str(results.compared("growth", "small", "bbq", "Q+IF")) in written
+    assert "fine-tuning on the preferred answers in place of PPO" in written
+    again = written
+    page.main([str(runs), "--docs", str(tmp_path)])
     assert (tmp_path / "study.md").read_text(encoding="utf-8") == again
 
 
@@ -187,7 +187,7 @@ def test_without_a_finished_ladder_one_line_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        study.main([str(tmp_path), "--docs", str(tmp_path)])
+        page.main([str(tmp_path), "--docs", str(tmp_path)])
     assert caught.value.code == 2
     assert "statistics.json: missing; `selfcorrect run society-ladder`" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

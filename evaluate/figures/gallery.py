@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from selfcorrect.evaluate.figures.curves import curves, in_words, runs, save
+from selfcorrect.evaluate.figures import curves, runs
+from selfcorrect.evaluate.figures.curves import in_words, save
 from selfcorrect.evaluate.figures.details import (
     BESIDE,
     beside_the_bias,

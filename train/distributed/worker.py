@@ -1,6 +1,8 @@
-"""One of the processes that train a job: python -m selfcorrect.train.distributed.worker RUN MODEL SEED.
+"""One of the processes that train a job.
 
-Started by launched.py through `accelerate launch`. On stdout it tells, a JSON object a line, that
+    python -m selfcorrect.train.distributed.worker RUN MODEL SEED
+
+Started by parent.py through `accelerate launch`. On stdout it tells, a JSON object a line, that
 it has begun, how far the job is (rank 0), and how it ended; all else goes to stderr. With
 --end-with-stdin behind, it ends at once when stdin does: whoever started it is gone or gives up.
 """

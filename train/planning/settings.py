@@ -233,6 +233,6 @@ def _text_batch(settings: Settings, lengths: Lengths, engine: Engine, answers: i
     rows = answers * settings.number("per_device_train_batch_size")
     length = min(lengths.longest_prompt + lengths.longest_answer, settings.number("max_length"))
     bf16 = settings.bf16(engine, otherwise=False)
-    # Without a GPU's kernel TRL computes the LM head at every place (train/planning/memory.py: head).
+    # Without a GPU's kernel TRL computes the LM head at every position (planning/memory.py: head).
     scored = rows * (min(lengths.longest_answer, length) if engine.gpu else length)
     return Batch(rows, length, scored, bf16, settings.checkpointing, settings.accumulates)

@@ -1,0 +1,193 @@
+"""The two problems of benchmarks/learning.py: a toy whose optimum is known, and the society."""
+
+# ruff: noqa: TID253  (all of this file is torch and transformers)
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.society import feedback as society_feedback
+from selfcorrect.recipes.society.world import make_world
+from selfcorrect.train.feedback.feedback import load_feedback, render_prompt
+from selfcorrect.train.ppo import RewardModelScorer
+from selfcorrect.train.ppo.losses import shaped_score
+from selfcorrect.train.stages.base import train_base
+from selfcorrect.train.stages.reward import train_reward
+from selfcorrect.train.trainers.state import finished
+
+TARGETS, OTHERS, NUMBERS = ("a", "b", "c"), ("d", "e", "f"), ("one", "two", "three", "four")
+LEARNING_RATE = 3e-4  # in the society; quickstart.yaml takes 1e-4 and more steps
+LENGTH = 4  # tokens of an answer in the toy
+
+
+@dataclass
+class Problem:
+    """What the methods learn: from `policy`, asked `prompts`, for `reward`."""
+
+    policy: Path
+    tokenizer: Any
+    prompts: list[str]
+    reward: Callable[..., list[float]]
+    steps: int
+    same: dict[str, Any]  # settings of every method
+    of_ppo: dict[str, Any]
+    facts: dict[str, Any]  # for the report
+    shape: Callable[..., list[float]] | None = None  # what PPO's settings do, for GRPO's reward
+    held_out: list[str] = field(default_factory=list)
+    exact: Callable[[Any], dict[str, float]] | None = None  # of a policy, instead of sampling
+
+
+# ---- 1. the toy, whose optimum is known ---------------------------------------------------------
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word; ids follow the order of the words."""
+    words = ["<pad>", "<eos>", "<unk>", *NUMBERS, *TARGETS, *OTHERS]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def closeness(
+    prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **unused: Any
+) -> list[float]:
+    """1 - |number of target tokens - the number asked for| / 4, for each completion."""
+    targets = set(range(3 + len(NUMBERS), 3 + len(NUMBERS) + len(TARGETS)))
+    counts = [sum(token in targets for token in ids) for ids in completion_ids]
+    asked = [1 + NUMBERS.index(prompt) for prompt in prompts]
+    return [1 - abs(count - k) / LENGTH for count, k in zip(counts, asked, strict=True)]
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, prompts: torch.Tensor, end: int, length: int) -> torch.Tensor:
+    """Of every answer, (prompts, vocabulary ** length), in the order of `torch.cartesian_prod`.
+
+    `prompts` is (prompts, tokens), without padding. An answer that ended is continued by end tokens
+    alone, so that each answer counts once.
+    """
+    size = model.config.vocab_size
+    grid = torch.cartesian_prod(*[torch.arange(size)] * (length - 1)).reshape(-1, length - 1)
+    rows = torch.cat([prompts.repeat_interleave(len(grid), 0), grid.repeat(len(prompts), 1)], 1)
+    logits = model(input_ids=rows).logits[:, prompts.size(1) - 1 :].double()
+    steps = logits.log_softmax(-1).reshape(len(prompts), len(grid), length, size)
+    joint = torch.zeros(len(prompts), 1, dtype=torch.double)
+    for t in range(length):
+        stride = size ** (length - 1 - t)  # one row for each beginning of t tokens
+        next_token = steps[:, ::stride, t].clone()
+        ended = (grid[::stride, :t] == end).any(dim=1)
+        next_token[:, ended] = -torch.inf
+        next_token[:, ended, end] = 0.0
+        joint = (joint[:, :, None] + next_token).flatten(1)
+    return joint
+
+
+def best_objective(log_initial: torch.Tensor, rewards: torch.Tensor, beta: float) -> torch.Tensor:
+    """Maximum of E[reward] - beta KL(policy || initial) over all policies: (prompts,).
+
+    It is beta log E_initial[exp(reward / beta)], at policy ~ initial exp(reward / beta).
+    """
+    return beta * torch.logsumexp(log_initial + rewards / beta, dim=-1)
+
+
+def exact_figures(
+    log_policy: torch.Tensor, log_initial: torch.Tensor, rewards: torch.Tensor, beta: float
+) -> dict[str, float]:
+    """Expected reward, KL and objective of a policy, means over the prompts."""
+    chance = log_policy.exp()
+    ratio = torch.where(chance > 0, log_policy - log_initial, 0.0)
+    score = (chance * rewards).sum(-1).mean().item()
+    kl = (chance * ratio).sum(-1).mean().item()
+    return {"exact_score": score, "exact_kl": kl, "objective": score - beta * kl}
+
+
+def toy(folder: Path, steps: int, beta: float = 0.1) -> Problem:
+    """The toy from a random Llama, with its optimum."""
+    tokenizer = toy_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16, initializer_range=0.15,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder / "policy")
+    ids = torch.tensor(tokenizer(list(NUMBERS))["input_ids"])
+    answers = torch.cartesian_prod(*[torch.arange(len(tokenizer))] * LENGTH).tolist()
+    rewards = torch.tensor([closeness([k] * len(answers), answers) for k in NUMBERS]).double()
+    initial = log_probabilities(model, ids, 1, LENGTH)
+    best = initial + rewards / beta
+    optimum = exact_figures(best.log_softmax(-1), initial, rewards, beta)
+    assert abs(optimum["objective"] - best_objective(initial, rewards, beta).mean()) < 1e-9
+
+    def exact(policy: Any) -> dict[str, float]:
+        return exact_figures(log_probabilities(policy, ids, 1, LENGTH), initial, rewards, beta)
+
+    return Problem(
+        folder / "policy", tokenizer, list(NUMBERS) * 32, closeness, steps,
+        same={"beta": beta, "learning_rate": 1e-3, "max_completion_length": LENGTH},
+        of_ppo={"critic_learning_rate": 3e-3}, facts={"optimum": optimum, "beta": beta},
+        exact=exact,
+    )  # fmt: skip
+
+
+# ---- 2. the society's reward ---------------------------------------------------------------------
+
+
+def society(folder: Path, steps: int) -> Problem:
+    """Width 32 of quickstart.yaml on fewer documents: base and reward model, then its PPO."""
+    recipe = load_recipe(
+        "quickstart", ["data.society.corpus={documents: 24000, stereotypes_first: 6000}"]
+    )
+    assert recipe.data.society is not None
+    data = load_feedback(recipe.data, 0)
+    base, reward = folder / "base", folder / "reward"
+
+    def unheard(stage: str, done: int, total: int) -> None:
+        pass
+
+    train_base(recipe, recipe.models[1], data.preferences, base, 0, unheard)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    train_reward(recipe.reward, base, data.preferences, tokenizer, reward, 0, unheard)
+    facts = finished(reward) or {}
+    shift, scale = facts["score_mean"], facts["score_standard_deviation"]
+    model = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32)
+    scorer = RewardModelScorer(model, tokenizer)
+    world = make_world(recipe.data.society)
+    num_prompts = recipe.data.society.prompts
+    drawn = list(society_feedback.prompts(world, num_prompts + 512))
+    texts = [render_prompt(tokenizer, prompt.messages) for prompt in drawn]
+    settings = recipe.ppo.trainer
+    clip, penalty = settings["score_clip"], settings["missing_eos_penalty"]
+
+    def normalised(**columns: Any) -> list[float]:
+        return [(score - shift) / scale for score in scorer(**columns)]
+
+    def shape(scores: list[float], completion_ids: list[list[int]]) -> list[float]:
+        ended = torch.tensor([ids[-1] == tokenizer.eos_token_id for ids in completion_ids])
+        return shaped_score(torch.tensor(scores), ended, 0.0, 1.0, clip, penalty).tolist()
+
+    shared = ("beta", "max_completion_length")
+    return Problem(
+        base, tokenizer, texts[:num_prompts], normalised, steps,
+        same={"learning_rate": LEARNING_RATE, **{key: settings[key] for key in shared}},
+        of_ppo={
+            "critic_learning_rate": settings["critic_learning_rate"], "critic_path": str(reward),
+            "score_clip": clip, "missing_eos_penalty": penalty,
+        },
+        facts={"beta": settings["beta"], "reward_accuracy": facts["held_out_accuracy"]},
+        shape=shape, held_out=texts[num_prompts:],
+    )  # fmt: skip

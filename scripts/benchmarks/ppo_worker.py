@@ -1,0 +1,280 @@
+"""One arm of ppo.py: trains tiny models in a process of its own and prints JSON.
+
+Runs under two pythons: this project's, and one that has TRL 1.8 and not this project.
+"""
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+COMPLETIONS, MINIBATCH, EPOCHS, CAP, PROMPT_TOKENS = 64, 32, 2, 24, (10, 40)
+UPDATES = EPOCHS * COMPLETIONS // MINIBATCH
+END_PROBABILITY = 0.1
+SHAPES: dict[str, dict[str, int]] = {
+    "quickstart": {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 250},
+    "larger": {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096},
+}
+
+
+def prepare(shape: str, folder: Path) -> dict[str, Any]:
+    """Save policy, reward model and their tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        LlamaForSequenceClassification,
+        PreTrainedTokenizerFast,
+    )
+
+    torch.manual_seed(0)
+    sizes = SHAPES[shape]
+    config = LlamaConfig(
+        **sizes, intermediate_size=sizes["hidden_size"] * 11 // 4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=128, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None, num_labels=1,
+    )  # fmt: skip
+    policy = LlamaForCausalLM(config)
+    with torch.no_grad():  # dimension 0 is the same everywhere, and only the end token reads it
+        embeddings, head = policy.model.embed_tokens.weight, policy.lm_head.weight
+        torch.nn.init.normal_(embeddings, std=0.5)
+        embeddings[:, 0] = 4.0
+        head[:, 0] = 0.0
+        ids = torch.randint(2, config.vocab_size, (64, 32))
+        constant = policy.model(ids).last_hidden_state[..., 0].mean()
+        odds = END_PROBABILITY / (1 - END_PROBABILITY)
+        head[1] = 0.0
+        head[1, 0] = torch.log(torch.tensor(odds * (config.vocab_size - 1))) / constant
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", *_words(config.vocab_size)])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    for name, model in (("policy", policy), ("reward", LlamaForSequenceClassification(config))):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {}
+
+
+def peak() -> dict[str, Any]:
+    """Measure float32 matrix multiplication (1024 x 1024) on one thread, FLOP/s."""
+    import torch
+
+    a, b = torch.randn(2, 1024, 1024)
+    seconds = []
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return {"flops_per_second": 2 * 1024**3 / statistics.median(seconds[2:])}
+
+
+def train(arm: str, folder: Path, shape: str, steps: int, warmup: int) -> dict[str, Any]:
+    """Train one arm for `warmup + steps` PPO steps and say what the last `steps` cost."""
+    from transformers import TrainerCallback
+
+    marks: list[tuple[float, float, dict[str, float], int]] = []
+    phases = dict.fromkeys(("generate", "score", "train"), 0.0)
+    tokens = [0]
+    updates = 1 if arm == "trl18-ppo" else UPDATES  # TRL 1.8 counts rollout batches
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+            if state.global_step % updates == 0:
+                seen = tokens[0] or int(state.num_input_tokens_seen)
+                marks.append((time.process_time(), time.perf_counter(), dict(phases), seen))
+
+    texts = _prompts(SHAPES[shape]["vocab_size"], COMPLETIONS * 4)
+    make = _trl18 if arm == "trl18-ppo" else _current
+    trainer = make(arm, folder, texts, warmup + steps, Clock(), phases, tokens)
+    trainer.train()
+    marks = marks[warmup - 1 :]
+    pairs = list(pairwise(marks))
+    first, last = marks[0], marks[-1]
+    spent = {name: (last[2][name] - first[2][name]) / steps for name in phases}
+    backbone, head = _multiplying(folder / "policy")
+    return {
+        "cpu_seconds": [b[0] - a[0] for a, b in pairs],
+        "wall_seconds": [b[1] - a[1] for a, b in pairs],
+        "tokens_per_step": (last[3] - first[3]) / steps,
+        "phases": spent if any(spent.values()) else None,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "flops_per_token": _flops_per_token(arm, backbone, head),
+    }
+
+
+def _current(
+    arm: str, folder: Path, texts: list[str], steps: int, clock: Any,
+    phases: dict[str, float], tokens: list[int],
+) -> Any:  # fmt: skip
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    from selfcorrect.train.ppo import PPOConfig, PPOTrainer, RewardModelScorer
+
+    settings: dict[str, Any] = {
+        **_settings(folder, steps * UPDATES),
+        "steps_per_generation": COMPLETIONS // MINIBATCH, "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": MINIBATCH, "num_iterations": EPOCHS, "beta": 0.05,
+        "max_completion_length": CAP,
+    }  # fmt: skip
+    algorithm, _, variant = arm.partition("-")
+    lora = None
+    if variant == "lora":
+        from peft import LoraConfig
+
+        lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    rater = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    base: Any = PPOTrainer
+    if algorithm == "ppo":
+        own = str(folder / "reward") if variant == "separate" else None
+        args: Any = PPOConfig(**{**settings, "critic": variant, "critic_path": own})
+    else:
+        base, texts = GRPOTrainer, texts[: len(texts) // 2]
+        args = GRPOConfig(**settings, num_generations=2)
+
+    class Timed(base):  # type: ignore[misc]
+        """Notes wall seconds by phase, the same way for both algorithms."""
+
+        def _generate(self, *a: Any, **k: Any) -> Any:
+            return _spend(phases, "generate", super()._generate, *a, **k)
+
+        def _generate_and_score_completions(self, *a: Any, **k: Any) -> Any:
+            return _spend(phases, "score", super()._generate_and_score_completions, *a, **k)
+
+        def training_step(self, *a: Any, **k: Any) -> Any:
+            return _spend(phases, "train", super().training_step, *a, **k)
+
+    return Timed(
+        str(folder / "policy"), RewardModelScorer(rater, tokenizer), args, peft_config=lora,
+        train_dataset=Dataset.from_dict({"prompt": texts}), processing_class=tokenizer,
+        callbacks=[clock],
+    )  # fmt: skip
+
+
+def _trl18(
+    arm: str, folder: Path, texts: list[str], steps: int, clock: Any,
+    phases: dict[str, float], tokens: list[int],
+) -> Any:  # fmt: skip
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    # per_device 64, accumulation 1: in TRL 1.8 the only way to 2 updates an epoch of 64 rows.
+    args = PPOConfig(
+        **_settings(folder, -1), per_device_train_batch_size=COMPLETIONS,
+        gradient_accumulation_steps=1, num_mini_batches=COMPLETIONS // MINIBATCH,
+        num_ppo_epochs=EPOCHS, total_episodes=steps * COMPLETIONS, response_length=CAP,
+        stop_token="eos", temperature=1.0, num_sample_generations=0, kl_coef=0.05,
+        local_rollout_forward_batch_size=COMPLETIONS,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "policy") for _ in "pr")
+    rater, critic = (
+        AutoModelForSequenceClassification.from_pretrained(folder / "reward") for _ in "rc"
+    )
+    get_reward = ppo_trainer.get_reward
+
+    def counting(model: Any, ids: Any, pad: int, start: int) -> Any:
+        if model is rater:
+            tokens[0] += int((ids != pad).sum())
+        return get_reward(model, ids, pad, start)
+
+    ppo_trainer.get_reward = counting
+    generate = ppo_trainer.batch_generation
+    ppo_trainer.batch_generation = lambda *a: _spend(phases, "generate", generate, *a)
+    rows = Dataset.from_dict({"input_ids": tokenizer(texts)["input_ids"]})
+    return PPOTrainer(
+        args, tokenizer, model=policy, ref_model=reference, reward_model=rater,
+        value_model=critic, train_dataset=rows, callbacks=[clock],
+    )  # fmt: skip
+
+
+def _settings(folder: Path, max_steps: int) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "out"), "learning_rate": 1e-6, "report_to": "none",
+        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
+        "save_strategy": "no", "logging_steps": UPDATES, "max_steps": max_steps, "seed": 0,
+    }  # fmt: skip
+
+
+def _spend(
+    phases: dict[str, float], name: str, work: Callable[..., Any], *args: Any, **more: Any
+) -> Any:
+    """Do the work and book its time, less that of the phases booked within it."""
+    start, before = time.perf_counter(), sum(phases.values())
+    try:
+        return work(*args, **more)
+    finally:
+        within = sum(phases.values()) - before
+        phases[name] += time.perf_counter() - start - within
+
+
+def _words(vocabulary: int) -> list[str]:
+    return [f"w{i}" for i in range(vocabulary - 2)]
+
+
+def _prompts(vocabulary: int, count: int) -> list[str]:
+    rng, words = random.Random(0), _words(vocabulary)
+    return [" ".join(rng.choices(words, k=rng.randint(*PROMPT_TOKENS))) for _ in range(count)]
+
+
+def _multiplying(policy: Path) -> tuple[int, int]:
+    """Parameters that multiply every token: of the backbone, and of the LM head."""
+    from safetensors import safe_open
+
+    sizes = {"model.": 0, "lm_head.": 0}
+    with safe_open(policy / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            if "embed_tokens" not in name:
+                size = file.get_tensor(name).numel()
+                sizes["lm_head." if name.startswith("lm_head.") else "model."] += size
+    return sizes["model."], sizes["lm_head."]
+
+
+def _flops_per_token(arm: str, backbone: int, head: int) -> int:
+    """Useful FLOPs of a whole PPO step for each token of its rollout batch."""
+    policy = backbone + head
+    own_critic = backbone if arm in ("ppo-separate", "ppo-lora", "trl18-ppo") else 0
+    passes = 2 if arm == "trl18-ppo" else 3  # generation, reference, and the old policy's
+    forward = 2 * (passes * policy + backbone + own_critic)  # the reward model's backbone, values
+    return forward + (4 if "lora" in arm else 6) * EPOCHS * (policy + own_critic)
+
+
+def main() -> None:
+    """Do the one thing asked for; the last line printed is its JSON."""
+    import torch
+
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("job")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--warmup", type=int)
+    asked = parser.parse_args()
+    if asked.job == "prepare":
+        answer = prepare(asked.shape, asked.folder)
+    elif asked.job == "peak":
+        answer = peak()
+    else:
+        answer = train(asked.job, asked.folder, asked.shape, asked.steps, asked.warmup)
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Speed of scoring beside lm-eval: same model, same prompts and options, same threads.
+
+    python scripts/benchmarks/scoring.py --tokenizer FOLDER [--limit 200] [--json FILE]
+
+Needs lm-eval (`pip install 'selfcorrect[lm-eval]'`) and BBQ and law-school data in the data folder.
+The model is random; what scoring costs does not depend on what it says. Every job is run in turns
+by both, and CPU seconds of the whole scoring are compared, tokenising and packing included:
+
+- stock: lm-eval's own BBQ requests, a log-likelihood for every spelling of "unknown"
+- letters: the three letters under Q and Q+IF
+- orders: letters in three orders of the options by us, against one order by lm-eval
+- law: Q over all students, row by row, against the distinct ones with weights
+"""
+# ruff: noqa: TID253  -- a benchmark: torch is all it is about
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfcorrect.evaluate.experiments.bbq.files import read_rows
+from selfcorrect.evaluate.experiments.law_school import read_students
+from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.measuring.plan import plan
+from selfcorrect.evaluate.prompts.dialogue import render
+from selfcorrect.evaluate.prompts.tokenized import Request
+from selfcorrect.evaluate.scoring.packed import Scorer
+from selfcorrect.scripts.commands.evaluate import default_data_dir
+
+UNKNOWN = (
+    "Unknown", "Cannot answer", "Can't be determined", "Cannot be determined", "Can't answer",
+    "Not known", "Not enough info", "Not enough information", "Not answerable", "Undetermined",
+)  # fmt: skip
+
+
+def random_model(tokenizer: Any, hidden: int, layers: int) -> Any:
+    """A Llama in float32 with tied embeddings over the tokenizer's whole vocabulary."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=int(hidden * 8 / 3),
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def stock_requests(data: Path, limit: int) -> list[Request]:
+    """lm-eval's multiple-choice BBQ: context, question, and every option it scores."""
+    found = []
+    for row in read_rows(data / "bbq")[:limit]:
+        people = [answer for i, answer in enumerate(row.answers) if i != row.unknown]
+        answers = [people[0], people[1], row.answers[row.unknown], *UNKNOWN]
+        options = tuple(f" {answer}" for answer in dict.fromkeys(answers))
+        found.append((f"{row.context}\n\nQ: {row.question}\nA:", options))
+    return found
+
+
+def planned_requests(
+    tokenizer: Any, data: Path, experiment: str, conditions: Sequence[str], **settings: Any
+) -> list[Request]:
+    """The project's own prompts, in plain text."""
+    cells = plan(data, load_stimuli(), [experiment], conditions, style="plain", **settings).cells
+    return [
+        (render(tokenizer, question.turns, "plain"), question.options)
+        for cell in cells
+        for question in cell.questions()
+    ]
+
+
+def harness(model: Any, tokenizer: Any) -> Callable[[Sequence[Request]], list[list[float]]]:
+    """lm-eval's own scorer of the same model."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16, max_length=2048)
+
+    def score(requests: Sequence[Request]) -> list[list[float]]:
+        pairs = [(prompt, option) for prompt, options in requests for option in options]
+        asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+        answers = iter(lm.loglikelihood(asked, disable_tqdm=True))
+        return [[next(answers)[0] for _ in options] for _, options in requests]
+
+    return score
+
+
+def seconds(job: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds of a job, and what it gives."""
+    started = time.process_time()
+    result = job()
+    return time.process_time() - started, result
+
+
+def main() -> None:
+    """Measure, print a table, and write the figures where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True, help="folder or hub name")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--limit", type=int, default=200, help="BBQ items")
+    parser.add_argument("--students", type=int, default=300, help="law students scored by lm-eval")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data-dir", type=Path, default=default_data_dir())
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    from transformers import AutoTokenizer
+
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer)
+    model = random_model(tokenizer, asked.hidden, asked.layers)
+    theirs = harness(model, tokenizer)
+    ours = Scorer(model, tokenizer)
+    data, limit = asked.data_dir, asked.limit
+    letters = planned_requests(tokenizer, data, "bbq", ["Q", "Q+IF"], limit=limit)
+    orders = planned_requests(tokenizer, data, "bbq", ["Q", "Q+IF"], limit=limit, permutations=3)
+    law = planned_requests(tokenizer, data, "law_school", ["Q"])
+    students = read_students(data / "law_school" / "law_data.csv")
+    everyone = sum(student.count for student in students)
+    # Two prompts a student: lm-eval scores a part of them, and the rest is as many times as much.
+    share = 2 * everyone / min(asked.students, len(law))
+    stock = stock_requests(data, limit)
+    jobs = [
+        ("stock", stock, stock, 1.0),
+        ("letters", letters, letters, 1.0),
+        ("law", law[: asked.students], law, share),
+    ]
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.1f}M parameters, {len(tokenizer):,} words, 1 thread, {limit} items")
+    print("| job | lm-eval, CPU s | ours, CPU s | times as fast (range of turns) | largest gap |")
+    print("|---|---|---|---|---|")
+    table: dict[str, dict[str, Any]] = {}
+    for name, slow, fast, scale in jobs:
+        slow_seconds, fast_seconds, gap = [], [], 0.0
+        for _ in range(asked.rounds):
+            spent, expected = seconds(partial(theirs, slow))
+            slow_seconds.append(spent * scale)
+            spent, found = seconds(partial(ours.score, fast))
+            fast_seconds.append(spent)
+            for one, other in zip(expected, found, strict=False):
+                gap = max(gap, *(abs(a - b) for a, b in zip(one, other, strict=True)))
+        table[name] = compared(name, slow_seconds, fast_seconds, gap)
+    three = [seconds(partial(ours.score, orders))[0] for _ in range(asked.rounds)]
+    table["orders"] = compared("orders", table["letters"]["lm_eval_cpu_seconds"], three, None)
+    price = statistics.median(three) / statistics.median(table["letters"]["ours_cpu_seconds"])
+    print(f"\nThree orders cost {price:.2f} times what one costs us.")
+    if asked.json:
+        asked.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def compared(
+    name: str, slow: Sequence[float], fast: Sequence[float], gap: float | None
+) -> dict[str, Any]:
+    """Print a line of the table; the seconds of every turn, and their ratios."""
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    print(
+        f"| {name} | {statistics.median(slow):.1f} | {statistics.median(fast):.1f} | "
+        f"{statistics.median(ratios):.1f} ({min(ratios):.1f}-{max(ratios):.1f}) | "
+        f"{'' if gap is None else f'{gap:.0e}'} |",
+        flush=True,
+    )
+    return {
+        "lm_eval_cpu_seconds": list(slow),
+        "ours_cpu_seconds": list(fast),
+        "ratios": ratios,
+        "largest_gap": gap,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""How near scoring comes to the machine's best matrix product.
+
+    python scripts/benchmarks/scoring_peak.py --tokenizer FOLDER [--limit 200] [--threads 1]
+
+Needs BBQ in the data folder. The model is random: what scoring costs does not depend on what it
+says. Useful operations are, over the one trie of all requests, 2 x parameters in matrix products
+for every distinct node, keys and values of a node's true ancestors, and the output head where a
+probability is wanted. Whatever is done besides (padding, masked pairs, prefixes that stand in two
+packs, norms, rotary embeddings, softmax, tokenising, packing) counts as time alone.
+"""
+# ruff: noqa: TID253  -- a benchmark: torch is all it is about
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfcorrect.evaluate.prompts.tokenized import Request, continuations
+from selfcorrect.evaluate.scoring.packed import PACK_TOKENS, Scorer
+from selfcorrect.evaluate.scoring.token_trie import pack
+from selfcorrect.scripts.benchmarks.scoring import planned_requests
+from selfcorrect.scripts.commands.evaluate import default_data_dir
+
+
+def random_llama(tokenizer: Any, hidden: int, layers: int, dtype: str) -> Any:
+    """Tied embeddings over the tokenizer's whole vocabulary; one head per 64 of width."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=-(-hidden * 8 // 3 // 64) * 64,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 64),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+def useful_operations(model: Any, tokenizer: Any, requests: Sequence[Request]) -> dict[str, float]:
+    """Floating-point operations that the answers need, by where they arise."""
+    [one] = pack(continuations(tokenizer, requests), sys.maxsize).packs
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
+    ]
+    config = model.config
+    seen = int((one.depths.astype("int64") + 1).sum())  # pairs of a node and what it looks at
+    return {
+        "nodes": len(one),
+        "layers": 2.0 * sum(layer.weight.numel() for layer in layers) * len(one),
+        "attention": 4.0 * seen * config.hidden_size * config.num_hidden_layers,
+        "head": 2.0 * model.lm_head.weight.numel() * len(set(one.wanted_nodes.tolist())),
+    }
+
+
+def best_product(model: Any, clock: Callable[[], float]) -> tuple[float, str]:
+    """Operations a second of the fastest matrix product, square or of the model's own shapes."""
+    own = {tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    shapes = [(size, size, size) for size in (512, 1024, 2048)]
+    shapes += [(rows, inner, outer) for outer, inner in own for rows in (512, 2048)]
+    best = (0.0, "")
+    dtype = next(model.parameters()).dtype
+    for rows, inner, outer in shapes:
+        left, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(outer, inner, dtype=dtype)
+        operations = 2.0 * rows * inner * outer
+        repeats = max(1, int(4e9 / operations))
+        for _ in range(4):
+            started = clock()
+            for _ in range(repeats):
+                torch.nn.functional.linear(left, weight)
+            speed = repeats * operations / (clock() - started)
+            best = max(best, (speed, f"{rows} x {inner} x {outer}"))
+    return best
+
+
+def measure_peak(asked: argparse.Namespace) -> None:
+    """Print the share of the peak, in turns with the peak itself: a shared machine changes."""
+    from transformers import AutoTokenizer
+
+    torch.set_num_threads(asked.threads)
+    # One thread's own seconds leave out what others took; of several threads only the wall tells.
+    clock = time.process_time if asked.threads == 1 else time.perf_counter
+    tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer)
+    model = random_llama(tokenizer, asked.hidden, asked.layers, asked.dtype)
+    requests = planned_requests(tokenizer, asked.data_dir, "bbq", ["Q", "Q+IF"], limit=asked.limit)
+    useful = useful_operations(model, tokenizer, requests)
+    total = useful["layers"] + useful["attention"] + useful["head"]
+    scorer = Scorer(model, tokenizer, pack_tokens=asked.pack_tokens)
+    scorer.score(requests[:8])  # tries the ways out
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{parameters / 1e6:.0f}M parameters, {asked.dtype}, {asked.threads} thread(s), "
+        f"{len(requests)} prompts, {useful['nodes']:,} nodes, {total / 1e9:.0f} GFLOP: "
+        + ", ".join(f"{useful[k] / total:.1%} {k}" for k in ("layers", "attention", "head"))
+    )
+    rounds = []
+    for _ in range(asked.rounds):
+        peak, shape = best_product(model, clock)
+        started = clock()
+        packing = scorer.prepare(requests)
+        prepared = clock() - started
+        started = clock()
+        scorer.score_packing(packing)
+        scored = clock() - started
+        computed = sum(map(len, packing.packs))
+        row = {
+            "peak_gflops": peak / 1e9,
+            "peak_shape": shape,
+            "prepare_seconds": prepared,
+            "score_seconds": scored,
+            "nodes_computed": computed,
+            "share_scoring": total / scored / peak,
+            "share_whole": total / (scored + prepared) / peak,
+        }
+        rounds.append(row)
+        print(
+            f"peak {peak / 1e9:.0f} GFLOP/s ({shape}); prepared in {prepared:.2f} s, scored in "
+            f"{scored:.2f} s ({total / scored / 1e9:.0f} GFLOP/s; {computed / useful['nodes']:.3f} "
+            f"x the nodes): {row['share_scoring']:.3f} of the peak, with preparing "
+            f"{row['share_whole']:.3f}",
+            flush=True,
+        )
+    if asked.json:
+        asked.json.write_text(json.dumps({"useful": useful, "rounds": rounds}, indent=2) + "\n")
+
+
+def main() -> None:
+    """Measure, and write the figures where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True, help="folder or hub name")
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit", type=int, default=200, help="BBQ items")
+    parser.add_argument("--pack-tokens", type=int, default=PACK_TOKENS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data-dir", type=Path, default=default_data_dir())
+    parser.add_argument("--json", type=Path)
+    measure_peak(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

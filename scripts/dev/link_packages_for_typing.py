@@ -1,0 +1,25 @@
+"""Show the packages to type checkers: links under build/typing, from pyproject's own mapping.
+
+mypy and pyright do not follow setuptools' package-dir; they follow `mypy_path = build/typing`.
+"""
+
+import shutil
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> None:
+    """Make build/typing/selfcorrect/<package> a link to each top-level folder of code."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    target = ROOT / "build" / "typing" / "selfcorrect"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for package, folder in settings["tool"]["setuptools"]["package-dir"].items():
+        if package.count(".") == 1:
+            (target / package.rpartition(".")[2]).symlink_to(ROOT / folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""docs/study.md and its figures, from a run of society-ladder and its ablations in one folder.
+
+    python scripts/study/page.py runs
+
+Every number is read from the runs; study.md.j2 has the words around them. What somebody makes of
+them is docs/study-discussion.md, written by hand, which the page takes in as it stands.
+"""
+
+import argparse
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+
+from selfcorrect.evaluate.figures import curves
+from selfcorrect.recipes.foundation.atomic_files import write_text
+from selfcorrect.recipes.load import load_recipe
+from selfcorrect.scripts.study.ablations import arm_tables, arms_of
+from selfcorrect.scripts.study.findings import (
+    ALL_SIZES,
+    Number,
+    Results,
+    adjusted,
+    findings,
+    no_step_effects,
+    over,
+    short,
+)
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TEMPLATE = Path(__file__).with_name("page.md.j2")
+LADDER = "society-ladder"
+DISCUSSION = "study-discussion.md"
+FIRST = "society-ladder-one-rate"
+PAPERS = ("Q", "Q+IF", "Q+IF+CoT", "Match stats")
+CONTROLS = ("Q", "Q+IF", "Q+neutral", "Q+inverted")
+STAGES = ("base", "reward", "ppo")
+SEEDS = "bands: lowest to highest seed"
+WORDS = {
+    "steps": f"Headline metrics of the three experiments against RLHF steps, largest size; {SEEDS}",
+    "bbq": f"BBQ bias in ambiguous contexts against RLHF steps, a panel a size; {SEEDS}",
+    "law_school": f"Difference in admission against RLHF steps, a panel a size; {SEEDS}",
+    "winogender": f"Correlation of pronoun and occupation against RLHF steps, by size; {SEEDS}",
+    "size": "Headline metrics against parameters, before and after RLHF; bars: the seeds' range",
+    "effects": "Metric under Q less that under the instruction against RLHF steps, a line a size",
+    "controls": f"BBQ bias under the instruction, a neutral and the inverted request; {SEEDS}",
+    "training": "Reward and KL during PPO",
+}
+
+
+def page(runs: Path, docs: Path, folder: Path) -> str:
+    """The page; its figures are written into `folder`."""
+    run = runs / LADDER
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    facts, statistics = _json(run / "run.json"), _json(run / "statistics.json")
+    results = Results(statistics)
+    judged = findings(results)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        sizes=list(results.models.values()),
+        seeds=len(results.seeds),
+        steps=results.steps,
+        last=results.steps[-1],
+        begun=facts["begun"],
+        commit=str(facts["commit"])[:7],
+        society=recipe.data.society,
+        **{key: facts[key] for key in ("jobs", "cores", "processor", "versions")},
+        **_cost(run, results, facts["begun"]),
+        in_short=_in_short(results),
+        able=_able(results),
+        bbq=_ends(results, "bbq"),
+        effects=_effects(results),
+        controls=_controls(results),
+        law_school=_ends(results, "law_school"),
+        winogender=_ends(results, "winogender"),
+        no_steps=_no_steps(results),
+        findings=_findings(results),
+        remain=_remain(results),
+        num_judged=sum(len(finding.by_model) for finding in judged),
+        first=_first(results, runs / FIRST),
+        arms="\n\n".join(arm_tables(arms_of(runs))),
+        discussion=(docs / DISCUSSION).read_text(encoding="utf-8").strip(),
+        figures=_draw(pd.read_parquet(run / "results.parquet"), statistics, folder),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _by_model(results: Results, heads: Sequence[str], take: Callable[[str], list[Number]]) -> str:
+    return table(["model", *heads], ([model, *take(model)] for model in results.models))
+
+
+def _in_short(results: Results) -> str:
+    lines = []
+    for finding in findings(results):
+        largest, number = list(finding.by_model.items())[-1]
+        where = "" if largest == ALL_SIZES else f" at {largest}"
+        lines.append(f"- {finding.title}: **{finding.words()}** ({number}{where}).")
+    return "\n".join(lines)
+
+
+def _cost(run: Path, results: Results, begun: str) -> dict[str, str]:
+    """Seconds and memory by model, and of the whole run."""
+    rows, core_seconds, ended = [], 0.0, 0.0
+    for model, parameters in results.models.items():
+        jobs = [run / model / f"seed-{seed}" for seed in results.seeds]
+        records = {stage: [_json(job / stage / "stage.json") for job in jobs] for stage in STAGES}
+        spent = {stage: np.array([r["seconds"] for r in records[stage]]) for stage in STAGES}
+        core_seconds += sum(seconds.sum() for seconds in spent.values())
+        spent["evaluation"] = np.array([r["evaluation_seconds"] for r in records["ppo"]])
+        spent["ppo"] = spent["ppo"] - spent["evaluation"]
+        memory = max(record["peak_memory_mb"] for stage in STAGES for record in records[stage])
+        right = np.mean([record["held_out_accuracy"] for record in records["reward"]])
+        kl = [
+            cell["kl"]
+            for cell in results.statistics["cells"]
+            if (cell["model"], cell["step"]) == (model, results.steps[-1])
+        ]
+        seconds = [f"{value.mean():.0f}" for value in spent.values()]
+        row = [model, f"{parameters:,}", *seconds, f"{memory / 1024:.2f}", f"{right:.0%}"]
+        rows.append([*row, f"{np.mean(kl):.2f}"])
+        ended = max(ended, *((job / "ppo" / "stage.json").stat().st_mtime for job in jobs))
+    started = pd.Timestamp(begun.removesuffix(" UTC"), tz="UTC").timestamp()
+    heads = ["model", "parameters", "base, s", "reward, s", "PPO, s", "evaluation, s"]
+    heads += ["most memory, GB", "reward model right", "KL at the end"]
+    return {
+        "run_table": table(heads, rows),
+        "core_hours": f"{core_seconds / 3600:.1f}",
+        "minutes": f"{(ended - started) / 60:.0f}",
+    }
+
+
+def _able(results: Results) -> str:
+    metric, last = "accuracy_disambiguated", results.steps[-1]
+    asked = [(0, "Q"), (last, "Q"), (last, "Q+IF"), (last, "Q+IF+CoT")]
+    return _by_model(
+        results,
+        ["Q, step 0", "Q", "Q+IF", "Q+IF+CoT", "occupations known, step 0"],
+        lambda model: [
+            *(results.mean(model, step, "bbq", condition, metric) for step, condition in asked),
+            results.mean(model, 0, "winogender", "Match stats"),
+        ],
+    )
+
+
+def _ends(results: Results, experiment: str) -> str:
+    """The headline metric under each of the paper's conditions, before and after RLHF."""
+    asked = [condition for condition in PAPERS if condition in results.conditions(experiment)]
+    places = [(condition, step) for condition in asked for step in (0, results.steps[-1])]
+    return _by_model(
+        results,
+        [f"{condition}, step {step}" for condition, step in places],
+        lambda model: [results.mean(model, step, experiment, c) for c, step in places],
+    )
+
+
+def _effects(results: Results) -> str:
+    last = results.steps[-1]
+    heads = ["Q less Q+IF, step 0", f"step {last}", "growth", "Q less Q+IF+CoT, growth"]
+    return _by_model(
+        results,
+        [*heads, "of the bias removed, step 0", f"step {last}"],
+        lambda model: [
+            results.between(model, 0, "bbq", "Q", "Q+IF"),
+            results.compared("effect", model, "bbq", "Q+IF"),
+            results.compared("growth", model, "bbq", "Q+IF"),
+            results.compared("growth", model, "bbq", "Q+IF+CoT"),
+            *(_removed(results, model, step) for step in (0, last)),
+        ],
+    )
+
+
+def _removed(results: Results, model: str, step: int) -> Number:
+    """The share of the bias under Q that is gone under Q+IF; undefined for one under .05."""
+    plain = results.at(model, step, "bbq", "Q")
+    asked = results.at(model, step, "bbq", "Q+IF")
+    if not plain or not asked or min(plain) < 0.05:
+        return Number(None, None, None)
+    return over([1 - b / a for a, b in zip(plain, asked, strict=True)])
+
+
+def _controls(results: Results) -> str:
+    last = results.steps[-1]
+
+    def take(model: str) -> list[Number]:
+        found = [results.mean(model, last, "bbq", condition) for condition in CONTROLS]
+        own = [results.at(model, s, "bbq", c) for s in (0, last) for c in ("Q+neutral", "Q+IF")]
+        grown = [(c - d) - (a - b) for a, b, c, d in zip(*own, strict=True)]
+        return [*found, results.between(model, last, "bbq", "Q+neutral", "Q+IF"), over(grown)]
+
+    heads = [*CONTROLS, "Q+neutral less Q+IF", "its growth from step 0"]
+    return _by_model(results, heads, take)
+
+
+def _no_steps(results: Results) -> str:
+    found = no_step_effects(results)
+    clear = [f"{m}, {c} ({n})" for (m, c), n in found.items() if n.side()]
+    ends = [abs(end) for n in found.values() for end in (n.low, n.high) if end is not None]
+    said = (
+        f"The paper sees no dependence on steps here. Of {len(found)} changes from step 0 to step "
+        f"{results.steps[-1]}, {len(clear)} have an interval over seeds that excludes 0, not "
+        "corrected for their number"
+    )
+    said += f": {'; '.join(clear)}." if clear else "."
+    return f"{said} The least certain may be as large as {short(max(ends))}." if ends else said
+
+
+def _findings(results: Results) -> str:
+    judged = findings(results)
+    corrected = adjusted(judged)
+
+    def said(title: str, model: str, number: Number) -> str:
+        p = number.p_value
+        return (
+            f"{model}: {number}"
+            + ("" if p is None else f", p {_p(p)}")
+            + (f" ({_p(corrected[title, model])})" if (title, model) in corrected else "")
+        )
+
+    rows = [
+        [
+            finding.title,
+            finding.number,
+            "<br>".join(said(finding.title, *pair) for pair in finding.by_model.items()),
+            finding.words(),
+        ]
+        for finding in judged
+    ]
+    return table(["finding", "number", "by size, with p (Holm's)", "judged"], rows)
+
+
+def _p(value: float) -> str:
+    return "< .001" if value < 0.001 else "1" if value > 0.999 else f"{value:.3f}"[1:]
+
+
+def _remain(results: Results) -> str:
+    """Which numbers Holm's correction leaves below .05."""
+    corrected = adjusted(findings(results))
+    clear = [f"{title}: {model}" for (title, model), p in corrected.items() if p < 0.05]
+    said = f"After Holm's correction over the {len(corrected)} numbers that have a p-value, "
+    return said + (
+        f"{len(clear)} stay below .05: {'; '.join(clear)}." if clear else "none stays below .05."
+    )
+
+
+def _first(results: Results, run: Path) -> dict[str, str] | None:
+    """The tables on the first ladder, and the judgements of both side by side; None without it."""
+    if not (run / "statistics.json").is_file():
+        return None
+    first = Results(_json(run / "statistics.json"))
+    rows = [
+        [ours.title, ours.words(), theirs.words()]
+        for ours, theirs in zip(findings(results), findings(first), strict=True)
+    ]
+    return {
+        "begun": _json(run / "run.json")["begun"],
+        "able": _able(first),
+        "effects": _effects(first),
+        "findings": table(["finding", "this ladder", "the first"], rows),
+    }
+
+
+def _draw(frame: pd.DataFrame, statistics: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Draws the figures; their Markdown by name."""
+    papers = frame[frame["condition"].isin(PAPERS)]
+    controls = frame[frame["condition"].isin(CONTROLS)]
+    effects = [row for row in statistics["effects"] if row["condition"] in PAPERS]
+    ends = sorted(set(frame["step"].dropna().astype(int)))
+    drawn = {
+        "steps": curves.against_steps(papers),
+        **{name: curves.steps_by_size(papers, name) for name in ("bbq", "law_school")},
+        "winogender": curves.steps_by_size(papers, "winogender"),
+        "size": curves.against_size(papers, ends[0], ends[-1]),
+        "effects": curves.instruction_effects(effects),
+        "controls": curves.steps_by_size(controls, "bbq"),
+        "training": curves.training_curves(frame),
+    }
+    for name, figure in drawn.items():
+        curves.save(figure, folder, name)
+        (folder / f"{name}.svg").unlink()
+    return {name: f"![{WORDS[name]}]({folder.name}/{name}.png)" for name in drawn}
+
+
+def wrapped(text: str) -> str:
+    """Prose at 116 columns; tables, code, lists, headings and figures as they are."""
+    blocks = []
+    for block in re.split(r"\n{2,}", text.strip()):
+        plain = not block.startswith(("|", "    ", "- ", "#", "!"))
+        joined = " ".join(line.strip() for line in block.splitlines())
+        blocks.append(textwrap.fill(joined, 116, break_on_hyphens=False) if plain else block)
+    return "\n\n".join(blocks) + "\n"
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Write the page and its figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, help="the folder that holds the runs")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where study.md and study/ go")
+    arguments = parser.parse_args(given)
+    for needed in (arguments.runs / LADDER / "statistics.json", arguments.docs / DISCUSSION):
+        if not needed.is_file():
+            parser.error(
+                f"{needed}: missing; `selfcorrect run {LADDER}` ends with the first, "
+                "and the second is written by hand"
+            )
+    folder = arguments.docs / "study"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(arguments.docs / "study.md", wrapped(page(arguments.runs, arguments.docs, folder)))
+
+
+if __name__ == "__main__":
+    main()

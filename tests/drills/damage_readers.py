@@ -1,0 +1,217 @@
+"""Every kind of file that is read back, with the reader that meets it damaged; for damage.py.
+
+Each reader is what a command calls on that file, and gives back something to compare: what an
+undamaged file gives is what a damaged one must give, or it must be named.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from selfcorrect.evaluate.measuring.cell_files import CellWriter, Origin, read_cell
+from selfcorrect.evaluate.measuring.run import evaluate_run, recipe_plan
+from selfcorrect.evaluate.probe.probe import is_probed, read_probe, settings_digest
+from selfcorrect.evaluate.report.comparison import differences
+from selfcorrect.evaluate.results import load, write_results
+from selfcorrect.evaluate.statistics.files import read_results, read_statistics, write_table
+from selfcorrect.recipes.foundation.checksums import digests
+from selfcorrect.recipes.load import load_recipe, save_recipe
+from tests.drills.damage_inputs import outside_kinds, run_of_files
+from tests.drills.damage_run import Kind
+
+
+def kinds(run: Path, adapter: Path, work: Path, room: Path) -> Iterator[Kind]:
+    """All kinds, of a finished run, one with an adapter, states to resume from, and other files."""
+    yield from _models(run, adapter)
+    yield from _records(run)
+    yield from _states(work)
+    yield from _measurements(run, room)
+    yield from run_of_files(run, room)
+    yield from outside_kinds(run, room)
+
+
+def _models(run: Path, adapter: Path) -> Iterator[Kind]:
+    job = run / "tiny" / "seed-0"
+    ones = [("checkpoint", job / "ppo" / "checkpoint-2", job / "ppo" / "checkpoint-3")]
+    lora = adapter / "tiny" / "seed-0"
+    ones.append(("adapter", lora / "ppo" / "checkpoint-1", lora / "ppo" / "checkpoint-0"))
+    for what, folder, other in ones:
+        for path in sorted(p for p in folder.iterdir() if p.is_file()):
+            yield Kind(f"{what}: {path.name}", path, other / path.name, partial(model, folder))
+    yield Kind(
+        "base of an adapter: model.safetensors",
+        lora / "base" / "model.safetensors",
+        lora / "reward" / "model.safetensors",
+        lambda: model(lora / "ppo" / "checkpoint-1"),
+    )
+    for what, swap in (("base", "reward"), ("reward", "base")):
+        for name in ("model.safetensors", "config.json", "tokenizer.json", "stage.json"):
+            yield Kind(
+                f"{what} model: {name}", job / what / name, job / swap / name,
+                partial(finished, job / what),
+            )  # fmt: skip
+
+
+def model(folder: Path) -> Any:
+    """Weights, tokens and settings, as evaluation loads them."""
+    from selfcorrect.evaluate.scoring.weights import Loader, weights_digest
+
+    loaded, tokenizer = Loader("cpu").load(folder)
+    return weights_digest(loaded), str(loaded.config), tokenizer.backend_tokenizer.to_str()
+
+
+def finished(folder: Path) -> Any:
+    """The record of a stage, as training reads it before it builds on the stage."""
+    from selfcorrect.train.trainers.state import finished
+
+    return finished(folder)
+
+
+def _records(run: Path) -> Iterator[Kind]:
+    job = run / "tiny" / "seed-0"
+    two, three = (job / "ppo" / f"checkpoint-{step}" / "checkpoint.json" for step in (2, 3))
+    yield Kind("checkpoint.json, by the report", two, three, lambda: table(run))
+    yield Kind(
+        "PPO's stage.json", job / "ppo" / "stage.json", job / "base" / "stage.json",
+        lambda: finished(job / "ppo"),
+    )  # fmt: skip
+    other = shutil.copytree(run, run.with_name("other"))
+    facts = json.loads((run / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps({**facts, "cores": 9999}))
+    save_recipe(load_recipe(str(run / "recipe.yaml"), ["ppo.steps=9"]), other / "recipe.yaml")
+    for at in other.rglob("checkpoint.json"):
+        record = json.loads(at.read_text())
+        at.write_text(json.dumps({**record, "seal": None, "episodes": 7}))
+    write_results(other, num_resamples=20)
+    write_results(run, num_resamples=20)
+    clean = shutil.copytree(run, run.with_name("clean"))
+    named = {"here": run, "there": clean}
+    yield Kind(
+        "run.json", run / "run.json", other / "run.json", lambda: differences(named, "run.json")
+    )
+    yield Kind(
+        "recipe.yaml of a run", run / "recipe.yaml", other / "recipe.yaml", lambda: opened(run)
+    )
+    yield Kind(
+        "results.parquet", run / "results.parquet", other / "results.parquet",
+        lambda: read_results(run / "results.parquet").to_json(),
+    )  # fmt: skip
+    yield Kind(
+        "statistics.json", run / "statistics.json", other / "statistics.json",
+        lambda: read_statistics(run / "statistics.json"),
+    )  # fmt: skip
+
+
+def opened(run: Path) -> Any:
+    """The recipe, after the check that a second start makes."""
+    from selfcorrect.train.run import open_run
+
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    open_run(load_recipe(str(run.with_name("clean") / "recipe.yaml")), run)
+    return recipe
+
+
+def table(run: Path) -> str:
+    """The results, as the report computes them from the evaluation files."""
+    return load(run, num_resamples=20).to_json()
+
+
+def _states(work: Path) -> Iterator[Kind]:
+    newest, older = work / "checkpoint-8", work / "checkpoint-4"
+    right = {path.name: digests(path) for path in (newest, older)}
+
+    def resumes() -> str:
+        from selfcorrect.train.trainers.state import resume_state
+
+        state = Path(resume_state(work) or "")
+        return "whole" if right.get(state.name) == digests(state) else f"damaged {state}"
+
+    for path in sorted(p for p in newest.rglob("*") if p.is_file()):
+        name = path.relative_to(newest)
+        yield Kind(f"state to resume from: {name}", path, older / name, resumes, derived=True)
+
+
+def _measurements(run: Path, room: Path) -> Iterator[Kind]:
+    places = [run / "tiny" / "seed-0" / "ppo" / f"checkpoint-{step}" for step in (2, 3)]
+    here, there = (place / "evaluation" / "bbq.Q.parquet" for place in places)
+    beside = here.with_name("bbq.Q+IF.parquet")
+
+    def measured() -> Any:
+        recipe = load_recipe(str(run / "recipe.yaml"))
+        evaluate_run(recipe, run, lambda *_: None)
+        return here.read_bytes()
+
+    yield Kind("evaluation cell, by evaluate", here, there, measured, derived=True)
+    yield Kind("evaluation cell, by the report", here, there, lambda: table(run))
+    yield Kind("evaluation cell, another condition's", here, beside, lambda: table(run))
+    yield from _parts(run, here, there, room)
+    yield _probe(run, room)
+    benchmarks = run / "benchmarks"
+    names = sorted(path for path in benchmarks.rglob("*") if path.is_file())
+    for path, other in zip(names, [*names[1:], names[0]], strict=True):
+        yield Kind(
+            f"the society's {path.name}", path, other,
+            lambda: recipe_plan(load_recipe(str(run / "recipe.yaml")), run).settings_digest,
+            derived=True,
+        )  # fmt: skip
+
+
+def _parts(run: Path, here: Path, there: Path, room: Path) -> Iterator[Kind]:
+    """A cell that was interrupted: its first half is on disk, and a new writer goes on."""
+    cell = next(
+        cell
+        for cell in recipe_plan(load_recipe(str(run / "recipe.yaml")), run).cells
+        if cell.file_name == here.name
+    )
+    folders = []
+    for path in (here, there):
+        frame, settings = read_cell(path)
+        rows = [{str(k): _plain(v) for k, v in one.items()} for one in frame.to_dict("records")]
+        target = room / path.parent.parent.name / path.name
+        writer = CellWriter(target, cell, Origin(**settings["origin"]))
+        half = len(rows) // 2
+        writer.write(rows[:half], half)
+        writer.keep()
+        folders.append((target, Origin(**settings["origin"]), rows))
+    target, origin, rows = folders[0]
+    part, other = (next(one[0].with_name(f".{one[0].name}.parts").iterdir()) for one in folders)
+
+    def goes_on() -> str:
+        writer = CellWriter(target, cell, origin)
+        rest = rows[writer.num_items :]
+        writer.write(rest, len(rest))
+        writer.write_whole(target)
+        return read_cell(target)[0].to_json()
+
+    yield Kind("part of an evaluation cell", part, other, goes_on, derived=True)
+
+
+def _probe(run: Path, room: Path) -> Kind:
+    """A file of probes, which is made anew where it is damaged or of other weights."""
+    plan = recipe_plan(load_recipe(str(run / "recipe.yaml")), run)
+    rows = pd.DataFrame({"layer": [0, 1], "accuracy": [0.5, 0.75]})
+    path, other = room / "probes" / "bbq.parquet", room / "probes" / "other.parquet"
+
+    def write(path: Path, weights: str) -> None:
+        digest = settings_digest(plan, 2, 0)
+        write_table(path, rows, {"settings_digest": digest, "weights": weights})
+
+    def probes() -> str:
+        if not is_probed(path, plan, 2, 0, "a"):
+            write(path, "a")  # in place of training them
+        return read_probe(path)[0].to_json()
+
+    write(path, "a")
+    write(other, "b")
+    return Kind("probes", path, other, probes, derived=True)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return None if isinstance(value, float) and value != value else value
