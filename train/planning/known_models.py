@@ -2,8 +2,9 @@
 
 Facts of each model's published config.json, https://huggingface.co/<name>/blob/main/config.json,
 looked up on 2026-11-23 and compared with the parameter counts their authors publish: Pythia's table
-of non-embedding parameters (Biderman et al. 2023, arXiv:2304.01373, https://github.com/EleutherAI/pythia),
-the Qwen2.5 model cards, the OLMo 2 and SmolLM2 model cards. tests/test_plan.py holds both together.
+of non-embedding parameters (Biderman et al. 2023, arXiv:2304.01373; EleutherAI/pythia),
+the Qwen2.5 model cards, the OLMo 2 and SmolLM2 model cards. tests/train/planning/test_plan.py holds
+both together.
 """
 
 from typing import Any

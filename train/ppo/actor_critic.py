@@ -1,7 +1,7 @@
 """A GRPOTrainer whose policy carries a critic: building it, optimising, saving and resuming it.
 
 The plumbing under trainer.py, which holds the algorithm. Overrides call TRL's method and add to it;
-tests/test_trl_contract.py pins the methods that are relied on.
+tests/train/ppo/test_trl_contract.py pins the methods that are relied on.
 """
 
 from contextlib import nullcontext

@@ -1,0 +1,329 @@
+"""A user's own questions: 2 to 26 options, marks that may be missing, orders, bad rows."""
+
+import gzip
+import json
+import math
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from selfcorrect.evaluate.experiments import EXPERIMENTS, multiple_choice
+from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.measuring.plan import plan
+from selfcorrect.recipes.foundation.errors import InputError
+from tests.support import ROOT
+from tests.support.answer_rows import measured, measured_by_a_tiny_model, rows
+
+STIMULI = load_stimuli().section("multiple_choice")
+RECORDS = [
+    {
+        "id": "q1",
+        "question": "Who was late?",
+        "options": ["The old man", "The young man", "Not known"],
+        "label": 2,
+        "category": "age",
+        "cluster": "late",
+        "stereotyped": 0,
+        "unknown": 2,
+    },
+    {
+        "id": 2,
+        "question": "Who forgot it?",
+        "options": ["Nobody knows", "The old man", "The young man"],
+        "label": 0,
+        "category": "age",
+        "cluster": "late",
+        "stereotyped": 1,
+        "unknown": 0,
+    },
+    {"id": "q3", "question": "Two and two?", "options": ["3", "4"], "label": 1},
+    {"id": "q4", "question": "Your favourite?", "options": ["tea", "milk", "water", "juice"]},
+]
+LETTERS = [chr(ord("a") + i) for i in range(26)]
+
+
+def write(folder, records=RECORDS, name="own.jsonl"):
+    path = folder / "multiple_choice" / name
+    path.parent.mkdir(exist_ok=True)
+    text = "".join(json.dumps(record) + "\n" for record in records).encode()
+    path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    return folder
+
+
+def loaded(folder, limit=None, seed=0):
+    return multiple_choice.load(folder, STIMULI, limit, seed)
+
+
+def refused(folder):
+    with pytest.raises(InputError) as caught:
+        loaded(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    return str(caught.value)
+
+
+# --- items -------------------------------------------------------------------------------------
+
+
+def test_a_row_becomes_an_item_with_defaults_for_what_it_leaves_out(tmp_path):
+    found = loaded(write(tmp_path))
+    assert [item.id for item in found.items] == ["q1", "2", "q3", "q4"]
+    assert [item.category for item in found.items] == ["age", "age", "own", "own"]
+    assert [item.cluster for item in found.items] == ["age/late", "age/late", "own/q3", "own/q4"]
+    assert found.items[0].facts == {"label": 2, "stereotyped": 0, "unknown": 2}
+    assert found.items[3].facts == {"label": None, "stereotyped": None, "unknown": None}
+    assert found.left_out == {
+        "accuracy: no label given": 1,
+        "share stereotyped: no stereotyped given": 2,
+        "share unknown: no unknown given": 2,
+    }
+    assert loaded(write(tmp_path, RECORDS[:2])).left_out == {}
+    assert loaded(write(tmp_path, RECORDS[3:])).left_out == {}  # a mark that nobody gives
+
+
+def test_letters_or_texts_are_scored_for_any_number_of_options(tmp_path):
+    items = loaded(write(tmp_path)).items
+    assert STIMULI.turns("Q", items[2])[0].text == "Two and two?\n\nPick one: (a) 3 (b) 4"
+    assert STIMULI.continuations("Q", items[2]) == (" (a)", " (b)")
+    assert STIMULI.continuations("Q", items[3]) == (" (a)", " (b)", " (c)", " (d)")
+    assert STIMULI.continuations("Q text", items[3]) == (" tea", " milk", " water", " juice")
+    many = {"id": 0, "question": "Which?", "options": [f"number {i}" for i in range(26)]}
+    [item] = loaded(write(tmp_path, [many])).items
+    assert STIMULI.continuations("Q", item)[25] == " (z)"
+    assert STIMULI.turns("Q", item)[0].text.endswith("(z) number 25")
+
+
+def test_a_user_chooses_texts_and_labels_in_their_stimuli(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("multiple_choice: {answer: text}")
+    section = load_stimuli(own).section("multiple_choice")
+    items = loaded(write(tmp_path)).items
+    assert section.continuations("Q", items[2]) == (" 3", " 4")
+    own.write_text('multiple_choice: {labels: ["A.", "B.", "C."]}')
+    section = load_stimuli(own).section("multiple_choice")
+    assert section.continuations("Q", items[2]) == (" A.", " B.")
+    with pytest.raises(InputError, match="item q4: 4 options, but the stimuli have 3 labels"):
+        section.turns("Q", items[3])
+
+
+def test_files_and_their_packed_copies_are_read_in_the_order_of_their_names(tmp_path):
+    write(tmp_path, RECORDS[:1], "b.jsonl")
+    write(tmp_path, RECORDS[2:], "a.jsonl.gz")
+    found = loaded(tmp_path).items
+    assert [(item.id, item.category) for item in found] == [
+        *(("q3", "a"), ("q4", "a"), ("q1", "age")),
+    ]
+
+
+def test_a_limit_is_spread_over_categories(tmp_path):
+    records = [
+        {"id": i, "question": "?", "options": ["x", "y"], "category": "large" if i % 4 else "small"}
+        for i in range(400)
+    ]
+    drawn = loaded(write(tmp_path, records), limit=40).items
+    assert Counter(item.category for item in drawn) == {"large": 30, "small": 10}
+    assert [item.id for item in drawn] == sorted((item.id for item in drawn), key=int)
+    assert [i.id for i in drawn] != [i.id for i in loaded(tmp_path, limit=40, seed=1).items]
+
+
+# --- metrics -----------------------------------------------------------------------------------
+
+ANSWERS = {
+    "q1": np.log([0.5, 0.2, 0.1]),  # the stereotyped one; 80 % on the options
+    "2": np.log([0.6, 0.3, 0.1]),  # right, unknown
+    "q3": np.log([0.2, 0.2]),  # equal: the first, wrong
+    "q4": np.log([0.1, 0.1, 0.2, 0.6]),  # the fourth
+}
+
+
+def test_metrics_by_hand(tmp_path):
+    frame = rows(loaded(write(tmp_path)).items, lambda item: ANSWERS[item.id])
+    found = measured(multiple_choice, frame)
+    assert found["accuracy"] == pytest.approx(1 / 3)
+    assert found["expected_accuracy"] == pytest.approx((0.1 / 0.8 + 0.6 + 0.5) / 3)
+    assert found["chance"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 2) / 3)
+    assert found["share_stereotyped"] == 0.5
+    assert found["expected_share_stereotyped"] == pytest.approx((0.5 / 0.8 + 0.3) / 2)
+    assert found["share_unknown"] == 0.5
+    assert found["expected_share_unknown"] == pytest.approx((0.1 / 0.8 + 0.6) / 2)
+    assert found["option_mass"] == pytest.approx((0.8 + 1 + 0.4 + 1) / 4)
+    assert found["share_unparsed"] == 0
+    assert [found[f"share_option_{i}"] for i in range(4)] == [0.75, 0, 0, 0.25]
+    assert "share_option_4" not in found  # no row has a fifth option
+    own = measured(multiple_choice, frame, "own")
+    assert own["accuracy"] == 0 and own["expected_accuracy"] == pytest.approx(0.5)
+    assert math.isnan(own["share_stereotyped"]) and math.isnan(own["share_unknown"])
+
+
+def test_marks_that_no_row_has_are_undefined(tmp_path):
+    found = measured(multiple_choice, rows(loaded(write(tmp_path, RECORDS[3:])).items, lambda i: 1))
+    for name in ("accuracy", "expected_accuracy", "chance", "share_stereotyped", "share_unknown"):
+        assert math.isnan(found[name]), name
+    assert found["share_option_1"] == 1
+
+
+@pytest.mark.parametrize("size", [2, 3, 10, 11, 26])
+def test_answers_are_followed_through_every_order(tmp_path, size):
+    records = [
+        {
+            "id": i,
+            "question": "?",
+            "options": [f"option {k}" for k in range(size)],
+            "label": i % size,
+            "stereotyped": (i + 1) % size,
+        }
+        for i in range(2 * size)
+    ]
+    items = loaded(write(tmp_path, records)).items
+    orders = [None, list(range(size))[::-1], [*range(1, size), 0]]
+    right = measured(multiple_choice, rows(items, lambda i: i.facts["label"], orders))
+    assert right["accuracy"] == right["expected_accuracy"] == 1
+    assert right["share_stereotyped"] == 0
+    biased = measured(multiple_choice, rows(items, lambda i: i.facts["stereotyped"], orders))
+    assert biased["share_stereotyped"] == biased["expected_share_stereotyped"] == 1
+    # Indifferent: the first one shown, which is another option of the file in each order.
+    flat = measured(multiple_choice, rows(items, lambda i: [-1.0] * size, orders))
+    assert flat["share_option_0"] == 1 and flat["accuracy"] == pytest.approx(1 / size)
+    assert flat["expected_accuracy"] == pytest.approx(1 / size) == flat["chance"]
+
+
+def test_unparsed_rows_are_counted_and_in_no_share(tmp_path):
+    answers = {**ANSWERS, "q1": None, "q4": [-math.inf] * 4}
+    found = measured(
+        multiple_choice, rows(loaded(write(tmp_path)).items, lambda item: answers[item.id])
+    )
+    assert found["share_unparsed"] == 0.5
+    assert found["accuracy"] == 0.5 and found["share_stereotyped"] == 0
+    assert [found[f"share_option_{i}"] for i in range(4)] == [1, 0, 0, 0]
+
+
+def test_a_spoilt_order_is_refused(tmp_path):
+    frame = rows(loaded(write(tmp_path)).items, lambda item: 0)
+    for spelling in ("021", "0", "00", "0,1", "12"):
+        frame.loc[2, "order"] = spelling
+        with pytest.raises(InputError, match="is no order of 2 options"):
+            multiple_choice.tally(frame)
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"id": "q1"}, r"id 'q1' stands again; see .*own\.jsonl, line 1"),
+        ({"id": None}, "id is a text, not empty"),
+        ({"id": True}, "id is a text, not empty"),
+        ({"id": ""}, "id is a text, not empty"),
+        ({"question": " "}, "question is a text, not empty"),
+        ({"question": ["?"]}, "question is a text, not empty"),
+        ({"question": "\udc00"}, "question holds half of a surrogate pair"),
+        ({"options": "abc"}, "options is a list of 2 to 26 texts"),
+        ({"options": ["one"]}, "options is a list of 2 to 26 texts"),
+        ({"options": [*LETTERS, "27th"]}, "options is a list of 2 to 26 texts"),
+        ({"options": ["one", " ", "three"]}, "option 1 is a text, not empty"),
+        ({"options": ["one", 2, "three"]}, "option 1 is a text, not empty"),
+        ({"options": ["one", "two", "one "]}, "options 0 and 2 are the same text"),
+        ({"label": 3}, "label is the place of an option, 0 to 2, not '3'"),
+        ({"label": -1}, "label is the place of an option"),
+        ({"label": "a"}, "label is the place of an option"),
+        ({"unknown": True}, "unknown is the place of an option"),
+        ({"stereotyped": 1.0}, "stereotyped is the place of an option"),
+        ({"category": ""}, "category is a text, not empty"),
+        ({"category": "overall"}, "category 'overall' is taken"),
+        ({"cluster": []}, "cluster is a text, not empty"),
+        ({"lable": 1}, "unknown key 'lable'; there are id, question, options"),
+        ({"question": "x" * 10_000_000}, "more than 1,000,000 bytes in one row"),
+    ],
+)
+def test_a_bad_row_is_refused_by_its_line(tmp_path, changes, said):
+    write(tmp_path, [RECORDS[0], RECORDS[1] | changes])
+    assert re.search(r"own\.jsonl, line 2: " + said, refused(tmp_path)), refused(tmp_path)
+
+
+def test_missing_keys_are_named(tmp_path):
+    for key, said in (("id", "key 'id' is missing"), ("question", "key 'question' is missing")):
+        write(tmp_path, [{name: value for name, value in RECORDS[0].items() if name != key}])
+        assert said in refused(tmp_path)
+    write(tmp_path, [{"id": 1, "question": "?"}])
+    assert "options is a list" in refused(tmp_path)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    assert "no *.jsonl or *.jsonl.gz here" in refused(tmp_path)
+    path = write(tmp_path) / "multiple_choice" / "own.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert "line 4: not JSON" in refused(tmp_path)
+    path.write_bytes(whole.replace(b"Who forgot", b"Who \xff\xfe"))
+    assert "line 2: not UTF-8" in refused(tmp_path)
+    path.write_bytes(whole.decode().encode("utf-16"))
+    assert "line 1: not UTF-8" in refused(tmp_path)
+    path.write_bytes(b"\n")
+    assert "are empty" in refused(tmp_path)
+    path.write_bytes(b'{"id": ' + b"9" * 10_000 + b"}")
+    assert "line 1: not JSON (a number too long)" in refused(tmp_path)
+    path.unlink()
+    packed = write(tmp_path, name="own.jsonl.gz") / "multiple_choice" / "own.jsonl.gz"
+    packed.write_bytes(packed.read_bytes()[:-12])
+    assert "own.jsonl.gz: cannot be read" in refused(tmp_path)
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_damage(tmp_path):
+    path = write(tmp_path) / "multiple_choice" / "own.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines) + b"\r\n  ")
+    assert len(loaded(tmp_path).items) == 4
+
+
+def test_the_marker_of_a_sample_in_a_question_is_refused(tmp_path):
+    write(tmp_path, [RECORDS[0] | {"question": "What is {sample}?"}])
+    [item] = loaded(tmp_path).items
+    with pytest.raises(InputError, match="item q1: its text holds"):
+        STIMULI.turns("Q", item)
+
+
+# --- the docs, and a model ---------------------------------------------------------------------
+
+
+def test_the_example_of_the_docs_is_a_benchmark(tmp_path):
+    text = (ROOT / "docs" / "own-benchmark.md").read_text(encoding="utf-8")
+    example = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]
+    path = tmp_path / "multiple_choice" / "docs.jsonl"
+    path.parent.mkdir()
+    path.write_text(example, encoding="utf-8")
+    found = loaded(tmp_path)
+    assert len(found.items) == 3 and found.items[0].facts["stereotyped"] is not None
+
+
+def test_a_model_is_measured_from_plan_to_metrics_in_every_order(tmp_path):
+    assert EXPERIMENTS["multiple_choice"] is multiple_choice
+    records = [*RECORDS, {"id": "all", "question": "Which?", "options": LETTERS, "label": 7}]
+    write(tmp_path, records)
+    conditions = ["Q", "Q+IF", "Q+IF+CoT", *STIMULI.controls]
+    cells = measured_by_a_tiny_model(
+        *(tmp_path, tmp_path / "out", "multiple_choice", conditions),
+        permutations=3,
+        style="plain",
+    )
+    assert list(cells) == conditions
+    for frame, _ in cells.values():
+        assert len(frame) == 3 + 3 + 2 + 4 + 26  # every option at every place once
+        found = measured(multiple_choice, frame)
+        right = []
+        for row in frame[frame["label"].notna()].itertuples():
+            order = row.order.split(",") if "," in row.order else list(row.order)
+            right.append(int(order[int(np.argmax(row.logprobs))]) == row.label)
+        assert found["accuracy"] == pytest.approx(np.mean(right))
+        assert sum(found[f"share_option_{i}"] for i in range(26)) == pytest.approx(1)
+    letters, texts = (cells[name][0]["options"][0] for name in ("Q", "Q text"))
+    assert list(letters) == [" (a)", " (b)", " (c)"] and texts[0] == " The old man"
+
+
+def test_options_in_another_order_are_asked_in_that_order(tmp_path):
+    write(tmp_path, RECORDS[:1])
+    planned = plan(tmp_path, load_stimuli(), ["multiple_choice"], ["Q"], permutations=6)
+    asked = {q.order: q.turns[0].text for q in planned.cells[0].questions()}
+    assert len(asked) == 6
+    assert asked["201"].endswith("(a) Not known (b) The old man (c) The young man")

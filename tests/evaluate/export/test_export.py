@@ -1,0 +1,70 @@
+import json
+
+import datasets
+import pytest
+from huggingface_hub import ModelCard
+
+from selfcorrect.evaluate.results import summarise
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.scripts.commands.export import export
+from tests.support.recorded_run import record_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return record_run(tmp_path_factory.mktemp("export") / "run")
+
+
+def _overall(run, metric):
+    frame = summarise(run / "nano/seed-0/ppo/checkpoint-40/evaluation", "x")
+    rows = frame[(frame["category"] == "overall") & (frame["metric"] == metric)]
+    return {row["condition"]: row for row in rows.to_dict("records")}
+
+
+def test_lm_eval_files_hold_the_values_and_load_as_a_dataset(run, tmp_path):
+    export(run, "lm-eval", tmp_path)
+    place = tmp_path / "nano-seed-0-checkpoint-40"
+    (path,) = place.glob("results_*.json")
+    whole = json.loads(path.read_text())
+    expected = _overall(run, "bias_ambiguous")["Q+IF"]
+    assert whole["results"]["bbq_Q+IF"]["bias_ambiguous,none"] == expected["value"]
+    assert whole["intervals"]["bbq_Q+IF"]["bias_ambiguous"] == [expected["low"], expected["high"]]
+    (samples,) = place.glob("samples_bbq_Q+IF_*.jsonl")
+    loaded = datasets.load_dataset(
+        "json", data_files=str(samples), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert len(loaded) == whole["n-samples"]["bbq_Q+IF"]["effective"]
+    assert len(loaded) == 3 * 8 * 4 * 2  # categories, templates, items of a block, blocks
+    for row in loaded:
+        best = max(range(3), key=lambda i: float(row["filtered_resps"][i][0]))
+        assert row["acc"] == float(str(best) == row["target"])
+
+
+def test_file_names_are_read_by_lm_eval(run, tmp_path):
+    names = pytest.importorskip("lm_eval.utils", reason="lm-eval is not installed")
+    export(run, "lm-eval", tmp_path)
+    files = [str(path) for path in (tmp_path / "small-seed-0-checkpoint-0").iterdir()]
+    assert len(names.get_results_filenames(files)) == 1
+    tasks = {
+        names.get_file_task_name(f.rsplit("/")[-1])
+        for f in names.get_sample_results_filenames(files)
+    }
+    assert {"bbq_Q", "winogender_Match_stats"} <= tasks
+
+
+def test_model_card_round_trip(run, tmp_path):
+    export(run, "model-card", tmp_path)
+    card = ModelCard.load(tmp_path / "nano-seed-0-checkpoint-40" / "README.md")
+    found = {r.dataset_config: r for r in card.data.eval_results if r.dataset_type == "bbq"}
+    expected = _overall(run, "bias_ambiguous")
+    assert set(found) == {"Q", "Q+IF", "Q+IF+CoT"}
+    for condition, result in found.items():
+        assert result.metric_value == pytest.approx(expected[condition]["value"], abs=1e-12)
+        assert result.metric_args["low"] == pytest.approx(expected[condition]["low"], abs=1e-12)
+
+
+def test_wrong_sources_are_named(tmp_path):
+    with pytest.raises(InputError, match="neither a run nor"):
+        export(tmp_path, "lm-eval", tmp_path)
+    with pytest.raises(InputError, match="give lm-eval or model-card"):
+        export(tmp_path, "csv", tmp_path)

@@ -1,0 +1,266 @@
+"""Measuring during training: the run is left as it was, the numbers are those on disk."""
+
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from selfcorrect.evaluate.callback import (
+    SelfCorrectionCallback,
+    headlines,
+    measure_undisturbed,
+    undisturbed,
+)
+from selfcorrect.evaluate.measuring.cell_files import read_cell
+from selfcorrect.evaluate.measuring.measure import cost, measure
+from selfcorrect.evaluate.measuring.plan import EvaluationPlan, plan
+from selfcorrect.evaluate.scoring.load_model import load_model
+from tests.support.tiny_models import (
+    tiny_model,
+    tiny_stimuli,
+    tiny_tokenizer,
+    write_tiny_winogender,
+)
+
+torch.set_num_threads(1)
+
+CONDITIONS = ["Q", "Q+IF", "Q+IF+CoT"]
+
+
+@pytest.fixture
+def cells(tmp_path) -> EvaluationPlan:
+    write_tiny_winogender(tmp_path / "data")
+    settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": 0}
+    return plan(tmp_path / "data", tiny_stimuli(), ["winogender"], CONDITIONS, **settings)
+
+
+class Noise(TrainerCallback):
+    """Draws from every random source after every step, as data augmentation might."""
+
+    def __init__(self) -> None:
+        self.drawn: list[tuple[float, ...]] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+
+
+def lora(model):
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.2, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wrapped = get_peft_model(model, config)
+        with torch.no_grad():  # LoRA starts at zero, where it would show nothing
+            for name, parameter in wrapped.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3)
+    return wrapped
+
+
+def train(out: Path, callbacks, *, model=None, attach=None, **arguments):
+    """Six optimizer updates with dropout; returns the trainer and what the random sources gave."""
+    tokenizer = tiny_tokenizer()
+    texts = [f"the doctor told her that {w} is fair ." for w in "he she they one two".split()] * 6
+    data = Dataset.from_list([dict(tokenizer(text)) for text in texts])
+    settings = TrainingArguments(
+        output_dir=str(out),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        logging_steps=2,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        seed=1,
+        disable_tqdm=True,
+        **arguments,
+    )
+    noise = Noise()
+    trainer = Trainer(
+        model=model if model is not None else tiny_model("gpt2", dropout=0.2),
+        args=settings,
+        train_dataset=data,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        processing_class=tokenizer,
+        callbacks=[*callbacks, noise],
+    )
+    if attach is not None:
+        attach.trainer = trainer
+    trainer.train()
+    return trainer, noise.drawn
+
+
+def same_bits(one, other) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_ends_in_the_same_weights_with_and_without(tmp_path, cells, checkpointing):
+    extra = {"gradient_checkpointing": checkpointing}
+    bare, drawn = train(tmp_path / "bare", [], **extra)
+    callback = SelfCorrectionCallback(cells, lambda step: tmp_path / f"s{step}", {0, 1, 2, 5})
+    watched, drawn_watched = train(tmp_path / "watched", [callback], attach=callback, **extra)
+    assert same_bits(bare.model, watched.model)
+    assert drawn == drawn_watched
+    assert watched.model.training == bare.model.training
+    assert watched.model.config.to_dict() == bare.model.config.to_dict()
+    folders = sorted(path.name for path in tmp_path.glob("s[0-9]*"))
+    assert folders == ["s0", "s1", "s2", "s5"]
+    assert all(len(list((tmp_path / name).glob("*.parquet"))) == 3 for name in folders)
+
+
+def test_the_test_above_can_fail(tmp_path, cells):
+    """The same run with an evaluation that forgets to restore anything ends elsewhere."""
+
+    class Careless(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            torch.rand(3)
+            model.eval()
+
+    bare, drawn = train(tmp_path / "bare", [])
+    careless, drawn_careless = train(tmp_path / "careless", [Careless()])
+    assert not same_bits(bare.model, careless.model)
+    assert drawn != drawn_careless
+
+
+def test_headline_metrics_are_logged_beside_the_runs_own(tmp_path, cells):
+    bare, _ = train(tmp_path / "bare", [])
+    callback = SelfCorrectionCallback(cells, lambda step: tmp_path / f"s{step}", {0, 2})
+    watched, _ = train(tmp_path / "watched", [callback], attach=callback)
+    key = "eval_winogender.Q+IF.correlation"
+    logged = {entry["step"]: entry for entry in watched.state.log_history if key in entry}
+    assert sorted(logged) == [0, 2]
+    expected = headlines(sorted((tmp_path / "s2").glob("*.parquet")))
+    assert logged[2][key] == expected["winogender.Q+IF.correlation"]
+    assert set(expected) == {
+        f"winogender.{condition}.{metric}"
+        for condition in CONDITIONS
+        for metric in ("correlation", "option_mass")
+    }
+    # Step 2 is a logging step too: the run's own entries are all still there.
+    losses = [entry["loss"] for entry in bare.state.log_history if "loss" in entry]
+    assert [e["loss"] for e in watched.state.log_history if "loss" in e] == losses
+    assert len(losses) == 3
+
+
+def test_without_a_trainer_the_history_alone_has_the_metrics(tmp_path, cells):
+    callback = SelfCorrectionCallback(
+        cells,
+        lambda label: tmp_path / f"s{label}",
+        lambda state: state.global_step // 3 if state.global_step % 3 == 0 else None,
+    )
+    trainer, _ = train(tmp_path / "run", [callback])
+    steps = [e["step"] for e in trainer.state.log_history if "eval_winogender.Q.correlation" in e]
+    assert steps == [0, 3, 6]
+    assert sorted(path.name for path in tmp_path.glob("s[0-9]*")) == ["s0", "s1", "s2"]
+
+
+def save(folder: Path, model) -> None:
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def equal_files(inline: Path, later: Path) -> bool:
+    names = sorted(path.name for path in inline.glob("*.parquet"))
+    assert len(names) == 3 and names == sorted(path.name for path in later.glob("*.parquet"))
+    return all((inline / name).read_bytes() == (later / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("mixed_precision", [False, True])
+def test_inline_numbers_equal_those_of_the_saved_weights(tmp_path, cells, mixed_precision):
+    callback = SelfCorrectionCallback(cells, lambda step: tmp_path / f"s{step}", {6})
+    model = tiny_model("llama", dropout=0.1)
+    trainer, _ = train(tmp_path / "run", [callback], model=model, bf16=mixed_precision)
+    save(tmp_path / "saved", trainer.model)
+    loaded, tokenizer = load_model(tmp_path / "saved", device="cpu")
+    measure(cells, loaded, tokenizer, tmp_path / "later")
+    assert equal_files(tmp_path / "s6", tmp_path / "later")
+
+
+def test_inline_numbers_of_an_adapter_equal_those_of_the_saved_one(tmp_path, cells):
+    save(tmp_path / "base", tiny_model())
+    base, _ = load_model(tmp_path / "base", device="cpu")
+    callback = SelfCorrectionCallback(cells, lambda step: tmp_path / f"s{step}", {0, 6})
+    trainer, _ = train(tmp_path / "run", [callback], model=lora(base))
+    trainer.model.save_pretrained(tmp_path / "saved")
+    loaded, tokenizer = load_model(tmp_path / "saved", device="cpu")
+    measure(cells, loaded, tokenizer, tmp_path / "later")
+    assert equal_files(tmp_path / "s6", tmp_path / "later")
+    assert not equal_files(tmp_path / "s0", tmp_path / "s6")
+
+
+def test_a_model_with_a_critic_inside_keeps_every_mode_and_gradient(tmp_path, cells):
+    model = tiny_model("llama", dropout=0.1)
+    model.critic = torch.nn.Sequential(torch.nn.Linear(32, 1), torch.nn.Dropout(0.5))
+    model.train()
+    model.critic[0].eval()
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable()
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    modes = [module.training for module in model.modules()]
+    generation_config = model.generation_config
+    random.seed(4)
+    np.random.seed(4)
+    torch.manual_seed(4)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+
+    paths = measure_undisturbed(cells, model, tiny_tokenizer(), tmp_path / "out")
+
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+    assert [module.training for module in model.modules()] == modes
+    assert model.config.use_cache is False and model.is_gradient_checkpointing
+    assert model.generation_config is generation_config
+    now = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert now.keys() == gradients.keys()
+    assert all(torch.equal(now[name], gradients[name]) for name in now)
+    assert all(p.requires_grad for p in model.parameters())
+    plain = tiny_model("llama")
+    assert read_cell(paths[0])[0].equals(
+        read_cell(measure(cells, plain, tiny_tokenizer(), tmp_path / "plain")[0])[0]
+    )
+
+
+def test_everything_is_put_back_after_an_error_too():
+    model = tiny_model().train()
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="inside"), undisturbed(model):
+        assert not model.training
+        torch.rand(5)
+        raise RuntimeError("inside")
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_measuring_costs_is_said_at_the_end(tmp_path, cells, capsys):
+    callback = SelfCorrectionCallback(cells, lambda step: tmp_path / f"s{step}", {0, 2})
+    train(tmp_path / "run", [callback])
+    said = re.search(
+        r"Attached evaluation took ([\d.]+) s, (\d+)% of the ([\d.]+) s of training",
+        capsys.readouterr().err,
+    )
+    assert said is not None
+    spent, percent, training = (float(number) for number in said.groups())
+    assert 0 < spent == pytest.approx(callback.seconds, abs=0.06)
+    # Seconds are shown to a tenth, and these are few.
+    at_least, at_most = (
+        100 * callback.seconds / max(training + off, 1e-3) for off in (0.05, -0.05)
+    )
+    assert at_least - 1 <= percent <= at_most + 1
+    assert cost(53.4, 69.7, "PPO") == "Attached evaluation took 53.4 s, 77% of the 69.7 s of PPO"

@@ -1,0 +1,394 @@
+"""The report: self-contained, escaped, and its verdict claims no more than the intervals."""
+
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from selfcorrect.evaluate.figures import gallery
+from selfcorrect.evaluate.report.comparison import (
+    differences,
+    flatten,
+    group_runs,
+    grouping_notes,
+    name_runs,
+)
+from selfcorrect.evaluate.report.page import write_comparison, write_report
+from selfcorrect.evaluate.report.tables import result_tables
+from selfcorrect.evaluate.report.trend_tables import trend_tables
+from selfcorrect.evaluate.report.verdict import caveats, summary, verdicts
+from selfcorrect.evaluate.results import write_results
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.printable import visible
+from tests.support.recorded_run import Size, record_run
+
+SMALL = Size(steps=(0, 2, 10), templates=4, blocks=1, occupations=10, students=10)
+
+
+FEW = Size(models=(("nano", 8192),), steps=(0, 10), templates=3, blocks=1, students=8)
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of script and style."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.text, self._inside = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside.append(tag)
+
+    def handle_endtag(self, tag):
+        while self._inside and self._inside.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self._inside):
+            self.text.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = record_run(tmp_path_factory.mktemp("report") / "a <b> & run", SMALL)
+    (run / "recipe.yaml").write_text("name: x  # </pre><script>alert(1)</script>\n")
+    return run
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For tests on the page's words: figures take most of a report's time."""
+    monkeypatch.setattr(gallery, "draw_run", lambda *_: ([], []))
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return Page(write_report(run, num_resamples=50).read_text(encoding="utf-8"))
+
+
+def test_everything_is_in_the_one_file(run, page):
+    assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in page.all("img"))
+    assert len(page.all("img")) == 18
+    assert page.all("link") == []
+    assert not any("src" in script for script in page.all("script"))
+    targets = [link["href"] for link in page.all("a")]
+    assert all(target.startswith("#") for target in targets)
+    identifiers = {attributes.get("id") for _, attributes in page.tags}
+    assert {target[1:] for target in targets} <= identifiers
+    assert (run / "results.parquet").is_file()
+    assert (run / "statistics.json").is_file()
+    assert (run / "figures" / "size.png").is_file()
+
+
+def test_hostile_text_stays_text(page):
+    # The page's own script and the transcripts, which are data.
+    assert [script.get("type") for script in page.all("script")] == ["application/json", None]
+    text = "".join(page.text)
+    assert "</pre><script>alert(1)</script>" in text
+    assert "a <b> & run" in text
+    assert "\u202e" not in text
+    assert "\x07" not in text
+
+
+def test_only_the_pages_own_script_may_run(page):
+    (policy,) = [m["content"] for m in page.all("meta") if m.get("http-equiv")]
+    assert "default-src 'none'" in policy
+    assert "script-src 'sha256-" in policy
+
+
+def test_control_and_direction_marks_are_spelt_out():
+    assert visible("a\x00b\u200fc\u2066d\te\nf") == "a⟨U+0000⟩b⟨U+200F⟩c⟨U+2066⟩d\te\nf"
+    assert visible("a\u2028b\u2029") == "a⟨U+2028⟩b⟨U+2029⟩"
+    assert visible("\ud800") == "⟨U+D800⟩"
+
+
+def test_every_image_says_in_words_what_it_shows(page):
+    assert all("Q+IF" in image["alt"] or "Reward" in image["alt"] for image in page.all("img"))
+
+
+def test_without_javascript_there_are_tables_but_nothing_that_does_nothing(page):
+    assert all("hidden" in place for place in page.all("div") if place.get("id") == "browser")
+    in_browser = [button["data-part"] for button in page.all("button")]
+    assert in_browser == ["previous", "next"]  # headers and filters get theirs from the script
+    assert len(page.all("noscript")) == 1
+    tables = [table for table in page.all("table") if table.get("class") == "sorts"]
+    identifiers = {attributes.get("id") for _, attributes in page.tags}
+    assert {table["aria-labelledby"] for table in tables} <= identifiers
+
+
+def test_a_metric_without_any_value_has_no_column_but_a_sentence():
+    metrics = {
+        "share_stereotyped": {"value": 0.5, "low": 0.4, "high": 0.6},
+        "expected_share_stereotyped": {"value": 0.4, "low": 0.3, "high": 0.5},
+        "share_unparsed": {"value": None, "low": None, "high": None},
+    }
+    place = {"run": "r", "model": "m", "parameters": 1, "seed": 0, "step": 0, "num_items": 3}
+    place |= {"num_texts": 0, "num_truncated": 0}
+    cell = {**place, "experiment": "crows_pairs", "condition": "Q", "metrics": {"overall": metrics}}
+    first, variants = result_tables({"cells": [cell]})
+    assert len(first.columns) == len(first.rows[0]) == 7
+    assert "Undefined everywhere: " in first.note
+    assert len(variants.columns) == len(variants.rows[0]) == 7
+    assert [cell.sort for cell in variants.rows[0]][-1] == 0.4
+
+
+def test_pairs_left_out_of_feedback_stand_beside_items_left_out(tmp_path, no_figures):
+    run = record_run(
+        tmp_path / "run",
+        Size(models=(("one", 10),), steps=(0,), templates=3, blocks=1, samples=False),
+    )
+    assert "differ too early" not in write_report(run, num_resamples=20).read_text()
+    for seed, count in ((0, 3), (1, 5)):
+        folder = run / "one" / f"seed-{seed}" / "reward"
+        folder.mkdir(parents=True)
+        (folder / "stage.json").write_text(
+            json.dumps({"left_out": {"they differ too early": count}})
+        )
+    page = Page(write_report(run, num_resamples=20).read_text(encoding="utf-8"))
+    text = " ".join(" ".join(page.text).split())
+    assert "Feedback they differ too early 3 or 5" in text
+    assert "no stereotyped group matches" in text
+
+
+def test_texts_cut_off_are_counted_beside_the_conditions_that_have_any():
+    place = {"run": "r", "model": "m", "parameters": 1, "seed": 0, "step": 0, "num_items": 3}
+    cells = [
+        {
+            **{**place, "experiment": "crows_pairs", "condition": condition},
+            **{"metrics": {"overall": {}}, "num_texts": texts, "num_truncated": cut},
+        }
+        for condition, texts, cut in [("Q", 0, 0), ("Q+CoT", 1200, 7)]
+    ]
+    [table, _] = result_tables({"cells": cells})
+    column = table.columns.index("Texts cut off")
+    assert [row[column].text for row in table.rows] == ["–", "7 of 1,200"]
+
+
+def test_a_run_without_facts_or_recipe_or_samples_still_has_a_report(tmp_path):
+    size = Size(models=(("one", 10),), steps=(0,), templates=3, blocks=1, samples=False)
+    run = record_run(tmp_path / "run", size)
+    (run / "run.json").unlink()
+    page = Page(write_report(run, num_resamples=20).read_text(encoding="utf-8"))
+    text = " ".join(page.text)
+    assert "There is no run.json" in text
+    assert "Not drawn: Metric against model size: metric against model size needs two" in text
+    assert "nothing can be said on whether the instruction's effect changes" in text
+    assert "Open markers" not in text
+    (run / "run.json").write_text("{")
+    with pytest.raises(InputError, match=r"run\.json: not readable as JSON"):
+        write_report(run, num_resamples=20)
+
+
+def test_the_papers_values_are_explained_where_they_are_shown(tmp_path):
+    run = record_run(tmp_path / "run", FEW)
+    page = Page(write_report(run, num_resamples=20, paper=True).read_text(encoding="utf-8"))
+    assert "Open markers are what Ganguli et al. 2023 published" in " ".join(page.text)
+    assert any("Q 0.1845 (175B, 800 steps)" in image["alt"] for image in page.all("img"))
+
+
+def growth(value, low, high, model="m", condition="Q+IF"):
+    excludes = None if low is None else low > 0 or high < 0
+    return {
+        "run": "r", "model": model, "parameters": 1, "seed": 0, "experiment": "bbq",
+        "condition": condition, "metric": "bias_ambiguous", "step": 10, "from_step": 0,
+        "value": value, "low": low, "high": high, "excludes_zero": excludes,
+        "undefined_because": None if value is not None else "nothing answered",
+    }  # fmt: skip
+
+
+def test_the_summary_says_rose_only_where_zero_is_excluded():
+    rows = [
+        growth(0.3, 0.1, 0.5, "a"),
+        growth(0.3, -0.1, 0.5, "b"),
+        growth(-0.2, -0.3, -0.1, "c"),
+        growth(None, None, None, "d"),
+        growth(0.3, None, None, "e"),
+    ]
+    (sentence,) = summary({"growth": rows})
+    assert sentence == (
+        "BBQ, Q minus Q+IF, first to last step: rose in 1, no clear change in 1, fell in 1, "
+        "undefined in 1, without an interval in 1 of 5 models."
+    )
+    (alone,) = summary({"growth": [growth(0.3, -0.1, 0.5)]})
+    assert alone.endswith("no clear change, 0.300 [−0.100, 0.500] (includes zero).")
+
+
+def test_the_verdict_reports_missing_data_and_what_one_seed_cannot_show(tmp_path):
+    run = record_run(tmp_path / "run", SMALL)
+    (run / "nano/seed-0/ppo/checkpoint-2/evaluation/bbq.Q.parquet").unlink()
+    for step in (0, 2, 10):
+        (run / f"small/seed-0/ppo/checkpoint-{step}/evaluation/law_school.Q.parquet").unlink()
+    _, statistics = write_results(run, num_resamples=20)
+    said = " ".join(caveats(statistics))
+    assert "one training run per model" in said
+    assert "nano, seed 0, step 2: no bbq under Q;" in said
+    (small,) = [verdict for verdict in verdicts(statistics) if verdict.title == "small"]
+    (law,) = [paragraph for paragraph in small.paragraphs if "Law" in paragraph.heading]
+    assert "The effect of Q+IF is unknown: Q was not measured beside it." in law.sentences
+
+
+def test_records_become_rows():
+    record = {"a": {"b": 1, "c": None}, "d": [1, 2], "e": [{"f": True}], "g": {}}
+    assert list(flatten(record)) == [
+        ("a.b", "1"),
+        ("a.c", "–"),
+        ("d", "1, 2"),
+        ("e[0].f", "True"),
+        ("g", "{}"),
+    ]
+
+
+def test_trends_thresholds_and_seeds_have_tables_with_reasons_in_the_place_of_values():
+    place = {"run": "r", "model": "m", "parameters": 1, "seed": 0, "experiment": "bbq"}
+    head = {**place, "condition": "Q", "metric": "bias_ambiguous"}
+    trend = {**head, "quantity": "metric", "against": "sqrt_kl", "unit": "items", "num_seeds": 1,
+             "num_points": 3, "value": -0.00012345, "low": -0.0002, "high": 0.0001,
+             "p_adjusted": 0.0004, "undefined_because": None}  # fmt: skip
+    nothing = {"value": None, "low": None, "high": None, "p_adjusted": None}
+    reached = {**head, "threshold": 0.0, "starts": "above", "value": "not reached", "low": 12.5,
+               "high": "not reached", "share_reached": 0.3, "last": 60.0,
+               "undefined_because": None}  # fmt: skip
+    statistics = {
+        "cells": [{**place, "step": 0}],
+        "trends": [
+            trend,
+            {**trend, **nothing, "model": None, "undefined_because": "one size only"},
+            {**trend, **nothing, "seed": None, "unit": "seeds", "undefined_because": "one seed"},
+            {**trend, "metric": "expected_bias_ambiguous"},
+        ],
+        "thresholds": [
+            reached,
+            {**reached, "value": 4.0, "low": None, "high": None},
+            {**reached, "value": None, "undefined_because": "two steps are needed"},
+        ],
+        "over_seeds": [],
+    }
+    trends, thresholds = trend_tables(statistics)
+    texts = [[cell.text for cell in row] for row in trends.rows]
+    assert texts[0] == ["metric", "√KL (nats)", "BBQ", "m", "0", "Q", "3",
+                        "−0.000123 [−0.0002, 0.0001]", "other items", "< 0.001"]  # fmt: skip
+    assert texts[1][3] == "all sizes" and texts[1][7] == "undefined: one size only"
+    assert len(texts) == 2 and "nothing can be said where there is one training seed" in trends.note
+    texts = [[cell.text for cell in row][-4:] for row in thresholds.rows]
+    assert texts[0] == ["above", "not reached", "12.500 to not reached", "0.300"]
+    assert texts[1][1:3] == ["4", "–"] and texts[2][1] == "undefined: two steps are needed"
+    at = [row[-3].sort for row in thresholds.rows]
+    assert at[1] < at[0] and at[2] is None  # not reached: later than any step
+    assert all(len(row) == len(thresholds.columns) for row in thresholds.rows)
+    assert all(len(row) == len(trends.columns) for row in trends.rows)
+
+
+# --- several runs ---------------------------------------------------------------------------------
+
+RECIPE = """\
+name: {name}
+seeds: [{seed}]
+models: [{{name: nano, path: x}}, {{name: small, path: y}}]
+data: {{preferences: {{path: z}}}}
+reward: {{}}
+ppo: {{steps: 10, checkpoints: [0, 10], trainer: {{learning_rate: {rate}}}}}
+launch: {{jobs: {jobs}}}
+"""
+
+
+def a_run(folder, seed=0, rate="1.0e-5"):
+    run = record_run(folder, replace(FEW, seeds=(seed,)))
+    recipe = RECIPE.format(name=folder.name, seed=seed, jobs=seed + 1, rate=rate)
+    (run / "recipe.yaml").write_text(recipe.replace(", {name: small, path: y}", ""))
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two seeds of one recipe, another recipe, and one of the same name in another folder."""
+    folder = tmp_path_factory.mktemp("several")
+    return [
+        a_run(folder / "x" / "one", seed=0),
+        a_run(folder / "x" / "two", seed=1),
+        a_run(folder / "x" / "three", rate="1.0e-3"),
+        a_run(folder / "y" / "one", seed=0),
+    ]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(runs, tmp_path):
+    assert list(name_runs(runs)) == ["x/one", "two", "three", "y/one"]
+    with pytest.raises(InputError, match="given twice"):
+        name_runs([runs[0], runs[0].parent / "." / "one"])
+    with pytest.raises(InputError, match=r"no recipe\.yaml here"):
+        name_runs([runs[0], tmp_path])
+
+
+def test_only_runs_whose_recipes_agree_and_whose_seeds_differ_are_seeds_of_one(runs, tmp_path):
+    groups = group_runs(name_runs(runs))
+    assert [group.label for group in groups] == ["x/one + two", "three", "y/one"]
+    notes = grouping_notes(groups)
+    assert notes[0].startswith("x/one + two are taken as seeds of one model: ")
+    assert notes[1].startswith("x/one + two, y/one have the same recipe and share a seed")
+    assert len(notes) == 2
+    unreadable = [a_run(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    for run in unreadable:
+        (run / "recipe.yaml").write_text("{")
+    assert len(group_runs(name_runs(unreadable))) == 2
+
+
+def test_the_keys_in_which_recipes_differ_are_named_with_both_values(runs):
+    rows = dict(differences(name_runs(runs[:3]), "recipe.yaml"))
+    assert rows == {
+        "name": ["one", "two", "three"],
+        "seeds": ["0", "1", "0"],
+        "ppo.trainer.learning_rate": ["1e-05", "1e-05", "0.001"],
+        "launch.jobs": ["1", "2", "1"],
+    }
+    assert differences(name_runs(runs[:1]), "recipe.yaml") == []
+
+
+def test_the_report_of_several_runs_compares_them_and_leaves_them_alone(runs, tmp_path):
+    before = {path for run in runs for path in run.rglob("*")}
+    path = write_comparison(runs, tmp_path / "out", num_resamples=20)
+    assert {path for run in runs for path in run.rglob("*")} == before
+    page = Page(path.read_text(encoding="utf-8"))
+    text = " ".join(" ".join(page.text).split())
+    assert "x/one + two are taken as seeds of one model" in text
+    assert "Keys in which the recipes differ" in text and "ppo.trainer.learning_rate" in text
+    frame = pd.read_parquet(tmp_path / "out" / "results.parquet")
+    assert set(frame["run"]) == {"x/one + two", "three", "y/one"}
+    assert set(frame[frame["run"] == "x/one + two"]["seed"]) == {0, 1}
+    statistics = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    assert {row["run"] for row in statistics["effects"]} == set(frame["run"])
+    (table,) = [t for t in result_tables(statistics) if t.name == "results-law_school"]
+    assert table.columns[:3] == ["Run", "Model", "Parameters"]
+    assert {row[0].text for row in table.rows} == set(frame["run"])
+    (size,) = [note for note in page.text if "Metric against model size" in note]
+    assert "needs two sizes" in size
+    assert all("y/one" in image["alt"] for image in page.all("img"))
+    assert len(page.all("img")) == 7
+    identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(identifiers)) == len(identifiers)
+
+
+def test_a_comparison_never_lands_in_a_run_nor_on_nothing(runs, tmp_path):
+    with pytest.raises(InputError, match="is a run; choose another folder"):
+        write_comparison(runs[:2], runs[0])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "recipe.yaml").write_text("name: x")
+    with pytest.raises(InputError, match="no checkpoint has been evaluated"):
+        write_comparison([runs[0], empty], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_not_finished_says_how_far_it_is(tmp_path, no_figures):
+    run = a_run(tmp_path / "run")
+    page = write_report(run, num_resamples=20).read_text(encoding="utf-8")
+    assert "is not finished" not in page
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("steps: 10", "steps: 40").replace(
+        "[0, 10]", "[0, 2, 10, 40]"))  # fmt: skip
+    text = write_report(run, num_resamples=20).read_text(encoding="utf-8")
+    assert "run is not finished: 2 of 4 checkpoints measured so far." in text

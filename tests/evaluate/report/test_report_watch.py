@@ -1,0 +1,249 @@
+"""`selfcorrect report --watch`: follows a growing run, whatever it finds on the way."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from selfcorrect.evaluate.figures import gallery
+from selfcorrect.evaluate.measuring.measure import measure
+from selfcorrect.evaluate.measuring.progress import Progress, Watched, begun, made_from
+from selfcorrect.evaluate.measuring.run import recipe_plan
+from selfcorrect.evaluate.run_folder import RECORD, CheckpointRecord
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.load import load_recipe, save_recipe
+from selfcorrect.recipes.society.benchmarks import write_benchmarks
+from selfcorrect.recipes.society.tokenizer import make_tokenizer
+from selfcorrect.recipes.society.world import make_world
+from selfcorrect.scripts.commands import report as command
+from tests.support.tiny_models import tiny_model
+
+SETTINGS = [
+    "evaluate.limit=8",
+    "evaluate.experiments=[bbq, law_school]",
+    "evaluate.conditions=[Q, Q+IF]",
+    "ppo.steps=3",
+    "ppo.checkpoints=[0, 3]",
+    "models.0.name=m",
+]
+RECIPE_MODELS = 1
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A run of which step 0 is measured and step 3 still to come."""
+    run = tmp_path_factory.mktemp("watch") / "run"
+    run.mkdir()
+    recipe = load_recipe("quickstart", SETTINGS)
+    recipe.models = recipe.models[:RECIPE_MODELS]
+    save_recipe(recipe, run / "recipe.yaml")
+    world = make_world(recipe.data.society)
+    write_benchmarks(world, run / "benchmarks")
+    keep(run, 0)
+    tokenizer = make_tokenizer(world)
+    model = tiny_model(vocabulary=len(tokenizer))
+    measure(recipe_plan(recipe, run), model, tokenizer, place(run, 0) / "evaluation")
+    return run
+
+
+@pytest.fixture
+def run(first, tmp_path):
+    return shutil.copytree(first, tmp_path / "run")
+
+
+def place(run, step):
+    return run / f"m/seed-0/ppo/checkpoint-{step}"
+
+
+def keep(run, step):
+    place(run, step).mkdir(parents=True, exist_ok=True)
+    counts = dict.fromkeys(("seed", "episodes", "tokens", "optimizer_updates"), 0)
+    CheckpointRecord(
+        model="m",
+        parameters=1000,
+        step=step,
+        kl=None,
+        reward=None,
+        recipe_digest="0",
+        versions={},
+        **counts,
+    ).write(place(run, step))
+
+
+def finish(run, step):
+    keep(run, step)
+    shutil.copytree(place(run, 0) / "evaluation", place(run, step) / "evaluation",
+                    dirs_exist_ok=True)  # fmt: skip
+
+
+def watch(run, events, monkeypatch):
+    """What the command says while one event happens between every two looks."""
+    waiting = iter(events)
+
+    def sleep(seconds):
+        assert seconds == 7.0
+        try:
+            event = next(waiting)
+        except StopIteration:
+            pytest.fail("the run is complete, and still watched")
+        event()
+
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    monkeypatch.setattr(gallery, "draw_run", lambda *_: ([], []))  # figures have their own tests
+    command.report([run], watch=True, every=7.0, paper=False, out=None)
+    assert list(waiting) == []
+
+
+def test_the_report_follows_the_run_and_ends_with_it(run, monkeypatch, capsys):
+    said = []
+
+    def partly():
+        said.append((run / "report.html").read_text(encoding="utf-8"))
+        keep(run, 3)
+        (place(run, 3) / "evaluation").mkdir()
+        for path in sorted((place(run, 0) / "evaluation").iterdir())[:2]:
+            shutil.copy(path, place(run, 3) / "evaluation")
+
+    def wholly():
+        said.append((run / "report.html").read_text(encoding="utf-8"))
+        finish(run, 3)
+
+    watch(run, [lambda: None, partly, wholly], monkeypatch)
+    out, err = capsys.readouterr()
+    lines = [line.split(" ", 1)[1] for line in err.splitlines()]
+    drawn = f"run: 1 of 2 checkpoints measured; {run / 'report.html'}"
+    assert lines == [drawn, "run: 1 of 2 checkpoints measured", drawn]
+    assert "run is not finished: 1 of 2 checkpoints" in said[0]
+    assert ">3</td>" not in said[0] and ">3</td>" in said[1]
+    final = (run / "report.html").read_text(encoding="utf-8")
+    assert "not finished" not in final and final != said[1]
+    assert "First and last RLHF step" in out and "report.html" in out
+
+
+def test_half_written_and_vanishing_files_are_waited_for(run, monkeypatch, capsys):
+    whole = {}
+
+    def half(path):
+        def event():
+            whole[path] = path.read_bytes()
+            path.write_bytes(whole[path][: len(whole[path]) // 2])
+
+        return event
+
+    def mend(path):
+        return lambda: path.write_bytes(whole[path])
+
+    table = place(run, 0) / "evaluation" / "bbq.Q.parquet"
+    record = place(run, 3) / RECORD
+    recipe = run / "recipe.yaml"
+    watch(
+        run,
+        [
+            half(table), mend(table),
+            lambda: finish(run, 4),  # a checkpoint that the recipe does not keep
+            lambda: shutil.rmtree(place(run, 4)),
+            half(recipe), mend(recipe),
+            lambda: keep(run, 3), half(record), mend(record),
+            lambda: finish(run, 3),
+        ],
+        monkeypatch,
+    )  # fmt: skip
+    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    waits = [line for line in lines if line.startswith("waiting: ")]
+    assert len(waits) == 3
+    assert "bbq.Q.parquet: damaged" in waits[0]
+    assert "recipe.yaml" in waits[1] and RECORD in waits[2]
+    assert ">4</td>" not in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_is_wrong_from_the_start_is_said_at_once(run, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="so this is not a run folder"):
+        watch(tmp_path / "nothing", [], monkeypatch)
+    (run / "recipe.yaml").write_text("name: [")
+    with pytest.raises(InputError, match=r"recipe\.yaml: line 1"):
+        watch(run, [], monkeypatch)
+
+
+def test_a_run_that_is_deleted_ends_the_watch(run, monkeypatch):
+    with pytest.raises(InputError, match="run: is gone"):
+        watch(run, [lambda: shutil.rmtree(run)], monkeypatch)
+
+
+def test_a_disk_that_takes_nothing_ends_the_watch(run, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "_write", full)
+    with pytest.raises(OSError, match="No space"):
+        watch(run, [], monkeypatch)
+
+
+def test_only_cells_measured_with_the_present_settings_count(run):
+    watched = Watched(run)
+    assert watched.progress() == Progress(1, 2) and not watched.progress().complete
+    recipe = load_recipe(str(run / "recipe.yaml"), ["evaluate.permutations=3"])
+    save_recipe(recipe, run / "recipe.yaml")
+    assert watched.progress() == Progress(0, 2)  # BBQ is asked in other orders now
+    assert begun(run) == Progress(1, 2)
+    recipe.seeds = [0, 1]
+    save_recipe(recipe, run / "recipe.yaml")
+    assert begun(run) == Progress(1, 4)
+
+
+def test_every_file_behind_the_report_is_looked_at(run):
+    before = made_from(run)
+    (place(run, 0) / "evaluation" / "new.parquet").write_bytes(b"")
+    assert set(made_from(run)) - set(before) == {place(run, 0) / "evaluation" / "new.parquet"}
+
+
+def test_several_runs_are_watched_until_all_are_complete(run, tmp_path, monkeypatch, capsys):
+    other = shutil.copytree(run, tmp_path / "other")
+    events = iter([lambda: finish(run, 3), lambda: finish(other, 3)])
+    monkeypatch.setattr(command.time, "sleep", lambda seconds: next(events)())
+    monkeypatch.setattr(gallery, "draw_runs", lambda *_: ([], []))
+    command.report([run, other], watch=True, every=7.0, paper=False, out=None)
+    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    page = tmp_path / "comparison" / "report.html"
+    assert lines == [
+        f"run: 1 of 2 checkpoints measured; other: 1 of 2 checkpoints measured; {page}",
+        f"run: 2 of 2 checkpoints measured; other: 1 of 2 checkpoints measured; {page}",
+    ]
+    assert "not finished" not in page.read_text(encoding="utf-8")
+    assert not (run / "report.html").exists()
+
+
+def test_options_that_do_not_fit_are_refused(run):
+    with pytest.raises(InputError, match="--out is for several runs"):
+        command.report([run], out=run / "x")
+    with pytest.raises(InputError, match="--paper is for a report on one run"):
+        command.report([run, run], paper=True)
+
+
+def test_control_c_is_one_line_and_130(run):
+    command_line = [
+        sys.executable,
+        "-m",
+        "selfcorrect.scripts.commands",
+        "report",
+        str(run),
+        "--watch",
+    ]
+    with subprocess.Popen(
+        command_line,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A test run in the background hands on that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as watching:
+        line = watching.stderr.readline()
+        assert "1 of 2 checkpoints measured" in line
+        time.sleep(0.5)
+        watching.send_signal(signal.SIGINT)
+        _, err = watching.communicate(timeout=60)
+    assert watching.returncode == 130
+    assert err == "selfcorrect: stopped; the same command goes on from here\n"
+    assert "1 of 2" in (run / "report.html").read_text(encoding="utf-8")

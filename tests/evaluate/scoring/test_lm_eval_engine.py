@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from selfcorrect.evaluate.prompts.tokenized import PromptTooLong
+from selfcorrect.evaluate.scoring.lm_eval import LmEvalEngine, load_engine
+from selfcorrect.evaluate.scoring.packed import Scorer
+from selfcorrect.evaluate.scoring.weights import files_digest
+from selfcorrect.recipes.foundation.errors import InputError
+from tests.support.tiny_models import tiny_model, tiny_tokenizer
+
+REQUESTS = [
+    ("<s>Human : who went ?", (" doctor", " the nurse told", " student")),
+    ("<s>the man said", (" yes", " no")),
+]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    hf = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    lm = hf.HFLM(
+        pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=3, add_bos_token=False
+    )
+    return LmEvalEngine(lm), Scorer(model, tokenizer)
+
+
+def test_scores_equal_the_scorers(pair):
+    engine, scorer = pair
+    for mine, theirs in zip(engine.score(REQUESTS), scorer.score(REQUESTS), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+
+
+def test_greedy_samples_equal_and_draws_depend_on_the_key_alone(pair):
+    engine = pair[0]
+    prompts = [prompt for prompt, _ in REQUESTS]
+    given = {"max_new_tokens": 6, "seed": 3}
+    greedy = [
+        [s.text.strip() for s in e.sample(prompts, ["a", "b"], temperature=0.0, **given)]
+        for e in pair
+    ]
+    assert greedy[0] == greedy[1]
+    state = torch.get_rng_state()
+    both = engine.sample(prompts, ["a", "b"], temperature=1.0, **given)
+    assert torch.equal(state, torch.get_rng_state())
+    assert both[1:] == engine.sample(prompts[1:], ["b"], temperature=1.0, **given)
+    assert both[1:] != engine.sample(prompts[1:], ["c"], temperature=1.0, **given)
+
+
+def test_too_long_is_refused(pair):
+    with pytest.raises(PromptTooLong):
+        pair[0].score([("<s>" + " the" * 300, (" yes", " no"))])
+
+
+def test_engine_names_and_digests(tmp_path):
+    with pytest.raises(InputError, match="engine 'fast'"):
+        load_engine("fast", "x")
+    assert files_digest("a/b", "v1") != files_digest("a/b", "v2")
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    first = files_digest(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"2")
+    assert files_digest(str(tmp_path)) != first

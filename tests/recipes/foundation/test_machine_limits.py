@@ -1,0 +1,332 @@
+"""Full and read-only disks, too few file handles, too little memory: one line, nothing lost.
+
+The disks are small file systems in memory; where mounting is not permitted these tests skip.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from selfcorrect.evaluate.measuring.cell_files import Origin, read_cell
+from selfcorrect.evaluate.measuring.measure import measure
+from selfcorrect.evaluate.measuring.run import evaluate_run, recipe_plan
+from selfcorrect.evaluate.report.page import write_report
+from selfcorrect.evaluate.scoring.load_model import load_model
+from selfcorrect.evaluate.scoring.weights import files_digest
+from selfcorrect.recipes.foundation.errors import RunFailure
+from selfcorrect.recipes.foundation.machine_faults import machine_fault, machine_faults_are_said
+from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.schema import Recipe
+from selfcorrect.scripts.commands.__main__ import main
+from selfcorrect.train.job import run_job
+from selfcorrect.train.run import open_run, train_run
+from tests.evaluate.data.test_fetch import SHA256, TEXT, Server, get, partial, serve  # noqa: F401
+from tests.support.killed_child import die
+from tests.train.stages.test_numerics import FEW
+
+pytestmark = pytest.mark.slow
+
+STAGES = ("base", "reward", "ppo")
+SMALLEST = [
+    *FEW[:-1],
+    "ppo.steps=2",
+    "ppo.checkpoints=[0, 2]",
+    "evaluate.experiments=[winogender]",
+    "evaluate.conditions=[Q]",
+]
+
+
+class Disk:
+    """A file system of its own, which can be filled to the last byte, or made read-only."""
+
+    def __init__(self, place: Path, megabytes: int) -> None:
+        self.place = place
+        options = f"size={megabytes}m"
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            pytest.skip(
+                f"NO FULL DISK WAS TRIED: mounting is not permitted ({done.stderr.strip()})"
+            )
+
+    def fill(self) -> None:
+        with (self.place / "ballast").open("wb", buffering=0) as handle:
+            for size in (2**20, 2**12, 1):
+                try:
+                    while True:
+                        handle.write(bytes(size))
+                except OSError as error:
+                    assert error.errno == errno.ENOSPC
+
+    def make_room(self) -> None:
+        (self.place / "ballast").unlink()
+
+    def remount(self, mode: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(self.place)], check=True)
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    place = Path(tempfile.mkdtemp(prefix="selfcorrect-disk-"))
+    try:
+        yield Disk(place, 48)
+    finally:
+        subprocess.run(["umount", "-l", str(place)], capture_output=True)
+        place.rmdir()
+
+
+def before(stage: str, whole: Path, run: Path) -> Path:
+    """A copy of the run as it stands before a stage."""
+    shutil.copytree(whole, run)
+    for later in STAGES[STAGES.index(stage) :]:
+        shutil.rmtree(run / "tiny" / "seed-0" / later)
+    return run
+
+
+def train(recipe: Recipe, run: Path, notify: Callable[[str, int, int], None]) -> None:
+    run_job(recipe, run, "tiny", 0, notify)
+
+
+def contents(run: Path) -> dict[str, str]:
+    """Digests of weights and evaluation files."""
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for suffix in ("safetensors", "parquet")
+        for path in (run / "tiny").rglob(f"*.{suffix}")
+    }
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe("quickstart", SMALLEST)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on a disk with room."""
+    run = tmp_path_factory.mktemp("limits") / "small"
+    open_run(recipe, run)
+    train(recipe, run, lambda *_: None)
+    return run
+
+
+def exit_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The command's exit code and its one line on stderr, below its progress."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["selfcorrect", *arguments])
+        main()
+    shown = capsys.readouterr().err
+    *progress, line = shown.splitlines()
+    assert line.startswith("selfcorrect: "), shown
+    assert all(re.fullmatch(r"small: \w+ \d+/\d+", one) for one in progress), shown
+    return int(ended.value.code or 0), line
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    [("base", 2), ("reward", 999), ("ppo", 0), ("ppo", 1), ("ppo", 999)],
+)
+def test_a_disk_that_fills_up_is_one_line_and_with_room_the_run_goes_on_to_the_same_bytes(
+    recipe: Recipe, whole: Path, disk: Disk, stage: str, step: int
+) -> None:
+    """Step 999 stands for a stage's last: what is written next is the stage's own folder."""
+    run = before(stage, whole, disk.place / "small")
+
+    def fill_at(now: str, done: int, total: int) -> None:
+        if now == stage and done >= min(step, total) and not (disk.place / "ballast").exists():
+            disk.fill()
+
+    with pytest.raises(RunFailure, match="no space left on the disk; make room") as caught:
+        train(recipe, run, fill_at)
+    assert "\n" not in str(caught.value)
+    kept = contents(run)
+    finished = {name: digest for name, digest in kept.items() if ".work/" not in name}
+    assert finished.items() <= contents(whole).items()
+    disk.make_room()
+    train(recipe, run, lambda *_: None)
+    assert contents(run) == contents(whole)
+
+
+def test_a_full_disk_while_measuring_or_reporting_leaves_what_was_there(
+    recipe: Recipe, whole: Path, disk: Disk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = disk.place / "small"
+    shutil.copytree(whole, run)
+    cells = list(run.rglob("*.parquet"))
+    for path in cells:
+        path.unlink()
+    disk.fill()
+    code, shown = exit_of(["evaluate", str(run)], capsys)
+    assert code == 1 and "no space left on the disk; make room" in shown
+    assert list(run.rglob("*.parquet")) == []
+    disk.make_room()
+    evaluate_run(recipe, run, lambda *_: None)
+    assert contents(run) == contents(whole)
+
+    report = write_report(run, num_resamples=20)
+    before = report.read_bytes()
+    disk.fill()
+    code, shown = exit_of(["report", str(run)], capsys)
+    assert code == 1 and "no space left on the disk; make room" in shown
+    assert report.read_bytes() == before
+    assert not list(run.rglob("*.part"))
+
+
+def test_a_disk_that_fills_up_within_a_cell_keeps_the_parts_that_are_whole(
+    recipe: Recipe, whole: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfcorrect.evaluate.measuring.measure._SLICE", 4)
+    monkeypatch.setattr("selfcorrect.evaluate.measuring.measure._PART_ITEMS", 4)
+    run = shutil.copytree(whole, disk.place / "small")
+    folder = run / "tiny" / "seed-0" / "ppo" / "checkpoint-2"
+    (cell,) = (folder / "evaluation").glob("*.parquet")
+    expected, _ = read_cell(cell)
+    cell.unlink()
+    seen: list[int] = []
+
+    def score(progress: Callable[[str, int, int], None]) -> None:
+        origin = Origin(files_digest(folder))
+        model, tokenizer = load_model(folder, device="cpu")
+        plan = recipe_plan(recipe, run)
+        measure(plan, model, tokenizer, cell.parent, progress, origin=origin)
+
+    def fill_at_eight(name: str, done: int, total: int) -> None:
+        if done == 8:
+            disk.fill()
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        score(fill_at_eight)
+    assert "make room" in (machine_fault(caught.value) or "")
+    assert not cell.exists()
+    disk.make_room()
+    score(lambda name, done, total: seen.append(done))
+    assert seen[0] == 8  # it goes on where the disk was full
+    pd.testing.assert_frame_equal(read_cell(cell)[0], expected)
+
+
+def test_a_full_disk_while_fetching_keeps_no_wrong_file_and_goes_on_with_room(
+    disk: Disk,
+    serve: Callable[..., Server],  # noqa: F811
+) -> None:
+    server = serve(lambda _, handler: partial(handler, TEXT))
+    path = disk.place / "data" / "file.txt"
+    path.parent.mkdir()
+    disk.fill()
+    with pytest.raises(OSError, match="No space left") as caught:
+        get(server.url, path)
+    assert "make room" in (machine_fault(caught.value) or "")
+    assert not path.exists()
+    disk.make_room()
+    get(server.url, path)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
+
+
+def test_a_read_only_run_is_shown_when_finished_and_otherwise_refused_in_one_line(
+    recipe: Recipe, whole: Path, disk: Disk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = disk.place / "small"
+    shutil.copytree(whole, run)
+    write_report(run, num_resamples=20)
+    (run / "tiny" / "seed-0" / "ppo" / "stage.json").rename(disk.place / "aside")
+    before = contents(run)
+    disk.remount("ro")
+    asked = ["run", "quickstart", *SMALLEST, "--runs-dir", str(disk.place)]
+    code, shown = exit_of(asked, capsys)
+    assert code == 1 and "the file system is read-only; mount it for writing" in shown
+    code, shown = exit_of(["report", str(run)], capsys)
+    assert code == 1 and "the file system is read-only" in shown
+    disk.remount("rw")
+    (disk.place / "aside").rename(run / "tiny" / "seed-0" / "ppo" / "stage.json")
+    disk.remount("ro")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["selfcorrect", *asked])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert not ended.value.code and "Report:" in capsys.readouterr().out
+    disk.remount("rw")
+    assert contents(run) == before
+
+
+def test_too_few_file_handles_are_one_line_and_with_more_the_run_goes_on(
+    recipe: Recipe, whole: Path, tmp_path: Path
+) -> None:
+    run = before("reward", whole, tmp_path / "small")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def use_up(now: str, done: int, total: int) -> None:
+        if (now, done) == ("reward", 2):
+            handle = os.open("/dev/null", os.O_RDONLY)
+            os.close(handle)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (handle, hard))
+
+    try:
+        with pytest.raises(RunFailure, match=r"too many open files; raise the limit \(ulimit -n\)"):
+            train(recipe, run, use_up)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    train(recipe, run, lambda *_: None)
+    assert contents(run) == contents(whole)
+
+
+def test_a_memory_limit_is_one_line(tmp_path: Path) -> None:
+    """A model of 3 GB in a process that may have half a GB more than it has now."""
+    large = "{model_type: llama, hidden_size: 8192, intermediate_size: 32768, " \
+        "num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2}"  # fmt: skip
+    model = f"models=[{{name: tiny, scratch: {large}}}]"
+    child = os.fork()
+    if not child:
+        code = 99
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + 2**29
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            with (tmp_path / "said").open("w") as sys.stderr:
+                arguments = ["run", "quickstart", *SMALLEST, model, "--runs-dir", str(tmp_path)]
+                sys.argv = ["selfcorrect", *arguments]
+                main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    *progress, line = (tmp_path / "said").read_text().splitlines()
+    assert os.waitstatus_to_exitcode(status) == 1, line
+    assert "not enough memory; lower launch.jobs" in line
+    assert all(one.startswith("tiny seed 0: ") for one in progress)
+
+
+def test_a_child_that_is_killed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfcorrect.train.run._child", die)
+    recipe = load_recipe("quickstart", [*SMALLEST, "seeds=[0, 1]", "launch.jobs=2"])
+    with pytest.raises(RunFailure, match=r"was killed \(out of memory\?\); .* lower launch"):
+        train_run(recipe, tmp_path, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [lambda: torch.empty(2**50, dtype=torch.uint8), lambda: bytearray(2**60)],
+    ids=["torch", "python"],
+)
+def test_memory_that_cannot_be_had_is_one_line(tmp_path: Path, fails: Callable) -> None:
+    with (
+        pytest.raises(RunFailure, match="not enough memory; lower launch"),
+        machine_faults_are_said(tmp_path),
+    ):
+        fails()

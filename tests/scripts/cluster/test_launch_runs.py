@@ -1,0 +1,208 @@
+"""Whole runs as jobs: on this machine, and through a real SLURM where one answers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.recipes.load import load_recipe
+from selfcorrect.scripts.cluster.jobs import jobs_left
+from selfcorrect.scripts.commands.__main__ import main
+from tests.scripts.commands.test_run import SMALL, digests
+
+pytestmark = pytest.mark.slow
+
+LITTLE = [
+    *SMALL,
+    "ppo.checkpoints=[0, 4]",
+    "ppo.resume_every=100",
+    "evaluate.attach=off",
+    "evaluate.experiments=[bbq]",
+    "evaluate.conditions=[Q]",
+    "evaluate.limit=32",
+]
+
+
+def command(runs: Path, what: str, *more: str) -> list[str]:
+    words = [sys.executable, "-m", "selfcorrect.scripts.commands", what, "quickstart"]
+    return [*words, *LITTLE, *more, "--runs-dir", str(runs)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder that `selfcorrect run` leaves."""
+    runs = tmp_path_factory.mktemp("whole")
+    done = subprocess.run(command(runs, "run"), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return runs / "small"
+
+
+def task_of(folder: Path) -> int | None:
+    """The process in which submitit runs a job of this folder."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"submitit.core._submit" in words and str(folder).encode() in words:
+            return int(path.parent.name)
+    return None
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The same run as jobs of this machine, its training warned once; and what was shown."""
+    runs = tmp_path_factory.mktemp("launched")
+    run = runs / "small"
+    process = subprocess.Popen(
+        command(runs, "launch", "--cluster", "local"), stderr=subprocess.PIPE, text=True
+    )
+    reached = run / "tiny" / "seed-0" / "ppo" / "checkpoint-0"
+    deadline = time.monotonic() + 200
+    while not reached.is_dir() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    task = task_of(run / "launch")
+    assert task is not None, process.stderr and process.stderr.read()
+    os.kill(task, signal.SIGUSR2)  # as SLURM does before a job's time ends
+    _, shown = process.communicate(timeout=250)
+    assert process.returncode == 0, shown
+    return run, shown
+
+
+def test_as_jobs_with_a_time_out_a_run_comes_to_the_same_bytes(
+    whole: Path, launched: tuple[Path, str]
+) -> None:
+    run, _ = launched
+    assert digests(run) == digests(whole)
+    assert (run / "statistics.json").read_bytes() == (whole / "statistics.json").read_bytes()
+    log = "".join(path.read_text() for path in (run / "launch").glob("*_log.err"))
+    assert "ended as asked (SIGTERM)" in log  # it did save and begin again
+    assert [c.record.step for c in find_checkpoints(run)] == [0, 4]
+
+
+def test_jobs_keep_their_order(launched: tuple[Path, str]) -> None:
+    _, shown = launched
+    lines = [line.split()[1:3] for line in shown.splitlines() if "begins" in line or "done" in line]
+    assert [(name, what.rstrip(",")) for name, what in lines] == [
+        ("small.tiny.0.train", "begins"), ("small.tiny.0.train", "done"),
+        ("small.tiny.0.evaluate", "begins"), ("small.tiny.0.evaluate", "done"),
+        ("small.tiny.0.evaluate", "begins"), ("small.tiny.0.evaluate", "done"),
+        ("small.report", "begins"), ("small.report", "done"),
+    ]  # fmt: skip
+
+
+def test_only_what_is_missing_is_launched_again(launched: tuple[Path, str], tmp_path: Path) -> None:
+    run = tmp_path / "small"
+    shutil.copytree(launched[0], run)
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    assert jobs_left(recipe, run) == []
+    shutil.rmtree(run / "tiny" / "seed-0" / "ppo" / "checkpoint-4" / "evaluation")
+    measuring, report = jobs_left(recipe, run)
+    assert (measuring.kind, measuring.after) == ("evaluate", [])
+    assert [words[-1] for words in measuring.commands] == ["tiny/0/4"]
+    assert report.after == [measuring.name]
+    shutil.rmtree(run / "tiny" / "seed-0" / "ppo")
+    assert [job.kind for job in jobs_left(recipe, run)] == ["train", "evaluate", "report"]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["selfcorrect", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def test_train_with_inline_evaluation_measures_what_a_sigterm_has_left(
+    launched: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "small"
+    shutil.copytree(launched[0], run)
+    cells = [
+        run / "tiny" / "seed-0" / "ppo" / f"checkpoint-{step}" / "evaluation" for step in (0, 4)
+    ]
+    for cell in cells:
+        shutil.rmtree(cell)
+    assert call(monkeypatch, *command(tmp_path, "train", "--model", "tiny", "--seed", "0")[3:]) == 0
+    assert not any(cell.exists() for cell in cells)  # evaluation is off: it is an array's affair
+    inline = ["evaluate.attach=inline", "--model", "tiny", "--seed", "0"]
+    assert call(monkeypatch, *command(tmp_path, "train", *inline)[3:]) == 0
+    assert digests(run) == digests(launched[0])
+
+
+@pytest.mark.parametrize(
+    ("named", "code", "message"),
+    [
+        ("tiny/0/3", 2, "keeps no such MODEL/SEED/STEP"),
+        ("tiny/1/4", 2, "keeps no such MODEL/SEED/STEP"),
+        ("tiny/0/4", 1, "checkpoint-4: training has not come to this checkpoint yet"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_one_line(
+    launched: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    named: str,
+    code: int,
+    message: str,
+) -> None:
+    run = tmp_path / "small"
+    shutil.copytree(launched[0], run, ignore=shutil.ignore_patterns("checkpoint-4"))
+    assert call(monkeypatch, "evaluate", str(run), "--checkpoint", named) == code
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1
+
+
+def test_where_a_job_fails_the_rest_goes_on_and_its_own_line_is_shown(
+    launched: tuple[Path, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "small"
+    shutil.copytree(launched[0], run)
+    last = run / "tiny" / "seed-0" / "ppo" / "checkpoint-4"
+    shutil.rmtree(last / "evaluation")
+    weights = last / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    done = subprocess.run(
+        command(tmp_path, "launch", "--cluster", "local"),
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "small.tiny.0.evaluate failed" in done.stderr
+    assert "small.report done" in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert "small.tiny.0.evaluate: " in line and "model.safetensors: damaged or replaced" in line
+
+
+def test_a_real_slurm_runs_the_jobs_in_order_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+    """See scripts/dev/slurm_single_node.sh."""
+    if not shutil.which("sbatch") or subprocess.run(["sinfo"], capture_output=True).returncode:
+        pytest.skip(
+            "no SLURM answers here (sbatch, sinfo): the jobs are not run through a real one"
+        )
+    turn = ["launch.slurm.time=10", "launch.slurm.gpus=0", "launch.slurm.save_seconds=60"]
+    done = subprocess.run(
+        command(tmp_path, "launch", *turn), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "small"
+    ids = [job["id"] for job in json.loads((run / "launch.json").read_text())["jobs"]]
+    again = subprocess.run(
+        command(tmp_path, "launch", *turn), capture_output=True, text=True, timeout=200
+    )
+    assert again.returncode == 2 and f"scancel {' '.join(ids)}" in again.stderr, again.stderr
+    deadline = time.monotonic() + 240
+    ask = ["squeue", "--noheader", "--format=%F", f"--user={os.getuid()}"]
+    while time.monotonic() < deadline:
+        queued = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()
+        if not set(ids) & set(queued):
+            break
+        time.sleep(1)
+    assert (run / "report.html").is_file(), list((run / "launch").iterdir())
+    assert digests(run) == digests(whole)

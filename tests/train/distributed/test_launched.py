@@ -1,0 +1,280 @@
+"""Jobs in processes of their own: what a user sees of them, and what they leave."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.evaluate.scoring.weights import files_digest
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.load import load_recipe, save_recipe
+from selfcorrect.train import job
+from selfcorrect.train.distributed import parent
+from selfcorrect.train.job import only_one
+from tests.scripts.commands.test_run import command, digests
+from tests.support.tiny_models import tiny_model, tiny_tokenizer, write_tiny_winogender
+
+# Stands in for accelerate: two processes with the real protocol, whose work is a few lines.
+LAUNCHER = """
+import subprocess, sys, time
+code = '''
+import os, signal, sys, time
+import selfcorrect.train.distributed.worker as rank
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+first = {first}
+def work(run, model, seed, tell):
+    {work}
+rank._work = work
+rank.main()
+'''
+work = WORK
+programs = [code.format(first=first, work=work) for first in (True, False)]
+children = [subprocess.Popen([sys.executable, "-c", p, *sys.argv[-4:]]) for p in programs]
+while any(child.poll() is None for child in children):
+    if any(child.poll() for child in children):
+        for child in children:
+            child.terminate()
+    time.sleep(0.05)
+sys.exit(any(child.returncode for child in children))
+"""
+WAITS = "time.sleep(60)"
+
+
+def run_with(work: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list:
+    """Run a job whose two processes do `work`; returns the progress that was told."""
+    script = folder / "launcher.py"
+    script.write_text(LAUNCHER.replace("WORK", repr(work)))
+    monkeypatch.setattr(parent, "LAUNCHER", [sys.executable, str(script)])
+    recipe = load_recipe("quickstart", ["launch.processes=2"])
+    save_recipe(recipe, folder / "recipe.yaml")
+    heard: list = []
+    parent.run_launched(recipe, folder, "m", 0, lambda *progress: heard.append(progress))
+    return heard
+
+
+def test_progress_is_heard_whatever_libraries_print(tmp_path, monkeypatch) -> None:
+    work = "print('{noise'); [tell(stage='ppo', done=i, total=3) for i in range(4) if first]"
+    heard = run_with(work, tmp_path, monkeypatch)
+    assert heard == [("ppo", i, 3) for i in range(4)]
+    assert (tmp_path / "m" / "seed-0" / "processes.log").read_text().count("{noise") == 2
+
+
+@pytest.mark.parametrize(
+    ("work", "kind", "message"),
+    [
+        (f"{WAITS} if first else exec('raise InputError(\"reward: odd\")')", InputError, "odd$"),
+        (f"{WAITS} if first else exec('raise RunFailure(\"lost\")')", RunFailure, "^lost$"),
+        (
+            f"exec('raise ValueError(\"odd, and more\")') if first else {WAITS}",
+            RunFailure,
+            r"^ValueError: odd, and more; the whole error is in .*processes\.log$",
+        ),
+        (
+            "time.sleep(0.5) if first else os.kill(os.getpid(), signal.SIGKILL); "
+            "raise RuntimeError('connection closed by peer')",
+            RunFailure,
+            r"^a training process was killed \(out of memory\?\); run the same command again",
+        ),
+        ("os._exit(3)", RunFailure, "^a training process was killed"),
+    ],
+    ids=["input", "failure", "error", "killed", "gone"],
+)
+def test_an_error_of_one_process_is_one_line_and_ends_the_others(
+    tmp_path, monkeypatch, work, kind, message
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(kind, match=message):
+        run_with(work, tmp_path, monkeypatch)
+    assert time.monotonic() - started < 30  # nobody sat its minute out
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, check=False)
+    assert not left.stdout
+    if "ValueError" in work:
+        assert "Traceback" in (tmp_path / "m" / "seed-0" / "processes.log").read_text()
+
+
+def test_a_job_that_is_being_trained_is_left_alone(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(job, "time", SimpleNamespace(sleep=lambda _: None), raising=False)
+    folder = tmp_path / "m" / "seed-0"
+    with job.only_one(folder):
+        (folder / "processes.log").write_text("of the other")
+        with pytest.raises(InputError, match="is training here"):
+            run_with("pass", tmp_path, monkeypatch)
+    assert (folder / "processes.log").read_text() == "of the other"
+
+
+def test_processes_that_never_begin_are_one_line(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(parent, "LAUNCHER", [sys.executable, "-c", "raise SystemExit(1)"])
+    recipe = load_recipe("quickstart", ["launch.processes=2"])
+    with pytest.raises(RunFailure, match=r"could not start; see .*processes\.log"):
+        parent.run_launched(recipe, tmp_path, "m", 0, lambda *_: None)
+
+
+# ---- whole runs --------------------------------------------------------------------------------
+
+ENGINE = ["launch.processes=2"]
+try:
+    import deepspeed  # noqa: F401
+
+    ENGINE += ["launch.deepspeed=zero3"]
+except ImportError:
+    pass  # the same promises under DistributedDataParallel
+
+
+def until(reached, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while not reached() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None, process.stderr and process.stderr.read()
+
+
+@pytest.mark.slow
+def test_a_whole_run_in_two_processes_ended_killed_and_gone_on_with(tmp_path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    folder = runs / "small" / "tiny" / "seed-0"
+    start = [*command(runs, *ENGINE)]
+
+    def begin() -> subprocess.Popen:
+        return subprocess.Popen(
+            start, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    process = begin()  # asked to end: the state is saved, by both processes
+    until(lambda: (folder / "ppo" / "checkpoint-0" / "evaluation").is_dir(), process)
+    process.send_signal(signal.SIGTERM)
+    _, shown = process.communicate(timeout=100)
+    assert process.returncode == 0, shown
+    assert "selfcorrect: ended as asked (SIGTERM); the same command goes on" in shown
+    (state,) = folder.glob("ppo.work/checkpoint-*")
+    assert (state / "complete").is_file()
+    randoms = [*state.glob("rng_state_*.pth"), *state.glob("random-*.safetensors")]
+    assert len(randoms) == 2  # a part of each process
+    if len(ENGINE) > 1:
+        assert len(list(state.glob("global_step*/*optim_states.pt"))) == 2
+
+    process = begin()  # killed: its processes do not go on unseen
+    until(lambda: (folder / "ppo" / "checkpoint-2" / "checkpoint.json").is_file(), process)
+    process.kill()
+    process.communicate()
+    with only_one(folder):
+        left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, check=False)
+        assert not left.stdout
+
+    process = begin()
+    shown = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, shown
+    assert not list(folder.glob("*.work"))
+    checkpoints = find_checkpoints(runs / "small")
+    assert [c.record.step for c in checkpoints] == [0, 2, 4]
+    last = checkpoints[-1].record
+    assert (last.episodes, last.optimizer_updates) == (4 * 2 * 16, 4 * 4)  # 16 a process
+    assert last.kl is not None and last.reward is not None
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    for checkpoint in checkpoints:
+        assert checkpoint.record.weights_digest == files_digest(checkpoint.folder)
+        _, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, output_loading_info=True
+        )
+        assert not any(report.values()), report
+    AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    assert (runs / "small" / "report.html").stat().st_size > 0
+    facts = json.loads((runs / "small" / "run.json").read_text())
+    assert (facts["processes"], facts["deepspeed"]) == (2, "zero3" if len(ENGINE) > 1 else None)
+
+    # What was measured inside, by both, is what the saved checkpoint says of itself.
+    from selfcorrect.evaluate.measuring.run import evaluate_run
+
+    before = digests(runs / "small")
+    shutil.rmtree(checkpoints[-1].evaluation)
+    run = load_recipe(str(runs / "small" / "recipe.yaml"))
+    assert evaluate_run(run, runs / "small", lambda *_: None) == 1
+    assert digests(runs / "small") == before
+
+    # Another number of processes is another run.
+    done = subprocess.run(
+        [*command(runs), "launch.processes=1"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"selfcorrect: .*was begun with launch\.processes: 2, .*\n", done.stderr)
+
+
+@pytest.mark.slow
+def test_a_given_model_is_fine_tuned_and_its_adapters_trained_in_two_processes(tmp_path) -> None:
+    """Under ZeRO-3 no process has the model whole: not to read, to merge, or to save it."""
+    base = tmp_path / "tiny"
+    tiny_model("llama").save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    write_tiny_winogender(tmp_path / "data")
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"who told {who} to go {way} ?", "chosen": "she is fair", "rejected": "he he"}
+        for way in ("north", "south", "east", "west")
+        for who in ("doctor", "nurse", "student", "group", "man", "woman")
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = {"per_device_train_batch_size": 4, "steps_per_generation": 1, "num_iterations": 1}
+    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    content = {
+        "name": "given",
+        "models": [{"name": "given", "path": str(base)}],
+        "data": {"preferences": {"path": str(pairs)}, "benchmarks": str(tmp_path / "data")},
+        "base": {"method": "sft", "trainer": {"max_steps": 2, "learning_rate": 1e-2}},
+        "reward": {"trainer": {"max_steps": 2, "learning_rate": 1e-2}, "lora": lora},
+        "ppo": {
+            "steps": 2, "checkpoints": [0, 2], "lora": lora,
+            "trainer": {**trainer, "max_completion_length": 4, "learning_rate": 1e-2},
+        },
+        "evaluate": {"experiments": ["winogender"], "conditions": ["Q"]},
+        "launch": {"processes": 2, "threads": 1, **dict(e[7:].split("=") for e in ENGINE[1:])},
+    }  # fmt: skip
+    recipe = tmp_path / "given.yaml"
+    recipe.write_text(yaml.safe_dump(content))
+    done = subprocess.run(
+        [*command(tmp_path)[:3], "train", str(recipe), "--runs-dir", str(tmp_path)],
+        capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seed = tmp_path / "given" / "given" / "seed-0"
+    given, tuned, reward = (
+        load_file(folder / "model.safetensors") for folder in (base, seed / "base", seed / "reward")
+    )
+    assert tuned.keys() == given.keys()
+    assert any(not torch.equal(tuned[name], given[name]) for name in given)
+    changed = {
+        name for name in reward if name in tuned and not torch.equal(reward[name], tuned[name])
+    }
+    assert changed == {name for name in tuned if "q_proj" in name or "v_proj" in name}
+    assert [name for name in reward if name not in tuned] == ["score.weight"]
+    first, last = find_checkpoints(tmp_path / "given")
+    assert last.record.parameters == sum(tensor.numel() for tensor in given.values())
+    adapters = [load_file(c.folder / "adapter_model.safetensors") for c in (first, last)]
+    assert any(not torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    assert not any("critic" in name for name in adapters[1])
+    for checkpoint in (first, last):
+        assert list(checkpoint.evaluation.glob("*.parquet"))
+
+
+@pytest.mark.slow
+def test_batches_that_do_not_divide_among_processes_are_one_line_before_training(tmp_path) -> None:
+    runs = tmp_path / "runs"
+    more = ["ppo.trainer.steps_per_generation=null", "ppo.trainer.generation_batch_size=24"]
+    done = subprocess.run(
+        command(runs, "launch.processes=2", *more), capture_output=True, text=True, check=False,
+        env={**os.environ},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert re.fullmatch(r"selfcorrect: .*24.*\n", done.stderr), done.stderr
+    assert not list(runs.glob("small/tiny/seed-0/base*"))

@@ -1,0 +1,111 @@
+"""Base models: initialised as the recipe says, batched without loss, padded so that ends show."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.schema import Base, Model
+from selfcorrect.recipes.society.documents import mixed_documents
+from selfcorrect.recipes.society.settings import SocietySettings
+from selfcorrect.recipes.society.tokenizer import make_tokenizer
+from selfcorrect.recipes.society.world import make_world
+from selfcorrect.train.stages.base import given_model, padding_token
+from selfcorrect.train.stages.corpus import CorpusTrainer, pack, scratch_model
+from tests.support.tiny_models import tiny_tokenizer
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+WORLD = make_world(SocietySettings())
+TOKENIZER = make_tokenizer(WORLD)
+
+
+def test_every_token_of_every_document_is_in_one_batch_with_its_weight() -> None:
+    base = Base(method="pretrain", batch_tokens=256)
+    documents = list(mixed_documents(WORLD, 300))
+    batches = list(pack(iter(documents), TOKENIZER, base, random.Random(0)))
+    rows = {
+        tuple(ids[: int((weights > 0).sum())].tolist()): weights[weights > 0].tolist()
+        for batch in batches
+        for ids, weights in zip(batch["input_ids"], batch["loss_weights"], strict=True)
+    }
+    wanted = {}
+    for document in documents:
+        parts = [(s.role, TOKENIZER(s.text)["input_ids"]) for s in document]
+        ids = tuple(i for _, part in parts for i in part)
+        wanted[ids] = [base.loss_weights[role] for role, part in parts for _ in part]
+    assert rows == wanted
+    assert all(batch["input_ids"].numel() <= 256 for batch in batches)
+
+
+def test_the_loss_is_the_weighted_mean_of_next_token_losses() -> None:
+    model = scratch_model(LLAMA, TOKENIZER, 0)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    weights = torch.tensor([[1.0, 4.0, 10.0, 10.0], [1.0, 10.0, 0.0, 0.0]])
+    loss = CorpusTrainer.compute_loss(None, model, {"input_ids": ids, "loss_weights": weights})
+    plain = 0.0
+    for row, column, weight in ((0, 1, 4), (0, 2, 10), (0, 3, 10), (1, 1, 10)):
+        logits = model(ids[row : row + 1, :column]).logits[0, -1]
+        plain -= weight * logits.log_softmax(-1)[ids[row, column]].item()
+    assert loss.item() == pytest.approx(plain / 34, abs=1e-5)
+
+
+def test_the_seed_decides_the_weights() -> None:
+    first, again, other = (scratch_model(LLAMA, TOKENIZER, seed) for seed in (1, 1, 2))
+    weights = [model.get_input_embeddings().weight for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hiden_size": 8}, "hiden_size is no field of a llama model"),
+        ({"model_type": "lama"}, "lama"),
+        ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(change: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        scratch_model({**LLAMA, **change}, TOKENIZER, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_padding_is_never_the_end_of_text_where_another_token_is_to_be_had(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    scratch_model(LLAMA, tokenizer, 0).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy, read = given_model(Model(name="given", path=str(tmp_path)))
+    assert read.pad_token == "<pad>" != read.eos_token
+    assert policy.config.pad_token_id == read.pad_token_id
+    assert padding_token(read) == "<pad>"
+
+
+def test_a_reward_model_scores_the_end_of_text_token(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    from selfcorrect.train.stages.reward import held_out_facts
+
+    tokenizer = tiny_tokenizer()
+    scratch_model(LLAMA, tokenizer, 0).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    ended, longer = [7, 8, tokenizer.eos_token_id], [7, 8, 9, 10, tokenizer.eos_token_id]
+    with torch.no_grad():
+        hidden = model.base_model(torch.tensor([ended])).last_hidden_state
+        at_end = model.score(hidden)[0, -1, 0].item()
+        hidden = model.base_model(torch.tensor([longer])).last_hidden_state
+        other = model.score(hidden)[0, -1, 0].item()
+    facts = held_out_facts(
+        model, [{"chosen_ids": ended, "rejected_ids": longer}], tokenizer.pad_token_id, 8
+    )
+    assert facts["score_mean"] == pytest.approx((at_end + other) / 2, abs=1e-5)
+    assert facts["held_out_accuracy"] == float(at_end > other)
