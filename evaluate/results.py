@@ -2,7 +2,8 @@
 
 `load` gives one row per metric of every cell (checkpoint x experiment x condition x category x
 order of options); `write_results` keeps that as results.parquet beside statistics.json. COLUMNS
-documents the table, docs/statistics.md both. `items_dataset` reads what lies behind it, lazily.
+documents the table, docs/reference/statistics.md both. `items_dataset` reads what lies behind it,
+lazily.
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,7 +7,7 @@
     <run>/results.parquet  statistics.json  figures/  report.html
 
 Facts live in the records, not in the names: `step` is read from checkpoint.json. What is written
-here is sealed, and read back only as it was written: docs/damaged-files.md.
+here is sealed, and read back only as it was written: docs/reference/file-integrity.md.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """A benchmark of your own: multiple-choice questions from JSON lines, 2 to 26 options each.
 
-The format is told in docs/own-benchmark.md. The answer chosen is the likeliest option; of exactly
+The format is told in docs/guides/own-benchmark.md. The answer chosen is the likeliest option; of
+exactly
 equal ones the first shown, as in BBQ. A row with a NaN, or in which no option is possible, is
 unparsed: out of every count but `share_unparsed`. A metric that needs a mark (label, stereotyped,
 unknown) goes over the rows which have that mark; where only some rows have it, the others are

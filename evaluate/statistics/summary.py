@@ -1,7 +1,7 @@
 """What statistics.json holds: estimates by cell, comparisons, trends, thresholds, and their tests.
 
 Every list is one of plain dicts with the same keys, so `results.rows` makes a dataframe of it.
-docs/statistics.md documents the keys.
+docs/reference/statistics.md documents the keys.
 """
 
 from collections.abc import Mapping, Sequence

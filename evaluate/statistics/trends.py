@@ -9,7 +9,7 @@ every resample of the items. What its interval speaks about is its `unit`:
 - "seeds": one slope a training seed, and the seeds are the sample. Would another training run show
   the trend, on these items? Undefined with one seed.
 
-docs/statistics.md says more. A row is a plain dict, see ROW.
+docs/reference/statistics.md says more. A row is a plain dict, see ROW.
 """
 
 from collections.abc import Mapping, Sequence

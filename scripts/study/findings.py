@@ -2,7 +2,7 @@
 
 A number is taken over training seeds (mean, and Student's interval with the seed as the unit), with
 each seed's own interval over items beside it where the statistics have one. The rule was fixed
-before the study was looked at: docs/study-log.md.
+before the study was looked at: docs/results/study/log.md.
 """
 
 import math

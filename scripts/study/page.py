@@ -1,9 +1,9 @@
-"""docs/study.md and its figures, from a run of society-ladder and its ablations in one folder.
+"""docs/results/study/index.md and its figures, from a run of society-ladder and its ablations.
 
     python scripts/study/page.py runs
 
-Every number is read from the runs; study.md.j2 has the words around them. What somebody makes of
-them is docs/study-discussion.md, written by hand, which the page takes in as it stands.
+Every number is read from the runs; page.md.j2 has the words around them. What somebody makes of
+them is docs/results/study/discussion.md, written by hand, which the page takes in as it stands.
 """
 
 import argparse
@@ -33,10 +33,10 @@ from selfcorrect.scripts.study.findings import (
     short,
 )
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs/results/study"
 TEMPLATE = Path(__file__).with_name("page.md.j2")
 LADDER = "society-ladder"
-DISCUSSION = "study-discussion.md"
+DISCUSSION = "discussion.md"
 FIRST = "society-ladder-one-rate"
 PAPERS = ("Q", "Q+IF", "Q+IF+CoT", "Match stats")
 CONTROLS = ("Q", "Q+IF", "Q+neutral", "Q+inverted")
@@ -315,7 +315,7 @@ def main(given: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, help="the folder that holds the runs")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="where study.md and study/ go")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where index.md and its figures go")
     arguments = parser.parse_args(given)
     for needed in (arguments.runs / LADDER / "statistics.json", arguments.docs / DISCUSSION):
         if not needed.is_file():
@@ -323,9 +323,9 @@ def main(given: Sequence[str] | None = None) -> None:
                 f"{needed}: missing; `selfcorrect run {LADDER}` ends with the first, "
                 "and the second is written by hand"
             )
-    folder = arguments.docs / "study"
+    folder = arguments.docs
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(arguments.docs / "study.md", wrapped(page(arguments.runs, arguments.docs, folder)))
+    write_text(arguments.docs / "index.md", wrapped(page(arguments.runs, arguments.docs, folder)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""docs/smollm2.md and its figures, from a run of recipes/ladders/smollm2-135m-cpu.yaml.
+"""docs/results/smollm2.md and its figures, from a run of recipes/ladders/smollm2-135m-cpu.yaml.
 
     python scripts/study/smollm2.py runs/smollm2-135m-cpu [evaluate.limit=320 ...]
 
@@ -32,7 +32,7 @@ from selfcorrect.train.planning.feedback import feedback_facts
 from selfcorrect.train.planning.memory import Engine
 from selfcorrect.train.planning.model_shape import model_shape
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs/results"
 STEPS, TRAINING = "smollm2-steps.png", "smollm2-training.png"
 TOGETHER = 5  # PPO steps that share a row of the table
 COLUMNS = {
@@ -79,7 +79,7 @@ def page(run: Path, overrides: list[str]) -> str:
         "",
         "Planned times are at 30 % of a core's peak and take texts to be as long as they may be. "
         "Memory is with glibc's allocator as it comes, which keeps some of what is freed "
-        "(docs/scale.md).",
+        "(docs/results/planning-accuracy.md).",
         "",
         f"Left out for length: {stages['ppo']['left_out'] or 'nothing'}. The reward model saw "
         f"{stages['reward']['pairs']} pairs and was right on "

@@ -20,10 +20,10 @@ from selfcorrect.train.planning.settings import ppo_settings, rollout_of, stage_
 USABLE = 0.95  # of a device's memory: the rest is the driver's and lost between blocks
 NODE, BETWEEN_NODES = 8, 50e9  # GPUs of one machine; bytes/s a GPU beyond it (400 Gb/s InfiniBand)
 # However fast the device, Python has to ask for its work. Seconds of one core for a layer of a tiny
-# Llama, where nothing else counts, measured on 2026-11-23 on the machine of docs/ppo-speed.md: a
+# Llama, where nothing else counts, measured 2026-11-23, machine of docs/results/ppo-speed.md: a
 # token's forward pass, what `generate` adds for every token, a forward and backward pass.
 DECODE_SECONDS, TOKEN_SECONDS, PASS_SECONDS = 0.24e-3, 1.3e-3, 0.87e-3
-ADAPTER_CALLS = 2  # a layer with LoRA asks for about twice as much (docs/ppo-speed.md, quickstart)
+ADAPTER_CALLS = 2  # a layer with LoRA asks for about twice as much: docs/results/ppo-speed.md
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ GPUS = {
     "h100": Device("h100", 80e9, 989e12, 3.35e12, 450e9),
     "h200": Device("h200", 141e9, 989e12, 4.8e12, 450e9),
 }
-# One core of the machine of docs/ppo-speed.md: its matrix-multiply peak is measured there.
+# One core of the machine of docs/results/ppo-speed.md: its matrix-multiply peak is measured there.
 CPU_CORE = Device("cpu", 24e9, 87e9, 10e9, 10e9, gpu=False)
 
 

@@ -2,8 +2,8 @@
 
 A stage's need is that of its worst moment, with every row as long as the data and settings allow.
 What autograd keeps was read off transformers' layers and is held against them, and against measured
-peaks, by tests/train/planning/test_plan.py and scripts/benchmarks/plan_memory.py; docs/scale.md
-says how close it comes.
+peaks, by tests/train/planning/test_plan.py and scripts/benchmarks/plan_memory.py;
+docs/results/planning-accuracy.md says how close it comes.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Training that stops before a number which is not finite becomes a state: docs/numerics.md."""
+"""Stop training before a number that is not finite is saved; see docs/reference/numerics.md."""
 
 # ruff: noqa: TID253  (all of this file is torch and transformers)
 

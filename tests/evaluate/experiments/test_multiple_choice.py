@@ -288,7 +288,7 @@ def test_the_marker_of_a_sample_in_a_question_is_refused(tmp_path):
 
 
 def test_the_example_of_the_docs_is_a_benchmark(tmp_path):
-    text = (ROOT / "docs" / "own-benchmark.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/guides/own-benchmark.md").read_text(encoding="utf-8")
     example = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]
     path = tmp_path / "multiple_choice" / "docs.jsonl"
     path.parent.mkdir()

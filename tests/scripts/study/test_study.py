@@ -165,22 +165,22 @@ def test_a_condition_that_was_not_asked_is_undefined(results: Results) -> None:
 
 
 def test_the_page_is_made_of_the_runs_records(runs: Path, tmp_path: Path, results: Results) -> None:
-    (tmp_path / "study-discussion.md").write_text("Said *by hand*, {{ as it stands }}.\n")
+    (tmp_path / "discussion.md").write_text("Said *by hand*, {{ as it stands }}.\n")
     page.main([str(runs), "--docs", str(tmp_path)])
-    written = (tmp_path / "study.md").read_text(encoding="utf-8")
+    written = (tmp_path / "index.md").read_text(encoding="utf-8")
     assert "Said *by hand*, {{ as it stands }}." in written and "None" not in written
     headings = [line for line in written.splitlines() if line.lstrip().startswith("#")]
     assert len(headings) == 14 and not any(line.startswith(" ") for line in headings)
     words = " ".join(written.split())
     assert "commit `0123456`" in words and "2026-01-02 03:04:05 UTC" in words
-    named = re.findall(r"\]\(study/(.+?)\)", written)
-    assert len(named) == 7 and all((tmp_path / "study" / name).is_file() for name in named)
+    named = re.findall(r"\]\((\w+\.png)\)", written)
+    assert len(named) == 7 and all((tmp_path / name).is_file() for name in named)
     assert "| small | 509,000 | 100 | 20 | 40 | 30 | 0.50 | 75% | 2.27 |" in written
     assert str(results.compared("growth", "small", "bbq", "Q+IF")) in written
     assert "fine-tuning on the preferred answers in place of PPO" in written
     again = written
     page.main([str(runs), "--docs", str(tmp_path)])
-    assert (tmp_path / "study.md").read_text(encoding="utf-8") == again
+    assert (tmp_path / "index.md").read_text(encoding="utf-8") == again
 
 
 def test_without_a_finished_ladder_one_line_says_so(

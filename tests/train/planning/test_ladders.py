@@ -75,7 +75,7 @@ def test_ladders_go_as_far_as_they_say() -> None:
     assert sizes["smollm2-full"][-1] == "HuggingFaceTB/SmolLM2-1.7B"
 
 
-SCALE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+SCALE = (ROOT / "docs/results/planning-accuracy.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", LADDERS, ids=lambda path: path.stem)

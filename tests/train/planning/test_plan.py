@@ -575,5 +575,5 @@ def test_planning_needs_no_torch() -> None:
 
 
 def test_the_reference_core_is_the_one_that_is_documented() -> None:
-    page = ROOT / "docs" / "ppo-speed.md"
+    page = ROOT / "docs/results/ppo-speed.md"
     assert f"{CPU_CORE.flops / 1e9:.0f} GFLOP/s" in page.read_text(encoding="utf-8")
