@@ -12,7 +12,8 @@ from selfcorrect.train.planning.feedback import FeedbackFacts, feedback_facts
 from selfcorrect.train.planning.memory import Engine
 from selfcorrect.train.planning.model_shape import model_shape
 
-LIBRARIES = 0.6e9  # bytes of a Python process with torch and transformers (docs/results/planning-accuracy.md)
+# Bytes of a Python process with torch and transformers (docs/results/planning-accuracy.md).
+LIBRARIES = 0.6e9
 SPARE = 1.5  # on what is planned: an allocator keeps what is freed, most of all with LoRA there
 UTILISATION = 0.3
 

@@ -296,7 +296,7 @@ def _draw(frame: pd.DataFrame, statistics: dict[str, Any], folder: Path) -> dict
     for name, figure in drawn.items():
         curves.save(figure, folder, name)
         (folder / f"{name}.svg").unlink()
-    return {name: f"![{WORDS[name]}]({folder.name}/{name}.png)" for name in drawn}
+    return {name: f"![{WORDS[name]}]({name}.png)" for name in drawn}
 
 
 def wrapped(text: str) -> str:

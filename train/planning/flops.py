@@ -40,7 +40,8 @@ BENCHMARKS = {
 # The paper's conditions: those that are only scored, and texts that the model writes an item.
 PAPER_CONDITIONS = {"bbq": (2, 1), "winogender": (3, 1), "law_school": (2, 1)}
 SOCIETY_TOKENS = (20.0, 60.0)  # the same two lengths for the society's files, roughly
-ORDER_COST = 0.9  # each further order of the options (docs/results/evaluation-speed.md: 2.70 for three)
+# Each further order of the options (docs/results/evaluation-speed.md: 2.70 for three).
+ORDER_COST = 0.9
 
 
 @dataclass(frozen=True)
