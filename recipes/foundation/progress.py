@@ -1,0 +1,14 @@
+"""The one type of progress callback."""
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Called as `progress(stage, done, total)`: `done` of `total` units of `stage` are finished."""
+
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
+        """Report that `done` of `total` units of `stage` are finished."""
+
+
+def no_progress(stage: str, done: int, total: int, /) -> None:
+    """Ignore the report."""
