@@ -33,4 +33,3 @@ def log_to_stderr() -> None:
         handler.setFormatter(_OneLine())
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logger.propagate = False
