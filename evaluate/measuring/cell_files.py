@@ -6,18 +6,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selfcorrect.evaluate.measuring.plan import PlannedCell
-from selfcorrect.evaluate.statistics.cells import METADATA_KEY, read_settings, read_table
-from selfcorrect.recipes.foundation.atomic_files import whole_file
+from selfcorrect.evaluate.measuring.plan import PlannedCell, cell_file_name
+from selfcorrect.recipes.foundation.atomic_files import atomic_file
 from selfcorrect.recipes.foundation.checksums import UNSEALED, is_whole_file, seal
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
+METADATA_KEY = b"selfcorrect"  # of a file's schema; holds the settings as JSON
 _COLUMNS = pa.schema(
     [
         ("item", pa.string()),
@@ -36,6 +36,9 @@ _COLUMNS = pa.schema(
 )
 
 Row = dict[str, Any]
+
+_verified: set[tuple[str, int, int, int]] = set()
+"""(path, mtime, size, inode) of the files whose checksum has been checked."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class CellWriter:
             return
         first = self._parts[-1][1] if self._parts else 0
         path = self._folder / f"{first:09d}-{self.num_items:09d}.parquet"
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             with _table_writer(temporary, self.schema) as file:
                 for table in self._held:
                     file.write_table(table)
@@ -181,7 +184,7 @@ def writing(
         raise
     with ExitStack() as files:  # all are written before the first takes its name
         for writer in writers:
-            writer.write_whole(files.enter_context(whole_file(writer.path)))
+            writer.write_whole(files.enter_context(atomic_file(writer.path)))
     for writer in writers:
         writer.clear()
 
@@ -200,10 +203,58 @@ def is_measured(path: Path, cell: PlannedCell, origin: Origin | None = None) -> 
     )
 
 
-def read_cell(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The rows of an evaluation file, and what it says of itself.
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the metadata of an evaluation file: experiment, condition, num_items, left_out, ...
 
-    Raises InputError when the file is missing, damaged, or not an evaluation file.
+    Raises InputError if the file is damaged, or if its name is that of another cell.
+    """
+    try:
+        _verify_checksum(path)
+        metadata = pq.read_schema(path).metadata or {}
+        settings = json.loads(metadata[METADATA_KEY])
+        settings.pop("seal", None)
+        file_name = cell_file_name(settings["experiment"], settings["condition"])
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RecursionError):
+        raise damaged_cell(path) from None
+    if file_name != path.name:
+        raise InputError(
+            f"{path}: holds {settings['experiment']} {settings['condition']}; rename it to "
+            f"{file_name}, or delete it and run `selfcorrect evaluate` again"
+        )
+    return cast(dict[str, Any], settings)
+
+
+def _verify_checksum(path: Path) -> None:
+    facts = path.stat()
+    key = (str(path.resolve()), facts.st_mtime_ns, facts.st_size, facts.st_ino)
+    if key not in _verified:
+        if not is_whole_file(path):
+            raise ValueError("checksum mismatch")
+        _verified.add(key)
+
+
+def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    """Return those of `columns` that the file has (None: all); InputError if it is damaged."""
+    try:
+        present = set(pq.read_schema(path).names)
+        wanted = None if columns is None else [name for name in columns if name in present]
+        return pq.read_table(path, columns=wanted, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError):
+        raise damaged_cell(path) from None
+
+
+def damaged_cell(path: Path) -> InputError:
+    """Return the error for a file that cannot be read as a cell."""
+    return InputError(
+        f"{path}: damaged, or not an evaluation file; "
+        "delete it and run `selfcorrect evaluate` again"
+    )
+
+
+def read_cell(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the rows of an evaluation file, and its metadata.
+
+    Raises InputError if the file is missing, damaged, or not an evaluation file.
     """
     metadata = read_settings(path)
     return read_table(path, None).to_pandas(), metadata

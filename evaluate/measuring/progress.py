@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from selfcorrect.evaluate.measuring.cell_files import read_settings
 from selfcorrect.evaluate.measuring.run import planned, recipe_plan
 from selfcorrect.evaluate.run_folder import Checkpoint, find_checkpoints
-from selfcorrect.evaluate.statistics.cells import read_settings
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 

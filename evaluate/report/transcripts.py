@@ -19,12 +19,13 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
+from selfcorrect.evaluate.measuring.cell_files import read_settings, read_table
 from selfcorrect.evaluate.measuring.plan import PlannedCell
 from selfcorrect.evaluate.measuring.run import recipe_plan
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE
 from selfcorrect.evaluate.report.verdict import title_of
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
-from selfcorrect.evaluate.statistics.cells import condition_rank, read_settings, read_table
+from selfcorrect.evaluate.statistics.cells import condition_rank
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import visible
 from selfcorrect.recipes.load import load_recipe

@@ -1,6 +1,5 @@
 """Evaluation files into measured cells: one checkpoint x experiment x condition each."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,19 +7,13 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.experiments.tally import Tally
-from selfcorrect.evaluate.measuring.plan import cell_file_name
+from selfcorrect.evaluate.measuring.cell_files import damaged_cell, read_settings, read_table
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
 from selfcorrect.evaluate.statistics.bootstrap import OVERALL, Bootstrap, Draws, Estimate, bootstrap
-from selfcorrect.recipes.foundation.checksums import is_whole_file
 from selfcorrect.recipes.foundation.errors import InputError
-
-METADATA_KEY = b"selfcorrect"
-_whole: set[tuple[str, int, int, int]] = set()  # files that have been looked at
 
 
 class Experiment(Protocol):
@@ -104,37 +97,6 @@ def condition_rank(condition: str) -> tuple[int, str]:
     return (known.index(condition) if condition in known else len(known), condition)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """What an evaluation file says of itself: experiment, condition, num_items, left_out.
-
-    Raises InputError where a byte of the file has changed since it was written, and where it lies
-    under the name of another cell.
-    """
-    try:
-        _check_seal(path)
-        metadata = pq.read_schema(path).metadata or {}
-        settings = json.loads(metadata[METADATA_KEY])
-        settings.pop("seal", None)
-        named = cell_file_name(settings["experiment"], settings["condition"])
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RecursionError):
-        raise _damaged(path) from None
-    if named != path.name:
-        raise InputError(
-            f"{path}: holds {settings['experiment']} {settings['condition']}; name it {named}, or "
-            "delete it and run `selfcorrect evaluate` again"
-        )
-    return cast(dict[str, Any], settings)
-
-
-def _check_seal(path: Path) -> None:
-    facts = path.stat()
-    key = (str(path.resolve()), facts.st_mtime_ns, facts.st_size, facts.st_ino)
-    if key not in _whole:
-        if not is_whole_file(path):
-            raise ValueError("not as it was written")
-        _whole.add(key)
-
-
 def _measure(
     path: Path, run: str, model: str, record: CheckpointRecord | None, draws: Draws
 ) -> Measured:
@@ -152,7 +114,7 @@ def _measure(
             for one, sizes in [_resampled(experiment, frame[frame["order"] == order], draws)]
         }
     except (KeyError, TypeError, IndexError):
-        raise _damaged(path) from None
+        raise damaged_cell(path) from None
     return Measured(
         run=run,
         model=model,
@@ -205,23 +167,6 @@ def _orders(frame: pd.DataFrame) -> list[str]:
     if len(orders) < 2 or (frame.groupby("item")["order"].nunique() < 2).all():
         return []
     return orders
-
-
-def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
-    """The columns asked for that the file has (None: all); InputError when it is damaged."""
-    try:
-        present = set(pq.read_schema(path).names)
-        wanted = None if columns is None else [name for name in columns if name in present]
-        return pq.read_table(path, columns=wanted, page_checksum_verification=True)
-    except (pa.ArrowException, OSError, ValueError):
-        raise _damaged(path) from None
-
-
-def _damaged(path: Path) -> InputError:
-    return InputError(
-        f"{path}: damaged, or not an evaluation file; "
-        "delete it and run `selfcorrect evaluate` again"
-    )
 
 
 def run_name(run: Path) -> str:
