@@ -22,7 +22,7 @@ from selfcorrect.evaluate.measuring.cell_files import Origin, read_cell
 from selfcorrect.evaluate.measuring.measure import Progress, cost, measure
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan
 from selfcorrect.evaluate.scoring.token_trie import Prepared
-from selfcorrect.recipes.foundation.ranks import ALONE, Processes, joined
+from selfcorrect.recipes.foundation.ranks import SINGLE, Ranks, current_ranks
 
 Schedule = Collection[int] | Callable[[TrainerState], int | None]
 
@@ -91,7 +91,7 @@ class SelfCorrectionCallback(TrainerCallback):
         if tokenizer is None:
             raise ValueError("SelfCorrectionCallback: the trainer has no processing_class; give it")
         started = time.perf_counter()
-        processes = joined()
+        processes = current_ranks()
         if getattr(self.trainer, "is_fsdp_enabled", False):
             raise ValueError("SelfCorrectionCallback: not for FSDP; evaluate the saved checkpoints")
         with whole(model) as gathered:
@@ -178,7 +178,7 @@ def measure_undisturbed(
     progress: Progress | None = None,
     prepared: Prepared | None = None,
     origin: Origin | None = None,
-    processes: Processes = ALONE,
+    processes: Ranks = SINGLE,
 ) -> list[Path]:
     """`measure` a model in training: it, and every random number drawn later, stay as they are.
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from selfcorrect.recipes.foundation.atomic_files import read_text
 from selfcorrect.recipes.foundation.errors import InputError
 
 CATALOGUE = Path(__file__).parent / "catalogue.yaml"
@@ -119,11 +120,9 @@ def is_allowed(url: str) -> bool:
 def load_catalogue(path: Path = CATALOGUE) -> dict[str, DataSet]:
     """The data sets of a catalogue by name; raises InputError naming file and key."""
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = yaml.safe_load(read_text(path))
         found = TypeAdapter(dict[RelativePath, DataSet]).validate_python(given)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     except ValidationError as error:
         first = error.errors()[0]

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from selfcorrect.evaluate.prompts.stimuli import Section
+from selfcorrect.recipes.foundation.atomic_files import read_text
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import parse_yaml
 
@@ -60,13 +61,7 @@ def load_stimuli(own: Path | None = None, base: Path | None = None) -> Stimuli:
 
 
 def _read(path: Path, experiments: list[str]) -> dict[str, dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: the stimuli cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from None
-    data = parse_yaml(text, str(path))
+    data = parse_yaml(read_text(path), str(path))
     if not isinstance(data, dict) or not all(isinstance(part, dict) for part in data.values()):
         raise InputError(f"{path}: needs a section an experiment: {', '.join(experiments)}")
     for name in data:

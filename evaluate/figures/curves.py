@@ -50,7 +50,7 @@ from selfcorrect.evaluate.figures.select import (
 )
 from selfcorrect.evaluate.report.verdict import title_of
 from selfcorrect.evaluate.statistics.cells import condition_rank, experiment_named
-from selfcorrect.recipes.foundation.atomic_files import whole_file
+from selfcorrect.recipes.foundation.atomic_files import atomic_file
 
 STEP_LABEL = "RLHF steps (PPO updates)"
 
@@ -230,7 +230,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
         figure.draw_without_rendering()
         figure.set_layout_engine(None)  # the layout is found once; it takes half the time
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            with whole_file(folder / f"{name}.{kind}") as path:
+            with atomic_file(folder / f"{name}.{kind}") as path:
                 figure.savefig(path, format=kind, metadata=metadata)
 
 

@@ -28,7 +28,7 @@ from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn
 from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, Request
 from selfcorrect.evaluate.scoring.engine import Engine, Sample
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
-from selfcorrect.recipes.foundation.ranks import ALONE, Processes
+from selfcorrect.recipes.foundation.ranks import SINGLE, Ranks
 
 if TYPE_CHECKING:
     from selfcorrect.evaluate.scoring.token_trie import Prepared
@@ -51,7 +51,7 @@ def measure(
     progress: Progress | None = None,
     prepared: "Prepared | None" = None,
     origin: Origin | None = None,
-    processes: Processes = ALONE,
+    processes: Ranks = SINGLE,
 ) -> list[Path]:
     """`measure_with` a model in memory, scored in packs.
 
@@ -76,7 +76,7 @@ def measure_with(
     folder: Path,
     origin: Origin,
     progress: Progress | None = None,
-    processes: Processes = ALONE,
+    processes: Ranks = SINGLE,
 ) -> list[Path]:
     """Measure every cell that `folder` does not hold yet; returns the files of all cells.
 
@@ -86,7 +86,7 @@ def measure_with(
     Raises InputError for prompts that do not fit the model, RunFailure for NaN logits.
     """
     work = _Work(engine, folder, origin, (progress if processes.rank == 0 else None) or _silent)
-    waiting = processes.agree(
+    waiting = processes.from_rank0(
         lambda: {
             cell.name
             for cell in plan.cells
@@ -128,7 +128,7 @@ MeasurePart = Callable[[Sequence[PlannedCell], Engine, slice], Rows]
 
 
 def _measure_together(
-    cells: Sequence[PlannedCell], work: _Work, processes: Processes, measure_part: MeasurePart
+    cells: Sequence[PlannedCell], work: _Work, processes: Ranks, measure_part: MeasurePart
 ) -> None:
     """Measure cells of one experiment, which have the same items, slice by slice.
 
@@ -140,9 +140,11 @@ def _measure_together(
     writes = processes.rank == 0
     files = writing(paths, cells, work.origin) if writes else nullcontext(list[CellWriter]())
     with files as writers:
-        done = kept = processes.agree(lambda: writers[0].num_items)
+        done = kept = processes.from_rank0(lambda: writers[0].num_items)
         kept_at = time.monotonic()
-        processes.agree(partial(work.progress, name, done, num_items))  # it may raise: all hear
+        processes.from_rank0(
+            partial(work.progress, name, done, num_items)
+        )  # it may raise: all hear
         for first in range(done, num_items, _SLICE * processes.size):
             start = first + _SLICE * processes.rank
             own = slice(start, min(start + _SLICE, num_items))
@@ -159,7 +161,7 @@ def _measure_together(
                 for writer in writers:
                     writer.keep()
                 kept, kept_at = done, time.monotonic()
-            processes.agree(partial(work.progress, name, done, num_items))
+            processes.from_rank0(partial(work.progress, name, done, num_items))
 
 
 @dataclass

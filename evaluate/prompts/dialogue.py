@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn
+from selfcorrect.recipes.foundation.atomic_files import read_text
 from selfcorrect.recipes.foundation.errors import InputError
 
 STYLES = ("auto", "chat", "plain")
@@ -28,12 +29,7 @@ def read_style(style: str) -> str:
     path = Path(style)
     if path.suffix not in (".jinja", ".jinja2"):
         raise InputError(f"style {style!r}: give {', '.join(STYLES)}, or a chat template (*.jinja)")
-    try:
-        template = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: the chat template cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from None
+    template = read_text(path)
     if "messages" not in template:
         raise InputError(f"{path}: not a chat template: it never speaks of `messages`")
     return template

@@ -5,9 +5,10 @@ from typing import Any
 
 from selfcorrect.evaluate.prompts.tokenized import Request, continuations
 from selfcorrect.evaluate.scoring.engine import Engine, Sample
-from selfcorrect.evaluate.scoring.load_model import best_device, no_pickles
+from selfcorrect.evaluate.scoring.load_model import no_pickles
 from selfcorrect.evaluate.scoring.vllm import load_vllm, request_seed
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.ranks import best_device
 
 
 class LmEvalEngine(Engine):

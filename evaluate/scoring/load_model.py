@@ -10,6 +10,7 @@ from typing import Any
 from selfcorrect.evaluate.run_folder import check_saved
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import visible
+from selfcorrect.recipes.foundation.ranks import best_device
 
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -112,15 +113,6 @@ def _pickled(source: str | Path) -> InputError:
     )
 
 
-def best_device() -> str:
-    """The fastest device of this machine."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def _source(path: str) -> str:
     """`path` as transformers takes it; a folder that is not there never becomes a hub lookup."""
     folder = Path(path).expanduser()
@@ -145,7 +137,7 @@ def base_of(adapter: Path) -> str:
     """Where the base of an adapter_config.json is: as named, or beside the adapter."""
     try:
         named = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError):
         raise InputError(f"{adapter}: names no base model (base_model_name_or_path)") from None
     if not named:
         raise InputError(f"{adapter}: base_model_name_or_path is empty; put the base's path there")

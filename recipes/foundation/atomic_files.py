@@ -1,4 +1,4 @@
-"""Every file is written whole or not at all: a temporary name first, then a rename."""
+"""Files and folders are written under a temporary name and renamed when complete."""
 
 import json
 import os
@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.recipes.foundation.errors import RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Hand out a temporary path beside `path`; on success it is renamed to `path`.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and rename it to `path` on success.
 
-    On an error the temporary file is removed and whatever stood at `path` is untouched.
+    On an error the temporary file is removed and `path` is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
-        raise RunFailure(f"{path}: a folder stands where a file is to be written; move it away")
+        raise RunFailure(f"{path}: is a folder; move it away, a file is written here")
     temporary = _temporary(path)
     try:
         yield temporary
@@ -31,8 +31,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Hand out a temporary folder beside `path`; on success it takes the place of `path`."""
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, and replace `path` by it on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     temporary.mkdir()
@@ -47,7 +47,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """Machines and containers that share a folder may have processes of the same number."""
+    """Return a name of this process alone: containers that share a folder may share its number."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
@@ -57,16 +57,16 @@ def _flush(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have every file below `folder` on the disk, so that a power cut cannot empty it later."""
+    """Flush every file below `folder` to the disk, so that a power cut cannot empty it later."""
     for path in folder.rglob("*"):
         if path.is_file():
             _flush(path)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half-written directly in `folder`.
+    """Remove the temporary files that killed processes left directly in `folder`.
 
-    Call it where nobody else can be writing there (`evaluate.claims`).
+    Call it only while holding the folder's lock (`locks.hold_lock`).
     """
     for path in folder.glob(".*.part"):
         if path.is_dir():
@@ -75,12 +75,22 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def read_text(path: Path) -> str:
+    """Return the UTF-8 text of a file; InputError, with the reason, if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
-    with whole_file(path) as temporary:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; NaN and infinity are refused, null says "undefined"."""
+    """Write `value` as indented JSON; ValueError for NaN and infinity (null means undefined)."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")

@@ -1,7 +1,7 @@
-"""The processes of one launch (`accelerate launch`, a distributed Trainer) sharing an evaluation.
+"""The ranks of a distributed job (`accelerate launch`, torchrun, a distributed Trainer).
 
-Each scores its share of the items; the first one writes. Items are cut up in the same way for any
-number of processes, so the files are the same to the byte.
+Each rank scores its share of the items and rank 0 writes the files. Items are divided in the same
+way for any number of ranks, so the files are the same to the byte.
 """
 
 import os
@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Processes:
-    """This process's `rank` among `size`; each method is called by all of them, or none."""
+class Ranks:
+    """This process's `rank` among `size`. Every rank must call each method, or none may."""
 
     rank: int = 0
     size: int = 1
 
     def gather(self, make: Callable[[], T]) -> list[T]:
-        """What `make` gives in each process, by rank; an error of any one is raised in all."""
+        """Return the value of `make` on every rank, by rank; an error on one is raised on all."""
         if self.size == 1:
             return [make()]
         from accelerate.utils import gather_object
@@ -32,52 +32,61 @@ class Processes:
         failure: Exception | Terminated | None = None
         try:
             value = make()
-        except (Exception, Terminated) as error:  # the others must not wait for ever
+        except (Exception, Terminated) as error:  # the other ranks must not wait for ever
             failure = error
-        found: list[tuple[Any, Exception | Terminated | None]] = gather_object([(value, failure)])
-        for _, theirs in found:
-            if theirs is not None:
-                raise theirs
-        return [value for value, _ in found]
+        outcomes: list[tuple[Any, Exception | Terminated | None]] = gather_object(
+            [(value, failure)]
+        )
+        for _, raised in outcomes:
+            if raised is not None:
+                raise raised
+        return [value for value, _ in outcomes]
 
-    def agree(self, make: Callable[[], T]) -> T:
-        """What `make` gives in the first process: what looks at files may differ between them."""
+    def from_rank0(self, make: Callable[[], T]) -> T:
+        """Return the value of `make` on rank 0: what ranks read from files may differ."""
         if self.size == 1:
             return make()
         return self.gather(lambda: make() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
-    def wait(self) -> None:
-        """Go on when all have come this far."""
+    def barrier(self) -> None:
+        """Return once every rank has called this."""
         self.gather(lambda: None)
 
 
-ALONE = Processes()
+SINGLE = Ranks()
 
 
 @contextmanager
-def launched() -> Iterator[tuple[Processes, str | None]]:
-    """The processes of this launch, and this one's device; (ALONE, None) without a launch.
+def distributed_ranks() -> Iterator[tuple[Ranks, str | None]]:
+    """Join the ranks that `accelerate launch` or torchrun started, and yield this rank's device.
 
-    `accelerate launch` and torchrun say by environment variables how many there are.
+    Yields (SINGLE, None) if the environment variable WORLD_SIZE says that there is only one.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE, None
+        yield SINGLE, None
         return
     from accelerate import PartialState
 
-    from selfcorrect.evaluate.scoring.load_model import best_device
-
     state = PartialState(cpu=best_device() == "cpu")
     try:
-        yield joined(), str(state.device)
+        yield current_ranks(), str(state.device)
     finally:
         state.destroy_process_group()
 
 
-def joined() -> Processes:
-    """The processes that this one was joined with, by accelerate or a Trainer; or ALONE."""
+def current_ranks() -> Ranks:
+    """Return the initialised torch.distributed group, or a group of one."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):
-        return ALONE
-    return Processes(distributed.get_rank(), distributed.get_world_size())
+        return SINGLE
+    return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+def best_device() -> str:
+    """Return this machine's fastest device: "cuda", "mps" or "cpu"."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

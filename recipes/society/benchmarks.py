@@ -12,7 +12,7 @@ import logging
 import random
 from pathlib import Path
 
-from selfcorrect.recipes.foundation.atomic_files import whole_folder
+from selfcorrect.recipes.foundation.atomic_files import atomic_folder
 from selfcorrect.recipes.foundation.checksums import check_files, digests, read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.society.cases import Question
@@ -158,7 +158,7 @@ def write_benchmarks(world: World, folder: Path) -> None:
     RECORD in there holds the digests of the files.
     """
     chance = random.Random(f"benchmarks {world.settings.seed}")
-    with whole_folder(folder) as new:
+    with atomic_folder(folder) as new:
         for name in ("bbq", "winogender", "law_school"):
             (new / name).mkdir()
         for category in world.evaluated_categories:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from selfcorrect.evaluate.figures.curves import save
 from selfcorrect.evaluate.figures.panels import PAGE_WIDTH, style
-from selfcorrect.recipes.foundation.atomic_files import whole_file, write_text
+from selfcorrect.recipes.foundation.atomic_files import atomic_file, write_text
 
 LOOKS: dict[str, dict[str, Any]] = {
     "PPO, separate critic": {"color": "#0072B2", "linestyle": "-"},
@@ -228,5 +228,5 @@ def publish(results: dict[str, Any], folder: Path, drawn: Path) -> None:
     write_text(page, f"{head}{BEGIN}\n{tables(results)}\n{END}{tail}")
     with Image.open(drawn / "learning.png") as image:  # few colours: half the bytes, same look
         few = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
-    with whole_file(folder / "ppo-learning.png") as path:
+    with atomic_file(folder / "ppo-learning.png") as path:
         few.save(path, format="PNG", optimize=True)

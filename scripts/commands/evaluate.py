@@ -135,12 +135,12 @@ def label(target: str, revision: str | None) -> str:
 
 def _evaluate_runs(runs: list[Path], engine: str | None, watch: bool) -> None:
     from selfcorrect.evaluate.measuring.run import evaluate_run
-    from selfcorrect.recipes.foundation.ranks import launched
+    from selfcorrect.recipes.foundation.ranks import distributed_ranks
     from selfcorrect.scripts.commands.report import show
 
     _no_loading_bars()
     recipes = [_recipe_of(run, engine) for run in runs]
-    with launched() as (processes, device), Bars() as bars:
+    with distributed_ranks() as (processes, device), Bars() as bars:
         for run, recipe in zip(runs, recipes, strict=True):
 
             def notify(*args: Any, name: str = run.name) -> None:
@@ -160,7 +160,7 @@ def _recipe_of(run: Path, engine: str | None) -> "Recipe":
 def _evaluate_checkpoint(runs: list[Path], named: str, engine: str | None) -> None:
     from selfcorrect.evaluate.measuring.run import evaluate_run, folder_of, planned
     from selfcorrect.evaluate.run_folder import RECORD
-    from selfcorrect.recipes.foundation.ranks import launched
+    from selfcorrect.recipes.foundation.ranks import distributed_ranks
 
     if len(runs) > 1:
         raise InputError("--checkpoint names one of a run's: give one run folder")
@@ -171,7 +171,7 @@ def _evaluate_checkpoint(runs: list[Path], named: str, engine: str | None) -> No
     if not (folder_of(run, at) / RECORD).is_file():
         raise RunFailure(f"{folder_of(run, at)}: training has not come to this checkpoint yet")
     _no_loading_bars()
-    with launched() as (processes, device), Bars() as bars:
+    with distributed_ranks() as (processes, device), Bars() as bars:
 
         def notify(*args: Any) -> None:
             if processes.rank == 0:
@@ -193,11 +193,11 @@ def _evaluate_models(
     from selfcorrect.evaluate.scoring.token_trie import Prepared
     from selfcorrect.evaluate.scoring.weights import files_digest, weights_digest
     from selfcorrect.recipes.foundation.locks import claimed
-    from selfcorrect.recipes.foundation.ranks import launched
+    from selfcorrect.recipes.foundation.ranks import distributed_ranks
 
     _no_loading_bars()
     measured, used, prepared = dict[str, Path](), set[str](), Prepared()
-    with launched() as (processes, device), Bars() as bars:
+    with distributed_ranks() as (processes, device), Bars() as bars:
         first = processes.rank == 0
         if processes.size > 1 and engine != "packed":
             raise InputError(f"--engine {engine} shares its work itself: run it without a launcher")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from selfcorrect.recipes.foundation.atomic_files import whole_file
+from selfcorrect.recipes.foundation.atomic_files import atomic_file
 from selfcorrect.recipes.foundation.checksums import read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.train.ppo.critic import Critic
@@ -78,7 +78,7 @@ def critic_tensors(critic: Critic, gathered: dict[str, Tensor] | None) -> dict[s
 
 def save_critic(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write critic/critic.safetensors into a checkpoint."""
-    with whole_file(folder / CRITIC / "critic.safetensors") as path:
+    with atomic_file(folder / CRITIC / "critic.safetensors") as path:
         save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, path)
 
 
@@ -135,7 +135,7 @@ def save_rollout(folder: Path, rank: int, minibatches: list[Minibatch]) -> None:
         for i, minibatch in enumerate(minibatches)
         for name, tensor in minibatch.items()
     }
-    with whole_file(folder / f"rollout-{rank}.safetensors") as path:
+    with atomic_file(folder / f"rollout-{rank}.safetensors") as path:
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
 
 

@@ -19,9 +19,9 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from selfcorrect.evaluate.scoring.load_model import load_model
-from selfcorrect.recipes.foundation.atomic_files import whole_folder
+from selfcorrect.recipes.foundation.atomic_files import atomic_folder
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.ranks import joined
+from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.schema import Base, Model, Recipe
 from selfcorrect.train.feedback.feedback import Preference, pair_ids, render_prompt
 from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build
@@ -105,14 +105,14 @@ def _fine_tuner(
 ) -> tuple[Trainer, PreTrainedTokenizerBase]:
     """TRL's SFTTrainer on the preferred answers; the prompt is not learned from."""
     copy = Path(fixed["output_dir"]) / "given"
-    processes = joined()
+    processes = current_ranks()
     if processes.size == 1:
         policy, tokenizer = given_model(model)
     elif processes.rank == 0 and not copy.is_dir():
-        with whole_folder(copy) as new:  # no two download or convert
+        with atomic_folder(copy) as new:  # no two download or convert
             for part in given_model(model):
                 part.save_pretrained(new)
-    processes.wait()
+    processes.barrier()
     fixed = {**fixed, **NO_CODE}
     arguments = build(SFTConfig, "base.trainer", base.trainer, SFT_DEFAULTS, fixed)
     if processes.size > 1:  # after the settings: under ZeRO-3 each keeps its part of what it reads

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.ranks import joined
+from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.schema import Base, Model, Recipe
 from selfcorrect.recipes.society.documents import (
     Document,
@@ -185,7 +185,7 @@ def corpus_trainer(
     policy = scratch_model(model.scratch, tokenizer, seed)
     batches = corpus_batches(world, tokenizer, base, seed)
     ready_made = {
-        "max_steps": math.ceil(len(batches) / joined().size),
+        "max_steps": math.ceil(len(batches) / current_ranks().size),
         "per_device_train_batch_size": 1,  # an element of the data set is a whole batch
         "train_sampling_strategy": "sequential",
     }

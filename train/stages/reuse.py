@@ -10,7 +10,7 @@ from typing import Any
 
 from selfcorrect.evaluate.report.comparison import flatten
 from selfcorrect.evaluate.run_folder import STAGE_RECORD
-from selfcorrect.recipes.foundation.atomic_files import whole_folder
+from selfcorrect.recipes.foundation.atomic_files import atomic_folder
 from selfcorrect.recipes.foundation.checksums import check_files, read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.locks import claimed, holder
@@ -75,7 +75,7 @@ def _take(folder: Path, other: Path, stages: list[str]) -> list[str]:
                 continue
             record = read_record(there / STAGE_RECORD, REMEDY)
             check_files(there, record.get("files", {}), REMEDY)
-            with whole_folder(here) as new:
+            with atomic_folder(here) as new:
                 shutil.copytree(there, new, dirs_exist_ok=True)
             taken.append(stage)
     return taken

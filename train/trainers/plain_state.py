@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from selfcorrect.evaluate.scoring.load_model import PICKLES
-from selfcorrect.recipes.foundation.atomic_files import whole_file
+from selfcorrect.recipes.foundation.atomic_files import atomic_file
 from selfcorrect.recipes.foundation.errors import InputError
 
 TREE = "tree"  # key of the JSON in the metadata
@@ -104,7 +104,7 @@ def save(path: Path, value: Any) -> None:
     """Write nested dicts, lists and tuples of tensors, arrays, numbers and texts as safetensors."""
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_to_json(value, tensors))
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata={TREE: tree})
 
 

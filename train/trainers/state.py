@@ -20,11 +20,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selfcorrect.evaluate.run_folder import STAGE_RECORD as RECORD
 from selfcorrect.recipes.foundation import signals
-from selfcorrect.recipes.foundation.atomic_files import flush_folder, whole_folder
+from selfcorrect.recipes.foundation.atomic_files import atomic_folder, flush_folder
 from selfcorrect.recipes.foundation.checksums import check_files, digests, read_record
 from selfcorrect.recipes.foundation.checksums import write_record as write_sealed
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.ranks import joined
+from selfcorrect.recipes.foundation.ranks import current_ranks
 
 Notify = Callable[[str, int, int], None]  # stage, steps done, steps in all
 COMPLETE = "complete"  # written last, with all files' digests: without it a state was cut short
@@ -50,7 +50,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 def is_finished(folder: Path) -> bool:
     """Whether the stage is finished, as rank 0 sees it."""
-    return joined().agree(lambda: finished(folder) is not None)
+    return current_ranks().from_rank0(lambda: finished(folder) is not None)
 
 
 @contextmanager
@@ -59,13 +59,13 @@ def finishing(folder: Path, work: Path) -> Iterator[Path | None]:
 
     Then `work` goes, and all processes go on together.
     """
-    if joined().rank == 0:
-        with whole_folder(folder) as new:
+    if current_ranks().rank == 0:
+        with atomic_folder(folder) as new:
             yield new
         shutil.rmtree(work, ignore_errors=True)
     else:
         yield None
-    joined().wait()
+    current_ranks().barrier()
 
 
 def whole_state(trainer: Any) -> dict[str, Any] | None:
@@ -109,7 +109,7 @@ def resume_state(folder: Path) -> str | None:
     States that were cut short are removed; so is one that is damaged, which is said: an older one
     behind it, or the beginning, leads to the same weights.
     """
-    return joined().agree(lambda: _newest_whole(folder))
+    return current_ranks().from_rank0(lambda: _newest_whole(folder))
 
 
 def _newest_whole(folder: Path) -> str | None:
@@ -160,7 +160,7 @@ class SaveOnTerm(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         """After an optimizer update; at the last one, training ends by itself."""
-        if any(joined().gather(signals.is_asked)):  # a signal may have reached only one
+        if any(current_ranks().gather(signals.is_asked)):  # a signal may have reached only one
             signals.ask()
         between = state.global_step % self.updates
         if signals.is_asked() and not between and state.global_step < state.max_steps:
@@ -178,9 +178,9 @@ class MarkWhole(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark the state as whole, with the digests of its files."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        processes = joined()
-        processes.wait()  # each process writes files of its own
-        processes.agree(lambda: _mark_whole(folder))
+        processes = current_ranks()
+        processes.barrier()  # each process writes files of its own
+        processes.from_rank0(lambda: _mark_whole(folder))
 
 
 def _mark_whole(folder: Path) -> None:

@@ -70,9 +70,9 @@ def test_what_a_killed_process_held_is_free_and_its_half_written_files_go(tmp_pa
     code = (
         "import os, sys, time; from pathlib import Path\n"
         "from selfcorrect.recipes.foundation.locks import claimed\n"
-        "from selfcorrect.recipes.foundation.atomic_files import whole_file, whole_folder\n"
+        "from selfcorrect.recipes.foundation.atomic_files import atomic_file, atomic_folder\n"
         "here = Path(sys.argv[1])\n"
-        "with claimed(here), whole_file(here / 'a.json') as a, whole_folder(here / 'b') as b:\n"
+        "with claimed(here), atomic_file(here / 'a.json') as a, atomic_folder(here / 'b') as b:\n"
         "    a.write_text('half'); (b / 'c').write_text('half'); print('in', flush=True)\n"
         "    time.sleep(60)\n"
     )
