@@ -18,7 +18,7 @@ from trl import GRPOTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model
 
-from selfcorrect.evaluate.scoring.load_model import no_pickles
+from selfcorrect.evaluate.scoring.load_model import refuse_pickles
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.train.ppo import resume
 from selfcorrect.train.ppo.config import PPOConfig
@@ -28,7 +28,8 @@ from selfcorrect.train.ppo.critic import (
     language_model_of,
     load_reward_model,
 )
-from selfcorrect.train.ppo.forward import CompletionPass, attach, hidden_critic, rows_a_pass
+from selfcorrect.train.ppo.forward import CompletionPass, attach, hidden_critic
+from selfcorrect.train.ppo.limits import rows_per_pass
 from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded
 from selfcorrect.train.trainers.guarded import FiniteTrainer
 from selfcorrect.train.trainers.state import MarkWhole
@@ -50,7 +51,7 @@ class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):
             )
         rewards = [_as_reward(reward, kwargs["processing_class"], args) for reward in rewards]
         try:
-            with no_pickles(path):
+            with refuse_pickles(path):
                 super().__init__(model, [guarded(reward) for reward in rewards], args, **kwargs)
         except ValueError as error:
             raise InputError(f"ppo: {str(error).splitlines()[0]}") from error
@@ -63,7 +64,7 @@ class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):
         self._tuned_layer = next(tuned, None)
         self.critic_kind = critic_kind(args, self.model)
         set_seed(args.seed)  # every process must build the same critic
-        with no_pickles(args.critic_path or path):
+        with refuse_pickles(args.critic_path or path):
             self.critic = build_critic(self.critic_kind, self.model, args)
         if args.disable_dropout:
             disable_dropout_in_model(self.critic)
@@ -96,7 +97,7 @@ class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):
         if self._passes_are_split and not kwargs.get("compute_aux_loss"):
             most = kwargs.get("batch_size") or len(input_ids)
             tokens_a_row = attention_mask.sum().item() / len(attention_mask)
-            rows = rows_a_pass(self._num_weights, tokens_a_row, self.args.gradient_checkpointing)
+            rows = rows_per_pass(self._num_weights, tokens_a_row, self.args.gradient_checkpointing)
             kwargs["batch_size"] = min(most, rows)
         scoring = CompletionPass(model, logits_to_keep, **call)
         order = attention_mask.sum(dim=1).argsort(stable=True)  # batches of like length

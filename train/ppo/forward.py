@@ -1,7 +1,6 @@
 """Actor and critic in one forward pass, on real tokens only and at their true positions."""
 
 import functools
-import math
 import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,11 +15,6 @@ from trl.trainer.utils import FusedCausalLMOutput
 from selfcorrect.train.ppo.critic import Critic
 
 CRITIC = "critic"
-
-# A CPU gains little from many rows in one forward pass, and rows of like length need less padding.
-# So there are as few as fill a pass with work: what a pass costs besides is some milliseconds.
-MIN_ROWS_A_PASS = 16
-MIN_FLOPS_A_PASS = 2e8
 
 
 @dataclass
@@ -198,13 +192,6 @@ class CompletionPass:
         if output.state_values is not None:
             self.values.append(laid_out(output.state_values))
         return output
-
-
-def rows_a_pass(num_weights: int, tokens_a_row: float, save_memory: bool = False) -> int:
-    """Rows of like length that share a forward pass on a CPU; half as many to save memory."""
-    flops_a_row = 2 * num_weights * max(tokens_a_row, 1)
-    fewest = MIN_ROWS_A_PASS // 2 if save_memory else MIN_ROWS_A_PASS
-    return max(fewest, math.ceil(MIN_FLOPS_A_PASS / flops_a_row))
 
 
 def _real_first(attention_mask: Tensor) -> Tensor:

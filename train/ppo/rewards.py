@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
-from selfcorrect.train.ppo.forward import rows_a_pass, token_work_at
+from selfcorrect.train.ppo.forward import token_work_at
+from selfcorrect.train.ppo.limits import rows_per_pass
 
 Prompt = str | list[dict[str, str]]
 Reward = Callable[..., Any]
@@ -73,7 +74,7 @@ class RewardModelScorer:
         rows = self.token_ids(prompts, completion_ids)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         scores = [0.0] * len(rows)
-        size = self._rows_a_pass(rows)
+        size = self._rows_per_pass(rows)
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             for i, score in zip(batch, self._score([rows[i] for i in batch]), strict=True):
@@ -114,13 +115,13 @@ class RewardModelScorer:
         ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id]
         return ids[ends[-1] + 1 :] if ends else []
 
-    def _rows_a_pass(self, rows: list[list[int]]) -> int:
+    def _rows_per_pass(self, rows: list[list[int]]) -> int:
         # Fewer than there are ids, so that one is left to pad with.
         most = min(self.batch_size, self._config.vocab_size - 1)
         alone = not torch.distributed.is_initialized()  # others must make as many passes (ZeRO-3)
         if self.model.device.type == "cpu" and alone:
             tokens_a_row = sum(map(len, rows)) / len(rows)
-            return min(most, rows_a_pass(self._num_weights, tokens_a_row))
+            return min(most, rows_per_pass(self._num_weights, tokens_a_row))
         return most
 
     @torch.no_grad()

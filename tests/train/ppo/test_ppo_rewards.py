@@ -51,8 +51,8 @@ def test_a_model_trained_with_its_end_token_as_padding_is_scored_as_it_was_train
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
 def test_scores_do_not_depend_on_how_rows_are_batched(home, monkeypatch, batch_size):  # noqa: F811
     alone, _ = scored(home, None, None, batch_size=1)
-    monkeypatch.setattr("selfcorrect.train.ppo.forward.MIN_FLOPS_A_PASS", 0)
-    monkeypatch.setattr("selfcorrect.train.ppo.forward.MIN_ROWS_A_PASS", batch_size)
+    monkeypatch.setattr("selfcorrect.train.ppo.limits.MIN_FLOPS_PER_PASS", 0)
+    monkeypatch.setattr("selfcorrect.train.ppo.limits.MIN_ROWS_PER_PASS", batch_size)
     assert scored(home, None, None)[0] == pytest.approx(alone, abs=1e-5)
 
 
