@@ -1,0 +1,131 @@
+"""MkDocs hooks: fill in the recipe keys and the glossary, and show links into the code as names.
+
+The recipe keys come from the pydantic schema and the glossary from CONTRIBUTING.md, so neither is
+kept twice. Pages link to source files for readers of the repository; the site has no such files.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+RECIPE_KEYS = "<!-- recipe keys -->"
+GLOSSARY = "<!-- glossary -->"
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def on_startup(**_: Any) -> None:
+    """Link the packages under build/typing, where mkdocstrings looks for them."""
+    subprocess.run([sys.executable, ROOT / "scripts/dev/link_packages_for_typing.py"], check=True)
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Return the page with its placeholders filled in and links out of docs/ made plain text."""
+    if RECIPE_KEYS in markdown:
+        markdown = markdown.replace(RECIPE_KEYS, recipe_tables())
+    if GLOSSARY in markdown:
+        markdown = markdown.replace(GLOSSARY, glossary())
+    folder = (DOCS / page.file.src_uri).parent
+
+    def keep_or_name(link: re.Match[str]) -> str:
+        target = link[2]
+        inside = ":" in target or (folder / target).resolve().is_relative_to(DOCS)
+        return link[0] if inside else link[1]
+
+    return LINK.sub(keep_or_name, markdown)
+
+
+def glossary() -> str:
+    """Return the section "Glossary" of CONTRIBUTING.md, without its heading."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    return text.split("\n## Glossary\n", 1)[1].split("\n## ", 1)[0].strip()
+
+
+def recipe_tables() -> str:
+    """Return a heading and a table of keys for each section of a recipe, from its JSON schema."""
+    from selfcorrect.recipes.schema import Recipe
+
+    schema = Recipe.model_json_schema()
+    sections = schema["$defs"]
+    parts: list[str] = []
+    path_of: dict[str, str] = {}  # section name -> where its table stands
+
+    def write(title: str, prefix: str, section: dict[str, Any]) -> None:
+        rows, inner = [], []
+        for key, value in section["properties"].items():
+            names = [name for name in _referenced(value) if "properties" in sections[name]]
+            path = f"{prefix}.{key}" if prefix else key
+            if _is_list(value):
+                path += "[]"
+            inner += [(path, name) for name in names if name not in path_of]
+            for name in names:
+                path_of.setdefault(name, path)
+            needed = "required" if key in section.get("required", ()) else _default(value)
+            text = value.get("description", "")
+            if names:
+                text = f"{text} See `{path_of[names[0]]}`.".strip()
+            rows.append(f"| `{key}` | {_type(value, sections)} | {needed} | {_cell(text)} |")
+        about = section.get("description", "").split("\n\n")[0].replace("\n", " ")
+        parts.append(
+            f"## {title}\n\n{about}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |\n"
+            + "\n".join(rows)
+        )
+        for path, name in inner:
+            write(f"`{path}`", path.replace("[]", ""), sections[name])
+
+    write("Top level", "", schema)
+    return "\n\n".join(parts)
+
+
+def _referenced(value: Any) -> list[str]:
+    """Return the names of the sections that a property may hold."""
+    return list(dict.fromkeys(re.findall(r"'\$ref': '#/\$defs/(\w+)'", str(value))))
+
+
+def _is_list(value: dict[str, Any]) -> bool:
+    return value.get("type") == "array"
+
+
+def _type(value: dict[str, Any], sections: dict[str, Any]) -> str:
+    """Return a property's type in words a YAML author knows."""
+    if "$ref" in value:
+        target = sections[value["$ref"].rpartition("/")[2]]
+        return "section" if "properties" in target else _type(target, sections)
+    if "enum" in value:
+        return ", ".join(f"`{choice}`" for choice in value["enum"])
+    if "const" in value:
+        return f"`{value['const']}`"
+    for several in ("anyOf", "oneOf"):
+        if several in value:
+            kinds = [_type(kind, sections) for kind in value[several] if kind.get("type") != "null"]
+            return " or ".join(dict.fromkeys(kinds))
+    if isinstance(value.get("type"), list):
+        return " or ".join(_type({"type": kind}, sections) for kind in value["type"])
+    if value.get("type") == "array":
+        return f"list of {_type(value['items'], sections)}" if value.get("items") else "list"
+    if value.get("type") == "object":
+        if set(value.get("properties", ())) == {"every"}:
+            return "`{every: n}`"
+        return "mapping"
+    words = {
+        "integer": "whole number",
+        "number": "number",
+        "string": "text",
+        "boolean": "true or false",
+    }
+    return words.get(value.get("type", ""), "any")
+
+
+def _default(value: dict[str, Any]) -> str:
+    default = value.get("default")
+    if default is None or default in ("", [], {}) or _referenced(value):
+        return "–"
+    return f"`{_cell(json.dumps(default) if not isinstance(default, str) else default)}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
