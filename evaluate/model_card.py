@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from selfcorrect.evaluate.report.verdict import title_of
-from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, OVERALL
-from selfcorrect.evaluate.statistics.cells import experiment_named
+from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.experiments.tally import OVERALL
+from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE
 from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.printable import visible
+from selfcorrect.recipes.foundation.printable import escape_controls
 
 
 def write_model_card(frame: pd.DataFrame, name: str, path: Path) -> Path:
@@ -22,8 +22,8 @@ def write_model_card(frame: pd.DataFrame, name: str, path: Path) -> Path:
 
     found = []
     for row in frame[frame["category"] == OVERALL].to_dict("records"):
-        module = experiment_named(str(row["experiment"]))
-        if row["metric"] != module.HEADLINE or pd.isna(row["value"]):
+        definition = get_experiment(str(row["experiment"]))
+        if row["metric"] != definition.headline or pd.isna(row["value"]):
             continue
         interval = {"confidence": CONFIDENCE, "items": int(row["num_items"])}
         if not pd.isna(row["low"]):
@@ -32,10 +32,10 @@ def write_model_card(frame: pd.DataFrame, name: str, path: Path) -> Path:
             EvalResult(
                 task_type="text-generation",
                 dataset_type=str(row["experiment"]),
-                dataset_name=title_of(str(row["experiment"])),
+                dataset_name=get_experiment(str(row["experiment"])).title,
                 dataset_config=str(row["condition"]),
                 metric_type=str(row["metric"]),
-                metric_name=module.DESCRIPTIONS[module.HEADLINE][0],
+                metric_name=module.headline_metric.label,
                 metric_value=float(row["value"]),
                 metric_args=interval,
             )
@@ -43,5 +43,5 @@ def write_model_card(frame: pd.DataFrame, name: str, path: Path) -> Path:
     if not found:
         raise InputError(f"{name}: no headline metric is defined, so there is nothing to export")
     data = ModelCardData(model_name=name, eval_results=found)
-    write_text(path, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {visible(name)}\n")))
+    write_text(path, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {escape_controls(name)}\n")))
     return path

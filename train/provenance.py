@@ -1,6 +1,7 @@
 """What decides a run's bits besides its recipe: kept in run.json, and said where it changes."""
 
 import importlib.metadata
+import logging
 import os
 import platform
 import subprocess
@@ -10,8 +11,9 @@ from typing import Any
 
 from selfcorrect.evaluate.report.comparison import flatten
 from selfcorrect.recipes.foundation.checksums import read_record, write_record
-from selfcorrect.recipes.foundation.locks import say
 from selfcorrect.recipes.schema import Recipe
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = (
     *("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed"),
@@ -46,7 +48,7 @@ def record_start(recipe: Recipe, run: Path) -> None:
     write_record(path, {**now, "begun": before.get("begun"), "changes": changes, **taken})
     if matters := _since_begun(changes, now):
         said = ", ".join(f"{key} was {_shown(old)}, is {_shown(new)}" for key, old, new in matters)
-        say(f"{run}: since this run was begun, {said}: bits may differ")
+        logger.warning("%s: since this run was begun, %s: bits may differ", run, said)
 
 
 def run_facts(recipe: Recipe) -> dict[str, Any]:

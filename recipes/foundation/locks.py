@@ -1,15 +1,15 @@
-"""Who works in a folder, where several processes or machines look at the same one.
+"""Lock a folder that several processes or machines may work in.
 
-Whoever works there holds flock on `<folder>/.lock`, which says who it is. The system lets go of a
-lock when its process ends, however it ends. But some file systems keep locks to one machine: so the
-holder goes on counting in the file, and what a process of another machine has left there is watched
-for a while before that process is taken for dead. Clocks are never compared.
+The holder keeps an flock on `<folder>/.lock` and writes there who it is. The system releases the
+lock when the process ends, however it ends. Some file systems keep locks to one machine, so the
+holder also keeps counting in the file: a process of another machine counts as dead only after its
+count has stood still for a while. Clocks are never compared.
 """
 
 import json
+import logging
 import os
 import platform
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,21 +24,22 @@ from selfcorrect.recipes.foundation.atomic_files import remove_leftovers
 from selfcorrect.recipes.foundation.errors import RunFailure
 
 LOCK = ".lock"
-BEAT_SECONDS = 5.0  # between two counts of a holder
-PATIENCE_SECONDS = 20.0  # without a count, until another machine's process is taken for dead
+HEARTBEAT_SECONDS = 5.0  # between two counts of the holder
+PATIENCE_SECONDS = 20.0  # without a count, until a process of another machine counts as dead
 POLL_SECONDS = 0.5
-QUIET_SECONDS = 2.0  # of waiting, before it is said
+QUIET_SECONDS = 2.0  # of waiting, before the wait is logged
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def claimed(folder: Path, wait_seconds: float = 0.0) -> Iterator[bool]:
-    """Hold the folder inside; gives False where another process does so for `wait_seconds` more.
+def hold_lock(folder: Path, wait_seconds: float = 0.0) -> Iterator[bool]:
+    """Hold the folder's lock; yield False if another process still has it after `wait_seconds`.
 
-    Whoever waits says so, and goes on as soon as the other process has ended. What killed processes
-    left half-written directly in the folder is removed. Raises RunFailure where the file system has
-    no locks.
+    A longer wait is logged. Temporary files that killed processes left directly in the folder are
+    removed. Raises RunFailure if the file system has no locks, and Terminated on SIGTERM.
     """
-    descriptor = _acquired(folder / LOCK, wait_seconds)
+    descriptor = _acquire(folder / LOCK, wait_seconds)
     if descriptor is None:
         yield False
         return
@@ -50,36 +51,35 @@ def claimed(folder: Path, wait_seconds: float = 0.0) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def holder(folder: Path) -> str:
-    """Who holds the folder, in words, as far as its lock says so."""
-    said = _read(folder / LOCK)
-    if said is None:
+def lock_holder(folder: Path) -> str:
+    """Return who holds the folder's lock, in words, as far as the lock file says."""
+    record = _read(folder / LOCK)
+    if record is None:
         return "another process"
-    words = f"process {said['process']} on {said['host']}, since {said['since']}"
-    shown = "".join(letter for letter in words if letter.isprintable())  # anybody may write there
-    return f"{shown[:200]},"
+    words = f"process {record['process']} on {record['host']} (since {record['since']})"
+    return "".join(letter for letter in words if letter.isprintable())[:200]  # anybody may write it
 
 
-def _acquired(path: Path, wait_seconds: float) -> int | None:
-    started, said = time.monotonic(), False
-    while (descriptor := _attempt(path)) is None:
-        _end_if_asked()
+def _acquire(path: Path, wait_seconds: float) -> int | None:
+    started, is_logged = time.monotonic(), False
+    while (descriptor := _try_lock(path)) is None:
+        _raise_if_terminated()
         waited = time.monotonic() - started
         if waited >= wait_seconds:
             return None
-        if waited > QUIET_SECONDS and not said:
-            said = True
-            say(f"waiting for {holder(path.parent)} which is at work in {path.parent}")
+        if waited > QUIET_SECONDS and not is_logged:
+            is_logged = True
+            logger.warning("waiting for %s, working in %s", lock_holder(path.parent), path.parent)
         time.sleep(POLL_SECONDS)
     return descriptor
 
 
-def _attempt(path: Path) -> int | None:
-    """The lock, as an open file's descriptor; None where another process has it."""
+def _try_lock(path: Path) -> int | None:
+    """Return the locked file's descriptor, or None if another process has the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        if _locked(descriptor, path) and not _lives_elsewhere(path):
+        if _flock(descriptor, path) and not _is_held_elsewhere(path):
             return descriptor
     except BaseException:
         os.close(descriptor)
@@ -88,7 +88,7 @@ def _attempt(path: Path) -> int | None:
     return None
 
 
-def _locked(descriptor: int, path: Path) -> bool:
+def _flock(descriptor: int, path: Path) -> bool:
     import fcntl
 
     try:
@@ -98,34 +98,39 @@ def _locked(descriptor: int, path: Path) -> bool:
     except OSError as error:
         raise RunFailure(
             f"{path.parent}: this file system cannot lock files ({error.strerror}), so processes "
-            "cannot share the work here; mount it with flock, or use another"
+            "cannot share the work here; mount it with flock, or use another file system"
         ) from None
-    # A folder may have been removed, and made anew, while its old lock was held.
+    # The folder may have been removed and created again while its old lock was held.
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
 
 
-def _lives_elsewhere(path: Path) -> bool:
-    """Whether a process of another machine goes on counting, though its lock is not seen here."""
+def _is_held_elsewhere(path: Path) -> bool:
+    """Return whether a process of another machine keeps counting, whose lock is not seen here."""
     left = _read(path)
     if left is None or left["boot"] == _boot():
         return False
-    say(f"{path.parent}: {holder(path.parent)} did not let go; is it alive?")
+    logger.warning(
+        "%s: lock held by %s, on another host; waiting up to %g s to see whether it is alive",
+        path.parent,
+        lock_holder(path.parent),
+        PATIENCE_SECONDS,
+    )
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         time.sleep(min(1.0, PATIENCE_SECONDS / 10))
-        _end_if_asked()
+        _raise_if_terminated()
         now = _read(path)
         if now != left:
-            return now is not None  # nothing: it has let go by itself
+            return now is not None  # None: the holder has released the lock
     return False
 
 
 @contextmanager
 def _counting(descriptor: int) -> Iterator[None]:
-    """Say in the lock's file who holds it, and keep counting; nothing stands there afterwards."""
-    about = {
+    """Write the holder into the lock file and keep counting there; empty the file at the end."""
+    holder = {
         "host": platform.node(),
         "process": os.getpid(),
         "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
@@ -134,7 +139,7 @@ def _counting(descriptor: int) -> Iterator[None]:
     ended = threading.Event()
 
     def write(count: int) -> None:
-        text = json.dumps({**about, "count": count}).encode()
+        text = json.dumps({**holder, "count": count}).encode()
         with suppress(OSError):  # a full disk: the lock itself holds
             os.pwrite(descriptor, text, 0)
             os.ftruncate(descriptor, len(text))
@@ -142,7 +147,7 @@ def _counting(descriptor: int) -> Iterator[None]:
 
     def keep_counting() -> None:
         count = 0
-        while not ended.wait(BEAT_SECONDS):
+        while not ended.wait(HEARTBEAT_SECONDS):
             count += 1
             write(count)
 
@@ -159,29 +164,23 @@ def _counting(descriptor: int) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a holder has written; None for nothing, or what is not whole."""
+    """Return what the holder has written; None if the file is empty or incomplete."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return {key: said[key] for key in ("host", "process", "since", "boot", "count")}
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {key: record[key] for key in ("host", "process", "since", "boot", "count")}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 @cache
 def _boot() -> str:
-    """The running kernel, within which flock always holds: names of machines may be the same."""
+    """Return the running kernel's id, within which flock always holds: host names may be equal."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return platform.node()
 
 
-def _end_if_asked() -> None:
-    if signals.is_asked():
+def _raise_if_terminated() -> None:
+    if signals.is_requested():
         raise signals.Terminated
-
-
-def say(line: str) -> None:
-    """Tell whoever is looking on, beside the progress shown."""
-    sys.stderr.write(f"selfcorrect: {line}\n")
-    sys.stderr.flush()

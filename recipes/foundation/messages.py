@@ -1,24 +1,24 @@
 """The one way out for messages: loggers named `selfcorrect.*`, which the commands send to stderr.
 
-Code logs through `logging.getLogger(__name__)`. In somebody else's program these records go where
-that program sends its own; the commands and their child processes call `log_to_stderr`.
+Code logs through `logging.getLogger(__name__)`. In another program these records go where that
+program sends its own; the commands and their child processes call `log_to_stderr`.
 """
 
 import logging
 import sys
 
-from selfcorrect.recipes.foundation.printable import visible
+from selfcorrect.recipes.foundation.printable import escape_controls
 
 
 class _OneLine(logging.Formatter):
-    """One line per record, in which names and texts of others cannot control the terminal."""
+    """Formats a record as one line, in which quoted names and texts cannot control the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"selfcorrect: {visible(' '.join(record.getMessage().split()))}"
+        return f"selfcorrect: {escape_controls(' '.join(record.getMessage().split()))}"
 
 
 class _Stderr(logging.Handler):
-    """Writes to the `sys.stderr` of the moment, which tests and notebooks replace."""
+    """Writes to the current `sys.stderr`, which tests and notebooks replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(self.format(record) + "\n")

@@ -1,10 +1,13 @@
-"""Text of strangers as a terminal or a page may show it."""
+"""Escape untrusted text for a terminal or a page."""
 
 import unicodedata
 
 
-def visible(text: object) -> str:
-    """Control, direction and line-end marks spelt out, as in ⟨U+202E⟩, so that none acts."""
+def escape_controls(text: object) -> str:
+    """Replace control, bidi and line-separator characters by visible escapes such as ⟨U+202E⟩.
+
+    Untrusted text can then not affect a terminal or a page. Newlines and tabs are kept.
+    """
     shown = str(text)
     if shown.isprintable():
         return shown

@@ -1,4 +1,4 @@
-"""SIGTERM, as a cluster sends it some time before it kills: what was reached is saved first."""
+"""SIGTERM, which a cluster sends some time before it kills: the state is saved first."""
 
 import signal
 from collections.abc import Iterator
@@ -7,44 +7,45 @@ from typing import Any
 
 
 class Terminated(BaseException):
-    """The system has asked this process to end. Like KeyboardInterrupt, nobody's error."""
+    """The system has asked this process to end. Like KeyboardInterrupt, it is not an error."""
 
 
-_asked = False
+_requested = False
 _deferred = False
 
 
 def listen() -> None:
-    """From now on a SIGTERM raises Terminated, or waits where it is deferred; for a main thread."""
-    signal.signal(signal.SIGTERM, _heard)
+    """Raise Terminated on SIGTERM from now on (later, if deferred). Call it in the main thread."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
 
 
-def _heard(*_: Any) -> None:
-    global _asked
-    again, _asked = _asked, True  # a second one must not break off what the first one began
-    if not _deferred and not again:
+def _on_sigterm(*_: Any) -> None:
+    global _requested
+    # A second signal must not interrupt the saving that the first one began.
+    is_repeated, _requested = _requested, True
+    if not _deferred and not is_repeated:
         raise Terminated
 
 
-def ask() -> None:
-    """Note that this process is to end, which another one has heard for it."""
-    global _asked
-    _asked = True
+def request() -> None:
+    """Note that this process is to end, on behalf of a process that received the signal."""
+    global _requested
+    _requested = True
 
 
-def is_asked() -> bool:
-    """Whether this process is to end."""
-    return _asked
+def is_requested() -> bool:
+    """Return whether this process is to end."""
+    return _requested
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, a SIGTERM only makes `is_asked` true; Terminated is raised at the end, after it."""
+    """Let SIGTERM only make `is_requested` true inside the block; raise Terminated after it."""
     global _deferred
     _deferred = True
     try:
         yield
     finally:
         _deferred = False
-    if _asked:
+    if _requested:
         raise Terminated

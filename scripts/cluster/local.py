@@ -1,9 +1,9 @@
 """The jobs of a run on this machine, through submitit's local executor, in their order."""
 
+import logging
 import os
 import signal
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,15 @@ from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster.jobs import ClusterJob, Command
 from selfcorrect.scripts.cluster.submit import LOGS, write_record
 
+logger = logging.getLogger(__name__)
+
 NO_LIMIT = 60 * 24 * 365  # minutes: this machine takes nobody's job away
 
 
-def run_here(
-    recipe: Recipe, jobs: list[ClusterJob], run: Path, say: Callable[[str], None]
-) -> list[str]:
+def run_here(recipe: Recipe, jobs: list[ClusterJob], run: Path) -> list[str]:
     """Run all jobs, `launch.jobs` commands at a time; what went wrong, a line a command.
 
-    A job begins when those it waits for have ended, well or not. `say` is told what begins and
-    ends. Whatever ends this call has the commands at work save their states and end.
+    A job begins when those it waits for have ended, well or not. Whatever ends this call has the commands at work save their states and end.
     """
     from submitit.local.local import LocalExecutor
 
@@ -42,7 +41,7 @@ def run_here(
                     at_work.append((job, handle))
                     ids.setdefault(job.name, handle.job_id)
                     write_record(run, "local", jobs, ids)
-                    say(f"{job.name} begins, {handle.paths.stderr.relative_to(run)}")
+                    logger.info("%s begins, %s", job.name, handle.paths.stderr.relative_to(run))
             time.sleep(0.1)
             for job, handle in list(at_work):
                 if handle.done():
@@ -50,7 +49,7 @@ def run_here(
                     left[job.name] -= 1
                     reason = _what_is_wrong(handle)
                     wrong += [f"{job.name}: {reason}"] if reason else []
-                    say(f"{job.name} {'failed' if reason else 'done'}")
+                    logger.info("%s %s", job.name, "failed" if reason else "done")
     finally:
         for _, handle in at_work:
             with suppress(ProcessLookupError):

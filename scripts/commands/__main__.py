@@ -5,9 +5,9 @@ import sys
 import typer
 
 from selfcorrect.recipes.foundation import signals
-from selfcorrect.recipes.foundation.errors import InputError, RunFailure
-from selfcorrect.recipes.foundation.machine_faults import machine_fault
-from selfcorrect.recipes.foundation.printable import visible
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure, machine_fault
+from selfcorrect.recipes.foundation.messages import log_to_stderr
+from selfcorrect.recipes.foundation.printable import escape_controls
 from selfcorrect.scripts.commands import (
     data,
     evaluate,
@@ -44,6 +44,7 @@ app.add_typer(recipes.app, name="recipes")
 
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr, never a traceback."""
+    log_to_stderr()
     signals.listen()
     try:
         app()
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def _stop(message: str, code: int) -> None:
-    line = visible(" ".join(message.split()))  # names and texts in it may be a stranger's
+    line = escape_controls(" ".join(message.split()))  # names and texts in it may be a stranger's
     sys.stderr.write(f"selfcorrect: {line}\n")
     sys.exit(code)
 

@@ -1,8 +1,6 @@
 """`selfcorrect launch`: a run as jobs of a SLURM cluster, or of this machine."""
 
 import os
-import sys
-import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +8,7 @@ from typing import Annotated
 import typer
 
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
-from selfcorrect.recipes.foundation.locks import claimed
+from selfcorrect.recipes.foundation.locks import hold_lock
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster.jobs import ClusterJob, asked_of, jobs_left
@@ -61,7 +59,7 @@ def launch(
         return
     check_not_queued(run)
     _open(checked, run)
-    with claimed(run / LOGS) as free:
+    with hold_lock(run / LOGS) as free:
         if not free:
             raise InputError(f"{run}: another launch of this run is at work; wait for it")
         check_not_queued(run)
@@ -113,7 +111,7 @@ def _described(recipe: Recipe, job: ClusterJob, run: Path, cluster: Cluster) -> 
 
 
 def _here(recipe: Recipe, jobs: list[ClusterJob], run: Path) -> None:
-    wrong = run_here(recipe, jobs, run, _say)
+    wrong = run_here(recipe, jobs, run)
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise RunFailure(f"{wrong[0]}{more}; the same command goes on from here")
@@ -131,8 +129,3 @@ def _queue(recipe: Recipe, jobs: list[ClusterJob], run: Path) -> None:
         typer.echo(", ".join(words))
     typer.echo(f"Logs: {run / LOGS}; how far it is: selfcorrect report {run} --watch")
     typer.echo(f"To give it up: scancel {' '.join(ids.values())}")
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
-    sys.stderr.flush()

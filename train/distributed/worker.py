@@ -19,6 +19,7 @@ from typing import Any
 
 from selfcorrect.recipes.foundation import signals
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.messages import log_to_stderr
 from selfcorrect.recipes.load import load_recipe
 
 # Rank 0 alone may read and write a large model for so long, while the others wait.
@@ -36,6 +37,7 @@ def main() -> None:
         told.flush()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
+    log_to_stderr()
     signals.listen()
     if sys.argv[4:] == ["--end-with-stdin"]:
         threading.Thread(target=_end_with_stdin, daemon=True).start()

@@ -1,4 +1,4 @@
-"""run.json: what a run was begun with, what has changed since, and a line where bits may differ."""
+"""run.json records versions and hardware, and a start on other ones logs what changed."""
 
 import json
 from pathlib import Path
@@ -31,74 +31,74 @@ def start(run: Path, monkeypatch: pytest.MonkeyPatch, **facts: Any) -> dict[str,
     return json.loads((run / "run.json").read_text())
 
 
-def test_where_nothing_differs_nothing_is_said_and_nothing_added(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_unchanged_facts_add_and_log_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = start(tmp_path, monkeypatch)
     assert start(tmp_path, monkeypatch) == first
     assert first["changes"] == [] and first["begun"].endswith(" UTC")
-    assert capsys.readouterr().err == ""
+    assert not caplog.messages
 
 
-def test_what_may_change_bits_is_kept_and_said_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_changed_versions_are_recorded_and_logged_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     start(tmp_path, monkeypatch)
     versions = {"torch": "2.13", "trl": "1.16"}
-    found = start(
+    record = start(
         tmp_path,
         monkeypatch,
         versions=versions,
         threads_per_job=2,
         environment={"MKL_CBWR": "AVX2"},
     )
-    (change,) = found["changes"]
+    (change,) = record["changes"]
     assert change.pop("at").endswith(" UTC")
     assert change == {
         "threads_per_job": ["1", "2"],
         "versions.torch": ["2.12", "2.13"],
         "environment.MKL_CBWR": [None, "AVX2"],
     }
-    assert found["versions"] == versions  # the newest stand above
-    assert capsys.readouterr().err == (
-        f"selfcorrect: {tmp_path}: since this run was begun, threads_per_job was 1, is 2, torch "
-        "was 2.12, is 2.13, environment.MKL_CBWR was none, is AVX2: bits may differ\n"
-    )
+    assert record["versions"] == versions
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path}: ")
+    for change in ("threads_per_job was 1, is 2", "torch was 2.12, is 2.13", "MKL_CBWR was none"):
+        assert change in line
 
 
-def test_back_at_the_beginning_nothing_is_said_but_the_history_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_history_stays_once_the_facts_are_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     start(tmp_path, monkeypatch)
     start(tmp_path, monkeypatch, threads_per_job=2)
     start(tmp_path, monkeypatch, threads_per_job=2)
-    assert capsys.readouterr().err.count("threads_per_job was 1, is 2") == 2
-    found = start(tmp_path, monkeypatch)
-    assert capsys.readouterr().err == ""
-    assert [change["threads_per_job"] for change in found["changes"]] == [["1", "2"], ["2", "1"]]
+    assert [("threads_per_job was 1, is 2" in line) for line in caplog.messages] == [True, True]
+    record = start(tmp_path, monkeypatch)
+    assert len(caplog.messages) == 2
+    assert [change["threads_per_job"] for change in record["changes"]] == [["1", "2"], ["2", "1"]]
 
 
-def test_what_changes_no_bit_is_kept_but_not_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_harmless_changes_are_recorded_but_not_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     start(tmp_path, monkeypatch)
-    found = start(tmp_path, monkeypatch, jobs=2, cores=64, seeds=[0, 1], platform="Linux-2")
-    assert capsys.readouterr().err == ""
-    assert set(found["changes"][0]) == {"at", "jobs", "cores", "platform"}
-    assert found["seeds"] == [0, 1]
+    record = start(tmp_path, monkeypatch, jobs=2, cores=64, seeds=[0, 1], platform="Linux-2")
+    assert not caplog.messages
+    assert set(record["changes"][0]) == {"at", "jobs", "cores", "platform"}
+    assert record["seeds"] == [0, 1]
 
 
-def test_a_run_of_an_older_version_goes_on_without_a_false_alarm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_record_of_an_older_version_logs_no_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"name": "r", "threads_per_job": 1}))
-    found = start(tmp_path, monkeypatch)
-    assert found["begun"] is None and found["changes"] == []
-    assert capsys.readouterr().err == ""
+    record = start(tmp_path, monkeypatch)
+    assert record["begun"] is None and record["changes"] == []
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", ""])
-def test_a_damaged_history_is_named_and_left_alone(
+def test_damaged_run_json_is_named_and_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     (tmp_path / "run.json").write_text(text)
@@ -107,7 +107,7 @@ def test_a_damaged_history_is_named_and_left_alone(
     assert (tmp_path / "run.json").read_text() == text
 
 
-def test_the_facts_name_what_torch_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_name_what_torch_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
