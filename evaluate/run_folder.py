@@ -19,7 +19,8 @@ from selfcorrect.recipes.foundation.checksums import check_files, read_record, w
 from selfcorrect.recipes.foundation.errors import InputError
 
 RECORD = "checkpoint.json"
-STAGE_RECORD = "stage.json"  # beside a base and a reward model
+STAGE_RECORD = "stage.json"  # in each stage's folder
+POLICY_METHODS = ("ppo", "grpo", "sft")  # the policy stage's folder is named by its method
 
 
 class CheckpointRecord(BaseModel):
@@ -104,7 +105,7 @@ def check_saved(folder: Path) -> None:
 
 
 def _remedy(folder: Path) -> str:
-    if folder.parent.name == "ppo":
+    if folder.parent.name in POLICY_METHODS:
         anew = (
             f"delete {folder.parent / STAGE_RECORD} and run the recipe again, which makes it anew"
         )
@@ -122,7 +123,12 @@ def find_checkpoints(run: Path, malformed: dict[Path, str] | None = None) -> lis
     if not (run / "recipe.yaml").is_file():
         raise InputError(f"{run}: no recipe.yaml here, so this is not a run folder")
     found = []
-    for path in run.glob(f"*/seed-*/ppo/checkpoint-*/{RECORD}"):
+    paths = (
+        path
+        for name in POLICY_METHODS
+        for path in run.glob(f"*/seed-*/{name}/checkpoint-*/{RECORD}")
+    )
+    for path in paths:
         try:
             check_inside(run, path.parent / "evaluation")
             found.append(read_checkpoint(path.parent))

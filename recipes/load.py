@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.foundation.checksums import UNSEALED, is_whole, sealed
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.schema import Recipe, rename_old_sections
 
 SHIPPED = Path(__file__).parent
 LARGEST_YAML = 1_000_000  # bytes, and also values, each counted as often as aliases repeat it
@@ -124,7 +124,7 @@ def recipe_path(name: str) -> Path:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply dotted overrides such as `ppo.steps=20`, and check all of it."""
+    """Read a recipe, apply dotted overrides such as `policy.steps=20`, and check all of it."""
     path = recipe_path(name)
     content = _read_recipe(path)
     for override in overrides:
@@ -140,6 +140,10 @@ def _read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections (name, models, data, ...)")
+    try:
+        content = rename_old_sections(content)  # before it meets another recipe's sections
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
     if "from" not in content:
         return content
     parent = content.pop("from")
@@ -184,10 +188,12 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     """Set one dotted key; list entries are named by their position, as in models.0.name=x."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise InputError(f"{override}: an override is key=value, for example ppo.steps=20")
+        raise InputError(f"{override}: an override is key=value, for example policy.steps=20")
     value = parse_yaml(text, override) if text else None
     place: Any = content
     *parents, last = key.split(".")
+    if parents and parents[0] == "ppo":
+        parents[0] = "policy"  # the section's name since
     for part in parents:
         place = _enter(place, part, key)
     if isinstance(place, list):
@@ -272,9 +278,9 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def training_digest(recipe: Recipe, model: str, seed: int) -> str:
     """SHA-256 over everything that decides the weights of one model and seed."""
-    parts = recipe.model_dump(mode="json", include={"data", "base", "reward", "ppo"})
+    parts = recipe.model_dump(mode="json", include={"data", "base", "reward", "policy"})
     for key in ("checkpoints", "resume_every", "resume_minutes"):
-        del parts["ppo"][key]  # what is kept changes no weight
+        del parts["policy"][key]  # what is kept changes no weight
     del parts["data"]["benchmarks"], parts["data"]["stimuli"]
     if (
         recipe.launch.starts_processes

@@ -9,13 +9,13 @@ from selfcorrect.recipes.slurm import Slurm
 from selfcorrect.recipes.society.settings import SocietySettings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-# What else lies beside the models' folders in a run.
-TAKEN = {"recipe.yaml", "run.json", "results.parquet", "statistics.json", "report.html",
+# File names a model may not be called.
+RESERVED_NAMES = {"recipe.yaml", "run.json", "results.parquet", "statistics.json", "report.html",
          "benchmarks", "figures"}  # fmt: skip
 Positive = Annotated[int, Field(gt=0)]
 
-# What may stand in the file; it is written out as a list.
-KEPT_STEPS = WithJsonSchema(
+# Forms that a recipe file accepts; all are expanded to a list of steps.
+CHECKPOINT_STEPS = WithJsonSchema(
     {
         "anyOf": [
             {"type": "array", "items": {"type": "integer", "minimum": 0}},
@@ -48,7 +48,7 @@ class Model(Section):
     scratch: dict[str, Any] | None = Field(
         None, description="model_type and the fields of its Hugging Face configuration"
     )
-    trainer: dict[Literal["base", "reward", "ppo"], dict[str, Any]] = Field(
+    trainer: dict[Literal["base", "reward", "policy"], dict[str, Any]] = Field(
         default_factory=dict,
         description="by stage: keys on top of its trainer:, for this model alone, such as "
         "{base: {learning_rate: 1.0e-3}}",
@@ -125,37 +125,44 @@ class Reward(Section):
     lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig")
 
 
-class Replacement(Section):
-    """What trains the policy in PPO's place, for comparison, kept at the same steps.
+class Policy(Section):
+    """How the policy learns from the feedback.
 
-    `ppo.trainer` holds as far as the other trainer has its keys.
+    A step is one update on one batch of rollouts, as on the paper's x-axis.
     """
 
-    method: Literal["grpo", "sft"] = Field(
-        description="grpo: TRL's GRPO on the same prompts and reward model; sft: fine-tuning on "
-        "the preferred answers"
+    method: Literal["ppo", "grpo", "sft"] = Field(
+        "ppo",
+        description="ppo; grpo: TRL's GRPO on the same prompts and reward model; sft: fine-tuning "
+        "on the preferred answers. All keep checkpoints at the same steps",
+    )
+    steps: Positive
+    checkpoints: Annotated[list[Annotated[int, Field(ge=0)]], CHECKPOINT_STEPS] = Field(
+        description="steps at which the policy's weights are kept; 0 is the policy before any "
+        "feedback. A list, {every: n}, or powers of two"
+    )
+    resume_every: Positive = Field(10, description="steps between saved training states")
+    resume_minutes: Annotated[float, Field(gt=0)] = Field(
+        15.0, description="minutes after which the next step saves a training state anyway"
     )
     trainer: dict[str, Any] = Field(
         default_factory=dict,
-        description="fields of GRPOConfig or SFTConfig, on top of ppo.trainer's",
+        description="fields of PPOConfig (ppo, grpo) or SFTConfig (sft, which ignores fields that "
+        "only PPOConfig has)",
     )
-
-
-class Ppo(Section):
-    """PPO; a step is one update on one batch of rollouts, as in the paper's x-axis."""
-
-    steps: Positive
-    checkpoints: Annotated[list[Annotated[int, Field(ge=0)]], KEPT_STEPS] = Field(
-        description="steps whose weights are kept; 0 is the policy before any feedback. "
-        "A list, {every: n}, or powers of two"
-    )
-    resume_every: Positive = Field(10, description="steps between states to resume from")
-    resume_minutes: Annotated[float, Field(gt=0)] = Field(
-        15.0, description="minutes after which a state is saved at the next step all the same"
-    )
-    trainer: dict[str, Any] = Field(default_factory=dict, description="fields of PPOConfig")
     lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig")
-    replaced_by: Replacement | None = Field(None, description="another trainer in PPO's place")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_replaced_by(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "replaced_by" not in given:
+            return given
+        if given["replaced_by"] is not None:
+            raise ValueError(
+                "ppo.replaced_by is now policy.method: write policy: {method: grpo} or {method: "
+                "sft}, and put the keys of replaced_by.trainer under policy.trainer"
+            )
+        return {key: value for key, value in given.items() if key != "replaced_by"}
 
     @model_validator(mode="before")
     @classmethod
@@ -175,7 +182,7 @@ class Ppo(Section):
         return {**given, "checkpoints": sorted(set(kept))}
 
     @model_validator(mode="after")
-    def _steps_are_reached(self) -> "Ppo":
+    def _check_steps(self) -> "Policy":
         if not self.checkpoints:
             raise ValueError("checkpoints is empty: name at least one step, such as [0, 10]")
         if self.checkpoints != sorted(set(self.checkpoints)):
@@ -248,6 +255,31 @@ class Launch(Section):
         return self.processes > 1 or self.deepspeed is not None
 
 
+def rename_old_sections(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe's content with its section `ppo`, the name of older versions, as `policy`.
+
+    Raises ValueError where both are given.
+    """
+    models = content.get("models")
+    if isinstance(models, list):
+        content = {**content, "models": [_rename_ppo_in_model(model) for model in models]}
+    return _rename_ppo(content, "")
+
+
+def _rename_ppo_in_model(model: Any) -> Any:
+    if not isinstance(model, dict) or not isinstance(model.get("trainer"), dict):
+        return model
+    return {**model, "trainer": _rename_ppo(model["trainer"], "models: trainer.")}
+
+
+def _rename_ppo(section: dict[str, Any], where: str) -> dict[str, Any]:
+    if "ppo" not in section:
+        return section
+    if "policy" in section:
+        raise ValueError(f"{where}ppo: is an older name of {where}policy: give only policy")
+    return {"policy" if key == "ppo" else key: value for key, value in section.items()}
+
+
 class Recipe(Section):
     """One whole run."""
 
@@ -258,14 +290,19 @@ class Recipe(Section):
     data: Data
     base: Base | None = None
     reward: Reward
-    ppo: Ppo
+    policy: Policy
     evaluate: Evaluate = Evaluate()
     launch: Launch = Launch()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_sections(cls, given: Any) -> Any:
+        return rename_old_sections(given) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
         names = [model.name for model in self.models]
-        if taken := TAKEN.intersection(names):
+        if taken := RESERVED_NAMES.intersection(names):
             raise ValueError(f"models: the name {min(taken)} is taken in a run's folder; rename")
         if len(set(names)) < len(names):
             raise ValueError("models: two models have the same name")
@@ -281,9 +318,10 @@ class Recipe(Section):
                 raise ValueError(
                     f"models: {model.name}: scratch and base: method pretrain go together"
                 )
-        if self.ppo.replaced_by is not None and self.launch.starts_processes:
+        if self.policy.method != "ppo" and self.launch.starts_processes:
             raise ValueError(
-                "ppo.replaced_by trains in one process: remove launch.processes and deepspeed"
+                f"policy.method: {self.policy.method} trains in one process: remove "
+                "launch.processes and launch.deepspeed"
             )
         if self.launch.slurm is not None:
             for name in self.launch.slurm.models:
@@ -299,7 +337,11 @@ class Recipe(Section):
         own = next(model.trainer for model in self.models if model.name == name)
         parts: dict[str, Any] = {
             stage: part.model_copy(update={"trainer": {**part.trainer, **own[stage]}})
-            for stage, part in (("base", self.base), ("reward", self.reward), ("ppo", self.ppo))
+            for stage, part in (
+                ("base", self.base),
+                ("reward", self.reward),
+                ("policy", self.policy),
+            )
             if part is not None and stage in own
         }
         return self.model_copy(update=parts)

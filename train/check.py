@@ -14,9 +14,9 @@ def check_training(recipe: Recipe) -> None:
     The `trainer:` and `lora:` keys are built once with the libraries' classes; given models and
     data folders must exist; a configuration from scratch must be one that transformers knows.
     """
-    if recipe.ppo.trainer.get("use_vllm") and importlib.util.find_spec("vllm") is None:
+    if recipe.policy.trainer.get("use_vllm") and importlib.util.find_spec("vllm") is None:
         raise InputError(
-            "ppo.trainer.use_vllm: vLLM is not installed; pip install 'selfcorrect[vllm]', or "
+            "policy.trainer.use_vllm: vLLM is not installed; pip install 'selfcorrect[vllm]', or "
             "remove the key"
         )
     from selfcorrect.train.stages.arguments import lora_config
@@ -30,8 +30,8 @@ def check_training(recipe: Recipe) -> None:
             _check_trainers(recipe.of(model.name))
         except InputError as error:
             raise InputError(f"models.{index}.trainer: {error}") from None
-    if recipe.ppo.lora is not None:
-        lora_config("ppo.lora", recipe.ppo.lora, "CAUSAL_LM")
+    if recipe.policy.lora is not None:
+        lora_config("policy.lora", recipe.policy.lora, "CAUSAL_LM")
     if recipe.reward.lora is not None:
         lora_config("reward.lora", recipe.reward.lora, "SEQ_CLS")
     for index, model in enumerate(recipe.models):
@@ -48,8 +48,8 @@ def _check_trainers(recipe: Recipe) -> None:
     from trl import RewardConfig, SFTConfig
 
     from selfcorrect.train.stages.arguments import NO_CODE, build
-    from selfcorrect.train.stages.baselines import fine_tuning_arguments
-    from selfcorrect.train.stages.policy import ppo_arguments
+    from selfcorrect.train.stages.baselines import sft_arguments
+    from selfcorrect.train.stages.policy import policy_arguments
 
     nowhere = Path("checked-only")
     output = {"output_dir": str(nowhere)}
@@ -59,9 +59,9 @@ def _check_trainers(recipe: Recipe) -> None:
     elif recipe.base is not None:
         build(SFTConfig, "base.trainer", recipe.base.trainer, {"bf16": False}, given)
     build(RewardConfig, "reward.trainer", recipe.reward.trainer, {"bf16": False}, given)
-    arguments = ppo_arguments(recipe.ppo, nowhere, recipe.seeds[0])
-    if recipe.ppo.replaced_by is not None and recipe.ppo.replaced_by.method == "sft":
-        fine_tuning_arguments(recipe.ppo, arguments)
+    arguments = policy_arguments(recipe.policy, nowhere, recipe.seeds[0])
+    if recipe.policy.method == "sft":
+        sft_arguments(recipe.policy, arguments)
 
 
 def _check_model(path: str | None, key: str) -> None:

@@ -13,20 +13,19 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from selfcorrect.evaluate.callback import measure_undisturbed, whole
+from selfcorrect.evaluate.callback import gathered_weights, measure_during_training
 from selfcorrect.evaluate.measuring.cell_files import Origin
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan
 from selfcorrect.evaluate.measuring.run import recipe_plan
-from selfcorrect.evaluate.run_folder import check_inside, read_checkpoint
-from selfcorrect.evaluate.scoring.load_model import say_trust
-from selfcorrect.evaluate.scoring.token_trie import Prepared
+from selfcorrect.evaluate.run_folder import POLICY_METHODS, check_inside, read_checkpoint
+from selfcorrect.evaluate.scoring.load_model import warn_trust_remote_code
+from selfcorrect.evaluate.scoring.token_trie import PackingCache
 from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation import signals
 from selfcorrect.recipes.foundation.atomic_files import remove_leftovers
-from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.locks import claimed, holder
-from selfcorrect.recipes.foundation.machine_faults import machine_faults_are_said
-from selfcorrect.recipes.foundation.ranks import joined
+from selfcorrect.recipes.foundation.errors import InputError, explain_machine_faults
+from selfcorrect.recipes.foundation.locks import hold_lock, lock_holder
+from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.load import training_digest
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.feedback.feedback import load_feedback
@@ -47,17 +46,17 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
     torch.set_num_threads(threads_per_job(recipe))
     model = next(m for m in recipe.models if m.name == model_name)
     folder = run / model.name / f"seed-{seed}"
-    for stage in ("base", "reward", "ppo"):
+    for stage in ("base", "reward", recipe.policy.method):
         check_inside(run, folder / stage)
         check_inside(run, folder / f"{stage}.work")
-    alone = only_one(folder) if joined().rank == 0 else nullcontext()
-    with machine_faults_are_said(run), alone:
+    alone = only_one(folder) if current_ranks().rank == 0 else nullcontext()
+    with explain_machine_faults(run), alone:
         feedback = load_feedback(recipe.data, recipe.seeds[0])
         train_base(recipe, model, feedback.preferences, folder / "base", seed, notify)
         base = folder / "base"
         trust = {"trust_remote_code": model.trust_remote_code}
         if model.trust_remote_code:
-            say_trust(base)
+            warn_trust_remote_code(base)
         tokenizer = AutoTokenizer.from_pretrained(base, **trust)
         reward = folder / "reward"
         train_reward(
@@ -77,15 +76,15 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
             "seed": seed,
             "recipe_digest": digest,
             "versions": versions(),
-            "adapter_of": str(Path("..") / ".." / "base") if recipe.ppo.lora else None,
+            "adapter_of": str(Path("..") / ".." / "base") if recipe.policy.lora else None,
         }
         train_policy(
-            recipe.ppo,
+            recipe.policy,
             str(base),
             reward,
             feedback,
             tokenizer,
-            folder / "ppo",
+            folder / recipe.policy.method,
             seed,
             record,
             notify,
@@ -99,31 +98,31 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
     if recipe.evaluate.attach == "off":
         return None
     plan: EvaluationPlan = recipe_plan(recipe, run)
-    prepared = Prepared()
+    packings = PackingCache()
 
     def go_on(*_: Any) -> None:
-        if signals.is_asked():
+        if signals.is_requested():
             raise signals.Terminated
 
     def measure(trainer: Any, folder: Path) -> None:
-        processes = joined()
-        checkpoint = processes.agree(lambda: read_checkpoint(folder))
+        processes = current_ranks()
+        checkpoint = processes.from_rank0(lambda: read_checkpoint(folder))
         origin = Origin(checkpoint.record.weights_digest or files_digest(folder))
         writes = processes.rank == 0
         # What is left unmeasured on SIGTERM is measured after training; the state comes first.
         with (
             suppress(signals.Terminated),
             # `evaluate --watch` may be at it
-            claimed(checkpoint.evaluation, math.inf) if writes else nullcontext(),
-            whole(trainer.accelerator.unwrap_model(trainer.model)) as model,
+            hold_lock(checkpoint.evaluation, math.inf) if writes else nullcontext(),
+            gathered_weights(trainer.accelerator.unwrap_model(trainer.model)) as model,
         ):
-            measure_undisturbed(
+            measure_during_training(
                 plan,
                 model,
                 trainer.processing_class,
                 checkpoint.evaluation,
                 go_on,
-                prepared,
+                packings,
                 origin,
                 processes,
             )
@@ -134,12 +133,13 @@ def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Hold the job's folder; InputError where another process is at work on it."""
-    with claimed(folder, GOING_DOWN_SECONDS) as free:
+    with hold_lock(folder, GOING_DOWN_SECONDS) as free:
         if not free:
             raise InputError(
-                f"{folder}: {holder(folder)} is training here; wait for it, or stop it first"
+                f"{folder}: {lock_holder(folder)} is training here; wait for it, or stop it first"
             )
-        remove_leftovers(folder / "ppo")
+        for method in POLICY_METHODS:
+            remove_leftovers(folder / method)
         yield
 
 

@@ -25,14 +25,15 @@ from tqdm import tqdm
 from selfcorrect.evaluate.measuring.inputs import FILE as INPUTS
 from selfcorrect.evaluate.measuring.inputs import check_inputs
 from selfcorrect.evaluate.measuring.run import recipe_plan
+from selfcorrect.evaluate.run_folder import STAGE_RECORD
 from selfcorrect.recipes.foundation import signals
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
-from selfcorrect.recipes.foundation.locks import LOCK, claimed
+from selfcorrect.recipes.foundation.locks import LOCK, hold_lock
+from selfcorrect.recipes.foundation.messages import log_to_stderr
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.provenance import record_start
 
-LAST = Path("ppo") / "stage.json"  # what the last stage of a job leaves
 BENCHMARKS = "benchmarks"  # a society's own, in the run's folder
 Job = tuple[str, int]  # model, seed
 _events: Any = None  # in a child: where progress is told
@@ -49,7 +50,7 @@ def open_run(recipe: Recipe, run: Path) -> None:
     if old == recipe and not unfinished(recipe, run):
         _open(recipe, run)  # writes nothing: a finished run may lie where nobody can write
         return
-    with claimed(run, math.inf):
+    with hold_lock(run, math.inf):
         _open(recipe, run)
 
 
@@ -95,7 +96,7 @@ def check_folder(recipe: Recipe, run: Path) -> Recipe | None:
 
 def _check_same(old: Recipe, new: Recipe, run: Path) -> None:
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for section in ("data", "base", "reward", "ppo"):
+    for section in ("data", "base", "reward", "policy"):
         key = _first_difference(before[section], after[section], section)
         if key:
             raise InputError(
@@ -128,7 +129,12 @@ def _first_difference(before: Any, after: Any, key: str) -> str | None:
 def unfinished(recipe: Recipe, run: Path) -> list[Job]:
     """The jobs whose last stage has not ended, in the order in which they start."""
     jobs = [(model.name, seed) for model in reversed(recipe.models) for seed in recipe.seeds]
-    return [job for job in jobs if not (run / job[0] / f"seed-{job[1]}" / LAST).is_file()]
+    return [job for job in jobs if not last_record(recipe, run, job).is_file()]
+
+
+def last_record(recipe: Recipe, run: Path, job: Job) -> Path:
+    """The file that the last stage of a job leaves."""
+    return run / job[0] / f"seed-{job[1]}" / recipe.policy.method / STAGE_RECORD
 
 
 def train_run(recipe: Recipe, run: Path, report: Report, only: set[Job] | None = None) -> None:
@@ -156,7 +162,7 @@ def _side_by_side(recipe: Recipe, run: Path, wanted: list[Job], report: Report) 
         with signals.deferred():
             told = False
             while waiting:
-                if signals.is_asked() and not told:
+                if signals.is_requested() and not told:
                     told = True
                     for future in waiting:
                         future.cancel()  # those that have not begun
@@ -171,7 +177,7 @@ def _side_by_side(recipe: Recipe, run: Path, wanted: list[Job], report: Report) 
     except signals.Terminated:
         raise  # the children have ended their work by themselves
     except BaseException as error:  # Ctrl-C too: nothing may train on unseen
-        if isinstance(error, BrokenProcessPool) and signals.is_asked():
+        if isinstance(error, BrokenProcessPool) and signals.is_requested():
             raise signals.Terminated from None  # once all have saved: see `_child`
         for child in children:
             child.kill()
@@ -187,6 +193,7 @@ def _side_by_side(recipe: Recipe, run: Path, wanted: list[Job], report: Report) 
 
 def _begin_child(events: Any) -> None:
     global _events
+    log_to_stderr()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own, of all processes, would outlive a killed child

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from selfcorrect.evaluate.measuring.cell_files import read_settings
 from selfcorrect.evaluate.measuring.run import planned, recipe_plan
-from selfcorrect.evaluate.run_folder import Checkpoint, find_checkpoints
+from selfcorrect.evaluate.run_folder import POLICY_METHODS, Checkpoint, find_checkpoints
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 
@@ -93,5 +93,6 @@ def _behind(run: Path) -> Iterable[Path]:
     yield run / "recipe.yaml"
     yield run / "run.json"
     yield from run.glob("*/seed-*/reward/stage.json")
-    yield from run.glob("*/seed-*/ppo/checkpoint-*/*.json")
-    yield from run.glob("*/seed-*/ppo/checkpoint-*/evaluation/*.parquet")
+    for method in POLICY_METHODS:
+        yield from run.glob(f"*/seed-*/{method}/checkpoint-*/*.json")
+        yield from run.glob(f"*/seed-*/{method}/checkpoint-*/evaluation/*.parquet")

@@ -1,5 +1,6 @@
 """Evaluation after the fact, or beside a live run: every checkpoint of a run on disk."""
 
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -8,19 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.evaluate.data.catalogue import say_unpublished
+from selfcorrect.evaluate.data.catalogue import warn_if_unpublished
 from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.evaluate.measuring.cell_files import Origin, is_measured
 from selfcorrect.evaluate.measuring.inputs import check_inputs
 from selfcorrect.evaluate.measuring.measure import measure, measure_with
-from selfcorrect.evaluate.measuring.plan import EvaluationPlan, plan
+from selfcorrect.evaluate.measuring.plan import EvaluationPlan, plan_evaluation
 from selfcorrect.evaluate.run_folder import RECORD, Checkpoint, check_saved, find_checkpoints
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
-from selfcorrect.recipes.foundation.locks import claimed, holder, say
-from selfcorrect.recipes.foundation.ranks import ALONE, Processes
+from selfcorrect.recipes.foundation.locks import hold_lock, lock_holder
+from selfcorrect.recipes.foundation.ranks import SINGLE, Ranks
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.recipes.society.benchmarks import whole_benchmarks
+
+logger = logging.getLogger(__name__)
 
 Notify = Callable[[str, int, int], None]  # what, done, in all
 Place = tuple[str, int, int]  # model, seed, step
@@ -38,9 +41,9 @@ def recipe_plan(recipe: Recipe, run: Path) -> EvaluationPlan:
         if recipe.data.benchmarks is None:
             raise InputError("data.benchmarks: name the folder with bbq/, winogender/, law_school/")
         data, stimuli = recipe.data.benchmarks, load_stimuli(recipe.data.stimuli)
-        say_unpublished(data, recipe.evaluate.experiments)
+        warn_if_unpublished(data, recipe.evaluate.experiments)
     asked = recipe.evaluate
-    return plan(
+    return plan_evaluation(
         data,
         stimuli,
         asked.experiments,
@@ -71,9 +74,9 @@ def place(checkpoint: Checkpoint) -> Place:
     return record.model, record.seed, record.step
 
 
-def folder_of(run: Path, at: Place) -> Path:
+def folder_of(run: Path, method: str, at: Place) -> Path:
     """The folder of a checkpoint that training writes."""
-    return run / at[0] / f"seed-{at[1]}" / "ppo" / f"checkpoint-{at[2]}"
+    return run / at[0] / f"seed-{at[1]}" / method / f"checkpoint-{at[2]}"
 
 
 def planned(recipe: Recipe) -> set[Place]:
@@ -82,7 +85,7 @@ def planned(recipe: Recipe) -> set[Place]:
         (model.name, seed, step)
         for model in recipe.models
         for seed in recipe.seeds
-        for step in recipe.ppo.checkpoints
+        for step in recipe.policy.checkpoints
     }
 
 
@@ -99,7 +102,7 @@ def evaluate_run(
     notify: Notify,
     *,
     watch: bool = False,
-    processes: Processes = ALONE,
+    processes: Ranks = SINGLE,
     device: str | None = None,
     threads: int | None = None,
     only: set[Place] | None = None,
@@ -118,16 +121,16 @@ def evaluate_run(
     """
     if processes.size > 1 and recipe.evaluate.engine != "packed":
         raise InputError(f"evaluate.engine: {recipe.evaluate.engine} shares its work by itself")
-    processes.agree(lambda: _check_files(recipe, run))  # one of them mends what is damaged
+    processes.from_rank0(lambda: _check_files(recipe, run))  # one of them mends what is damaged
     work = _Work(recipe, run, recipe_plan(recipe, run), processes, device, threads, only)
     while True:
-        waiting = processes.agree(work.waiting)
+        waiting = processes.from_rank0(work.waiting)
         done_before = work.num_measured
         for checkpoint in waiting:
             notify("evaluate", work.num_measured, done_before + len(waiting))
             work.measure_if_free(checkpoint)
-        is_over = not watch or processes.agree(work.is_over)  # looked at before the last round
-        waiting = processes.agree(work.waiting)
+        is_over = not watch or processes.from_rank0(work.is_over)  # looked at before the last round
+        waiting = processes.from_rank0(work.waiting)
         if not waiting and is_over:
             break
         if work.num_measured == done_before:
@@ -154,7 +157,7 @@ class _Work:
     recipe: Recipe
     run: Path
     cells: EvaluationPlan
-    processes: Processes
+    processes: Ranks
     device: str | None
     threads: int | None
     only: set[Place] | None
@@ -164,11 +167,11 @@ class _Work:
     malformed: dict[Path, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from selfcorrect.evaluate.scoring.token_trie import Prepared
-        from selfcorrect.evaluate.scoring.weights import Loader
+        from selfcorrect.evaluate.scoring.token_trie import PackingCache
+        from selfcorrect.evaluate.scoring.weights import CheckpointLoader
 
-        self.loader = Loader(self.device)
-        self.prepared = Prepared()
+        self.loader = CheckpointLoader(self.device)
+        self.packings = PackingCache()
         self.trusted = {m.name for m in self.recipe.models if m.trust_remote_code}
 
     def waiting(self) -> list[Checkpoint]:
@@ -191,10 +194,10 @@ class _Work:
         """Measure it, unless another process does so or has done so."""
         folder = checkpoint.folder
         first = self.processes.rank == 0
-        if not self.processes.agree(lambda: (folder / RECORD).is_file()):
+        if not self.processes.from_rank0(lambda: (folder / RECORD).is_file()):
             return  # vanished
-        with claimed(checkpoint.evaluation) if first else nullcontext(True) as free:
-            if not self.processes.agree(
+        with hold_lock(checkpoint.evaluation) if first else nullcontext(True) as free:
+            if not self.processes.from_rank0(
                 lambda: free and not _is_whole(checkpoint, self.cells, self.recipe.evaluate.engine)
             ):
                 return
@@ -213,7 +216,7 @@ class _Work:
 
     def _measure(self, checkpoint: Checkpoint) -> None:
         engine = self.recipe.evaluate.engine
-        digest = self.processes.agree(lambda: _checked_digest(checkpoint))
+        digest = self.processes.from_rank0(lambda: _checked_digest(checkpoint))
         origin = Origin(digest, engine)
         if engine != "packed":
             from selfcorrect.evaluate.scoring.lm_eval import load_engine
@@ -240,7 +243,7 @@ class _Work:
             model,
             tokenizer,
             checkpoint.evaluation,
-            prepared=self.prepared,
+            packings=self.packings,
             origin=origin,
             processes=self.processes,
         )
@@ -250,7 +253,7 @@ class _Work:
         if waiting and not self.said and self.processes.rank == 0:
             self.said = True
             folder = waiting[0].evaluation
-            say(f"waiting for {holder(folder)} which is at work in {folder}")
+            logger.warning("waiting for %s, working in %s", lock_holder(folder), folder)
 
     def tidy(self) -> None:
         """Remove what killed processes left beside evaluations that are whole by now."""
@@ -258,14 +261,18 @@ class _Work:
             folder = checkpoint.evaluation
             left = [*folder.glob(".*.parts"), *folder.glob(".*.part")]
             if left and _is_whole(checkpoint, self.cells, self.recipe.evaluate.engine):
-                with claimed(folder) as free:
+                with hold_lock(folder) as free:
                     for path in left if free else ():
                         shutil.rmtree(path, ignore_errors=True)
 
     def raise_broken(self) -> None:
         """RunFailure for the checkpoints that are still there and could not be measured."""
         said = [line for folder, (_, line) in self.broken.items() if (folder / RECORD).is_file()]
-        ours = None if self.only is None else {folder_of(self.run, at) for at in self.only}
+        ours = (
+            None
+            if self.only is None
+            else {folder_of(self.run, self.recipe.policy.method, at) for at in self.only}
+        )
         said += [line for at, line in self.malformed.items() if ours is None or at in ours]
         if said:
             more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""

@@ -14,7 +14,7 @@ from selfcorrect.evaluate.statistics.bootstrap import Draws
 from selfcorrect.evaluate.statistics.cells import Measured, measure_run
 from selfcorrect.recipes.foundation.checksums import is_whole, read_record
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.printable import visible
+from selfcorrect.recipes.foundation.printable import escape_controls
 from selfcorrect.recipes.load import NOT_AS_SAVED, parse_yaml
 
 # Keys of a recipe that change no answer of any checkpoint, beside the seeds: names, what is kept,
@@ -24,9 +24,9 @@ NO_DIFFERENCE = (
     "description",
     "seeds",
     "launch",
-    "ppo.checkpoints",
-    "ppo.resume_every",
-    "ppo.resume_minutes",
+    "policy.checkpoints",
+    "policy.resume_every",
+    "policy.resume_minutes",
     "evaluate.attach",
 )
 
@@ -58,7 +58,7 @@ def name_runs(runs: Sequence[Path]) -> dict[str, Path]:
             "/".join(path.parts[-depth:]) if names.count(name) > 1 else name
             for name, path in zip(names, whole, strict=True)
         ]
-    return dict(zip(map(visible, names), whole, strict=True))
+    return dict(zip(map(escape_controls, names), whole, strict=True))
 
 
 def group_runs(named: Mapping[str, Path]) -> list[Group]:

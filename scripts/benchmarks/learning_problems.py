@@ -170,7 +170,7 @@ def society(folder: Path, steps: int) -> Problem:
     num_prompts = recipe.data.society.prompts
     drawn = list(society_feedback.prompts(world, num_prompts + 512))
     texts = [render_prompt(tokenizer, prompt.messages) for prompt in drawn]
-    settings = recipe.ppo.trainer
+    settings = recipe.policy.trainer
     clip, penalty = settings["score_clip"], settings["missing_eos_penalty"]
 
     def normalised(**columns: Any) -> list[float]:

@@ -59,7 +59,7 @@ def jobs_left(recipe: Recipe, run: Path) -> list[ClusterJob]:
     report comes last, of whatever there is.
     """
     from selfcorrect.evaluate.measuring.run import planned
-    from selfcorrect.train.run import LAST, unfinished
+    from selfcorrect.train.run import last_record, unfinished
 
     training = unfinished(recipe, run)
     measured = _measured(recipe, run)
@@ -70,7 +70,7 @@ def jobs_left(recipe: Recipe, run: Path) -> list[ClusterJob]:
             if (model.name, seed) in training:
                 one = ["--model", model.name, "--seed", seed, "--runs-dir", run.parent]
                 command = _command("train", run / "recipe.yaml", *one)
-                leaves = run / model.name / f"seed-{seed}" / LAST
+                leaves = last_record(recipe, run, (model.name, seed))
                 after = [f"{name}.train"]
                 jobs.append(ClusterJob("train", after[0], [command], [], model.name, leaves))
                 if recipe.evaluate.attach == "inline":

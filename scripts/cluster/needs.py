@@ -7,9 +7,9 @@ from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster.jobs import ClusterJob, Needs, asked_of
 from selfcorrect.train.distributed.settings import deepspeed_settings
-from selfcorrect.train.planning.devices import GPUS, plan_model
+from selfcorrect.train.planning.devices import GPUS, estimate_model
 from selfcorrect.train.planning.feedback import FeedbackFacts, feedback_facts
-from selfcorrect.train.planning.memory import Engine
+from selfcorrect.train.planning.memory import Parallelism
 from selfcorrect.train.planning.model_shape import model_shape
 
 # Bytes of a Python process with torch and transformers (docs/results/planning-accuracy.md).
@@ -38,8 +38,8 @@ def _with(recipe: Recipe, job: ClusterJob, facts: FeedbackFacts) -> ClusterJob:
         asked = recipe.launch.deepspeed if number > 1 else None
         settings = deepspeed_settings(asked, gpus > 0) if asked else {}
         stage = settings.get("zero_optimization", {}).get("stage", 0)
-        engine = Engine(number, stage, gpu=gpus > 0)
-        plan = plan_model(recipe, job.model, shape, facts, engine)
+        parallelism = Parallelism(number, stage, gpu=gpus > 0)
+        plan = estimate_model(recipe, job.model, shape, facts, parallelism)
     except InputError as error:
         return _without(job, error)
     stages = [s for s in plan.footprints if (s.stage == "evaluation") == (job.kind == "evaluate")]
@@ -47,7 +47,7 @@ def _with(recipe: Recipe, job: ClusterJob, facts: FeedbackFacts) -> ClusterJob:
     if gpus:
         hours = plan.hours(GPUS["h100"], UTILISATION)
         own = [hours[s] for s in hours if (s == "evaluation") == (job.kind == "evaluate")]
-        spent = sum(own) / (len(recipe.ppo.checkpoints) if job.kind == "evaluate" else 1)
+        spent = sum(own) / (len(recipe.policy.checkpoints) if job.kind == "evaluate" else 1)
         sentence = (
             f"planned: {most / 1e9:.1f} GB at most on each of {number} GPUs, "
             f"{spent:.1f} h at {UTILISATION:.0%} of an H100's peak"

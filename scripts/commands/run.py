@@ -13,7 +13,7 @@ from selfcorrect.scripts.commands.train import RUNS, StagesFrom, measure_rest, t
 def run(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Dotted keys, for example ppo.steps=20.")
+        list[str] | None, typer.Argument(help="Dotted keys, for example policy.steps=20.")
     ] = None,
     runs_dir: Annotated[Path, typer.Option(help="Where run folders lie.")] = RUNS,
     stages_from: StagesFrom = None,

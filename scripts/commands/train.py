@@ -20,7 +20,7 @@ StagesFrom = Annotated[
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Dotted keys, for example ppo.steps=20.")
+        list[str] | None, typer.Argument(help="Dotted keys, for example policy.steps=20.")
     ] = None,
     runs_dir: Annotated[Path, typer.Option(help="Where run folders lie.")] = RUNS,
     model: Annotated[str | None, typer.Option(help="Only this model of the ladder.")] = None,
@@ -74,21 +74,22 @@ def train_ladder(
     with Bars() as bars:
         train_run(recipe, folder, lambda job, *rest: bars(f"{job[0]} seed {job[1]}", *rest), wanted)
     if todo:
-        _say_cost(folder, wanted)
+        _say_cost(recipe, folder, wanted)
 
 
-def _say_cost(folder: Path, jobs: set[tuple[str, int]]) -> None:
+def _say_cost(recipe: Recipe, folder: Path, jobs: set[tuple[str, int]]) -> None:
     """One line on what attached evaluation took beside PPO, over these jobs."""
     from selfcorrect.recipes.foundation.checksums import read_record
+    from selfcorrect.train.run import last_record
 
-    paths = [folder / name / f"seed-{seed}" / "ppo" / "stage.json" for name, seed in jobs]
+    paths = [last_record(recipe, folder, job) for job in jobs]
     stages = [read_record(path, "delete it and run again") for path in paths if path.is_file()]
     spent = sum(stage["evaluation_seconds"] for stage in stages)
     if spent:
         from selfcorrect.evaluate.measuring.measure import cost
 
         training = sum(stage["seconds"] for stage in stages) - spent
-        print(cost(spent, training, "PPO"))
+        print(cost(spent, training, recipe.policy.method.upper()))
 
 
 def measure_rest(

@@ -106,7 +106,7 @@ def recipe_on(room: Path, pairs: Path, benchmarks: Path, stimuli: Path) -> Recip
                 "stimuli": str(stimuli),
             },
             "reward": {},
-            "ppo": {"steps": 1, "checkpoints": [0]},
+            "policy": {"steps": 1, "checkpoints": [0]},
             "evaluate": {"conditions": ["Q", "Q+IF"]},
         },
         "given",

@@ -59,9 +59,9 @@ def _models(run: Path, adapter: Path) -> Iterator[Kind]:
 
 def model(folder: Path) -> Any:
     """Weights, tokens and settings, as evaluation loads them."""
-    from selfcorrect.evaluate.scoring.weights import Loader, weights_digest
+    from selfcorrect.evaluate.scoring.weights import CheckpointLoader, weights_digest
 
-    loaded, tokenizer = Loader("cpu").load(folder)
+    loaded, tokenizer = CheckpointLoader("cpu").load(folder)
     return weights_digest(loaded), str(loaded.config), tokenizer.backend_tokenizer.to_str()
 
 
@@ -83,7 +83,7 @@ def _records(run: Path) -> Iterator[Kind]:
     other = shutil.copytree(run, run.with_name("other"))
     facts = json.loads((run / "run.json").read_text())
     (other / "run.json").write_text(json.dumps({**facts, "cores": 9999}))
-    save_recipe(load_recipe(str(run / "recipe.yaml"), ["ppo.steps=9"]), other / "recipe.yaml")
+    save_recipe(load_recipe(str(run / "recipe.yaml"), ["policy.steps=9"]), other / "recipe.yaml")
     for at in other.rglob("checkpoint.json"):
         record = json.loads(at.read_text())
         at.write_text(json.dumps({**record, "seal": None, "episodes": 7}))

@@ -21,10 +21,10 @@ SMALL = [
     "data.society.blocks_per_template=1",
     "base.trainer.save_steps=5",
     "reward.trainer.save_steps=3",
-    "ppo.resume_every=1",
-    "ppo.steps=3",
-    "ppo.checkpoints=[0, 2, 3]",
-    "ppo.trainer.per_device_train_batch_size=4",
+    "policy.resume_every=1",
+    "policy.steps=3",
+    "policy.checkpoints=[0, 2, 3]",
+    "policy.trainer.per_device_train_batch_size=4",
     "evaluate.limit=16",
     "evaluate.conditions=[Q, Q+IF]",
     "launch.jobs=1",
@@ -32,9 +32,9 @@ SMALL = [
 ]
 ADAPTER = [
     "name=adapter",
-    "ppo.steps=1",
-    "ppo.checkpoints=[0, 1]",
-    "ppo.lora={r: 2, target_modules: [q_proj]}",
+    "policy.steps=1",
+    "policy.checkpoints=[0, 1]",
+    "policy.lora={r: 2, target_modules: [q_proj]}",
     "evaluate.attach=off",
 ]
 

@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {
     "data": {"society": {"seed": 3, "corpus": {"documents": 10}, "pairs": 20}},
     "base": {"method": "pretrain", "trainer": {"learning_rate": 0.001, "save_steps": 5}},
     "reward": {"trainer": {"num_train_epochs": 1}, "lora": {"r": 2}},
-    "ppo": {"steps": 4, "checkpoints": [0, 2, 4], "trainer": {"beta": 0.1}, "lora": {"r": 2}},
+    "policy": {"steps": 4, "checkpoints": [0, 2, 4], "trainer": {"beta": 0.1}, "lora": {"r": 2}},
     "evaluate": {"experiments": ["bbq"], "conditions": ["Q"], "limit": 16},
     "launch": {"jobs": 1},
 }
@@ -153,8 +153,8 @@ def recipe_targets(room: Path) -> list[Target]:
 
         check_training(check_recipe(tree, "fuzz"))
 
-    settings = st.sampled_from(["base.trainer", "reward.trainer", "reward.lora", "ppo.trainer",
-                                "ppo.lora", "models.0.scratch"])  # fmt: skip
+    settings = st.sampled_from(["base.trainer", "reward.trainer", "reward.lora", "policy.trainer",
+                                "policy.lora", "models.0.scratch"])  # fmt: skip
     return [
         ("recipe: near misses", near_misses(), lambda tree: check_recipe(tree, "fuzz")),
         ("recipe: any tree", TREES, lambda tree: check_recipe(tree, "fuzz")),

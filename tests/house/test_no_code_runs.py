@@ -199,7 +199,7 @@ def as_policy(path: Path) -> None:
     ("make", "read"),
     [
         (pickled_model, load_model),
-        (pickled_model, lambda path: load_policy(str(path), None)),
+        (pickled_model, lambda path: load_policy(str(path))),
         (pickled_model, as_policy),
         (pickled_shard, load_model),
         (pickled_shard, as_policy),
@@ -367,7 +367,7 @@ def trusted(folder: Path) -> Model:
     "read",
     [
         lambda folder: load_reward_model(str(folder), torch.float32),
-        lambda folder: load_policy(str(folder), None, trust_remote_code=False),
+        lambda folder: load_policy(str(folder), trust_remote_code=False),
         lambda folder: model_shape(trusted(folder), "models.0"),
         lambda folder: _through_transformers(trusted(folder), "models.0"),
         as_policy,

@@ -29,18 +29,18 @@ SMALL = {
     "data": {"society": {"seed": 3}},
     "base": {"method": "pretrain"},
     "reward": {},
-    "ppo": {"steps": 4, "checkpoints": [0, 2, 4]},
+    "policy": {"steps": 4, "checkpoints": [0, 2, 4]},
 }
 
 # What is changed, as dotted overrides, and what the one line must say.
 WRONG = [
-    ("ppo.stepz=4", "ppo.stepz: unknown key; did you mean steps?"),
+    ("policy.stepz=4", "policy.stepz: unknown key; did you mean steps?"),
     ("data.society.raters.shares=1", "data.society.raters.shares: unknown key; did you mean share"),
-    ("ppo.checkpoints=[0, 9]", "checkpoints asks for step 9 but the run ends at steps: 4"),
-    ("ppo.checkpoints=[]", "ppo: checkpoints is empty"),
-    ("ppo.checkpoints=[2, 0]", "ppo: checkpoints must rise"),
-    ("ppo.checkpoints={every: 0}", "checkpoints: every needs a whole number above 0"),
-    ("ppo.steps=many", "ppo.steps: Input should be a valid integer"),
+    ("policy.checkpoints=[0, 9]", "checkpoints asks for step 9 but the run ends at steps: 4"),
+    ("policy.checkpoints=[]", "policy: checkpoints is empty"),
+    ("policy.checkpoints=[2, 0]", "policy: checkpoints must rise"),
+    ("policy.checkpoints={every: 0}", "checkpoints: every needs a whole number above 0"),
+    ("policy.steps=many", "policy.steps: Input should be a valid integer"),
     ("name=../elsewhere", "name: String should match pattern"),
     ("models.0.path=x", "models.0: give either path or scratch"),
     ("data.society.feedback_categories=8", "data.society: feedback_categories must be below"),
@@ -50,12 +50,12 @@ WRONG = [
     ("evaluate.permutations=2", "evaluate.permutations: Input should be 1, 3 or 6"),
     (
         "models.0.trainer.bass={}",
-        "models.0.trainer.bass: Input should be 'base', 'reward' or 'ppo'",
+        "models.0.trainer.bass: Input should be 'base', 'reward' or 'policy'",
     ),
     ("seeds=[1, 1]", "seeds: a seed is named twice"),
     ("models.3.name=x", "models.3.name: 3 is not a position in a list of 1"),
-    ("ppo.steps.x=1", "ppo.steps.x: steps is a value, not a section"),
-    ("ppo.steps", "an override is key=value"),
+    ("policy.steps.x=1", "policy.steps.x: steps is a value, not a section"),
+    ("policy.steps", "an override is key=value"),
 ]
 
 
@@ -99,15 +99,15 @@ def test_a_recipe_made_from_another_says_only_what_is_different(tmp_path: Path) 
         "from: small.yaml\nname: other\nseeds: [4, 5]\n"
         "data: {society: {raters: {share: 0.0}}}\nppo: {checkpoints: [0, 4]}\n",
     )
-    recipe = load_recipe(str(child), ["ppo.trainer.beta=0.1"])
-    assert (recipe.name, recipe.seeds, recipe.ppo.checkpoints) == ("other", [4, 5], [0, 4])
+    recipe = load_recipe(str(child), ["policy.trainer.beta=0.1"])
+    assert (recipe.name, recipe.seeds, recipe.policy.checkpoints) == ("other", [4, 5], [0, 4])
     assert recipe.data.society is not None
     assert (recipe.data.society.seed, recipe.data.society.raters.share) == (3, 0.0)
-    assert (recipe.ppo.steps, recipe.ppo.trainer) == (4, {"beta": 0.1})
+    assert (recipe.policy.steps, recipe.policy.trainer) == (4, {"beta": 0.1})
     assert load_recipe(str(write(tmp_path / "q.yaml", "from: quickstart\nname: q\n"))).name == "q"
     third = write(tmp_path / "third.yaml", "from: other.yaml\nname: third\nseeds: [6]\n")
     assert load_recipe(str(third)) == recipe.model_copy(
-        update={"name": "third", "seeds": [6], "ppo": load_recipe(str(child)).ppo}
+        update={"name": "third", "seeds": [6], "policy": load_recipe(str(child)).policy}
     )
 
 
@@ -118,7 +118,10 @@ def test_a_recipe_made_from_another_says_only_what_is_different(tmp_path: Path) 
         ("from: [quickstart]", "a.yaml: from: is the name of another recipe"),
         ("from: b.yaml", "b.yaml: from: a.yaml is made from this one; name another"),
         ("from: a.yaml", "a.yaml: from: a.yaml is made from this one"),
-        ("from: quickstart\nppo: {stepz: 1}", "a.yaml: ppo.stepz: unknown key; did you mean steps"),
+        (
+            "from: quickstart\nppo: {stepz: 1}",
+            "a.yaml: policy.stepz: unknown key; did you mean steps",
+        ),
     ],
 )
 def test_a_wrong_from_is_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -149,13 +152,13 @@ def test_a_model_may_have_trainer_keys_of_its_own() -> None:
     apply_override(content, "base.trainer.learning_rate=4e-3")
     apply_override(content, "base.trainer.warmup_steps=7")
     apply_override(content, "models.1.trainer.base.learning_rate=1e-3")
-    apply_override(content, "models.1.trainer.ppo={beta: 0.2}")
+    apply_override(content, "models.1.trainer.policy={beta: 0.2}")
     recipe = check_recipe(content, "x")
     assert recipe.of("tiny") == recipe
     large = recipe.of("large")
     assert large.base is not None
     assert large.base.trainer == {"learning_rate": 1e-3, "warmup_steps": 7}
-    assert (large.ppo.trainer, recipe.ppo.trainer) == ({"beta": 0.2}, {})
+    assert (large.policy.trainer, recipe.policy.trainer) == ({"beta": 0.2}, {})
     assert large.reward == recipe.reward
     assert training_digest(recipe, "large", 0) != training_digest(recipe, "tiny", 0)
 
@@ -177,7 +180,7 @@ def test_an_ablation_differs_from_its_reference_in_one_thing(path: Path) -> None
     changed = {key for key in {**ours, **reference} if ours.get(key) != reference.get(key)}
     assert {"name", "description"} <= changed
     changed -= {"name", "description"}
-    parts = ("data.society.feedback", "ppo.lora", "ppo.replaced_by")  # one thing of several keys
+    parts = ("data.society.feedback", "policy.lora")  # one thing of several keys
     things = {next((part for part in parts if key.startswith(part)), key) for key in changed}
     assert len(things) == 1
 
@@ -187,8 +190,8 @@ def test_the_ablations_are_those_of_the_study() -> None:
     ladder, reference = load_recipe("society-ladder-one-rate"), load_recipe("society-ablation")
     assert reference.models[0] in ladder.models
     assert (reference.data, reference.seeds) == (ladder.data, ladder.seeds)
-    assert reference.ppo.trainer == ladder.ppo.trainer
-    assert set(reference.ppo.checkpoints) <= set(ladder.ppo.checkpoints)
+    assert reference.policy.trainer == ladder.policy.trainer
+    assert set(reference.policy.checkpoints) <= set(ladder.policy.checkpoints)
 
 
 def test_numbers_are_numbers() -> None:
@@ -204,9 +207,9 @@ def test_off_is_a_word_however_yaml_reads_it() -> None:
 def test_overrides_reach_lists_and_new_sections() -> None:
     content = copy.deepcopy(SMALL)
     apply_override(content, "models.0.name=other")
-    apply_override(content, "ppo.trainer.learning_rate=1e-4")
+    apply_override(content, "policy.trainer.learning_rate=1e-4")
     assert content["models"][0]["name"] == "other"
-    assert check_recipe(content, "x").ppo.trainer == {"learning_rate": 1e-4}
+    assert check_recipe(content, "x").policy.trainer == {"learning_rate": 1e-4}
 
 
 @pytest.mark.parametrize(
@@ -220,9 +223,9 @@ def test_overrides_reach_lists_and_new_sections() -> None:
 )
 def test_checkpoints_are_written_out(asked: str, steps: int, kept: list[int]) -> None:
     content = copy.deepcopy(SMALL)
-    apply_override(content, f"ppo.checkpoints={asked}")
-    apply_override(content, f"ppo.steps={steps}")
-    assert check_recipe(content, "x").ppo.checkpoints == kept
+    apply_override(content, f"policy.checkpoints={asked}")
+    apply_override(content, f"policy.steps={steps}")
+    assert check_recipe(content, "x").policy.checkpoints == kept
 
 
 def test_digest_follows_what_decides_the_weights_and_nothing_else() -> None:
@@ -232,8 +235,8 @@ def test_digest_follows_what_decides_the_weights_and_nothing_else() -> None:
             apply_override(content, override)
         return training_digest(check_recipe(content, "x"), "tiny", 0)
 
-    assert digest() == digest("evaluate.limit=10", "launch.jobs=2", "ppo.checkpoints=[0]")
-    for change in ("ppo.steps=5", "data.society.seed=4", "reward.held_out=0.2"):
+    assert digest() == digest("evaluate.limit=10", "launch.jobs=2", "policy.checkpoints=[0]")
+    for change in ("policy.steps=5", "data.society.seed=4", "reward.held_out=0.2"):
         assert digest() != digest(change)
 
 
@@ -251,7 +254,25 @@ def test_any_override_is_taken_or_refused_in_one_line(key: str, value: str) -> N
 def test_schema_is_json_and_refuses_unknown_keys() -> None:
     schema = json.loads(json.dumps(file_schema()))
     assert schema["additionalProperties"] is False
-    assert {"models", "data", "ppo", "from"} <= set(schema["properties"])
+    assert {"models", "data", "policy", "from"} <= set(schema["properties"])
     required = [one["required"] for one in schema["anyOf"]]
-    assert required == [["from", "name"], ["name", "models", "data", "reward", "ppo"]]
+    assert required == [["from", "name"], ["name", "models", "data", "reward", "policy"]]
     assert not any("required" in section for section in schema["$defs"].values())
+
+
+def test_old_section_ppo_is_read_as_policy(tmp_path: Path) -> None:
+    """Recipes and runs of older versions stay readable; `replaced_by` is refused with the remedy."""
+    content = {key: value for key, value in SMALL.items() if key != "policy"}
+    old = {**SMALL["policy"], "replaced_by": None}
+    assert check_recipe({**content, "ppo": old}, "x") == check_recipe(SMALL, "x")
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(yaml.safe_dump({**content, "ppo": old}))
+    for asked in ("ppo.steps=7", "policy.steps=7"):
+        assert load_recipe(str(saved), [asked]).policy.steps == 7
+    child = tmp_path / "child.yaml"
+    child.write_text("from: quickstart\nname: child\nppo: {steps: 70}\n")
+    assert load_recipe(str(child), ["ppo.trainer.beta=0.1"]).policy.steps == 70
+    with pytest.raises(InputError, match=r"x: ppo: .* give only policy"):
+        check_recipe({**SMALL, "ppo": old}, "x")
+    with pytest.raises(InputError, match=r"policy\.method: write policy: \{method: grpo\}"):
+        check_recipe({**content, "ppo": {**old, "replaced_by": {"method": "grpo"}}}, "x")

@@ -97,12 +97,12 @@ def _check_deepspeed(recipe: Recipe, asked: str, on_gpu: bool) -> None:
     settings = deepspeed_settings(asked, on_gpu)
     if asked not in STAGES:
         _check_zero(asked, settings["zero_optimization"], on_gpu)
-    for rates in (recipe.of(model.name).ppo.trainer for model in recipe.models):
+    for rates in (recipe.of(model.name).policy.trainer for model in recipe.models):
         critics = rates.get("critic_learning_rate")
         if "optimizer" in settings and critics not in (None, rates.get("learning_rate")):
             raise InputError(
                 f"launch.deepspeed: {asked}: an optimizer defined here has one learning rate, but "
-                "ppo.trainer.critic_learning_rate asks for a second; remove one of the two"
+                "policy.trainer.critic_learning_rate asks for a second; remove one of the two"
             )
     offload = settings["zero_optimization"].get("offload_optimizer") or {}
     if offload.get("device", "none") != "none":

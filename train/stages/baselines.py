@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.schema import Ppo
+from selfcorrect.recipes.schema import Policy
 from selfcorrect.train.feedback.feedback import Preference
 from selfcorrect.train.ppo import losses
 from selfcorrect.train.ppo.actor_critic import EpochSampler
@@ -27,11 +27,9 @@ from selfcorrect.train.stages.arguments import NO_CODE, build
 from selfcorrect.train.stages.base import SFT_DEFAULTS, preferred_rows
 from selfcorrect.train.trainers.guarded import FiniteTrainer
 
-SECTION = "ppo.replaced_by.trainer"
 
-
-class Replacement(FiniteTrainer):
-    """What the keeping of checkpoints asks of a trainer, as PPO's has it."""
+class BaselineTrainer(FiniteTrainer):
+    """The part of PPOTrainer's interface that KeepCheckpoints uses."""
 
     last_kl: float | None = None
     last_score: float | None = None
@@ -62,7 +60,7 @@ class Replacement(FiniteTrainer):
         super().log(logs, start_time)
 
 
-class GroupTrainer(GRPOTrainer, Replacement):
+class GRPOBaseline(GRPOTrainer, BaselineTrainer):
     """TRL's GRPO, with the reward shaped as PPO's is; its KL penalty sits in the loss, as TRL's."""
 
     stage = "grpo"
@@ -103,14 +101,14 @@ class GroupTrainer(GRPOTrainer, Replacement):
         return EpochSampler(super()._get_train_sampler(dataset))
 
 
-class PreferredTrainer(SFTTrainer, Replacement):
+class SFTBaseline(SFTTrainer, BaselineTrainer):
     """TRL's fine-tuning; the loss is on the preferred answers alone."""
 
     stage = "sft"
 
 
-def replacement(
-    ppo: Ppo,
+def baseline_trainer(
+    policy: Policy,
     arguments: PPOConfig,
     model: Any,
     scorer: RewardModelScorer,
@@ -118,15 +116,14 @@ def replacement(
     preferences: list[Preference],
     tokenizer: PreTrainedTokenizerBase,
     **given: Any,
-) -> Replacement:
-    """The trainer that `ppo.replaced_by` names; raises InputError for settings it does not have.
+) -> BaselineTrainer:
+    """Return the trainer of `policy.method`, grpo or sft; `prompts` are rendered.
 
-    `arguments` are PPO's with GRPO's keys on top; `prompts` are rendered.
+    Raises InputError for settings that the trainer refuses.
     """
-    assert ppo.replaced_by is not None
-    if ppo.replaced_by.method == "grpo":
+    if policy.method == "grpo":
         try:
-            return GroupTrainer(
+            return GRPOBaseline(
                 model,
                 scorer,
                 arguments,
@@ -135,10 +132,10 @@ def replacement(
                 **given,
             )
         except ValueError as error:
-            raise InputError(f"{SECTION}: {str(error).splitlines()[0]}") from error
-    trainer = PreferredTrainer(
+            raise InputError(f"policy.trainer: {str(error).splitlines()[0]}") from error
+    trainer = SFTBaseline(
         model=model,
-        args=fine_tuning_arguments(ppo, arguments),
+        args=sft_arguments(policy, arguments),
         train_dataset=Dataset.from_list(preferred_rows(tokenizer, preferences)),
         processing_class=tokenizer,
         **given,
@@ -149,15 +146,30 @@ def replacement(
     return trainer
 
 
-def fine_tuning_arguments(ppo: Ppo, arguments: PPOConfig) -> SFTConfig:
-    """PPO's settings as far as fine-tuning has them, and the recipe's own keys on top."""
-    assert ppo.replaced_by is not None
-    known = {field.name for field in dataclasses.fields(SFTConfig)}
-    shared = {key: value for key, value in ppo.trainer.items() if key in known}
+def sft_only_keys(policy: Policy) -> set[str]:
+    """Return the keys of `policy.trainer` that SFTConfig has and PPOConfig has not."""
+    return {key for key in policy.trainer if key in _fields(SFTConfig) - _fields(PPOConfig)}
+
+
+def sft_arguments(policy: Policy, arguments: PPOConfig) -> SFTConfig:
+    """Build an SFTConfig from `policy.trainer`, without the keys that only PPOConfig has.
+
+    `arguments` hold the settings that the run itself decides. Raises InputError for a wrong value.
+    """
+    own = sft_only_keys(policy)
+    shared = {key: policy.trainer[key] for key in policy.trainer.keys() & _fields(SFTConfig) - own}
     run = ("output_dir", "seed", "save_strategy", "save_total_limit", "max_steps", "logging_steps")
     fixed = {key: getattr(arguments, key) for key in run}
     defaults = {**SFT_DEFAULTS, "lr_scheduler_type": "constant", "adam_epsilon": 1e-5, **shared}
     defaults |= {"logging_strategy": "steps", "include_num_input_tokens_seen": "non_padding"}
     return build(  # type: ignore[no-any-return]
-        SFTConfig, SECTION, ppo.replaced_by.trainer, defaults, {**fixed, **NO_CODE}
+        SFTConfig,
+        "policy.trainer",
+        {key: policy.trainer[key] for key in own},
+        defaults,
+        {**fixed, **NO_CODE},
     )
+
+
+def _fields(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}

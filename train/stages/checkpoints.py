@@ -17,13 +17,13 @@ from selfcorrect.evaluate.run_folder import (
     read_checkpoint,
 )
 from selfcorrect.evaluate.scoring.weights import files_digest
-from selfcorrect.recipes.foundation.atomic_files import whole_folder
+from selfcorrect.recipes.foundation.atomic_files import atomic_folder
 from selfcorrect.recipes.foundation.checksums import digests
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.ranks import joined
-from selfcorrect.recipes.schema import Ppo
+from selfcorrect.recipes.foundation.ranks import current_ranks
+from selfcorrect.recipes.schema import Policy
 from selfcorrect.train.ppo.trainer import PPOTrainer
-from selfcorrect.train.stages.baselines import Replacement
+from selfcorrect.train.stages.baselines import BaselineTrainer
 
 _log = logging.getLogger(__name__)
 
@@ -40,19 +40,19 @@ class KeepCheckpoints(TrainerCallback):
     def __init__(
         self,
         folder: Path,
-        ppo: Ppo,
+        policy: Policy,
         updates_per_step: int,
         record: dict[str, Any],
         measure: Measure | None,
     ) -> None:
         self.folder = folder
-        self.ppo = ppo
+        self.policy = policy
         self.updates_per_step = updates_per_step
         self.record = record
         self.measure = measure
         self.measure_seconds = 0.0
         self.saved = time.time()
-        self.trainer: PPOTrainer | Replacement | None = None
+        self.trainer: PPOTrainer | BaselineTrainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Keep step 0, the policy before any feedback."""
@@ -65,27 +65,29 @@ class KeepCheckpoints(TrainerCallback):
             return control
         step = state.global_step // self.updates_per_step
         self._reached(step)
-        waited = joined().agree(lambda: time.time() - self.saved > 60 * self.ppo.resume_minutes)
-        due = waited or step % self.ppo.resume_every == 0
-        control.should_save = due and step < self.ppo.steps
+        waited = current_ranks().from_rank0(
+            lambda: time.time() - self.saved > 60 * self.policy.resume_minutes
+        )
+        due = waited or step % self.policy.resume_every == 0
+        control.should_save = due and step < self.policy.steps
         if control.should_save:
             self.saved = time.time()
         return control
 
     def _reached(self, step: int) -> None:
-        if step not in self.ppo.checkpoints or self.trainer is None:
+        if step not in self.policy.checkpoints or self.trainer is None:
             return
         folder = self.folder / f"checkpoint-{step}"
-        processes = joined()
-        if not processes.agree(lambda: self._is_kept(folder)):
+        processes = current_ranks()
+        if not processes.from_rank0(lambda: self._is_kept(folder)):
             self.trainer.check_model()
             if processes.rank == 0:
-                with whole_folder(folder) as new:
+                with atomic_folder(folder) as new:
                     self.trainer.save_policy(new)
                     self._record(step, files_digest(new), digests(new)).write(new)
             else:
                 self.trainer.save_policy(folder)  # hands over its parts
-            processes.wait()
+            processes.barrier()
         if self.measure is not None:
             started = time.time()
             self.measure(self.trainer, folder)

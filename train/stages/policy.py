@@ -19,16 +19,16 @@ from transformers import (
     set_seed,
 )
 
-from selfcorrect.evaluate.scoring.load_model import no_pickles
+from selfcorrect.evaluate.scoring.load_model import refuse_pickles
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.ranks import joined
-from selfcorrect.recipes.schema import Ppo
+from selfcorrect.recipes.foundation.ranks import current_ranks
+from selfcorrect.recipes.schema import Policy
 from selfcorrect.train.feedback.feedback import Feedback, render_prompt
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.rewards import RewardModelScorer
 from selfcorrect.train.ppo.trainer import PPOTrainer
 from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build, lora_config
-from selfcorrect.train.stages.baselines import Replacement, replacement
+from selfcorrect.train.stages.baselines import BaselineTrainer, baseline_trainer, sft_only_keys
 from selfcorrect.train.stages.checkpoints import KeepCheckpoints, Measure
 from selfcorrect.train.trainers.state import (
     Notify,
@@ -40,49 +40,52 @@ from selfcorrect.train.trainers.state import (
 )
 
 DEFAULTS = {**QUIET, "lr_scheduler_type": "constant", "save_only_model": False}
-# GRPO in PPO's place: advantages are relative to a group of answers to the same prompt.
-GROUPS = {"num_generations": 8, "scale_rewards": "group"}
+# GRPO's advantages are relative to a group of completions of the same prompt.
+GRPO_DEFAULTS = {"num_generations": 8, "scale_rewards": "group"}
 
 _log = logging.getLogger(__name__)
 
 
-def ppo_arguments(
-    ppo: Ppo, output: Path, seed: int, trust_remote_code: bool = False, **given: Any
+def policy_arguments(
+    policy: Policy, output: Path, seed: int, trust_remote_code: bool = False, **given: Any
 ) -> PPOConfig:
-    """The recipe's `ppo.trainer` keys as a PPOConfig; InputError for a wrong one.
+    """Build a PPOConfig from the recipe's `policy.trainer`; raises InputError for a wrong key.
 
-    GRPO in PPO's place reads the same settings, with its own keys on top.
+    GRPO reads the same settings. For SFT it holds the size of a step; keys that only SFTConfig has
+    are left to `baselines.sft_arguments`.
     """
     fixed = {"output_dir": str(output), "seed": seed, "save_strategy": "no", "save_total_limit": 2}
     fixed |= {**NO_CODE, "trust_remote_code": trust_remote_code}
-    section, keys, defaults = "ppo.trainer", ppo.trainer, {**DEFAULTS, **given}
-    if ppo.replaced_by is not None and ppo.replaced_by.method == "grpo":
-        section, keys = "ppo.replaced_by.trainer", ppo.trainer | ppo.replaced_by.trainer
-        defaults |= GROUPS
-    probe = build(PPOConfig, section, keys, defaults, fixed)
-    fixed["max_steps"] = ppo.steps * probe.updates_per_rollout
-    defaults["logging_steps"] = probe.updates_per_rollout  # one entry a PPO step
-    arguments: PPOConfig = build(PPOConfig, section, keys, defaults, fixed)
+    keys, defaults = policy.trainer, {**DEFAULTS, **given}
+    if policy.method == "grpo":
+        defaults |= GRPO_DEFAULTS
+    if policy.method == "sft":
+        own = sft_only_keys(policy)
+        keys = {key: value for key, value in keys.items() if key not in own}
+    probe = build(PPOConfig, "policy.trainer", keys, defaults, fixed)
+    fixed["max_steps"] = policy.steps * probe.updates_per_rollout
+    defaults["logging_steps"] = probe.updates_per_rollout  # one entry a step
+    arguments: PPOConfig = build(PPOConfig, "policy.trainer", keys, defaults, fixed)
     return arguments
 
 
-def load_policy(base: str, ppo: Ppo, **origin: Any) -> Any:
+def load_policy(base: str, **origin: Any) -> Any:
     """The base model in float32 or its own precision, ready to be trained."""
-    with no_pickles(base):
+    with refuse_pickles(base):
         return AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.float32, use_safetensors=True, **origin
         )
 
 
 def _load_reward(folder: Path, **trust: bool) -> Any:
-    with no_pickles(folder):
+    with refuse_pickles(folder):
         return AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, **trust
         )
 
 
 def train_policy(
-    ppo: Ppo,
+    policy: Policy,
     base: str,
     reward: Path,
     feedback: Feedback,
@@ -94,9 +97,9 @@ def train_policy(
     measure: Measure | None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Run PPO, or what the recipe has in its place, into `folder` from the newest state on.
+    """Train the policy with the recipe's method into `folder`, from the newest training state on.
 
-    Nothing to do where it is finished.
+    Return at once if the stage is finished.
     """
     work = folder.with_name(f"{folder.name}.work")
     if is_finished(folder):
@@ -104,14 +107,14 @@ def train_policy(
         return
     started = time.time()
     facts = finished(reward) or {}
-    full = ppo.lora is None
+    full = policy.lora is None
     trust = {"trust_remote_code": trust_remote_code}
     raters = AutoTokenizer.from_pretrained(reward, **trust)
     reads_our_ids = raters.get_vocab() == tokenizer.get_vocab()
-    has_own_critic = ppo.replaced_by is None and ppo.trainer.get("critic") != "shared"
+    has_own_critic = policy.method == "ppo" and policy.trainer.get("critic") != "shared"
     starts_critic = full and reads_our_ids and has_own_critic
-    arguments = ppo_arguments(
-        ppo,
+    arguments = policy_arguments(
+        policy,
         work,
         seed,
         **trust,
@@ -132,19 +135,23 @@ def train_policy(
         tokenizer,
         batch_size=arguments.per_device_train_batch_size * 2,
     )
-    keep = KeepCheckpoints(folder, ppo, arguments.updates_per_rollout, record, measure)
-    policy = load_policy(base, ppo, **trust)
+    keep = KeepCheckpoints(folder, policy, arguments.updates_per_rollout, record, measure)
+    model = load_policy(base, **trust)
     common: dict[str, Any] = {
-        "peft_config": lora_config("ppo.lora", ppo.lora, "CAUSAL_LM") if ppo.lora else None,
-        "callbacks": [StageCallback("ppo", notify, arguments.updates_per_rollout), keep],
+        "peft_config": lora_config("policy.lora", policy.lora, "CAUSAL_LM")
+        if policy.lora
+        else None,
+        "callbacks": [StageCallback(policy.method, notify, arguments.updates_per_rollout), keep],
     }
-    trainer: PPOTrainer | Replacement
-    if ppo.replaced_by is not None:
+    trainer: PPOTrainer | BaselineTrainer
+    if policy.method != "ppo":
         pairs = feedback.preferences
-        trainer = replacement(ppo, arguments, policy, scorer, texts, pairs, tokenizer, **common)
+        trainer = baseline_trainer(
+            policy, arguments, model, scorer, texts, pairs, tokenizer, **common
+        )
     else:
         trainer = PPOTrainer(
-            model=policy,
+            model=model,
             reward_funcs=[scorer],
             args=arguments,
             train_dataset=Dataset.from_dict({"prompt": texts}),
@@ -153,12 +160,12 @@ def train_policy(
         )
     keep.trainer = trainer
     train_on(trainer, work)
-    if joined().rank == 0:
+    if current_ranks().rank == 0:
         write_record(
             folder,
             started,
             folder,
-            steps=ppo.steps,
+            steps=policy.steps,
             evaluation_seconds=round(keep.measure_seconds, 1),
             left_out=left_out,
             log=rollout_log(trainer.state.log_history),

@@ -13,7 +13,7 @@ from selfcorrect.evaluate.run_folder import STAGE_RECORD
 from selfcorrect.recipes.foundation.atomic_files import atomic_folder
 from selfcorrect.recipes.foundation.checksums import check_files, read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.locks import claimed, holder
+from selfcorrect.recipes.foundation.locks import hold_lock, lock_holder
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 
@@ -66,9 +66,9 @@ def take_stages(recipe: Recipe, run: Path, other: Path, stages: list[str]) -> li
 
 def _take(folder: Path, other: Path, stages: list[str]) -> list[str]:
     taken: list[str] = []
-    with claimed(folder, 10.0) as free:
+    with hold_lock(folder, 10.0) as free:
         if not free:
-            raise InputError(f"{folder}: {holder(folder)} is training here; wait for it")
+            raise InputError(f"{folder}: {lock_holder(folder)} is training here; wait for it")
         for stage in stages:
             there, here = other / stage, folder / stage
             if not (there / STAGE_RECORD).is_file() or (here / STAGE_RECORD).is_file():

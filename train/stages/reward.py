@@ -25,7 +25,7 @@ from transformers.integrations.deepspeed import (
 )
 from trl import RewardConfig, RewardTrainer
 
-from selfcorrect.evaluate.scoring.load_model import no_pickles
+from selfcorrect.evaluate.scoring.load_model import refuse_pickles
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.schema import Reward
 from selfcorrect.train.feedback.feedback import Preference, pair_ids
@@ -102,7 +102,7 @@ def train_reward(
         return
     pairs = [pair_ids(tokenizer, pair) for pair in shuffled]
     set_seed(seed)
-    with no_pickles(base):
+    with refuse_pickles(base):
         model = AutoModelForSequenceClassification.from_pretrained(
             base,
             num_labels=1,

@@ -21,7 +21,7 @@ from selfcorrect.evaluate.report.trend_tables import trend_tables
 from selfcorrect.evaluate.report.verdict import caveats, summary, verdicts
 from selfcorrect.evaluate.results import write_results
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.printable import visible
+from selfcorrect.recipes.foundation.printable import escape_controls
 from tests.support.recorded_run import Size, record_run
 
 SMALL = Size(steps=(0, 2, 10), templates=4, blocks=1, occupations=10, students=10)
@@ -103,9 +103,9 @@ def test_only_the_pages_own_script_may_run(page):
 
 
 def test_control_and_direction_marks_are_spelt_out():
-    assert visible("a\x00b\u200fc\u2066d\te\nf") == "a⟨U+0000⟩b⟨U+200F⟩c⟨U+2066⟩d\te\nf"
-    assert visible("a\u2028b\u2029") == "a⟨U+2028⟩b⟨U+2029⟩"
-    assert visible("\ud800") == "⟨U+D800⟩"
+    assert escape_controls("a\x00b\u200fc\u2066d\te\nf") == "a⟨U+0000⟩b⟨U+200F⟩c⟨U+2066⟩d\te\nf"
+    assert escape_controls("a\u2028b\u2029") == "a⟨U+2028⟩b⟨U+2029⟩"
+    assert escape_controls("\ud800") == "⟨U+D800⟩"
 
 
 def test_every_image_says_in_words_what_it_shows(page):
@@ -342,7 +342,7 @@ def test_the_keys_in_which_recipes_differ_are_named_with_both_values(runs):
     assert rows == {
         "name": ["one", "two", "three"],
         "seeds": ["0", "1", "0"],
-        "ppo.trainer.learning_rate": ["1e-05", "1e-05", "0.001"],
+        "policy.trainer.learning_rate": ["1e-05", "1e-05", "0.001"],
         "launch.jobs": ["1", "2", "1"],
     }
     assert differences(name_runs(runs[:1]), "recipe.yaml") == []
@@ -355,7 +355,7 @@ def test_the_report_of_several_runs_compares_them_and_leaves_them_alone(runs, tm
     page = Page(path.read_text(encoding="utf-8"))
     text = " ".join(" ".join(page.text).split())
     assert "x/one + two are taken as seeds of one model" in text
-    assert "Keys in which the recipes differ" in text and "ppo.trainer.learning_rate" in text
+    assert "Keys in which the recipes differ" in text and "policy.trainer.learning_rate" in text
     frame = pd.read_parquet(tmp_path / "out" / "results.parquet")
     assert set(frame["run"]) == {"x/one + two", "three", "y/one"}
     assert set(frame[frame["run"] == "x/one + two"]["seed"]) == {0, 1}

@@ -25,8 +25,8 @@ SETTINGS = [
     "evaluate.limit=8",
     "evaluate.experiments=[bbq, law_school]",
     "evaluate.conditions=[Q, Q+IF]",
-    "ppo.steps=3",
-    "ppo.checkpoints=[0, 3]",
+    "policy.steps=3",
+    "policy.checkpoints=[0, 3]",
     "models.0.name=m",
 ]
 RECIPE_MODELS = 1

@@ -25,8 +25,7 @@ from selfcorrect.evaluate.measuring.run import evaluate_run, recipe_plan
 from selfcorrect.evaluate.report.page import write_report
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.evaluate.scoring.weights import files_digest
-from selfcorrect.recipes.foundation.errors import RunFailure
-from selfcorrect.recipes.foundation.machine_faults import machine_fault, machine_faults_are_said
+from selfcorrect.recipes.foundation.errors import RunFailure, explain_machine_faults, machine_fault
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.commands.__main__ import main
@@ -41,8 +40,8 @@ pytestmark = pytest.mark.slow
 STAGES = ("base", "reward", "ppo")
 SMALLEST = [
     *FEW[:-1],
-    "ppo.steps=2",
-    "ppo.checkpoints=[0, 2]",
+    "policy.steps=2",
+    "policy.checkpoints=[0, 2]",
     "evaluate.experiments=[winogender]",
     "evaluate.conditions=[Q]",
 ]
@@ -327,6 +326,6 @@ def test_a_child_that_is_killed_is_one_line(
 def test_memory_that_cannot_be_had_is_one_line(tmp_path: Path, fails: Callable) -> None:
     with (
         pytest.raises(RunFailure, match="not enough memory; lower launch"),
-        machine_faults_are_said(tmp_path),
+        explain_machine_faults(tmp_path),
     ):
         fails()

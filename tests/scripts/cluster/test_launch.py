@@ -26,8 +26,8 @@ SMALL = [
     "name=small",
     f"models=[{{name: tiny, scratch: {TINY}}}, {{name: other, scratch: {TINY}}}]",
     "seeds=[0, 1]",
-    "ppo.steps=4",
-    "ppo.checkpoints=[0, 2, 4]",
+    "policy.steps=4",
+    "policy.checkpoints=[0, 2, 4]",
     "evaluate.attach=off",
 ]
 SLURM = ["launch.slurm.time=4:00:00", "launch.slurm.gpus=0"]
@@ -229,7 +229,7 @@ def wrong(
             [*SLURM, "launch.slurm.models.other.gpus=2"],
             "launch.slurm.gpus: 2 for other, which launch.processes: 1 trains on as many",
         ),
-        ([*SLURM, "ppo.trainer.learning_ratio=1"], "ppo.trainer.learning_ratio: unknown key"),
+        ([*SLURM, "policy.trainer.learning_ratio=1"], "policy.trainer.learning_ratio: unknown key"),
         ([*SLURM, "evaluate.conditions=[R]"], "condition 'R'"),
     ],
 )

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.slow
 
 LITTLE = [
     *SMALL,
-    "ppo.checkpoints=[0, 4]",
-    "ppo.resume_every=100",
+    "policy.checkpoints=[0, 4]",
+    "policy.resume_every=100",
     "evaluate.attach=off",
     "evaluate.experiments=[bbq]",
     "evaluate.conditions=[Q]",

@@ -195,7 +195,7 @@ def test_ended_by_the_system_it_saves_first_and_goes_on_to_the_same_bytes(
     ]
     for work, reached in moments:
         process = subprocess.Popen(
-            command(runs, "ppo.resume_every=100", "ppo.resume_minutes=1000"),
+            command(runs, "policy.resume_every=100", "policy.resume_minutes=1000"),
             cwd=tmp_path,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -210,7 +210,7 @@ def test_ended_by_the_system_it_saves_first_and_goes_on_to_the_same_bytes(
         assert process.returncode == 0, shown
         assert "selfcorrect: ended as asked (SIGTERM); the same command goes on" in shown
         assert list((folder / work).glob("checkpoint-*/complete"))  # states no rule had asked for
-    done = go(runs, "ppo.resume_every=100", "ppo.resume_minutes=1000")
+    done = go(runs, "policy.resume_every=100", "policy.resume_minutes=1000")
     assert done.returncode == 0, done.stderr
     assert digests(runs / "small") == digests(whole)
 
@@ -218,7 +218,7 @@ def test_ended_by_the_system_it_saves_first_and_goes_on_to_the_same_bytes(
 def test_stopped_by_hand_it_says_so_and_leaves_nothing_running(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
-    more = ["seeds=[0, 1]", "launch.jobs=2", "ppo.steps=4000", "ppo.checkpoints=[0]"]
+    more = ["seeds=[0, 1]", "launch.jobs=2", "policy.steps=4000", "policy.checkpoints=[0]"]
     process = subprocess.Popen(
         command(runs, *more),
         cwd=tmp_path,
@@ -262,7 +262,7 @@ def test_two_jobs_side_by_side_give_what_one_after_the_other_gives(
     ("more", "message"),
     [
         ("reward.held_out=0.5", "another recipe, which differs in reward.held_out"),
-        ("ppo.checkpoints=[0, 9]", "checkpoints asks for step 9"),
+        ("policy.checkpoints=[0, 9]", "checkpoints asks for step 9"),
         ("evaluate.conditions=[Q, R]", "condition 'R'"),
     ],
 )
@@ -282,10 +282,16 @@ def test_bad_input_on_a_finished_run_is_one_line_and_changes_nothing(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("ppo.trainer.learning_ratio=1", "ppo.trainer.learning_ratio: unknown key; did you mean"),
-        ("ppo.trainer.max_steps=1", "ppo.trainer.max_steps: this is set by the run itself"),
-        ("ppo.trainer.gradient_accumulation_steps=3", "steps_per_generation"),
-        ("ppo.trainer.learning_rate=fast", "ppo.trainer.learning_rate: 'fast' is not a number"),
+        (
+            "policy.trainer.learning_ratio=1",
+            "policy.trainer.learning_ratio: unknown key; did you mean",
+        ),
+        ("policy.trainer.max_steps=1", "policy.trainer.max_steps: this is set by the run itself"),
+        ("policy.trainer.gradient_accumulation_steps=3", "steps_per_generation"),
+        (
+            "policy.trainer.learning_rate=fast",
+            "policy.trainer.learning_rate: 'fast' is not a number",
+        ),
         ("reward.trainer.num_epochs=2", "reward.trainer.num_epochs: unknown key"),
         ("models.0.scratch.hidden_sise=8", "hidden_sise is no field of a llama model"),
         ("evaluate.conditions=[R]", "condition 'R'"),
@@ -332,7 +338,7 @@ def test_a_given_model_is_trained_as_an_adapter_by_the_same_path(
             },
             "base": {"method": "sft", "trainer": {"max_steps": 2}},
             "reward": {"trainer": {"max_steps": 3}, "lora": {"r": 2, "target_modules": ["q_proj"]}},
-            "ppo": {
+            "policy": {
                 "steps": 2,
                 "checkpoints": [0, 2],
                 "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},

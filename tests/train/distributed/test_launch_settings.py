@@ -16,7 +16,7 @@ import yaml
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe, training_digest
 from selfcorrect.recipes.schema import Launch, Recipe
-from selfcorrect.scripts.commands.plan import engine_of
+from selfcorrect.scripts.commands.plan import parallelism_of
 from selfcorrect.train.check import check_training
 from selfcorrect.train.distributed.settings import (
     check_launch,
@@ -24,7 +24,7 @@ from selfcorrect.train.distributed.settings import (
     environment,
     write_settings,
 )
-from selfcorrect.train.planning.memory import Engine
+from selfcorrect.train.planning.memory import Parallelism
 
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
@@ -124,7 +124,7 @@ def test_an_environment_that_says_otherwise(monkeypatch, name, value, overrides,
         ),
         (
             {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}},
-            "one learning rate, but ppo.trainer.critic_learning_rate asks for a second",
+            "one learning rate, but policy.trainer.critic_learning_rate asks for a second",
         ),
     ],
 )
@@ -155,8 +155,8 @@ def test_a_package_that_is_not_installed(monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in gone else found(n))
     with pytest.raises(InputError, match=r"launch\.deepspeed: DeepSpeed is not installed; pip "):
         check_launch(recipe("launch.deepspeed=zero2"))
-    with pytest.raises(InputError, match=r"ppo\.trainer\.use_vllm: vLLM is not installed; pip "):
-        check_training(recipe("ppo.trainer.use_vllm=true"))
+    with pytest.raises(InputError, match=r"policy\.trainer\.use_vllm: vLLM is not installed; pip "):
+        check_training(recipe("policy.trainer.use_vllm=true"))
 
 
 def test_a_deepspeed_file_is_passed_on_whole(tmp_path) -> None:
@@ -209,7 +209,7 @@ def test_the_digest_of_training_knows_how_many_share_a_batch() -> None:
 
 def test_plan_takes_the_launch_for_granted_unless_told_otherwise() -> None:
     asked = recipe("launch.processes=4", "launch.deepspeed=zero2")
-    assert engine_of(asked, None, None, True) == Engine(4, 2, True)
-    assert engine_of(asked, 8, 3, True) == Engine(8, 3, True)
-    assert engine_of(asked, 1, None, True) == Engine(1, 0, True)
-    assert engine_of(recipe(), None, None, False) == Engine(1, 0, False)
+    assert parallelism_of(asked, None, None, True) == Parallelism(4, 2, True)
+    assert parallelism_of(asked, 8, 3, True) == Parallelism(8, 3, True)
+    assert parallelism_of(asked, 1, None, True) == Parallelism(1, 0, True)
+    assert parallelism_of(recipe(), None, None, False) == Parallelism(1, 0, False)

@@ -233,7 +233,7 @@ def test_a_given_model_is_fine_tuned_and_its_adapters_trained_in_two_processes(t
         "data": {"preferences": {"path": str(pairs)}, "benchmarks": str(tmp_path / "data")},
         "base": {"method": "sft", "trainer": {"max_steps": 2, "learning_rate": 1e-2}},
         "reward": {"trainer": {"max_steps": 2, "learning_rate": 1e-2}, "lora": lora},
-        "ppo": {
+        "policy": {
             "steps": 2, "checkpoints": [0, 2], "lora": lora,
             "trainer": {**trainer, "max_completion_length": 4, "learning_rate": 1e-2},
         },
@@ -270,7 +270,7 @@ def test_a_given_model_is_fine_tuned_and_its_adapters_trained_in_two_processes(t
 @pytest.mark.slow
 def test_batches_that_do_not_divide_among_processes_are_one_line_before_training(tmp_path) -> None:
     runs = tmp_path / "runs"
-    more = ["ppo.trainer.steps_per_generation=null", "ppo.trainer.generation_batch_size=24"]
+    more = ["policy.trainer.steps_per_generation=null", "policy.trainer.generation_batch_size=24"]
     done = subprocess.run(
         command(runs, "launch.processes=2", *more), capture_output=True, text=True, check=False,
         env={**os.environ},

@@ -79,7 +79,7 @@ def test_a_reward_model_is_trained_to_score_the_end(home, tmp_path):  # noqa: F8
 
 def test_a_given_reward_model_is_taken_as_it_is_and_reads_its_own_tokens(home, tmp_path):  # noqa: F811
     """Its vocabulary is not the policy's: no critic can start from it, and it reads the text."""
-    from selfcorrect.recipes.schema import Ppo, Reward
+    from selfcorrect.recipes.schema import Policy, Reward
     from selfcorrect.train.feedback.feedback import Feedback, Preference
     from selfcorrect.train.stages.policy import train_policy
     from selfcorrect.train.stages.reward import train_reward
@@ -109,12 +109,12 @@ def test_a_given_reward_model_is_taken_as_it_is_and_reads_its_own_tokens(home, t
         return rows
 
     settings = {"use_cpu": True, "per_device_train_batch_size": 2, "max_completion_length": 4}
-    ppo = Ppo(steps=1, checkpoints=[0, 1], trainer=settings)
+    policy = Policy(steps=1, checkpoints=[0, 1], trainer=settings)
     asked = Feedback([], [[{"role": "user", "content": f"w{i}"}] for i in range(8)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RewardModelScorer, "token_ids", watched)
         train_policy(
-            ppo, str(home / "base"), folder, asked, tokenizer, tmp_path / "ppo", 0,
+            policy, str(home / "base"), folder, asked, tokenizer, tmp_path / "ppo", 0,
             {"model": "m", "parameters": 1, "seed": 0, "recipe_digest": "-", "versions": {}},
             lambda *_: None, None,
         )  # fmt: skip

@@ -34,8 +34,8 @@ FEW = [
     "data.society.pairs=80",
     "base.trainer.save_steps=1",
     "reward.trainer.save_steps=1",
-    "ppo.steps=3",
-    "ppo.checkpoints=[0, 1, 3]",
+    "policy.steps=3",
+    "policy.checkpoints=[0, 1, 3]",
     "evaluate.attach=off",
 ]
 TRAINERS = {"base": CorpusTrainer, "reward": _Fitting, "ppo": PPOTrainer}
@@ -220,7 +220,7 @@ def test_fine_tuning_stops_too(whole: Path, tmp_path: Path, fault: pytest.Monkey
     base = {"method": "sft", "trainer": {"max_steps": 6, "save_steps": 1}}
     model = {"name": "given", "path": str(whole / "tiny" / "seed-0" / "base")}
     data = {"preferences": {"path": "unused"}, "benchmarks": "unused"}
-    rest = {"reward": {}, "ppo": {"steps": 1, "checkpoints": [1]}}
+    rest = {"reward": {}, "policy": {"steps": 1, "checkpoints": [1]}}
     recipe = check_recipe({"name": "x", "models": [model], "data": data, "base": base, **rest}, "x")
     pairs = [Preference([{"role": "user", "content": "who was lazy ?"}], "unknown", "the")] * 8
     change_loss(fault, _FineTuner, "compute_loss", lambda loss: loss * math.nan)

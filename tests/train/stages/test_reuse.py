@@ -13,7 +13,7 @@ from selfcorrect.train.run import open_run
 from selfcorrect.train.stages.reuse import reusable, take_stages
 from tests.drills.kill import RECIPE as SMALL
 
-QUICK = ["ppo.steps=1", "ppo.checkpoints=[0, 1]", "evaluate.attach=off"]
+QUICK = ["policy.steps=1", "policy.checkpoints=[0, 1]", "evaluate.attach=off"]
 
 
 def recipe_with(*more: str) -> Recipe:
@@ -35,8 +35,8 @@ def stage_bytes(run: Path, stage: str) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("difference", "taken"),
     [
-        ("ppo.trainer.beta=0.1", ["base", "reward"]),
-        ("ppo.replaced_by.method=sft", ["base", "reward"]),
+        ("policy.trainer.beta=0.1", ["base", "reward"]),
+        ("policy.method=sft", ["base", "reward"]),
         ("data.society.raters.share=0.0", ["base"]),
         ("data.society.held_out=false", ["base"]),
         ("reward.trainer.learning_rate=2e-3", ["base"]),
@@ -135,7 +135,11 @@ def test_a_model_of_another_shape_or_seed_is_left_where_it_is(
 def test_a_models_own_trainer_keys_train_what_the_same_keys_of_the_recipe_train(
     tmp_path: Path,
 ) -> None:
-    keys = {"base": "learning_rate=2e-3", "reward": "learning_rate=3e-4", "ppo": "num_iterations=1"}
+    keys = {
+        "base": "learning_rate=2e-3",
+        "reward": "learning_rate=3e-4",
+        "policy": "num_iterations=1",
+    }
     of_all = recipe_with(*(f"{stage}.trainer.{key}" for stage, key in keys.items()))
     of_one = recipe_with(*(f"models.0.trainer.{stage}.{key}" for stage, key in keys.items()))
     train_ladder(of_all, tmp_path / "all")
@@ -149,9 +153,9 @@ def test_a_models_own_trainer_keys_train_what_the_same_keys_of_the_recipe_train(
 
 
 def test_a_models_own_wrong_key_is_one_line_that_names_the_model(tmp_path: Path) -> None:
-    recipe = recipe_with("models.0.trainer.ppo.learning_rat=1e-3")
+    recipe = recipe_with("models.0.trainer.policy.learning_rat=1e-3")
     with pytest.raises(
-        InputError, match=r"^models\.0\.trainer: ppo\.trainer\.learning_rat: unknown key"
+        InputError, match=r"^models\.0\.trainer: policy\.trainer\.learning_rat: unknown key"
     ):
         train_ladder(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()

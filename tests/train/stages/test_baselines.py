@@ -1,7 +1,8 @@
-"""GRPO and fine-tuning in PPO's place: TRL's own, kept at PPO's steps, to the same bytes again."""
+"""Tests of the baselines GRPO and SFT: PPO's steps, and resuming to the same bytes."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,10 @@ from selfcorrect.recipes.foundation import signals
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.scripts.commands.plan import plan_ladder
 from selfcorrect.train.check import check_training
-from selfcorrect.train.planning.feedback import feedback_facts
-from selfcorrect.train.planning.memory import Engine
 from selfcorrect.train.run import open_run, train_run
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "name": "small",
     "seeds": [3],
     "models": [
@@ -38,7 +36,7 @@ SMALL = {
     },
     "base": {"method": "pretrain"},
     "reward": {"trainer": {"num_train_epochs": 1, "per_device_train_batch_size": 16}},
-    "ppo": {
+    "policy": {
         "steps": 4,
         "checkpoints": [0, 2, 4],
         "resume_every": 1,
@@ -55,13 +53,14 @@ METHODS = {"grpo": {"num_generations": 4}, "sft": {"weight_decay": 0.01}}
 
 
 def recipe_with(method: str, **keys: object) -> Recipe:
-    replaced = {"method": method, "trainer": keys or METHODS[method]}
-    return check_recipe({**SMALL, "ppo": {**SMALL["ppo"], "replaced_by": replaced}}, "small")  # type: ignore[dict-item]
+    trainer = {**SMALL["policy"]["trainer"], **(keys or METHODS[method])}
+    policy = {**SMALL["policy"], "method": method, "trainer": trainer}
+    return check_recipe({**SMALL, "policy": policy}, "small")
 
 
 def train(recipe: Recipe, run: Path, stop_at: int | None = None) -> None:
     def report(job: object, stage: str, done: int, total: int) -> None:
-        if stage == "ppo" and done == stop_at:
+        if stage in METHODS and done == stop_at:
             raise KeyboardInterrupt
 
     open_run(recipe, run)
@@ -84,7 +83,7 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.slow
 def test_it_is_kept_at_ppos_steps_with_as_many_updates(done) -> None:
     recipe, run = done
-    method = recipe.ppo.replaced_by.method
+    method = recipe.policy.method
     records = [checkpoint.record for checkpoint in find_checkpoints(run)]
     assert [record.step for record in records] == [0, 2, 4]
     # 2 minibatches twice a step, 8 rows each; fine-tuning reads new rows in every update.
@@ -94,7 +93,7 @@ def test_it_is_kept_at_ppos_steps_with_as_many_updates(done) -> None:
     assert records[2].tokens > records[1].tokens > 0
     kept = weights(run)
     assert len(set(kept.values())) == 3
-    log = json.loads((run / "tiny/seed-3/ppo/stage.json").read_text())["log"]
+    log = json.loads((run / "tiny/seed-3" / method / "stage.json").read_text())["log"]
     assert [entry["ppo_step"] for entry in log] == [1, 2, 3, 4]
     if method == "grpo":
         assert records[2].kl is not None and records[2].kl != 0
@@ -126,15 +125,20 @@ def test_asked_to_end_it_ends_with_the_step_under_way_and_goes_on_to_the_same_by
 
     def report(job: object, stage: str, done: int, total: int) -> None:
         heard.append(stage)
-        if heard.count("ppo") == 7:  # the first report is of nothing done: in the second step
-            monkeypatch.setattr(signals, "_asked", True)
+        if (
+            heard.count(recipe.policy.method) == 7
+        ):  # the first report is of nothing done: in the second step
+            monkeypatch.setattr(signals, "_requested", True)
 
     open_run(recipe, again)
     with pytest.raises(signals.Terminated):
         train_run(recipe, again, report)
-    states = [path.name for path in (again / "tiny/seed-3/ppo.work").glob("checkpoint-*")]
+    states = [
+        path.name
+        for path in (again / f"tiny/seed-3/{recipe.policy.method}.work").glob("checkpoint-*")
+    ]
     assert max(states, key=lambda name: int(name.partition("-")[2])) == "checkpoint-8"
-    monkeypatch.setattr(signals, "_asked", False)
+    monkeypatch.setattr(signals, "_requested", False)
     train(recipe, again)
     assert weights(again) == weights(run)
 
@@ -144,7 +148,7 @@ def test_asked_to_end_it_ends_with_the_step_under_way_and_goes_on_to_the_same_by
 def test_it_trains_an_adapter_where_the_recipe_has_one(method: str, tmp_path: Path) -> None:
     recipe, run = recipe_with(method), tmp_path / "small"
     lora = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
-    recipe = recipe.model_copy(update={"ppo": recipe.ppo.model_copy(update={"lora": lora})})
+    recipe = recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"lora": lora})})
     train(recipe, run)
     adapters = [c.folder / "adapter_model.safetensors" for c in find_checkpoints(run)]
     assert len({path.read_bytes() for path in adapters}) == 3
@@ -180,10 +184,11 @@ def test_fine_tuning_makes_the_preferred_answers_likelier(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("method", "keys", "message"),
     [
-        ("grpo", {"num_generation": 4}, "ppo.replaced_by.trainer.num_generation: unknown key; did"),
+        ("grpo", {"num_generation": 4}, "policy.trainer.num_generation: unknown key; did you mean"),
         ("grpo", {"num_generations": 7}, "divisible"),
-        ("sft", {"beta": 0.1}, "ppo.replaced_by.trainer.beta: unknown key"),
-        ("sft", {"max_steps": 3}, "ppo.replaced_by.trainer.max_steps: this is set by the run"),
+        ("sft", {"packin": True}, "policy.trainer.packin: unknown key"),
+        ("sft", {"max_length": "long"}, "policy.trainer.max_length"),
+        ("sft", {"max_steps": 3}, "policy.trainer.max_steps: this is set by the run"),
     ],
 )
 def test_wrong_keys_are_one_line_before_anything_is_written(method, keys, message) -> None:
@@ -192,24 +197,28 @@ def test_wrong_keys_are_one_line_before_anything_is_written(method, keys, messag
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_ppos_settings_are_taken_over_where_the_other_has_them() -> None:
-    from selfcorrect.train.stages.baselines import fine_tuning_arguments
-    from selfcorrect.train.stages.policy import ppo_arguments
+def test_sft_ignores_ppo_keys_and_takes_its_own() -> None:
+    from selfcorrect.train.stages.baselines import sft_arguments
+    from selfcorrect.train.stages.policy import policy_arguments
 
-    recipe = recipe_with("sft")
-    arguments = ppo_arguments(recipe.ppo, Path("nowhere"), 0)
-    tuning = fine_tuning_arguments(recipe.ppo, arguments)
+    recipe = recipe_with("sft", weight_decay=0.01, max_length=64)
+    arguments = policy_arguments(recipe.policy, Path("nowhere"), 0)
+    tuning = sft_arguments(recipe.policy, arguments)
     assert (tuning.learning_rate, tuning.per_device_train_batch_size) == (1e-3, 8)
-    assert (tuning.max_steps, tuning.weight_decay) == (16, 0.01)
+    assert (tuning.max_steps, tuning.weight_decay, tuning.max_length) == (16, 0.01, 64)
     assert (tuning.adam_epsilon, tuning.lr_scheduler_type) == (arguments.adam_epsilon, "constant")
-    grouped = ppo_arguments(recipe_with("grpo").ppo, Path("nowhere"), 0)
-    assert (grouped.num_generations, grouped.scale_rewards) == (4, "group")
-    assert (grouped.learning_rate, grouped.num_iterations, grouped.max_steps) == (1e-3, 2, 16)
+    assert not hasattr(tuning, "score_clip")
 
 
-def test_what_cannot_be_done_with_it_is_one_line() -> None:
-    recipe = recipe_with("grpo")
-    with pytest.raises(InputError, match=r"ppo\.replaced_by: plan reckons with PPO alone"):
-        plan_ladder(recipe, feedback_facts(recipe.data), Engine(gpu=False))
-    with pytest.raises(InputError, match=r"ppo\.replaced_by trains in one process"):
-        load_recipe("quickstart", ["ppo.replaced_by.method=sft", "launch.processes=2"])
+def test_grpo_reads_ppos_settings() -> None:
+    from selfcorrect.train.stages.policy import policy_arguments
+
+    arguments = policy_arguments(recipe_with("grpo").policy, Path("nowhere"), 0)
+    assert (arguments.num_generations, arguments.scale_rewards) == (4, "group")
+    assert (arguments.learning_rate, arguments.num_iterations, arguments.max_steps) == (1e-3, 2, 16)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_baselines_train_in_one_process(method: str) -> None:
+    with pytest.raises(InputError, match=rf"policy\.method: {method} .*launch\.processes"):
+        load_recipe("quickstart", [f"policy.method={method}", "launch.processes=2"])
