@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from selfcorrect.evaluate.experiments import EXPERIMENTS
+from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
+from selfcorrect.evaluate.experiments.base import condition_rank
 from selfcorrect.evaluate.figures.panels import (
     condition_lines,
     condition_looks,
@@ -48,8 +49,7 @@ from selfcorrect.evaluate.figures.select import (
     models_in,
     overall,
 )
-from selfcorrect.evaluate.report.verdict import title_of
-from selfcorrect.evaluate.statistics.cells import condition_rank, experiment_named
+from selfcorrect.evaluate.statistics.formatting import number
 from selfcorrect.recipes.foundation.atomic_files import atomic_file
 
 STEP_LABEL = "RLHF steps (PPO updates)"
@@ -69,14 +69,14 @@ def against_steps(frame: pd.DataFrame, model: str | None = None, paper: bool = F
     with style():
         figure, axes = panels(len(experiments), height=2.75)
         for ax, experiment in zip(axes, experiments, strict=True):
-            headline = experiment_named(experiment).HEADLINE
+            headline = get_experiment(experiment).headline
             panel = mine[mine["experiment"] == experiment]
             condition_lines(ax, panel, condition_looks(data["condition"]))
             theirs = published_against_steps(experiment, headline) if paper else []
             theirs = [row for row in theirs if row.condition in set(panel["condition"])]
             everyone = data[data["experiment"] == experiment]
             value_axis(ax, everyone, experiment, headline, theirs)
-            ax.set_title(title_of(experiment))
+            ax.set_title(get_experiment(experiment).title)
             ax.set_xlabel(STEP_LABEL)
             published_points(ax, theirs, "steps")
         figure.suptitle(model_title(mine), x=0.01, ha="left")
@@ -95,12 +95,12 @@ def steps_by_size(frame: pd.DataFrame, experiment: str) -> Figure:
         for number, (ax, model) in enumerate(zip(axes, models, strict=True)):
             mine = data[data["model"] == model]
             condition_lines(ax, mine, condition_looks(data["condition"]))
-            value_axis(ax, data, experiment, experiment_named(experiment).HEADLINE)
+            value_axis(ax, data, experiment, get_experiment(experiment).headline)
             if number % 3:  # the first panel of a row says it for all of the row
                 ax.set_ylabel("")
             ax.set_title(model_title(mine))
             ax.set_xlabel(STEP_LABEL)
-        figure.suptitle(title_of(experiment), x=0.01, ha="left")
+        figure.suptitle(get_experiment(experiment).title, x=0.01, ha="left")
         shared_legend(figure, axes)
     return figure
 
@@ -125,14 +125,14 @@ def against_size(frame: pd.DataFrame, *steps: int, paper: bool = False) -> Figur
     with style():
         figure, axes = panels(len(places), height=2.75 if len(shown) == 1 else 2.4)
         for ax, (step, experiment) in zip(axes, places, strict=True):
-            headline = experiment_named(experiment).HEADLINE
+            headline = get_experiment(experiment).headline
             of_experiment = data[data["experiment"] == experiment]
             panel = of_experiment[of_experiment["step"] == step]
             size_lines(ax, panel, condition_looks(data["condition"]))
             theirs = published_against_size(experiment, headline) if paper else []
             theirs = [row for row in theirs if row.condition in set(panel["condition"])]
             value_axis(ax, of_experiment, experiment, headline, theirs)
-            title = title_of(experiment)
+            title = get_experiment(experiment).title
             ax.set_title(title if len(shown) == 1 else f"{title.split()[0]}, step {step}")
             ax.set_xlabel("Model parameters")
             published_points(ax, theirs, "parameters")
@@ -163,7 +163,7 @@ def instruction_effects(effects: Sequence[Mapping[str, Any]]) -> Figure:
             step_axis(ax, here["step"])
             whole_span(ax, here)
             ax.axhline(0, color="#333333", linewidth=0.9, zorder=1)
-            ax.set_title(title_of(experiment))
+            ax.set_title(get_experiment(experiment).title)
             ax.set_ylabel(f"Q minus {condition}")
             ax.set_xlabel(STEP_LABEL)
         figure.suptitle("Headline metric without minus with the instruction", x=0.01, ha="left")
@@ -248,7 +248,7 @@ def in_words(figure: Figure) -> str:
             if label.startswith(PUBLISHED):
                 published.append(label.removeprefix(PUBLISHED))
             elif len(y) and not label.startswith("_"):
-                lines.append(f"{label} {y[0]:.2f} to {y[-1]:.2f}")
+                lines.append(f"{label} {number(y[0], 2)} to {number(y[-1], 2)}")
         name = ax.get_label() or f"{ax.get_title(loc='left')}, {ax.get_ylabel()}"
         parts.append(f"{' '.join(str(name).split())}: {'; '.join(lines) or 'no defined value'}.")
         if published:

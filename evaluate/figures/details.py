@@ -10,7 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfcorrect.evaluate.experiments.tally import log_probabilities, probabilities
+from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.experiments.base import condition_rank
+from selfcorrect.evaluate.experiments.tally import OVERALL, log_probabilities, probabilities
 from selfcorrect.evaluate.figures.panels import (
     PAGE_WIDTH,
     condition_lines,
@@ -33,10 +35,8 @@ from selfcorrect.evaluate.figures.select import (
     models_in,
     overall,
 )
-from selfcorrect.evaluate.report.verdict import title_of
-from selfcorrect.evaluate.statistics.bootstrap import OVERALL
-from selfcorrect.evaluate.statistics.cells import condition_rank, experiment_named
-from selfcorrect.recipes.foundation.printable import visible
+from selfcorrect.evaluate.statistics.formatting import number
+from selfcorrect.recipes.foundation.printable import escape_controls
 
 # What to look at beside the headline metric, which an unable model can have without being fair.
 BESIDE = {
@@ -70,7 +70,7 @@ def beside_the_bias(frame: pd.DataFrame, experiment: str) -> Figure:
     if not metrics or data["step"].nunique() < 2:
         raise NothingToDraw(f"{experiment}: what stands beside the metric needs two steps or more")
     models = models_in(data)
-    descriptions = experiment_named(experiment).DESCRIPTIONS
+    descriptions = get_experiment(experiment).metrics
     with style():
         figure = Figure(figsize=(PAGE_WIDTH, 0.9 + 1.45 * len(models)), layout="constrained")
         grid = figure.subplots(len(models), len(metrics), sharex=True, sharey="col", squeeze=False)
@@ -78,14 +78,14 @@ def beside_the_bias(frame: pd.DataFrame, experiment: str) -> Figure:
             for ax, metric in zip(row, metrics, strict=True):
                 mine = data[(data["model"] == model) & (data["metric"] == metric)]
                 condition_lines(ax, mine, condition_looks(data["condition"]))
-                _span(ax, data[data["metric"] == metric], metric, descriptions[metric][2])
-                ax.set_label(f"{model}, {descriptions[metric][0]}")
+                _span(ax, data[data["metric"] == metric], metric, descriptions[metric].unbiased)
+                ax.set_label(f"{model}, {descriptions[metric].label}")
             row[0].set_ylabel(model_title(data[data["model"] == model], line_break=True))
         for ax, metric in zip(grid[0], metrics, strict=True):
             if metric == "accuracy_disambiguated":
                 place = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom"}
                 ax.text(1, 0.34, "chance", color="#666666", fontsize=6.5, **place)
-            ax.set_title(textwrap.fill(descriptions[metric][0], 15))
+            ax.set_title(textwrap.fill(descriptions[metric].label, 15))
         for ax in grid[-1]:
             ax.set_xlabel("RLHF steps")
         shared_legend(figure, list(grid.ravel()))
@@ -114,23 +114,25 @@ def by_category(frame: pd.DataFrame, experiment: str, model: str | None = None) 
     categories = sorted(set(mine["category"]))
     if len(categories) < 2 or mine["step"].nunique() < 2:
         raise NothingToDraw(f"{experiment}, {model}: categories need two of them and two steps")
-    module = experiment_named(experiment)
-    pooled = set(module.overall(categories))
+    definition = get_experiment(experiment)
+    pooled = set(definition.overall_categories(categories))
     with style():
         figure, axes = panels(len(categories), height=1.9)
         for place, (ax, category) in enumerate(zip(axes, categories, strict=True)):
             here = mine[mine["category"] == category]
             condition_lines(ax, here, condition_looks(data["condition"]))
-            value_axis(ax, mine, experiment, module.HEADLINE)
+            value_axis(ax, mine, experiment, definition.headline)
             if place % 3:
                 ax.set_ylabel("")
             else:
-                ax.set_ylabel(textwrap.fill(module.DESCRIPTIONS[module.HEADLINE][0], 16))
+                ax.set_ylabel(textwrap.fill(definition.headline_metric.label, 16))
             apart = "" if category in pooled else "\n(not in overall)"
-            ax.set_title(textwrap.fill(visible(category), 28) + apart)
+            ax.set_title(textwrap.fill(escape_controls(category), 28) + apart)
             if place + 3 >= len(categories):
                 ax.set_xlabel("RLHF steps")
-        figure.suptitle(f"{title_of(experiment)}, {model_title(mine)}", x=0.01, ha="left")
+        figure.suptitle(
+            f"{get_experiment(experiment).title}, {model_title(mine)}", x=0.01, ha="left"
+        )
         shared_legend(figure, axes)
     return figure
 
@@ -220,5 +222,5 @@ def _correlation(row: pd.DataFrame) -> str:
     )
     if np.isnan(value):
         return "r undefined"
-    r, *ends = (f"{one:.2f}".replace("-", "−") for one in (value, low, high) if not np.isnan(one))
+    r, *ends = (number(end, 2) for end in (value, low, high) if not np.isnan(end))
     return f"r = {r} [{', '.join(ends)}]" if ends else f"r = {r}"

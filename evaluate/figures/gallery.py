@@ -11,6 +11,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.figures import curves, runs
 from selfcorrect.evaluate.figures.curves import in_words, save
 from selfcorrect.evaluate.figures.details import (
@@ -27,8 +29,6 @@ from selfcorrect.evaluate.figures.select import (
     models_in,
     overall,
 )
-from selfcorrect.evaluate.report.verdict import title_of
-from selfcorrect.evaluate.statistics.bootstrap import OVERALL
 
 Wanted = tuple[str, str, Callable[[], Figure]]  # name, title, how it is drawn
 
@@ -70,22 +70,24 @@ def draw_run(
     wanted.append(("size", "Metric against model size", size))
     for name in experiments if len(models) > 1 else []:
         steps = partial(curves.steps_by_size, frame, name)
-        wanted.append((f"sizes-{name}", f"{title_of(name)} against RLHF steps, by size", steps))
+        wanted.append(
+            (f"sizes-{name}", f"{get_experiment(name).title} against RLHF steps, by size", steps)
+        )
     wanted.append(
         ("effects", "Effect of the instruction", partial(curves.instruction_effects, effects))
     )
     for name in experiments:
-        title = f"{title_of(name)} over size and steps"
+        title = f"{get_experiment(name).title} over size and steps"
         wanted.append((f"map-{name}", title, partial(size_by_steps, frame, name)))
-        title = f"{title_of(name)}: effect of the instruction over size and steps"
+        title = f"{get_experiment(name).title}: effect of the instruction over size and steps"
         draw = partial(effects_by_size_and_step, effects, name)
         wanted.append((f"map-effects-{name}", title, draw))
     for name in experiments:
         if name in BESIDE:
-            title = f"{title_of(name)}: what stands beside the headline metric"
+            title = f"{get_experiment(name).title}: what stands beside the headline metric"
             wanted.append((f"beside-{name}", title, partial(beside_the_bias, frame, name)))
         if _num_categories(frame, name) > 1:
-            title = f"{title_of(name)} by category, {models[-1]}"
+            title = f"{get_experiment(name).title} by category, {models[-1]}"
             wanted.append((f"categories-{name}", title, partial(by_category, frame, name)))
     if "winogender" in experiments:
         title = f"Winogender by occupation, {models[-1]}"
@@ -105,7 +107,7 @@ def draw_runs(
     wanted: list[Wanted] = [
         (
             f"steps-{name}",
-            f"{title_of(name)} against RLHF steps, a line a run",
+            f"{get_experiment(name).title} against RLHF steps, a line a run",
             partial(runs.steps_by_run, frame, name),
         )
         for name in experiments
@@ -113,7 +115,7 @@ def draw_runs(
     size = partial(runs.size_by_run, frame)
     wanted.append(("size", "Metric against model size, a line a run", size))
     for name in experiments:
-        title = f"{title_of(name)}: effect of the instruction, a line a run"
+        title = f"{get_experiment(name).title}: effect of the instruction, a line a run"
         draw = partial(runs.effects_by_run, statistics["effects"], name)
         wanted.append((f"effects-{name}", title, draw))
     training = partial(runs.training_by_run, frame)

@@ -18,11 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.experiments.base import condition_rank
 from selfcorrect.evaluate.figures.panels import (
     PAGE_WIDTH,
     model_title,
     named_ticks,
-    size_name,
     style,
 )
 from selfcorrect.evaluate.figures.select import (
@@ -32,8 +33,7 @@ from selfcorrect.evaluate.figures.select import (
     models_in,
     overall,
 )
-from selfcorrect.evaluate.report.verdict import number, title_of
-from selfcorrect.evaluate.statistics.cells import condition_rank, experiment_named
+from selfcorrect.evaluate.statistics.formatting import number, size_name
 
 COLUMNS = 4  # panels a row
 NOT_MEASURED = {"hatch": "/////", "facecolor": "#f2f2f2", "edgecolor": "#a0a0a0", "linewidth": 0}
@@ -43,9 +43,9 @@ UNDEFINED = {"hatch": "xxxx", "facecolor": "#ffffff", "edgecolor": "#a0a0a0", "l
 def size_by_steps(frame: pd.DataFrame, experiment: str) -> Figure:
     """The experiment's headline metric as colour over steps and sizes, a panel a condition."""
     data = chosen_experiment(headlines(overall(frame)), experiment)
-    module = experiment_named(experiment)
-    label, _, no_bias = module.DESCRIPTIONS[module.HEADLINE]
-    return _maps(data, f"{title_of(experiment)}: {label.lower()}", label, no_bias, "")
+    definition = get_experiment(experiment)
+    label, no_bias = definition.headline_metric.label, definition.headline_metric.unbiased
+    return _maps(data, f"{get_experiment(experiment).title}: {label.lower()}", label, no_bias, "")
 
 
 def effects_by_size_and_step(effects: Sequence[Mapping[str, Any]], experiment: str) -> Figure:
@@ -58,7 +58,7 @@ def effects_by_size_and_step(effects: Sequence[Mapping[str, Any]], experiment: s
         raise NothingToDraw("a map of effects needs Q beside an instructed condition")
     data = data[data["condition"] != "Match stats"]  # asks for a correlation, not against one
     data = chosen_experiment(headlines(data), experiment)
-    title = f"{title_of(experiment)}: effect of the instruction on the headline metric"
+    title = f"{get_experiment(experiment).title}: effect of the instruction on the headline metric"
     return _maps(data, title, "Effect", 0.0, "Q − ")
 
 

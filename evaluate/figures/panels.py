@@ -14,8 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.experiments.base import condition_rank
 from selfcorrect.evaluate.figures.paper import CITATION, Published
-from selfcorrect.evaluate.statistics.cells import condition_rank, experiment_named
+from selfcorrect.evaluate.statistics.formatting import size_name
 
 STYLE = Path(__file__).with_name("selfcorrect.mplstyle")
 PAGE_WIDTH = 7.2  # inches
@@ -32,12 +34,6 @@ LOOKS: dict[str, dict[str, Any]] = {
     },
     "Match stats": {"color": "#CC79A7", "marker": "D", "linestyle": (0, (1.2, 1.2))},
 }
-# The headline metrics in words that fit an axis; other metrics show their own label.
-AXES = {
-    ("bbq", "bias_ambiguous"): "Bias score,\nambiguous contexts",
-    ("winogender", "correlation"): "Correlation of p(female)\nwith the share of women",
-    ("law_school", "difference"): "p(yes), first minus second race",
-}
 OTHER_COLORS = ("#56B4E9", "#E69F00", "#000000", "#8C8C8C", "#8C510A")
 OTHER_MARKERS = "vPX<>*hd"
 OTHER_LINES = ((0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
@@ -51,15 +47,6 @@ def style() -> Iterator[None]:
     """matplotlib with this project's style file; needed while drawing and while saving."""
     with matplotlib.rc_context(fname=str(STYLE)):
         yield
-
-
-def size_name(parameters: float) -> str:
-    """8192 -> "8.2k", 75300 -> "75k", 135e6 -> "135M"."""
-    for unit, divisor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if parameters >= divisor * 0.9995:
-            size = parameters / divisor
-            return f"{size:.1f}{unit}" if size < 9.95 else f"{size:.0f}{unit}"
-    return f"{parameters:.0f}"
 
 
 def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
@@ -184,8 +171,9 @@ def value_axis(
     published: Sequence[Published] = (),
 ) -> None:
     """Label, the line of no bias, and one span for all models, so that figures compare."""
-    label, _, no_bias = experiment_named(experiment).DESCRIPTIONS[metric]
-    ax.set_ylabel(AXES.get((experiment, metric)) or textwrap.fill(label, 30))
+    described = get_experiment(experiment).metrics[metric]
+    no_bias = described.unbiased
+    ax.set_ylabel(described.axis or textwrap.fill(described.label, 30))
     shown = [row.value for row in published] + ([] if no_bias is None else [no_bias])
     whole_span(ax, data, shown)
     if no_bias is not None:

@@ -7,9 +7,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from selfcorrect.evaluate.figures.panels import ABOUT, LOOKS, STATED, size_name
+from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.figures.panels import ABOUT, LOOKS, STATED
 from selfcorrect.evaluate.figures.paper import Published
-from selfcorrect.evaluate.statistics.cells import experiment_named
+from selfcorrect.evaluate.statistics.formatting import size_name
 
 PUBLISHED = "_published: "  # starts the label of a published point; the underscore: no legend
 
@@ -64,7 +65,7 @@ def _strip(ax: Axes, first: Published, x: str, names: Sequence[str]) -> Axes:
     strip.set_ylim(ax.get_ylim())
     strip.locator_params(axis="y", nbins=6)  # the grid goes on where the panel's is
     strip.tick_params(labelleft=False)
-    no_bias = experiment_named(first.experiment).DESCRIPTIONS[first.metric][2]
+    no_bias = get_experiment(first.experiment).metrics[first.metric].unbiased
     if no_bias is not None:
         strip.axhline(no_bias, color="#333333", linewidth=0.9, zorder=1)
     other = size_name(first.parameters) if x == "steps" else f"{first.steps} steps"

@@ -12,6 +12,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.experiments.base import condition_rank
 from selfcorrect.evaluate.figures.curves import root_line, training_axes, training_table
 from selfcorrect.evaluate.figures.panels import (
     PAGE_WIDTH,
@@ -20,7 +22,6 @@ from selfcorrect.evaluate.figures.panels import (
     panels,
     shared_legend,
     size_axis,
-    size_name,
     step_axis,
     style,
     value_axis,
@@ -35,8 +36,7 @@ from selfcorrect.evaluate.figures.select import (
     models_in,
     overall,
 )
-from selfcorrect.evaluate.report.verdict import title_of
-from selfcorrect.evaluate.statistics.cells import condition_rank, experiment_named
+from selfcorrect.evaluate.statistics.formatting import size_name
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX*"
@@ -62,10 +62,10 @@ def steps_by_run(frame: pd.DataFrame, experiment: str) -> Figure:
     data = chosen_experiment(headlines(data), experiment)
     if data["step"].nunique() < 2:
         raise NothingToDraw(f"{experiment}: metric against steps needs two steps or more")
-    module = experiment_named(experiment)
-    no_bias = module.DESCRIPTIONS[module.HEADLINE][2]
-    label = module.DESCRIPTIONS[module.HEADLINE][0]
-    return _grid(data, f"{title_of(experiment)}: {label.lower()}", "", no_bias)
+    definition = get_experiment(experiment)
+    no_bias = definition.headline_metric.unbiased
+    label = definition.headline_metric.label
+    return _grid(data, f"{get_experiment(experiment).title}: {label.lower()}", "", no_bias)
 
 
 def effects_by_run(effects: Sequence[Mapping[str, Any]], experiment: str) -> Figure:
@@ -76,7 +76,9 @@ def effects_by_run(effects: Sequence[Mapping[str, Any]], experiment: str) -> Fig
     data = headlines(data)
     data = data[data["condition"] != "Match stats"]  # asks for a correlation, not against one
     data = chosen_experiment(data, experiment)
-    return _grid(data, f"{title_of(experiment)}: effect of the instruction", "Q − ", 0.0)
+    return _grid(
+        data, f"{get_experiment(experiment).title}: effect of the instruction", "Q − ", 0.0
+    )
 
 
 def _grid(data: pd.DataFrame, title: str, before: str, no_bias: float | None) -> Figure:
@@ -178,8 +180,8 @@ def size_by_run(frame: pd.DataFrame) -> Figure:
                 ax.vlines(series.index, series["low"], series["high"], linewidth=1.1, alpha=0.8,
                           color=colours[name]["color"])  # fmt: skip
             size_axis(ax, sizes)
-            value_axis(ax, of_experiment, experiment, experiment_named(experiment).HEADLINE)
-            ax.set_title(f"{title_of(experiment).split()[0]}, {condition}")
+            value_axis(ax, of_experiment, experiment, get_experiment(experiment).headline)
+            ax.set_title(f"{get_experiment(experiment).title.split()[0]}, {condition}")
             ax.set_xlabel("Model parameters")
         shared_legend(figure, axes)
     return figure

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from selfcorrect.evaluate.experiments import EXPERIMENTS
+from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
+from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.results import ALL_ORDERS
-from selfcorrect.evaluate.statistics.bootstrap import OVERALL
-from selfcorrect.evaluate.statistics.cells import experiment_named
 from selfcorrect.recipes.foundation.errors import InputError
 
 _PLACE = ["model", "seed", "step", "experiment", "condition", "category", "metric"]
@@ -45,7 +44,7 @@ def overall(frame: pd.DataFrame) -> pd.DataFrame:
 
 def headlines(data: pd.DataFrame) -> pd.DataFrame:
     """The rows of each experiment's headline metric."""
-    names = {name: experiment_named(name).HEADLINE for name in set(data["experiment"])}
+    names = {name: get_experiment(name).headline for name in set(data["experiment"])}
     return data[data["metric"] == data["experiment"].map(names)]
 
 
@@ -79,7 +78,7 @@ def chosen_model(data: pd.DataFrame, model: str | None) -> str:
 
 def chosen_experiment(data: pd.DataFrame, experiment: str) -> pd.DataFrame:
     """The experiment's rows; NothingToDraw where there are none."""
-    experiment_named(experiment)
+    get_experiment(experiment)
     rows = data[data["experiment"] == experiment]
     if rows.empty:
         raise NothingToDraw(f"{experiment}: not measured at any checkpoint")

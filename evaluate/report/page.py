@@ -31,14 +31,14 @@ from selfcorrect.evaluate.report.transcripts import transcripts
 from selfcorrect.evaluate.report.trend_tables import trend_tables
 from selfcorrect.evaluate.report.verdict import caveats, summary, verdicts
 from selfcorrect.evaluate.results import load_items, write_results
-from selfcorrect.evaluate.run_folder import check_inside
+from selfcorrect.evaluate.run_folder import POLICY_METHODS, check_inside
 from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES
 from selfcorrect.evaluate.statistics.files import write_table
 from selfcorrect.recipes.foundation.atomic_files import remove_leftovers, write_text
 from selfcorrect.recipes.foundation.checksums import read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.locks import claimed
-from selfcorrect.recipes.foundation.printable import visible
+from selfcorrect.recipes.foundation.locks import hold_lock
+from selfcorrect.recipes.foundation.printable import escape_controls
 
 if TYPE_CHECKING:
     from selfcorrect.evaluate.figures.gallery import Drawing
@@ -57,7 +57,7 @@ def write_report(
     """
     if not (run / "recipe.yaml").is_file():
         raise InputError(f"{run}: no recipe.yaml here, so this is not a run folder")
-    with claimed(run, math.inf):  # else a report that was begun earlier could end up on top
+    with hold_lock(run, math.inf):  # else a report that was begun earlier could end up on top
         remove_leftovers(run / "figures")
         return _write_report(run, num_resamples, seed, paper)
 
@@ -199,7 +199,9 @@ def _unfinished(named: Mapping[str, Path]) -> Iterable[str]:
 def _left_out_of_feedback(run: Path) -> list[dict[str, int]]:
     """What the stage.json of each reward model and each PPO says of pairs and prompts left out."""
     paths = [
-        path for stage in ("reward", "ppo") for path in run.glob(f"*/seed-*/{stage}/stage.json")
+        path
+        for stage in ("reward", *POLICY_METHODS)
+        for path in run.glob(f"*/seed-*/{stage}/stage.json")
     ]
     records = [_read_json(path) for path in sorted(paths)]
     return [record.get("left_out") or {} for record in records]
@@ -214,7 +216,7 @@ def render(**content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["visible"] = visible
+    environment.filters["visible"] = escape_controls
     environment.filters["sha256"] = _sha256
     return environment.get_template(TEMPLATE.name).render(**content)
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfcorrect.evaluate.report.verdict import number, title_of, with_interval
-from selfcorrect.evaluate.statistics.bootstrap import OVERALL
-from selfcorrect.evaluate.statistics.cells import experiment_named
-from selfcorrect.recipes.foundation.printable import visible
+from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.experiments.tally import OVERALL
+from selfcorrect.evaluate.statistics.formatting import number, p_value, with_interval
+from selfcorrect.recipes.foundation.printable import escape_controls
 
 COMPARISONS = {"effects": "effect", "growth": "growth of the effect", "changes": "change"}
 
@@ -40,10 +40,10 @@ def result_tables(statistics: Mapping[str, Any]) -> list[Table]:
     """
     tables = []
     for experiment in dict.fromkeys(cell["experiment"] for cell in statistics["cells"]):
-        module = experiment_named(experiment)
+        definition = get_experiment(experiment)
         cells = [cell for cell in statistics["cells"] if cell["experiment"] == experiment]
-        first = [name for name in module.DESCRIPTIONS if not _is_variant(name)]
-        variants = [name for name in module.DESCRIPTIONS if _is_variant(name)]
+        first = [name for name in definition.metrics if not _is_variant(name)]
+        variants = [name for name in definition.metrics if _is_variant(name)]
         tables.append(_result_table(experiment, "every checkpoint and condition", cells, first))
         if variants:
             title = "from probabilities, and means of categories"
@@ -63,7 +63,7 @@ def _result_table(
     suffix: str = "",
 ) -> Table:
     """Metrics without any defined value have no column, but are named under the title."""
-    module = experiment_named(experiment)
+    definition = get_experiment(experiment)
     values = [cell["metrics"][OVERALL] for cell in cells]
     measured = [name for name in metrics if any(name in value for value in values)]
     defined = [
@@ -71,8 +71,10 @@ def _result_table(
         for name in measured
         if any((v.get(name) or {}).get("value") is not None for v in values)
     ]
-    label = {name: module.DESCRIPTIONS[name][0] for name in measured}
-    note = [f"{label[m]}: {module.DESCRIPTIONS[m][1]}." for m in defined if m == module.HEADLINE]
+    label = {name: definition.metrics[name].label for name in measured}
+    note = [
+        f"{label[m]}: {definition.metrics[m].meaning}." for m in defined if m == definition.headline
+    ]
     if undefined := [label[name] for name in measured if name not in defined]:
         note.append(f"Undefined everywhere: {', '.join(undefined)}.")
     # How often the model's own text ran into the length limit, where it wrote any.
@@ -81,18 +83,20 @@ def _result_table(
     rows = [
         [*place.cells(cell), text_cell(cell["condition"]), count_cell(cell["num_items"])]
         + ([_cut_off(cell)] if wrote else [])
-        + [estimate_cell(value.get(name), name == module.HEADLINE) for name in defined]
+        + [estimate_cell(value.get(name), name == definition.headline) for name in defined]
         for cell, value in zip(cells, values, strict=True)
     ]
     return Table(
         name=f"results-{experiment}{suffix}",
-        title=f"{title_of(experiment)}: {title}",
+        title=f"{get_experiment(experiment).title}: {title}",
         note=" ".join(note),
         columns=[*place.columns, "Condition", "Prompts"]
         + (["Texts cut off"] if wrote else [])
         + [label[name] for name in defined],
         rows=rows,
-        meanings=[module.DESCRIPTIONS[name][:2] for name in defined],
+        meanings=[
+            (definition.metrics[name].label, definition.metrics[name].meaning) for name in defined
+        ],
     )
 
 
@@ -108,7 +112,7 @@ def comparison_table(statistics: Mapping[str, Any]) -> Table:
     rows = []
     for kind, name in COMPARISONS.items():
         for row in statistics[kind]:
-            if row["metric"] != experiment_named(row["experiment"]).HEADLINE:
+            if row["metric"] != get_experiment(row["experiment"]).headline:
                 continue
             start = row.get("from_step")
             steps = str(row["step"]) if start is None else f"{start} to {row['step']}"
@@ -116,7 +120,7 @@ def comparison_table(statistics: Mapping[str, Any]) -> Table:
             rows.append(
                 [
                     text_cell(name),
-                    text_cell(title_of(row["experiment"])),
+                    text_cell(get_experiment(row["experiment"]).title),
                     *place.run(row),
                     text_cell(row["model"]),
                     count_cell(row["seed"]),
@@ -149,7 +153,7 @@ def category_tables(statistics: Mapping[str, Any]) -> list[Table]:
     """The headline metric by category at each model's last step, where there are categories."""
     tables = []
     for experiment in dict.fromkeys(cell["experiment"] for cell in statistics["cells"]):
-        module = experiment_named(experiment)
+        definition = get_experiment(experiment)
         cells = [cell for cell in statistics["cells"] if cell["experiment"] == experiment]
         categories = sorted({name for cell in cells for name in cell["metrics"]} - {OVERALL})
         if len(categories) < 2:
@@ -164,18 +168,18 @@ def category_tables(statistics: Mapping[str, Any]) -> list[Table]:
                 *place.cells(cell),
                 text_cell(cell["condition"]),
                 text_cell(category),
-                estimate_cell(cell["metrics"].get(category, {}).get(module.HEADLINE), True),
+                estimate_cell(cell["metrics"].get(category, {}).get(definition.headline), True),
             ]
             for cell in cells
             if cell["step"] == last[cell["run"], cell["model"], cell["seed"]]
             for category in categories
         ]
-        label = module.DESCRIPTIONS[module.HEADLINE][0]
+        label = definition.headline_metric.label
         tables.append(
             Table(
                 name=f"categories-{experiment}",
-                title=f"{title_of(experiment)}: categories at the last step",
-                note=f"The overall figure pools {', '.join(module.overall(categories))}.",
+                title=f"{get_experiment(experiment).title}: categories at the last step",
+                note=f"The overall figure pools {', '.join(definition.overall_categories(categories))}.",
                 columns=[*place.columns, "Condition", "Category", label],
                 rows=rows,
             )
@@ -191,7 +195,7 @@ def difference_table(
         name=name,
         title=title,
         note="" if rows else "They agree in every key.",
-        columns=["Key", *map(visible, runs)],
+        columns=["Key", *map(escape_controls, runs)],
         rows=[[text_cell(key), *map(text_cell, values)] for key, values in rows],
     )
 
@@ -206,7 +210,7 @@ def left_out_table(
     counts: dict[tuple[str, str], set[int]] = {}
     for cell in statistics["cells"]:
         for reason, count in cell["left_out"].items():
-            counts.setdefault((title_of(cell["experiment"]), reason), set()).add(count)
+            counts.setdefault((get_experiment(cell["experiment"]).title, reason), set()).add(count)
     for left_out in feedback:
         for reason, count in left_out.items():
             counts.setdefault(("Feedback", reason), set()).add(count)
@@ -245,7 +249,7 @@ class Place:
 
 def text_cell(value: object) -> TableCell:
     """Text as it can be shown, sorted without regard to case."""
-    text = visible(value)
+    text = escape_controls(value)
     return TableCell(text, text.lower())
 
 
@@ -262,7 +266,5 @@ def estimate_cell(row: Mapping[str, Any] | None, interval: bool) -> TableCell:
 
 
 def probability_cell(value: float | None) -> TableCell:
-    """A p-value: two digits, or that it is below .001."""
-    if value is None:
-        return TableCell("–", None)
-    return TableCell("< 0.001" if value < 0.001 else f"{value:.2g}", value)
+    """A p-value; a dash for None."""
+    return TableCell("–" if value is None else p_value(value), value)

@@ -7,11 +7,12 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from selfcorrect.evaluate.report.verdict import title_of
+from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.experiments.base import condition_rank
+from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.results import ALL_ORDERS
-from selfcorrect.evaluate.statistics.bootstrap import OVERALL
-from selfcorrect.evaluate.statistics.cells import condition_rank, experiment_named
-from selfcorrect.recipes.foundation.printable import visible
+from selfcorrect.evaluate.statistics.formatting import compact, compact_with_interval
+from selfcorrect.recipes.foundation.printable import escape_controls
 
 BESIDE = {
     "accuracy_ambiguous": "Accuracy\nambig.",
@@ -99,7 +100,7 @@ def _model_table(data: pd.DataFrame) -> Table:
 
 def _shown(name: object) -> str:
     """A name as the terminal shows it: neither its brackets nor its control characters act."""
-    return escape(visible(name))
+    return escape(escape_controls(name))
 
 
 def _empty(title: str, experiments: Sequence[str]) -> Table:
@@ -119,49 +120,33 @@ def _no_bias(experiments: Sequence[str]) -> str:
     """Which value of the headline metrics is no bias: 0, with the exceptions named."""
     other = []
     for experiment in experiments:
-        module = experiment_named(experiment)
-        _, _, value = module.DESCRIPTIONS[module.HEADLINE]
+        definition = get_experiment(experiment)
+        value = definition.headline_metric.unbiased
         if value is None:
-            other.append(f"none is for {title_of(experiment)}")
+            other.append(f"none is for {get_experiment(experiment).title}")
         elif value:
-            other.append(f"{_decimals(value)} for {title_of(experiment)}")
+            other.append(f"{compact(value)} for {get_experiment(experiment).title}")
     return "0: no bias" + (f" ({', '.join(other)})" if other else "")
 
 
 def _heading(experiment: str) -> str:
-    module = experiment_named(experiment)
-    return f"{_short(experiment)}\n{module.DESCRIPTIONS[module.HEADLINE][0].lower()}"
+    definition = get_experiment(experiment)
+    return f"{_short(experiment)}\n{definition.headline_metric.label.lower()}"
 
 
 def _short(experiment: str) -> str:
-    return title_of(experiment).split()[0]
+    return get_experiment(experiment).title.split()[0]
 
 
 def _headline(rows: pd.DataFrame, experiment: str) -> str:
     mine = rows[
-        (rows["experiment"] == experiment)
-        & (rows["metric"] == experiment_named(experiment).HEADLINE)
+        (rows["experiment"] == experiment) & (rows["metric"] == get_experiment(experiment).headline)
     ]
     if mine.empty:
         return ""
-    value, low, high = (float(mine.iloc[0][name]) for name in ("value", "low", "high"))
-    if pd.isna(low):
-        return _number([value])
-    return f"{_number([value])} \\[{_number([low, high])}]"
+    return compact_with_interval(mine.iloc[0])
 
 
 def _plain(rows: pd.DataFrame, metric: str) -> str:
     mine = rows[rows["metric"] == metric]
-    return "" if mine.empty else _number([float(mine.iloc[0]["value"])])
-
-
-def _number(values: Sequence[float]) -> str:
-    """Two decimals without the leading zero, as the paper writes them: ".41, -.03, 1.00"."""
-    return ", ".join(_decimals(value) for value in values)
-
-
-def _decimals(value: float) -> str:
-    if pd.isna(value):
-        return "–"
-    text = f"{value:.2f}".replace("-0.00", "0.00")
-    return text.replace("0.", ".", 1) if abs(value) < 0.995 else text
+    return "" if mine.empty else compact(mine.iloc[0]["value"])

@@ -18,16 +18,15 @@ import pyarrow.compute as pc
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from selfcorrect.evaluate.experiments import EXPERIMENTS
+from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
+from selfcorrect.evaluate.experiments.base import condition_rank
 from selfcorrect.evaluate.measuring.cell_files import read_settings, read_table
 from selfcorrect.evaluate.measuring.plan import PlannedCell
 from selfcorrect.evaluate.measuring.run import recipe_plan
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE
-from selfcorrect.evaluate.report.verdict import title_of
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
-from selfcorrect.evaluate.statistics.cells import condition_rank
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.printable import visible
+from selfcorrect.recipes.foundation.printable import escape_controls
 from selfcorrect.recipes.load import load_recipe
 
 NUM_ITEMS = 40  # per experiment
@@ -75,7 +74,7 @@ class _Texts:
     places: dict[str, int] = field(default_factory=dict)
 
     def place(self, text: object) -> int:
-        return self.places.setdefault(visible(str(text)[:TEXT_LENGTH]), len(self.places))
+        return self.places.setdefault(escape_controls(str(text)[:TEXT_LENGTH]), len(self.places))
 
     def cut(self, text: str) -> list[int]:
         """The place of the text's start, and the full length where it is cut."""
@@ -98,7 +97,7 @@ def transcripts(
         for note in mine:
             notes.setdefault(note, []).append(label)
         if data is not None:
-            name = htmlsafe_json_dumps(visible(label))
+            name = htmlsafe_json_dumps(escape_controls(label))
             shown.append(Markup('{"run": %s, "data": %s}') % (Markup(name), data))
     said = [f"{', '.join(of)}: {note}" if len(named) > 1 else note for note, of in notes.items()]
     return Transcripts(said, Markup("[%s]") % Markup(", ").join(shown) if shown else None)
@@ -134,7 +133,7 @@ def _what_is_shown(files: Sequence[_File], chosen: Mapping[str, Sequence[str]]) 
     parts = []
     for name, items in chosen.items():
         in_all = max(file.settings.get("num_items", 0) for file in files if file.cell[0] == name)
-        parts.append(f"{title_of(name)}: {len(items)} of {in_all:,} items")
+        parts.append(f"{get_experiment(name).title}: {len(items)} of {in_all:,} items")
     return (
         f"{'; '.join(parts)}. They are spread over the categories, chosen without a look at the "
         f"answers. Of a text the first {TEXT_LENGTH:,} characters are shown; all items and all "
@@ -278,7 +277,7 @@ def _data(
             )
         experiments.append(
             {
-                "title": texts.place(title_of(name)),
+                "title": texts.place(get_experiment(name).title),
                 "conditions": [texts.place(condition) for condition in conditions],
                 "items": shown,
             }

@@ -3,25 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from selfcorrect.evaluate.statistics.formatting import p_value, with_interval
 from selfcorrect.evaluate.statistics.thresholds import NOT_REACHED
 
 Row = Mapping[str, Any]
-
-
-def number(value: float | None) -> str:
-    """Three decimals with a true minus sign; "undefined" for None. Never -0.000."""
-    if value is None:
-        return "undefined"
-    return f"{value:.3f}".replace("-0.000", "0.000").replace("-", "−")
-
-
-def with_interval(row: Row) -> str:
-    """As in "0.410 [0.302, 0.518]"; says so when there is no interval."""
-    if row["value"] is None:
-        return "undefined"
-    if row["low"] is None or row["high"] is None:
-        return f"{number(row['value'])} (no interval)"
-    return f"{number(row['value'])} [{number(row['low'])}, {number(row['high'])}]"
 
 
 def corrected(row: Row, before: str) -> str:
@@ -29,7 +14,7 @@ def corrected(row: Row, before: str) -> str:
     p = row.get("p_adjusted")
     if p is None:
         return ""
-    return f"{before}corrected p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
+    return f"{before}corrected p {p_value(p) if p < 0.001 else f'= {p_value(p)}'}"
 
 
 def over_seeds(rows: Sequence[Row]) -> list[str]:

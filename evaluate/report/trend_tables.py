@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.report.tables import (
     Place,
     Table,
@@ -12,8 +13,7 @@ from selfcorrect.evaluate.report.tables import (
     probability_cell,
     text_cell,
 )
-from selfcorrect.evaluate.report.verdict import number, title_of
-from selfcorrect.evaluate.statistics.cells import experiment_named
+from selfcorrect.evaluate.statistics.formatting import number, significant
 
 AGAINST = {
     "step": "RLHF step",
@@ -54,7 +54,7 @@ def _trends(statistics: Mapping[str, Any], place: Place) -> Table:
             [
                 text_cell(row["quantity"]),
                 text_cell(AGAINST.get(row["against"], row["against"])),
-                text_cell(title_of(row["experiment"])),
+                text_cell(get_experiment(row["experiment"]).title),
                 *place.run(row),
                 text_cell(row["model"] or "all sizes"),
                 TableCell("all" if row["seed"] is None else str(row["seed"]), row["seed"]),
@@ -81,7 +81,7 @@ def _thresholds(statistics: Mapping[str, Any], place: Place) -> Table:
                  "Starts", "Reached at", "95 % interval", "Share that reaches it"],
         rows=[
             [
-                text_cell(title_of(row["experiment"])),
+                text_cell(get_experiment(row["experiment"]).title),
                 *place.cells({**row, "step": _whole(row.get("last"))}),
                 text_cell(row["condition"]),
                 estimate_cell({"value": row["threshold"]}, False),
@@ -106,7 +106,7 @@ def _over_seeds(statistics: Mapping[str, Any], place: Place) -> Table:
         rows=[
             [
                 text_cell(singular.get(row["kind"], row["kind"])),
-                text_cell(title_of(row["experiment"])),
+                text_cell(get_experiment(row["experiment"]).title),
                 *place.run(row),
                 text_cell(row["model"]),
                 count_cell(row["num_seeds"]),
@@ -134,7 +134,7 @@ def _side_by_side(statistics: Mapping[str, Any], place: Place) -> Table:
         rows=[
             [
                 text_cell(kinds.get(row["quantity"], row["quantity"])),
-                text_cell(title_of(row["experiment"])),
+                text_cell(get_experiment(row["experiment"]).title),
                 *place.run(row),
                 text_cell(row["model"]),
                 count_cell(row["seed"]),
@@ -148,7 +148,7 @@ def _side_by_side(statistics: Mapping[str, Any], place: Place) -> Table:
 
 
 def _headlines(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["metric"] == experiment_named(row["experiment"]).HEADLINE]
+    return [row for row in rows if row["metric"] == get_experiment(row["experiment"]).headline]
 
 
 def _part(row: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -160,13 +160,9 @@ def _slope(row: Mapping[str, Any]) -> TableCell:
     """Three significant digits: a slope a step is small."""
     if row["value"] is None:
         return TableCell(f"undefined: {row['undefined_because']}", None)
-    value, low, high = (_short(row[name]) for name in ("value", "low", "high"))
+    value, low, high = (significant(row[name]) for name in ("value", "low", "high"))
     interval = "(no interval)" if row["low"] is None else f"[{low}, {high}]"
     return TableCell(f"{value} {interval}", row["value"])
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}".replace("-", "−")
 
 
 def _step(value: float | str | None, reason: str | None) -> TableCell:

@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.experiments.base import condition_rank
+from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.report.trend_sentences import (
     along_steps,
     corrected,
@@ -11,10 +14,8 @@ from selfcorrect.evaluate.report.trend_sentences import (
     reached,
     with_size,
 )
-from selfcorrect.evaluate.report.trend_sentences import number as number
-from selfcorrect.evaluate.report.trend_sentences import with_interval as with_interval
-from selfcorrect.evaluate.statistics.bootstrap import OVERALL, UNINSTRUCTED
-from selfcorrect.evaluate.statistics.cells import condition_rank, experiment_named
+from selfcorrect.evaluate.statistics.bootstrap import UNINSTRUCTED
+from selfcorrect.evaluate.statistics.formatting import number, with_interval
 
 Row = Mapping[str, Any]
 # Under this probability on the options, a forced choice between them says little.
@@ -91,7 +92,7 @@ def summary(statistics: Row) -> list[str]:
         groups.setdefault((row["experiment"], row["condition"]), []).append(row)
     sentences = []
     for (experiment, condition), rows in groups.items():
-        what = f"{title_of(experiment)}, {UNINSTRUCTED} minus {condition}"
+        what = f"{get_experiment(experiment).title}, {UNINSTRUCTED} minus {condition}"
         sentences.append(f"{what}, first to last step: {_counted(rows)}.")
         for kind, sentence in (("over_seeds", over_seeds), ("trends", with_size)):
             mine = [
@@ -125,17 +126,12 @@ def _counted(rows: Sequence[Row]) -> str:
     return f"{counted} of {len(rows)} models{held}"
 
 
-def title_of(experiment: str) -> str:
-    """The experiment's name for readers."""
-    return experiment_named(experiment).TITLE
-
-
 def _headlines(rows: Sequence[Row]) -> list[Row]:
     """Only the headline metrics; match-stats asks for a correlation, not against a bias."""
     return [
         row
         for row in rows
-        if row["metric"] == experiment_named(row["experiment"]).HEADLINE
+        if row["metric"] == get_experiment(row["experiment"]).headline
         and row["condition"] != "Match stats"
     ]
 
@@ -152,29 +148,32 @@ def _paragraphs(
         mine[kind] = [row for row in found if (row["run"], row["model"], row["seed"]) == key]
     paragraphs = []
     for experiment in dict.fromkeys(cell["experiment"] for cell in cells):
-        module = experiment_named(experiment)
+        definition = get_experiment(experiment)
         here = [cell for cell in cells if cell["experiment"] == experiment]
         rows = {
             kind: [
                 row
                 for row in found
                 if row["experiment"] == experiment
-                and row.get("metric", module.HEADLINE) == module.HEADLINE
+                and row.get("metric", definition.headline) == definition.headline
             ]
             for kind, found in mine.items()
         }
-        label, meaning, no_bias = module.DESCRIPTIONS[module.HEADLINE]
-        if no_bias is not None:
-            meaning = f"{meaning}; {no_bias:g} is no bias"
+        metric = definition.headline_metric
+        meaning = metric.meaning
+        if metric.unbiased is not None:
+            meaning = f"{meaning}; {metric.unbiased:g} is no bias"
         sentences: list[str] = []
         for condition in sorted({cell["condition"] for cell in here}, key=condition_rank):
             of_condition = [cell for cell in here if cell["condition"] == condition]
-            sentences.append(_course(of_condition, module.HEADLINE, rows["changes"]))
+            sentences.append(_course(of_condition, definition.headline, rows["changes"]))
             sentences += reached(rows["thresholds"], condition)
             if condition not in (UNINSTRUCTED, "Match stats"):
                 sentences += _effect(rows, condition)
         sentences += _beside(here)
-        paragraphs.append(Paragraph(f"{title_of(experiment)}: {label}", f"{meaning}.", sentences))
+        paragraphs.append(
+            Paragraph(f"{definition.title}: {metric.label}", f"{meaning}.", sentences)
+        )
     return paragraphs
 
 

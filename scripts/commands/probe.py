@@ -55,13 +55,15 @@ def probe(
             _probe_run(Path(run), wanted, limit, seed, folds)
         return
     from selfcorrect.evaluate.experiments.wording import load_stimuli
-    from selfcorrect.evaluate.measuring.plan import plan
+    from selfcorrect.evaluate.measuring.plan import plan_evaluation
     from selfcorrect.evaluate.probe.probe import check_plan
 
     folder = data_dir or default_data_dir()
     if not folder.is_dir():
         raise InputError(f"{folder}: no such data folder; give --data-dir or SELFCORRECT_DATA_DIR")
-    cells = plan(folder, load_stimuli(stimuli), ["bbq"], wanted, limit=limit, seed=seed or 0)
+    cells = plan_evaluation(
+        folder, load_stimuli(stimuli), ["bbq"], wanted, limit=limit, seed=seed or 0
+    )
     check_plan(cells, folds)
     for target in targets:
         _probe_model(target, cells, folds, seed or 0, revision, out)
@@ -169,6 +171,8 @@ def _table(frame: "pd.DataFrame") -> "Table":
 
 
 def _value(row: "pd.DataFrame") -> str:
+    from selfcorrect.evaluate.statistics.formatting import compact
+
     accuracy, low, high = (float(row[name].iloc[0]) for name in ("accuracy", "low", "high"))
-    interval = "" if low != low else f" {low:.2f}-{high:.2f}"  # no interval: NaN
-    return f"{accuracy:.2f}{interval}".replace("0.", ".")
+    interval = "" if low != low else f" {compact(low)}-{compact(high)}"  # no interval: NaN
+    return compact(accuracy) + interval

@@ -83,7 +83,7 @@ def _table(scores: dict[str, Any]) -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    from selfcorrect.recipes.foundation.printable import visible
+    from selfcorrect.recipes.foundation.printable import escape_controls
 
     table = Table(
         title="BBQ",
@@ -101,33 +101,27 @@ def _table(scores: dict[str, Any]) -> "Table":
     answered = {name: one for name, one in scores["categories"].items() if _num_answers(one)}
     for index, (name, one) in enumerate(answered.items()):
         last = index == len(answered) - 1
-        table.add_row(escape(visible(name)), *_cells(one), end_section=last)
+        table.add_row(escape(escape_controls(name)), *_cells(one), end_section=last)
     table.add_row("Overall, pooled", *_cells(scores["overall"]["pooled"]))
     table.add_row("Overall, mean", *_cells(scores["overall"]["mean"]))
     return table
 
 
 def _cells(one: dict[str, Any]) -> list[str]:
-    biases = []
-    for name in _BIASES:
-        low, high = one[f"{name}_low"], one[f"{name}_high"]
-        interval = "" if low is None else f" \\[{_number(low)}, {_number(high)}]"
-        biases.append(_number(one[name]) + interval)
-    shares = [_number(one[name]) for name in _SHARES]
-    letters = " ".join(_number(one[name]) for name in _LETTERS)
+    from selfcorrect.evaluate.statistics.formatting import compact, compact_with_interval
+
+    ends = {"value": "", "low": "_low", "high": "_high"}
+    biases = [
+        compact_with_interval({end: one[name + suffix] for end, suffix in ends.items()})
+        for name in _BIASES
+    ]
+    shares = [compact(one[name]) for name in _SHARES]
+    letters = " ".join(compact(one[name]) for name in _LETTERS)
     return [*biases, *shares, letters, f"{_num_answers(one):,}"]
 
 
 def _num_answers(one: dict[str, Any]) -> int:
     return int(one["n_rows"] - one["n_unanswered"])
-
-
-def _number(value: float | None) -> str:
-    """Two decimals without the leading zero, as the paper writes them."""
-    if value is None:
-        return "–"
-    text = f"{value:.2f}".replace("-0.00", "0.00")
-    return text.replace("0.", ".", 1) if abs(value) < 0.995 else text
 
 
 def _remarks(scores: dict[str, Any]) -> list[str]:
@@ -155,10 +149,11 @@ def _remarks(scores: dict[str, Any]) -> list[str]:
 
 
 def _where_unanswered(categories: dict[str, dict[str, Any]]) -> str:
-    from selfcorrect.recipes.foundation.printable import visible
+    from selfcorrect.recipes.foundation.printable import escape_controls
 
     parts = [
-        f"{visible(name)} {one['n_unanswered']:,}" + (" (all)" if not _num_answers(one) else "")
+        f"{escape_controls(name)} {one['n_unanswered']:,}"
+        + (" (all)" if not _num_answers(one) else "")
         for name, one in categories.items()
         if one["n_unanswered"]
     ]

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfcorrect.evaluate.statistics.bootstrap import OVERALL
-from selfcorrect.evaluate.statistics.cells import experiment_named
+from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.experiments.tally import OVERALL
+from selfcorrect.evaluate.statistics.formatting import compact_with_interval
 from selfcorrect.evaluate.statistics.significance import correct, mean_over_seeds
 
 Row = Mapping[str, Any]
@@ -32,9 +33,7 @@ class Number:
     def __str__(self) -> str:
         if self.value is None:
             return "undefined"
-        if self.low is None or self.high is None:
-            return short(self.value)
-        return f"{short(self.value)} [{short(self.low)}, {short(self.high)}]"
+        return compact_with_interval({"value": self.value, "low": self.low, "high": self.high})
 
     def side(self) -> int:
         """1 or -1 where the interval over seeds lies on one side of zero, else 0."""
@@ -54,16 +53,6 @@ class Number:
         if self.side_in_all_seeds() == expected:
             return EVERY_SEED
         return OPPOSITE_SEEDS if self.side_in_all_seeds() == -expected else NOT_SHOWN
-
-
-def short(value: float) -> str:
-    """Two decimals without the leading zero; three where there would be nothing but zeros."""
-    text = f"{value:.2f}"
-    if abs(value) < 0.005 and value:
-        text = f"{value:.3f}"
-    text = text.replace("-", "\N{MINUS SIGN}")
-    text = text.replace("0.", ".", 1) if abs(value) < 1 else text
-    return ".00" if text.strip("\N{MINUS SIGN}") in (".000", ".00") else text
 
 
 def _side(low: float | None, high: float | None) -> int:
@@ -118,7 +107,7 @@ class Results:
         self, model: str, step: int, experiment: str, condition: str, metric: str | None = None
     ) -> list[float]:
         """The metric (default: the headline) of each seed; none at all where one is undefined."""
-        metric = metric or experiment_named(experiment).HEADLINE
+        metric = metric or get_experiment(experiment).headline
         found = [
             self.values.get((model, seed, step, experiment, condition, metric))
             for seed in self.seeds
@@ -147,7 +136,7 @@ class Results:
         """
         names = {"effect": "effects", "growth": "growth", "change": "changes"}
         wanted: dict[str, Any] = {"model": model, "experiment": experiment, "condition": condition}
-        wanted |= {"metric": experiment_named(experiment).HEADLINE, "step": self.steps[-1]}
+        wanted |= {"metric": get_experiment(experiment).headline, "step": self.steps[-1]}
         each = list(_matching(self.statistics[names[kind]], wanted))
         whole = list(_matching(self.statistics["over_seeds"], {**wanted, "kind": kind}))
         return _number(whole, each)
@@ -155,7 +144,7 @@ class Results:
     def slope(self, experiment: str, condition: str, quantity: str, against: str) -> Number:
         """A trend over sizes: per tenfold parameters ("log10_parameters"), at the last step."""
         wanted = {"model": None, "experiment": experiment, "condition": condition}
-        wanted |= {"metric": experiment_named(experiment).HEADLINE}
+        wanted |= {"metric": get_experiment(experiment).headline}
         wanted |= {"quantity": quantity, "against": against}
         rows = list(_matching(self.statistics["trends"], wanted))
         whole = [row for row in rows if row["unit"] == "seeds"]

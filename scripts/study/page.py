@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from selfcorrect.evaluate.figures import curves
+from selfcorrect.evaluate.statistics.formatting import compact, p_value, without_leading_zero
 from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.study.ablations import arm_tables, arms_of
@@ -30,7 +31,6 @@ from selfcorrect.scripts.study.findings import (
     findings,
     no_step_effects,
     over,
-    short,
 )
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/results/study"
@@ -220,7 +220,7 @@ def _no_steps(results: Results) -> str:
         "corrected for their number"
     )
     said += f": {'; '.join(clear)}." if clear else "."
-    return f"{said} The least certain may be as large as {short(max(ends))}." if ends else said
+    return f"{said} The least certain may be as large as {compact(max(ends))}." if ends else said
 
 
 def _findings(results: Results) -> str:
@@ -248,7 +248,7 @@ def _findings(results: Results) -> str:
 
 
 def _p(value: float) -> str:
-    return "< .001" if value < 0.001 else "1" if value > 0.999 else f"{value:.3f}"[1:]
+    return without_leading_zero(p_value(value))
 
 
 def _remain(results: Results) -> str:

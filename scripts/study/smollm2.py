@@ -18,18 +18,18 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
+from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.figures.curves import STEP_LABEL
 from selfcorrect.evaluate.figures.panels import panels, style
 from selfcorrect.evaluate.report.terminal import closing_table
-from selfcorrect.evaluate.report.verdict import title_of, with_interval
 from selfcorrect.evaluate.run_folder import find_checkpoints
-from selfcorrect.evaluate.statistics.cells import experiment_named
+from selfcorrect.evaluate.statistics.formatting import with_interval
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster.needs import LIBRARIES
-from selfcorrect.train.planning.devices import CPU_CORE, plan_model
+from selfcorrect.train.planning.devices import CPU_CORE, estimate_model
 from selfcorrect.train.planning.feedback import feedback_facts
-from selfcorrect.train.planning.memory import Engine
+from selfcorrect.train.planning.memory import Parallelism
 from selfcorrect.train.planning.model_shape import model_shape
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/results"
@@ -126,7 +126,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _beside_plan(recipe: Recipe, stages: dict[str, dict[str, Any]], run: Path) -> list[str]:
     facts = feedback_facts(recipe.data)
     shape = model_shape(recipe.models[0], "models.0", facts.words)
-    plan = plan_model(recipe, recipe.models[0].name, shape, facts, Engine(gpu=False))
+    plan = estimate_model(recipe, recipe.models[0].name, shape, facts, Parallelism(gpu=False))
     hours = plan.hours(CPU_CORE, 0.3)
     measuring = stages["ppo"]["evaluation_seconds"]
     spent = {
@@ -184,11 +184,11 @@ def _changes(run: Path) -> list[str]:
     rows = ["| experiment | condition | change | growth of Q less this |", "|---|---|---|---|"]
     for change in statistics["changes"]:
         place = {key: change[key] for key in ("experiment", "condition", "metric")}
-        if place["metric"] != experiment_named(place["experiment"]).HEADLINE:
+        if place["metric"] != get_experiment(place["experiment"]).headline:
             continue
         grown = [row for row in statistics["growth"] if place.items() <= row.items()]
         cell = with_interval(grown[0]) if grown else "–"
-        title = title_of(place["experiment"])
+        title = get_experiment(place["experiment"]).title
         rows.append(f"| {title} | {place['condition']} | {with_interval(change)} | {cell} |")
     return rows
 

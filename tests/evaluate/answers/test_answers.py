@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from selfcorrect.evaluate.answers.read import read_answers
 from selfcorrect.evaluate.answers.score import COUNTS, METRICS, fitting, score_bbq
+from selfcorrect.evaluate.statistics.formatting import compact_with_interval
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.scripts.commands import score
 from tests.support import ROOT
@@ -473,9 +474,9 @@ def test_intervals_in_the_table_are_those_of_the_json(tmp_path: Path) -> None:
     age = score_bbq(read_answers(path), data)["categories"]["Age"]
     low, value, high = (age[f"bias_ambiguous{end}"] for end in ("_low", "", "_high"))
     assert low < value < high and age["n_templates"] == 6
-    cells = [f"{x:.2f}".replace("0.", ".", 1) for x in (value, low, high)]
+    row = {"value": value, "low": low, "high": high}
     shown = command(str(path), "--data-dir", str(data)).stdout
-    assert f"{cells[0]} [{cells[1]}, {cells[2]}]" in shown
+    assert compact_with_interval(row) in shown
 
 
 def test_answers_counted_from_one_get_a_warning_beside_the_scores(data: Path) -> None:

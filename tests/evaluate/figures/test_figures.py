@@ -21,7 +21,6 @@ from selfcorrect.evaluate.figures.panels import (
     LOOKS,
     STATED,
     condition_looks,
-    size_name,
     step_axis,
 )
 from selfcorrect.evaluate.figures.paper import LARGEST
@@ -501,12 +500,6 @@ def test_step_labels_never_overlap_and_keep_both_ends():
     boxes = [label.get_window_extent() for label in labels]
     assert [labels[0].get_text(), labels[-1].get_text()] == ["0", "1000"]
     assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
-
-
-def test_sizes_are_named_briefly():
-    sizes = [600, 8_192, 75_300, 999_900, 1_300_000, 135_000_000, 7e9]
-    names = ["600", "8.2k", "75k", "1.0M", "1.3M", "135M", "7.0B"]
-    assert [size_name(size) for size in sizes] == names
 
 
 def test_conditions_beyond_the_papers_are_told_apart_too():

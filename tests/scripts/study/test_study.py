@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from selfcorrect.evaluate.results import write_results
+from selfcorrect.evaluate.statistics.formatting import compact
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.scripts.study import page
 from selfcorrect.scripts.study.ablations import arm_tables, arms_of
@@ -19,7 +20,6 @@ from selfcorrect.scripts.study.findings import (
     adjusted,
     findings,
     over,
-    short,
 )
 from tests.support.recorded_run import Size, record_cell, record_run
 
@@ -103,7 +103,7 @@ def test_one_rule_judges_every_number(number: Number, expected: int, word: str) 
      (10.5, "10.50")],
 )  # fmt: skip
 def test_numbers_are_short_and_never_minus_zero(value: float, text: str) -> None:
-    assert short(value) == text
+    assert compact(value) == text
 
 
 def test_a_mean_over_seeds_has_students_interval() -> None:
