@@ -1,35 +1,49 @@
-"""A run on disk: the contract between training, evaluation and people's own scripts.
+"""The layout of a run folder: the contract between training, evaluation and users' own scripts.
 
     <run>/recipe.yaml  run.json  inputs.json
-    <run>/<model>/seed-<n>/reward/stage.json   what fitting the reward model left out, and its facts
-    <run>/<model>/seed-<n>/ppo/checkpoint-<step>/{model or adapter files, checkpoint.json}
-    <run>/<model>/seed-<n>/ppo/checkpoint-<step>/evaluation/<experiment>.<condition>.parquet
+    <run>/<model>/seed-<n>/reward/stage.json                 facts of the reward model
+    <run>/<model>/seed-<n>/<method>/checkpoint-<step>/       weights or adapter, checkpoint.json
+    <run>/<model>/seed-<n>/<method>/checkpoint-<step>/evaluation/<experiment>.<condition>.parquet
     <run>/results.parquet  statistics.json  figures/  report.html
 
-Facts live in the records, not in the names: `step` is read from checkpoint.json. What is written
-here is sealed, and read back only as it was written: docs/reference/file-integrity.md.
+<method> is ppo, grpo or sft. Facts live in the records, not in file names: `step` is read from
+checkpoint.json. Files written here carry a checksum that is verified on reading:
+docs/reference/file-integrity.md.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from selfcorrect.recipes.foundation.checksums import check_files, read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.schema import Recipe
 
 RECORD = "checkpoint.json"
 STAGE_RECORD = "stage.json"  # in each stage's folder
-POLICY_METHODS = ("ppo", "grpo", "sft")  # the policy stage's folder is named by its method
+POLICY_METHODS = ("ppo", "grpo", "sft")  # names of the policy stage's folder
+
+
+class CheckpointKey(NamedTuple):
+    """The model, seed and step of a checkpoint, which identify it in its run."""
+
+    model: str
+    seed: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.model}/{self.seed}/{self.step}"
 
 
 class CheckpointRecord(BaseModel):
-    """What checkpoint.json says. `step` is one PPO update: one rollout batch.
+    """The content of checkpoint.json. A step is one update on one rollout batch.
 
     `kl` is the mean sequence KL to the initial policy in nats over the last rollout batch,
     `reward` the mean reward-model score of the same batch, both null at step 0. `weights_digest` is
-    `weights.files_digest` of the folder as it was saved, `files` the SHA-256 of each file; null in
-    folders of older versions. The file on disk carries a seal of its own besides.
+    `weights.files_digest` of the saved folder, `files` the SHA-256 of each file; both are null in
+    folders of older versions.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -48,7 +62,6 @@ class CheckpointRecord(BaseModel):
     files: dict[str, str] | None = None
     recipe_digest: str
     versions: dict[str, str]
-    seal: str | None = Field(None, exclude=True)
 
     def write(self, folder: Path) -> None:
         """Write checkpoint.json into `folder`."""
@@ -57,24 +70,49 @@ class CheckpointRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One kept checkpoint: its folder and its record."""
+    """A kept checkpoint: its folder and its record."""
 
     folder: Path
     record: CheckpointRecord
 
     @property
+    def key(self) -> CheckpointKey:
+        """Model, seed and step."""
+        return CheckpointKey(self.record.model, self.record.seed, self.record.step)
+
+    @property
     def evaluation(self) -> Path:
-        """Folder of the evaluation's parquet files."""
+        """The folder of the checkpoint's evaluation files."""
         return self.folder / "evaluation"
 
 
+def planned_checkpoints(recipe: Recipe) -> set[CheckpointKey]:
+    """Return the keys of all checkpoints that the recipe keeps."""
+    return {
+        CheckpointKey(model.name, seed, step)
+        for model in recipe.models
+        for seed in recipe.seeds
+        for step in recipe.policy.checkpoints
+    }
+
+
+def job_folder(run: Path, model: str, seed: int) -> Path:
+    """Return the folder of one model and seed; it holds a folder for each stage."""
+    return run / model / f"seed-{seed}"
+
+
+def checkpoint_folder(recipe: Recipe, run: Path, key: CheckpointKey) -> Path:
+    """Return the folder that training writes a checkpoint into."""
+    return job_folder(run, key.model, key.seed) / recipe.policy.method / f"checkpoint-{key.step}"
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read one checkpoint folder; raises InputError when its record is missing or malformed."""
+    """Read one checkpoint folder; raises InputError if its record is missing or malformed."""
     path = folder / RECORD
     try:
         record = CheckpointRecord.model_validate(read_record(path, _remedy(folder)))
     except FileNotFoundError:
-        raise InputError(f"{folder}: no {RECORD} here, so this is not a checkpoint") from None
+        raise InputError(f"{folder}: not a checkpoint (no {RECORD})") from None
     except ValidationError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: not a checkpoint record ({reason})") from None
@@ -82,18 +120,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def check_inside(run: Path, path: Path) -> None:
-    """InputError where `path`, below the run's folder, is or lies behind a link that leads out.
+    """Raise InputError if `path`, below the run's folder, leads out of it through a link.
 
-    A run that comes from elsewhere must not make this one write, or show, what is not its own.
+    A run from elsewhere must not make this process write or show files outside of it.
     """
     if not path.resolve().is_relative_to(run.resolve()):
-        raise InputError(f"{path}: a link that leads out of {run}; put the folder itself there")
+        raise InputError(f"{path}: a link that leads out of {run}; replace it by the folder itself")
 
 
 def check_saved(folder: Path) -> None:
-    """Raises InputError where a file of a checkpoint, base or reward model has changed.
+    """Raise InputError if a file of a checkpoint, base or reward model has changed.
 
-    That is what its record says, if it has one: other folders, and those of older versions, pass.
+    Folders without a record, and those of older versions, are not checked.
     """
     for name in (RECORD, STAGE_RECORD):
         try:
@@ -106,38 +144,33 @@ def check_saved(folder: Path) -> None:
 
 def _remedy(folder: Path) -> str:
     if folder.parent.name in POLICY_METHODS:
-        anew = (
-            f"delete {folder.parent / STAGE_RECORD} and run the recipe again, which makes it anew"
-        )
+        deleted = folder.parent / STAGE_RECORD
     else:
-        anew = "delete the folder and run the recipe again, which makes it anew"
-    return f"copy {folder} here again, or {anew}"
+        deleted = folder
+    return f"copy {folder} here again, or delete {deleted} and run the recipe again to rebuild it"
 
 
 def find_checkpoints(run: Path, malformed: dict[Path, str] | None = None) -> list[Checkpoint]:
-    """All kept checkpoints of a run, ordered by parameters, model, seed and step.
+    """Return all checkpoints of a run, ordered by parameters, model, seed and step.
 
-    One that is deleted at this moment is passed over. Raises InputError for a malformed record,
-    unless `malformed` is there to take down what is wrong with which folder.
+    A checkpoint that is being deleted is skipped. Raises InputError for a malformed record; with
+    `malformed`, the error is stored there instead, by folder.
     """
     if not (run / "recipe.yaml").is_file():
-        raise InputError(f"{run}: no recipe.yaml here, so this is not a run folder")
-    found = []
-    paths = (
-        path
-        for name in POLICY_METHODS
-        for path in run.glob(f"*/seed-*/{name}/checkpoint-*/{RECORD}")
-    )
-    for path in paths:
-        try:
-            check_inside(run, path.parent / "evaluation")
-            found.append(read_checkpoint(path.parent))
-        except InputError as error:
-            if not path.exists():
-                continue
-            if malformed is None:
-                raise
-            malformed[path.parent] = str(error)
+        raise InputError(f"{run}: not a run folder (no recipe.yaml)")
+    checkpoints = []
+    for method in POLICY_METHODS:
+        for path in run.glob(f"*/seed-*/{method}/checkpoint-*/{RECORD}"):
+            try:
+                check_inside(run, path.parent / "evaluation")
+                checkpoints.append(read_checkpoint(path.parent))
+            except InputError as error:
+                if not path.exists():
+                    continue
+                if malformed is None:
+                    raise
+                malformed[path.parent] = str(error)
     return sorted(
-        found, key=lambda c: (c.record.parameters, c.record.model, c.record.seed, c.record.step)
+        checkpoints,
+        key=lambda c: (c.record.parameters, c.record.model, c.record.seed, c.record.step),
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -14,7 +14,12 @@ import pyarrow.parquet as pq
 
 from selfcorrect.evaluate.measuring.plan import PlannedCell, cell_file_name
 from selfcorrect.recipes.foundation.atomic_files import atomic_file
-from selfcorrect.recipes.foundation.checksums import UNSEALED, is_whole_file, seal
+from selfcorrect.recipes.foundation.checksums import (
+    CHECKSUM_PLACEHOLDER,
+    file_has_valid_checksum,
+    insert_file_checksum,
+    without_checksum,
+)
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 METADATA_KEY = b"selfcorrect"  # of a file's schema; holds the settings as JSON
@@ -58,7 +63,7 @@ class CellWriter:
 
     def __init__(self, path: Path, cell: PlannedCell, origin: Origin) -> None:
         metadata = {
-            "seal": UNSEALED,
+            "checksum": CHECKSUM_PLACEHOLDER,
             "experiment": cell.experiment,
             "condition": cell.condition,
             "settings_digest": cell.settings_digest,
@@ -91,7 +96,9 @@ class CellWriter:
             first, _, last = path.stem.partition("-")
             expected = found[-1][1] if found else 0
             try:
-                ours = is_whole_file(path) and _facts(pq.read_schema(path)) == _facts(self.schema)
+                ours = file_has_valid_checksum(path) and _facts(pq.read_schema(path)) == _facts(
+                    self.schema
+                )
                 if not ours or int(first) != expected or not int(last) > expected:
                     break
             except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
@@ -122,7 +129,7 @@ class CellWriter:
             with _table_writer(temporary, self.schema) as file:
                 for table in self._held:
                     file.write_table(table)
-            seal(temporary)
+            insert_file_checksum(temporary)
         self._parts.append((first, self.num_items, path))
         self._held = []
 
@@ -131,7 +138,7 @@ class CellWriter:
         with _table_writer(path, self.schema) as file:
             for _, _, part in self._parts:
                 try:
-                    if not is_whole_file(part):
+                    if not file_has_valid_checksum(part):
                         raise pa.ArrowInvalid("not as it was written")
                     rows = pq.ParquetFile(part, page_checksum_verification=True)
                     for group in range(rows.num_row_groups):
@@ -143,7 +150,7 @@ class CellWriter:
                     ) from None
             for table in self._held:
                 file.write_table(table)
-        seal(path)
+        insert_file_checksum(path)
 
     def clear(self) -> None:
         """Remove the parts: the cell's file has them all."""
@@ -151,9 +158,8 @@ class CellWriter:
 
 
 def _facts(schema: pa.Schema) -> dict[str, Any]:
-    """What a file says of itself, but for its seal."""
-    facts: dict[str, Any] = json.loads(schema.metadata[METADATA_KEY])
-    return {name: value for name, value in facts.items() if name != "seal"}
+    """Return a file's metadata without its checksum."""
+    return without_checksum(json.loads(schema.metadata[METADATA_KEY]))
 
 
 def _table_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
@@ -189,7 +195,7 @@ def writing(
         writer.clear()
 
 
-def is_measured(path: Path, cell: PlannedCell, origin: Origin | None = None) -> bool:
+def is_cell_measured(path: Path, cell: PlannedCell, origin: Origin | None = None) -> bool:
     """Whether `path` is an undamaged file of this very cell, and of `origin` if one is given."""
     if not path.is_file():
         return False
@@ -211,8 +217,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         _verify_checksum(path)
         metadata = pq.read_schema(path).metadata or {}
-        settings = json.loads(metadata[METADATA_KEY])
-        settings.pop("seal", None)
+        settings = without_checksum(json.loads(metadata[METADATA_KEY]))
         file_name = cell_file_name(settings["experiment"], settings["condition"])
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RecursionError):
         raise damaged_cell(path) from None
@@ -221,14 +226,14 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"{path}: holds {settings['experiment']} {settings['condition']}; rename it to "
             f"{file_name}, or delete it and run `selfcorrect evaluate` again"
         )
-    return cast(dict[str, Any], settings)
+    return settings
 
 
 def _verify_checksum(path: Path) -> None:
     facts = path.stat()
     key = (str(path.resolve()), facts.st_mtime_ns, facts.st_size, facts.st_ino)
     if key not in _verified:
-        if not is_whole_file(path):
+        if not file_has_valid_checksum(path):
             raise ValueError("checksum mismatch")
         _verified.add(key)
 

@@ -1,7 +1,7 @@
 """Several runs in one report: their names, which are seeds of one recipe, where they differ."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from selfcorrect.evaluate.results import statistics_of, tidy
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.statistics.bootstrap import Draws
 from selfcorrect.evaluate.statistics.cells import Measured, measure_run
-from selfcorrect.recipes.foundation.checksums import is_whole, read_record
+from selfcorrect.recipes.foundation.checksums import flatten, read_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
-from selfcorrect.recipes.load import NOT_AS_SAVED, parse_yaml
+from selfcorrect.recipes.foundation.yaml_text import parse_yaml
+from selfcorrect.recipes.load import read_recipe_text
 
 # Keys of a recipe that change no answer of any checkpoint, beside the seeds: names, what is kept,
 # and how the machine is used.
@@ -154,34 +155,18 @@ def differences(named: Mapping[str, Path], file: str) -> list[tuple[str, list[st
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def flatten(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
-    """{"a": {"b": 1}} -> ("a.b", "1"): nested records as rows."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from flatten(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list) and any(isinstance(inner, dict | list) for inner in value):
-        for index, inner in enumerate(value):
-            yield from flatten(inner, f"{path}[{index}]")
-    elif path:
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        yield path, "–" if shown is None else str(shown)
-
-
 def _content(path: Path) -> Any:
-    """A YAML or JSON file; nothing where there is none, or where it is YAML that cannot be read.
+    """Return the content of a JSON or YAML file; {} if it is missing, or YAML that cannot be read.
 
-    Raises InputError for one that is not as this framework wrote it, and for JSON that is none.
+    Raises InputError for a damaged JSON record.
     """
+    if path.suffix == ".json":
+        try:
+            return read_record(path, "restore it or move it away")
+        except FileNotFoundError:
+            return {}
     try:
-        if path.suffix == ".json":
-            return read_record(path, "mend it or move it away")
-        data = path.read_bytes()
-    except OSError:
-        return {}
-    if not is_whole(data):
-        raise InputError(f"{path}: {NOT_AS_SAVED}")
-    try:
-        return parse_yaml(data.decode("utf-8", errors="replace"), path.name)
+        return parse_yaml(read_recipe_text(path), path.name)
     except InputError:
         return {}
 

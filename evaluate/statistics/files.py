@@ -1,4 +1,4 @@
-"""results.parquet and statistics.json on disk: sealed, and read back only as they were written."""
+"""results.parquet and statistics.json on disk, with checksums that are verified on reading."""
 
 import hashlib
 import json
@@ -10,10 +10,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from selfcorrect.evaluate.measuring.cell_files import METADATA_KEY
 from selfcorrect.evaluate.run_folder import find_checkpoints
-from selfcorrect.evaluate.statistics.cells import METADATA_KEY
-from selfcorrect.recipes.foundation.atomic_files import whole_file
-from selfcorrect.recipes.foundation.checksums import UNSEALED, is_whole_file, read_record, seal
+from selfcorrect.recipes.foundation.atomic_files import atomic_file
+from selfcorrect.recipes.foundation.checksums import (
+    CHECKSUM_PLACEHOLDER,
+    file_has_valid_checksum,
+    insert_file_checksum,
+    read_record,
+)
 from selfcorrect.recipes.foundation.errors import InputError
 
 # Columns of the tidy table, in order: (pandas type, meaning). Undefined is null, never 0.
@@ -33,7 +38,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
         "str",
         "order of the options as in '120'; 'all' together, the only one for one order",
     ),
-    "metric": ("str", "see DESCRIPTIONS in the experiment's module"),
+    "metric": ("str", "see `metrics` of the experiment's class"),
     "value": ("float64", "the metric over all items of the cell"),
     "low": ("float64", "lower end of the 95 % interval"),
     "high": ("float64", "upper end of the 95 % interval"),
@@ -43,20 +48,20 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 
 def write_table(path: Path, frame: pd.DataFrame, facts: Mapping[str, Any]) -> None:
-    """Write a table as a sealed parquet file, with `facts` in its metadata."""
+    """Write a table as a parquet file with a checksum and with `facts` in its metadata."""
     table = pa.Table.from_pandas(frame, preserve_index=False)
-    own = {METADATA_KEY: json.dumps({"seal": UNSEALED, **facts}).encode()}
+    own = {METADATA_KEY: json.dumps({"checksum": CHECKSUM_PLACEHOLDER, **facts}).encode()}
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **own})
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-        seal(temporary)
+        insert_file_checksum(temporary)
 
 
 def read_results(path: Path) -> pd.DataFrame:
     """results.parquet, as `write_results` left it; InputError where it is damaged or another's."""
     again = f"delete it and run `selfcorrect report {path.parent}` again"
     try:
-        if not is_whole_file(path):
+        if not file_has_valid_checksum(path):
             raise ValueError("not as it was written")
         table = pq.read_table(path)
         facts = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))

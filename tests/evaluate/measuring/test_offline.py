@@ -15,10 +15,10 @@ import torch
 from selfcorrect.evaluate.measuring import run as measuring_run
 from selfcorrect.evaluate.measuring.cell_files import read_cell
 from selfcorrect.evaluate.measuring.run import evaluate_run, recipe_plan, unmeasured
-from selfcorrect.evaluate.run_folder import CheckpointRecord
+from selfcorrect.evaluate.run_folder import CheckpointRecord, read_checkpoint
 from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
-from selfcorrect.recipes.foundation.locks import claimed
+from selfcorrect.recipes.foundation.locks import hold_lock
 from selfcorrect.recipes.load import check_recipe, load_recipe, save_recipe
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
@@ -102,7 +102,7 @@ def test_broken_checkpoints_are_named_and_the_others_measured(run: Path) -> None
 
 def test_weights_other_than_those_saved_are_never_scored(run: Path) -> None:
     recipe, place = recipe_of(run), place_of(run, 2)
-    record = CheckpointRecord.model_validate_json((place / "checkpoint.json").read_text())
+    record = read_checkpoint(place).record
     record.model_copy(update={"weights_digest": files_digest(place)}).write(place)
     whole = (place / "model.safetensors").read_bytes()
     flipped = bytearray(whole)
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_another_process_holds_is_left_to_it(run: Path, monkey
     seen: list[int] = []
 
     def by_the_other() -> None:
-        with claimed(evaluation) as free:
+        with hold_lock(evaluation) as free:
             assert free
             held.set()
             deadline = time.monotonic() + 60
@@ -207,7 +207,7 @@ def test_watching_follows_a_run_to_its_last_checkpoint(run: Path, tmp_path: Path
     shutil.copytree(later, tmp_path / "copy")
     (tmp_path / "copy" / "checkpoint.json").unlink()
     (tmp_path / "copy").rename(vanishing)
-    record = CheckpointRecord.model_validate_json((later / "checkpoint.json").read_text())
+    record = read_checkpoint(later).record
     record.model_copy(update={"step": 3}).write(vanishing)
     (vanishing / "model.safetensors").unlink()
     time.sleep(0.1)

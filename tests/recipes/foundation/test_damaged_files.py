@@ -1,5 +1,6 @@
 """Damaged files are named or made anew, and odd input ends in one line; drills run all of it."""
 
+import hashlib
 import logging
 import random
 import shutil
@@ -8,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from selfcorrect.evaluate.data import catalogue
-from selfcorrect.evaluate.data.catalogue import say_unpublished
+from selfcorrect.evaluate.data.catalogue import warn_if_unpublished
 from selfcorrect.evaluate.measuring.inputs import check_inputs
 from selfcorrect.recipes.foundation.atomic_files import write_text
-from selfcorrect.recipes.foundation.checksums import digests, is_whole, read_record, write_record
+from selfcorrect.recipes.foundation.checksums import MARK, digests, read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.scripts.commands import report as command
 from selfcorrect.train.run import open_run, train_run
 from tests.drills import damage, fuzz_files, fuzz_targets
@@ -48,7 +49,7 @@ def test_a_record_of_which_any_bit_changed_is_refused_or_says_the_same(tmp_path:
                 refused += 1
                 assert str(path) in str(error) and str(error).endswith("copy it again")
     harmless = len(data) * 8 - refused
-    assert harmless <= 8 * len("selfcorrect-seal:")  # the mark alone, and what is no file of ours
+    assert harmless <= 8 * len(MARK)  # a file without the mark counts as one without checksum
     path.write_text('{"step": 1}')
     assert read_record(path, "") == {"step": 1}  # of an older version
 
@@ -172,25 +173,44 @@ def test_files_that_are_not_as_published_are_said(
     monkeypatch.setattr(catalogue, "_said", set())
     (tmp_path / "winogender").mkdir()
     (tmp_path / "winogender" / "templates.tsv").write_text("mine\n")
-    say_unpublished(tmp_path, ["bbq"])
+    warn_if_unpublished(tmp_path, ["bbq"])
     assert not caplog.messages
-    say_unpublished(tmp_path, ["bbq", "winogender"])
-    say_unpublished(tmp_path, ["bbq", "winogender"])
+    warn_if_unpublished(tmp_path, ["bbq", "winogender"])
+    warn_if_unpublished(tmp_path, ["bbq", "winogender"])
     (line,) = caplog.messages
     assert "templates.tsv: not as it is published" in line
 
 
-def test_a_sealed_recipe_that_was_edited_is_refused_until_its_first_line_goes(
-    runs: Path, tmp_path: Path
+def test_edited_recipe_of_a_run_is_used_with_one_warning(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "recipe.yaml"
-    text = (runs / "small" / "recipe.yaml").read_text().replace("limit: 16", "limit: 17")
-    path.write_text(text)
-    assert not is_whole(text.encode())
-    with pytest.raises(InputError, match=r"recipe\.yaml: damaged or changed .* first line"):
+    saved = (runs / "small" / "recipe.yaml").read_text()
+    path.write_text(saved)
+    load_recipe(str(path))
+    assert not caplog.messages
+    path.write_text(saved.replace("limit: 16", "limit: 17"))
+    for _ in range(2):
+        recipe = load_recipe(str(path))
+    assert recipe.evaluate.limit == 17
+    (line,) = caplog.messages
+    assert line.startswith(f"{path}: edited or damaged")
+    save_recipe(recipe, path)
+    assert load_recipe(str(path)) == recipe and len(caplog.messages) == 1
+    path.write_text(saved.replace("limit: 16", "limmit: 16"))
+    with pytest.raises(InputError, match="limmit: unknown key"):
         load_recipe(str(path))
-    path.write_text(text.partition("\n")[2])
-    assert load_recipe(str(path)).evaluate.limit == 17
+
+
+def test_checksum_mark_of_earlier_versions_is_still_verified(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    text = '{"seal": "selfcorrect-seal:' + "0" * 64 + '", "step": 1}\n'
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(text.replace("0" * 64, digest))
+    assert read_record(path, "") == {"step": 1}
+    path.write_text(path.read_text().replace('"step": 1', '"step": 2'))
+    with pytest.raises(InputError, match="checksum mismatch"):
+        read_record(path, "")
 
 
 def test_whatever_is_read_ends_in_success_or_one_line(
