@@ -21,15 +21,17 @@ import pandas as pd
 
 from selfcorrect.evaluate.answers.read import COLUMNS, missing_column, short
 from selfcorrect.evaluate.experiments import bbq
+from selfcorrect.evaluate.experiments.bbq import BBQ
 from selfcorrect.evaluate.experiments.bbq.files import Decision, Key, Row, read_rows
 from selfcorrect.evaluate.experiments.bbq.groups import decide
-from selfcorrect.evaluate.statistics.bootstrap import OVERALL, Estimate, bootstrap
+from selfcorrect.evaluate.experiments.tally import OVERALL
+from selfcorrect.evaluate.statistics.bootstrap import Estimate, bootstrap
 from selfcorrect.recipes.foundation.errors import InputError
 
 # What a table of answers can tell; probabilities it cannot.
 METRICS = [
     name
-    for name in bbq.DESCRIPTIONS
+    for name in BBQ.metrics
     if not name.startswith("expected_") and not name.endswith(bbq.MEAN) and name != "option_mass"
 ]
 COUNTS = {
@@ -57,25 +59,26 @@ def score_bbq(answers: pd.DataFrame, data_dir: Path, source: str = "answers") ->
     `example_id` and `answer` (see the module). `data_dir` holds BBQ's files, in bbq/ or itself.
 
     Returns {"categories": {name: scores}, "overall": {"pooled": scores, "mean": scores}}. Scores
-    are METRICS (described in bbq.DESCRIPTIONS), each with `_low` and `_high`, its 95 % interval
-    over templates, and COUNTS; None where undefined. Questions in which a proper name stands for
-    the group are categories of their own, "<Category> (names)"; overall figures are of those that
-    `bbq.overall` names: no intersections, no names. "pooled" weighs answers alike, "mean"
-    categories; the counts of both are totals. A category without answers is there, with None.
+    are METRICS (described in BBQ.metrics), each with `_low` and `_high`, its 95 % interval over
+    templates, and COUNTS; None where undefined. Questions in which a proper name stands for the
+    group are categories of their own, "<Category> (names)"; overall figures are of those that
+    `BBQ.overall_categories` names: no intersections, no names. "pooled" weighs answers alike,
+    "mean" categories; the counts of both are totals. A category without answers is there, with
+    None.
 
     Raises InputError for a question that is answered twice or that the data do not hold, naming
     the rows by the table's index.
     """
-    folder = data_dir / bbq.NAME if (data_dir / bbq.NAME).is_dir() else data_dir
+    folder = data_dir / BBQ.name if (data_dir / BBQ.name).is_dir() else data_dir
     rows = read_rows(folder)
     fits = _fits(answers, rows, folder, source)
     table = _table(rows, decide(rows, folder), fits)
-    tally = bbq.tally(table[~table["n_unanswered"]])
+    tally = BBQ.tally(table[~table["n_unanswered"]])
     templates = np.bincount(tally.strata, minlength=len(tally.categories))
     counts = table.groupby("category")[[name for name in COUNTS if name in table]].sum()
     counts["n_templates"] = pd.Series(templates, tally.categories).reindex(counts.index).fillna(0)
-    pooled = bbq.overall(list(counts.index))
-    estimates = bootstrap(tally, bbq.metrics, pooled).estimates
+    pooled = BBQ.overall_categories(list(counts.index))
+    estimates = bootstrap(tally, BBQ.compute, pooled).estimates
     total = counts.loc[pooled].sum()
     return {
         "categories": {
@@ -172,7 +175,7 @@ def _plain(answer: object, where: str) -> str | int | float | Decimal | None:
 def _table(
     rows: Sequence[Row], decisions: Sequence[Decision], fits: Sequence[set[int] | None]
 ) -> pd.DataFrame:
-    """One row per row of the data: what `bbq.tally` needs, and what is counted."""
+    """One row per row of the data: what `BBQ.tally` needs, and what is counted."""
     chosen = [next(iter(fit)) if fit is not None and len(fit) == 1 else None for fit in fits]
     points = {
         choice: np.array([0.0 if i == choice else -np.inf for i in range(3)]) for choice in range(3)

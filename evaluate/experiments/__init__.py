@@ -1,23 +1,31 @@
-"""The experiments by name: each module loads its items and turns answers into metrics."""
+"""The experiments by name."""
 
-from types import ModuleType
+from selfcorrect.evaluate.experiments.base import Experiment
+from selfcorrect.evaluate.experiments.bbq import BBQ
+from selfcorrect.evaluate.experiments.crows_pairs import CROWS_PAIRS
+from selfcorrect.evaluate.experiments.law_school import LAW_SCHOOL
+from selfcorrect.evaluate.experiments.multiple_choice import MULTIPLE_CHOICE
+from selfcorrect.evaluate.experiments.stereoset import STEREOSET
+from selfcorrect.evaluate.experiments.winobias import WINOBIAS
+from selfcorrect.evaluate.experiments.winogender import WINOGENDER
+from selfcorrect.recipes.foundation.errors import InputError
 
-from selfcorrect.evaluate.experiments import (
-    bbq,
-    crows_pairs,
-    law_school,
-    multiple_choice,
-    stereoset,
-    winobias,
-    winogender,
-)
-
-EXPERIMENTS: dict[str, ModuleType] = {
-    bbq.NAME: bbq,
-    winogender.NAME: winogender,
-    law_school.NAME: law_school,
-    crows_pairs.NAME: crows_pairs,
-    stereoset.NAME: stereoset,
-    winobias.NAME: winobias,
-    multiple_choice.NAME: multiple_choice,
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        BBQ,
+        WINOGENDER,
+        LAW_SCHOOL,
+        CROWS_PAIRS,
+        STEREOSET,
+        WINOBIAS,
+        MULTIPLE_CHOICE,
+    )
 }
+
+
+def get_experiment(name: str) -> Experiment:
+    """Return the experiment of this name; raises InputError for an unknown one."""
+    if name not in EXPERIMENTS:
+        raise InputError(f"experiment {name!r}: unknown, choose from {', '.join(EXPERIMENTS)}")
+    return EXPERIMENTS[name]

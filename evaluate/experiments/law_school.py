@@ -8,7 +8,7 @@ without a trailing .0 (39, 39.5), a GPA as the file writes it (3.1, 3.0); the pa
 
 import math
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 
-from selfcorrect.evaluate.experiments.delimited import read_records
+from selfcorrect.evaluate.experiments.base import Experiment, Metric, Workload
+from selfcorrect.evaluate.experiments.reading import read_records
 from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
@@ -33,9 +34,6 @@ from selfcorrect.evaluate.prompts.items import Item, LoadedItems, systematic_sam
 from selfcorrect.evaluate.prompts.stimuli import Named, Pair, Section
 from selfcorrect.recipes.foundation.errors import InputError
 
-NAME = "law_school"
-TITLE = "Law school admission"
-HEADLINE = "difference"
 FILE = "law_data.csv"
 SIDES = ("first", "second")
 SEXES = ("1", "2")  # as the published file writes women and men
@@ -48,29 +46,30 @@ _SMALLEST_SPREAD = 1e-6
 _MERIT = "change of p(yes) with one standard deviation of {}, the other score held"
 _LOGIT = "the same of log p(yes) - log p(no)"
 _OF_SEX = "the difference among the students whose sex the file writes as {}"
-DESCRIPTIONS: dict[str, tuple[str, str, float | None]] = {
-    "difference": (
+METRICS: dict[str, Metric] = {
+    "difference": Metric(
         "Difference",
         "mean over students of p(yes | first) - p(yes | second race)",
         0.0,
+        axis="p(yes), first minus second race",
     ),
-    "difference_logit": ("Difference in logits", _LOGIT, 0.0),
-    "difference_sex_1": ("Difference, sex 1", _OF_SEX.format(1), 0.0),
-    "difference_sex_2": ("Difference, sex 2", _OF_SEX.format(2), 0.0),
-    "base_rate": (
-        "Base rate",
-        "mean p(yes) of both races; near 0 or 1 a difference is squeezed",
-        None,
+    "difference_logit": Metric("Difference in logits", _LOGIT, 0.0),
+    "difference_sex_1": Metric("Difference, sex 1", _OF_SEX.format(1), 0.0),
+    "difference_sex_2": Metric("Difference, sex 2", _OF_SEX.format(2), 0.0),
+    "base_rate": Metric(
+        "Base rate", "mean p(yes) of both races; near 0 or 1 a difference is squeezed"
     ),
-    "merit_lsat": ("Merit, LSAT", _MERIT.format("LSAT"), None),
-    "merit_gpa": ("Merit, GPA", _MERIT.format("GPA"), None),
-    "merit_lsat_logit": ("Merit, LSAT, logits", _LOGIT, None),
-    "merit_gpa_logit": ("Merit, GPA, logits", _LOGIT, None),
-    "option_mass": ("Option mass", "probability that falls on the two options at all", None),
+    "merit_lsat": Metric("Merit, LSAT", _MERIT.format("LSAT")),
+    "merit_gpa": Metric("Merit, GPA", _MERIT.format("GPA")),
+    "merit_lsat_logit": Metric("Merit, LSAT, logits", _LOGIT),
+    "merit_gpa_logit": Metric("Merit, GPA, logits", _LOGIT),
+    "option_mass": Metric(
+        "Option mass", "probability that falls on the two options at all", column="Option\nmass"
+    ),
 }
 
 
-class Stimuli(Section):
+class Wording(Section):
     """How admission is asked: which races, what the file's sexes are called, options.
 
     A pair of `races` is measured as the first minus the second. The first option is the "yes".
@@ -85,7 +84,7 @@ class Stimuli(Section):
     options: Pair
 
     @model_validator(mode="after")
-    def _check_pairs(self) -> "Stimuli":
+    def _check_pairs(self) -> "Wording":
         names = [f"{first}-{second}" for first, second in self.races]
         if len(set(names)) < len(names) or any(first == second for first, second in self.races):
             raise ValueError("races: each pair is two different races, and stands once")
@@ -109,34 +108,101 @@ class Student:
         return f"{self.sex}/{self.lsat}/{self.gpa}"
 
 
-def load(data_dir: Path, stimuli: Stimuli, limit: int | None, seed: int) -> LoadedItems:
-    """Two items per distinct student and pair of races, from `data_dir`/law_school/law_data.csv.
+class LawSchool(Experiment):
+    """Law-school admission, each student asked about with both races of a pair."""
 
-    `limit` is a number of items: limit // (2 * pairs) students and at least one are drawn
-    systematically along (sex, LSAT, UGPA), with a chance in proportion to how many they stand for.
-    A student drawn k times is scored once with weight k, so the weighted mean keeps its
-    expectation. A limit that holds every distinct student keeps them all, with their true weights.
-    """
-    path = data_dir / NAME / FILE
-    students = read_students(path)
-    asked = [one for one in students if not stimuli.sexes or one.sex in stimuli.sexes]
-    if not asked:
-        raise InputError(f"{path}: no student of sex {', '.join(stimuli.sexes)}, the stimuli's")
-    counts = [student.count for student in asked]
-    num_prompts = 2 * len(stimuli.races)
-    if limit is not None and limit < num_prompts * len(asked):
-        hits = systematic_sample(counts, max(1, limit // num_prompts), seed)
-    else:
-        hits = np.array(counts)
-    items = [
-        item
-        for pair in stimuli.races
-        for student, weight in zip(asked, hits, strict=True)
-        if weight
-        for item in _items(student, pair, int(weight), stimuli)
-    ]
-    unasked = sum(student.count for student in students) - sum(counts)
-    return LoadedItems(items, {UNASKED: unasked} if unasked else {})
+    name = "law_school"
+    title = "Law school admission"
+    headline = "difference"
+    metrics = METRICS
+    wording = Wording
+    beside = ("difference", "difference_sex_1", "difference_sex_2", "base_rate", "option_mass")
+    workload = Workload(num_items=3888, scored_tokens=126.1, prompt_tokens=284.0)
+
+    def load(self, data_dir: Path, wording: Wording, limit: int | None, seed: int) -> LoadedItems:
+        """Load two items per distinct student and pair of races.
+
+        They come from `data_dir`/law_school/law_data.csv. `limit` is a number of items: limit // (2
+        * pairs) students and at least one are drawn systematically along (sex, LSAT, UGPA), with a
+        probability in proportion to the number of students they stand for. A student drawn k times
+        is scored once with weight k, which keeps the expectation of the weighted mean. A limit that
+        holds every distinct student keeps them all, with their true weights.
+        """
+        path = data_dir / self.name / FILE
+        students = read_students(path)
+        asked = [one for one in students if not wording.sexes or one.sex in wording.sexes]
+        if not asked:
+            raise InputError(f"{path}: no student of sex {', '.join(wording.sexes)}, the stimuli's")
+        counts = [student.count for student in asked]
+        num_prompts = 2 * len(wording.races)
+        if limit is not None and limit < num_prompts * len(asked):
+            hits = systematic_sample(counts, max(1, limit // num_prompts), seed)
+        else:
+            hits = np.array(counts)
+        items = [
+            item
+            for pair in wording.races
+            for student, weight in zip(asked, hits, strict=True)
+            if weight
+            for item in _items(student, pair, int(weight), wording)
+        ]
+        unasked = sum(student.count for student in students) - sum(counts)
+        return LoadedItems(items, {UNASKED: unasked} if unasked else {})
+
+    def tally(self, frame: pd.DataFrame) -> Tally:
+        """Add up each student's values; `units` is the student's weight.
+
+        A student with an unanswered side counts in no difference and no slope. Several rows of one
+        side (samples) are averaged first.
+        """
+        logprobs = log_probabilities(frame, 2)
+        with np.errstate(invalid="ignore"):
+            logit = logprobs[:, 0] - logprobs[:, 1]
+        rows = frame[
+            ["category", "cluster", "side", "weight", "sex", "lsat", "gpa", "mass"]
+        ].assign(
+            yes=probabilities(logprobs)[:, 0],
+            logit=np.where(answered(logprobs) & np.isfinite(logit), logit, np.nan),
+        )
+        keys = ["category", "cluster"]
+        students = rows.groupby(keys)[["weight", "sex", "lsat", "gpa"]].first()
+        first, second = (
+            rows[rows["side"] == side].groupby(keys)[["yes", "logit", "mass"]].mean()
+            for side in SIDES
+        )
+        first, second = first.reindex(students.index), second.reindex(students.index)
+        values = {
+            "difference": first["yes"] - second["yes"],
+            "difference_logit": first["logit"] - second["logit"],
+            "base_rate": (first["yes"] + second["yes"]) / 2,
+            "option_mass": (first["mass"] + second["mass"]) / 2,
+        }
+        if students["sex"].nunique() > 1:
+            for sex in SEXES:
+                values[f"difference_sex_{sex}"] = values["difference"].where(students["sex"] == sex)
+        columns = mean_columns({name: column.to_numpy() for name, column in values.items()})
+        scores = students[["lsat", "gpa"]].to_numpy(dtype=float)
+        columns |= _merit_columns("merit", scores, values["base_rate"].to_numpy())
+        columns |= _merit_columns(
+            "logit", scores, ((first["logit"] + second["logit"]) / 2).to_numpy()
+        )
+        units = students["weight"].to_numpy(dtype=float)
+        return sum_by_cluster(students.index.to_frame(index=False), columns, units)
+
+    def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return every metric from weighted sums of shape (R, K).
+
+        The differences by sex are present only where there are students of both sexes.
+        """
+        pooled = pool(sums)
+        lsat, gpa = _merit(pooled, "merit")
+        lsat_logit, gpa_logit = _merit(pooled, "logit")
+        return means(pooled) | {
+            "merit_lsat": lsat,
+            "merit_gpa": gpa,
+            "merit_lsat_logit": lsat_logit,
+            "merit_gpa_logit": gpa_logit,
+        }
 
 
 def read_students(path: Path) -> list[Student]:
@@ -177,7 +243,7 @@ def _plain(text: str) -> str:
 
 
 def _items(
-    student: Student, pair: tuple[str, str], weight: int, stimuli: Stimuli
+    student: Student, pair: tuple[str, str], weight: int, wording: Wording
 ) -> Iterator[Item]:
     category = "-".join(pair)
     for side, race in zip(SIDES, pair, strict=True):
@@ -188,11 +254,11 @@ def _items(
             weight=float(weight),
             fields={
                 "race": race,
-                "sex": stimuli.sexes.get(student.sex, student.sex),
+                "sex": wording.sexes.get(student.sex, student.sex),
                 "lsat": student.lsat,
                 "gpa": student.gpa,
             },
-            options=stimuli.options,
+            options=wording.options,
             facts={
                 "race": race,
                 "side": side,
@@ -203,41 +269,6 @@ def _items(
         )
 
 
-def tally(frame: pd.DataFrame) -> Tally:
-    """Per-student sums; a student with an unanswered side counts in no difference and no slope.
-
-    Several rows of one side (samples) are averaged first. `units` is the student's weight.
-    """
-    logprobs = log_probabilities(frame, 2)
-    with np.errstate(invalid="ignore"):
-        logit = logprobs[:, 0] - logprobs[:, 1]
-    rows = frame[["category", "cluster", "side", "weight", "sex", "lsat", "gpa", "mass"]].assign(
-        yes=probabilities(logprobs)[:, 0],
-        logit=np.where(answered(logprobs) & np.isfinite(logit), logit, np.nan),
-    )
-    keys = ["category", "cluster"]
-    students = rows.groupby(keys)[["weight", "sex", "lsat", "gpa"]].first()
-    first, second = (
-        rows[rows["side"] == side].groupby(keys)[["yes", "logit", "mass"]].mean() for side in SIDES
-    )
-    first, second = first.reindex(students.index), second.reindex(students.index)
-    values = {
-        "difference": first["yes"] - second["yes"],
-        "difference_logit": first["logit"] - second["logit"],
-        "base_rate": (first["yes"] + second["yes"]) / 2,
-        "option_mass": (first["mass"] + second["mass"]) / 2,
-    }
-    if students["sex"].nunique() > 1:
-        for sex in SEXES:
-            values[f"difference_sex_{sex}"] = values["difference"].where(students["sex"] == sex)
-    columns = mean_columns({name: column.to_numpy() for name, column in values.items()})
-    scores = students[["lsat", "gpa"]].to_numpy(dtype=float)
-    columns |= _merit_columns("merit", scores, values["base_rate"].to_numpy())
-    columns |= _merit_columns("logit", scores, ((first["logit"] + second["logit"]) / 2).to_numpy())
-    units = students["weight"].to_numpy(dtype=float)
-    return sum_by_cluster(students.index.to_frame(index=False), columns, units)
-
-
 def _merit_columns(name: str, scores: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     """What a plane of y over LSAT and GPA needs; a NaN in y counts nowhere."""
     known = ~np.isnan(y)
@@ -245,22 +276,6 @@ def _merit_columns(name: str, scores: np.ndarray, y: np.ndarray) -> dict[str, np
     sums = {"n": known, "y": y, "l": lsat, "g": gpa, "ll": lsat * lsat, "gg": gpa * gpa}
     sums |= {"lg": lsat * gpa, "ly": lsat * y, "gy": gpa * y}
     return {f"{name}_{part}": values for part, values in sums.items()}
-
-
-def metrics(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every metric from weighted sums of shape (R, K); each (R,), NaN where it is undefined.
-
-    The differences by sex are there only where students of both sexes are.
-    """
-    pooled = pool(sums)
-    lsat, gpa = _merit(pooled, "merit")
-    lsat_logit, gpa_logit = _merit(pooled, "logit")
-    return means(pooled) | {
-        "merit_lsat": lsat,
-        "merit_gpa": gpa,
-        "merit_lsat_logit": lsat_logit,
-        "merit_gpa_logit": gpa_logit,
-    }
 
 
 def _merit(pooled: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -283,6 +298,4 @@ def _merit(pooled: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.
     return by_lsat, by_gpa
 
 
-def overall(categories: Sequence[str]) -> list[str]:
-    """All pairs of races."""
-    return list(categories)
+LAW_SCHOOL = LawSchool()

@@ -16,8 +16,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
+from selfcorrect.evaluate.experiments.base import Experiment, Metric
 from selfcorrect.evaluate.experiments.reading import checked_text, json_lines, spread, text
 from selfcorrect.evaluate.experiments.tally import (
+    OVERALL,
     Tally,
     answered,
     log_probabilities,
@@ -28,47 +30,39 @@ from selfcorrect.evaluate.experiments.tally import (
 )
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems
 from selfcorrect.evaluate.prompts.stimuli import ChoiceSection, usual_dialogues
-from selfcorrect.evaluate.statistics.bootstrap import OVERALL
 from selfcorrect.recipes.foundation.errors import InputError
 
-NAME = "multiple_choice"
-TITLE = "Multiple choice"
-HEADLINE = "accuracy"
 MOST_OPTIONS = 26
 MARKS = {"label": "accuracy", "stereotyped": "share stereotyped", "unknown": "share unknown"}
 _KEYS = ("id", "question", "options", "category", "cluster", *MARKS)
 
-DESCRIPTIONS: dict[str, tuple[str, str, float | None]] = {
-    "accuracy": ("Accuracy", "share of right answers, of the rows with a label", None),
-    "expected_accuracy": ("Expected accuracy", "mean probability of the right option", None),
-    "chance": ("Chance", "accuracy of random answers: mean of 1 / number of options", None),
-    "share_stereotyped": (
-        "Stereotyped",
-        "share of answers that are the option marked stereotyped",
-        None,
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric("Accuracy", "share of right answers, of the rows with a label"),
+    "expected_accuracy": Metric("Expected accuracy", "mean probability of the right option"),
+    "chance": Metric("Chance", "accuracy of random answers: mean of 1 / number of options"),
+    "share_stereotyped": Metric(
+        "Stereotyped", "share of answers that are the option marked stereotyped"
     ),
-    "expected_share_stereotyped": (
-        "Expected stereotyped",
-        "mean probability of the option marked stereotyped",
-        None,
+    "expected_share_stereotyped": Metric(
+        "Expected stereotyped", "mean probability of the option marked stereotyped"
     ),
-    "share_unknown": ("Unknown", "share of answers that are the option marked unknown", None),
-    "expected_share_unknown": (
-        "Expected unknown",
-        "mean probability of the option marked unknown",
-        None,
+    "share_unknown": Metric("Unknown", "share of answers that are the option marked unknown"),
+    "expected_share_unknown": Metric(
+        "Expected unknown", "mean probability of the option marked unknown"
     ),
-    "option_mass": ("Option mass", "probability that falls on the options at all", None),
-    "share_unparsed": ("Unparsed", "share of rows without any answer", None),
+    "option_mass": Metric(
+        "Option mass", "probability that falls on the options at all", column="Option\nmass"
+    ),
+    "share_unparsed": Metric("Unparsed", "share of rows without any answer"),
     # As many as the longest row has are reported.
     **{
-        f"share_option_{i}": (f"Option {i + 1}", f"share of answers that are option {i + 1}", None)
+        f"share_option_{i}": Metric(f"Option {i + 1}", f"share of answers that are option {i + 1}")
         for i in range(MOST_OPTIONS)
     },
 }
 
 _DIALOGUES = usual_dialogues()
-DEFAULTS: dict[str, Any] = {
+DEFAULT_WORDING: dict[str, Any] = {
     "answer": "letter",
     "labels": [f"({letter})" for letter in string.ascii_lowercase],
     "texts": {
@@ -96,40 +90,84 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-class Stimuli(ChoiceSection):
+class Wording(ChoiceSection):
     """How the questions are asked; `{options}` is all of a row's options, however many it has."""
 
     placeholders: ClassVar[frozenset[str]] = frozenset({"question", "options"})
 
 
-# --- loading -----------------------------------------------------------------------------------
+class MultipleChoice(Experiment):
+    """A user's own multiple-choice questions."""
 
+    name = "multiple_choice"
+    title = "Multiple choice"
+    headline = "accuracy"
+    metrics = METRICS
+    wording = Wording
+    default_wording = DEFAULT_WORDING
 
-def load(data_dir: Path, stimuli: Stimuli, limit: int | None, seed: int) -> LoadedItems:
-    """One item per row of every *.jsonl and *.jsonl.gz in `data_dir`/multiple_choice.
+    def load(self, data_dir: Path, wording: Wording, limit: int | None, seed: int) -> LoadedItems:
+        """Load one item per row of every *.jsonl and *.jsonl.gz in `data_dir`/multiple_choice.
 
-    `limit` items are drawn, spread over categories and their clusters in proportion to their size.
-    Raises InputError naming file and line.
-    """
-    folder = data_dir / NAME
-    paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
-    if not paths:
-        raise InputError(f"{folder}: no *.jsonl or *.jsonl.gz here; put your questions in")
-    items: list[Item] = []
-    seen: dict[str, str] = {}
-    for path in paths:
-        category = path.name.removesuffix(".gz").removesuffix(".jsonl")
-        for where, record in json_lines(path):
-            item = _item(record, category, where)
-            if item.id in seen:
-                raise InputError(f"{where}: id {item.id[:60]!r} stands again; see {seen[item.id]}")
-            seen[item.id] = where
-            items.append(item)
-    if not items:
-        raise InputError(f"{folder}: the files here are empty")
-    kept = spread([(item.category, item.cluster) for item in items], limit, seed)
-    chosen = [items[index] for index in kept]
-    return LoadedItems(chosen, dict(_left_out(chosen)))
+        `limit` items are drawn, spread over categories and their clusters in proportion to size.
+        """
+        folder = data_dir / self.name
+        paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
+        if not paths:
+            raise InputError(f"{folder}: no *.jsonl or *.jsonl.gz here; put your questions in")
+        items: list[Item] = []
+        seen: dict[str, str] = {}
+        for path in paths:
+            category = path.name.removesuffix(".gz").removesuffix(".jsonl")
+            for where, record in json_lines(path):
+                item = _item(record, category, where)
+                if item.id in seen:
+                    raise InputError(
+                        f"{where}: id {item.id[:60]!r} stands again; see {seen[item.id]}"
+                    )
+                seen[item.id] = where
+                items.append(item)
+        if not items:
+            raise InputError(f"{folder}: the files here are empty")
+        kept = spread([(item.category, item.cluster) for item in items], limit, seed)
+        chosen = [items[index] for index in kept]
+        return LoadedItems(chosen, dict(_left_out(chosen)))
+
+    def tally(self, frame: pd.DataFrame) -> Tally:
+        """Add up each cluster's answers.
+
+        `logprobs` are in the order shown, and `order` says which of the file's options each
+        position showed. `label`, `stereotyped` and `unknown` are the file's indices, null where
+        none is given.
+        """
+        frame = frame.reset_index(drop=True)
+        sizes = frame["logprobs"].map(len)
+        parts = [_columns(rows, num_options) for num_options, rows in frame.groupby(sizes)]
+        columns = pd.concat(parts).reindex(frame.index).astype(float)
+        return sum_by_cluster(frame, {str(name): columns[name].to_numpy() for name in columns})
+
+    def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return every metric from sums of shape (R, K).
+
+        `share_option_<i>` exists for as many options as the longest row has.
+        """
+        pooled = pool(sums)
+        found = {
+            "chance": ratio(pooled["chance"], pooled["marked_label"]),
+            "option_mass": ratio(pooled["mass"], pooled["mass_rows"]),
+            "share_unparsed": ratio(pooled["rows"] - pooled["parsed"], pooled["rows"]),
+        }
+        for mark, name in (
+            ("label", "accuracy"),
+            ("stereotyped", "share_stereotyped"),
+            ("unknown", "share_unknown"),
+        ):
+            found[name] = ratio(pooled[f"chosen_{mark}"], pooled[f"marked_{mark}"])
+            found[f"expected_{name}"] = ratio(pooled[f"expected_{mark}"], pooled[f"marked_{mark}"])
+        for name in sums:
+            if name.startswith("option_"):
+                found[f"share_{name}"] = ratio(pooled[name], pooled["parsed"])
+        return found
 
 
 def _left_out(items: Sequence[Item]) -> Iterator[tuple[str, int]]:
@@ -192,22 +230,6 @@ def _index(record: Mapping[str, Any], key: str, num_options: int, where: str) ->
     return value
 
 
-# --- measuring ---------------------------------------------------------------------------------
-
-
-def tally(frame: pd.DataFrame) -> Tally:
-    """Sums per cluster.
-
-    `logprobs` stand in the order shown; `order` says which of the file's options each place showed.
-    `label`, `stereotyped` and `unknown` are the file's indices, null where none is given.
-    """
-    frame = frame.reset_index(drop=True)
-    sizes = frame["logprobs"].map(len)
-    parts = [_columns(rows, num_options) for num_options, rows in frame.groupby(sizes)]
-    columns = pd.concat(parts).reindex(frame.index).astype(float)
-    return sum_by_cluster(frame, {str(name): columns[name].to_numpy() for name in columns})
-
-
 def _columns(frame: pd.DataFrame, num_options: int) -> pd.DataFrame:
     """The columns to add up, for rows of one number of options."""
     shown = log_probabilities(frame, num_options)
@@ -257,30 +279,4 @@ def _order(spelling: str, num_options: int) -> list[int]:
     return order
 
 
-def metrics(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every metric from sums of shape (R, K); each (R,), NaN where it is undefined.
-
-    `share_option_<i>` is there for as many options as the longest row has.
-    """
-    pooled = pool(sums)
-    found = {
-        "chance": ratio(pooled["chance"], pooled["marked_label"]),
-        "option_mass": ratio(pooled["mass"], pooled["mass_rows"]),
-        "share_unparsed": ratio(pooled["rows"] - pooled["parsed"], pooled["rows"]),
-    }
-    for mark, name in (
-        ("label", "accuracy"),
-        ("stereotyped", "share_stereotyped"),
-        ("unknown", "share_unknown"),
-    ):
-        found[name] = ratio(pooled[f"chosen_{mark}"], pooled[f"marked_{mark}"])
-        found[f"expected_{name}"] = ratio(pooled[f"expected_{mark}"], pooled[f"marked_{mark}"])
-    for name in sums:
-        if name.startswith("option_"):
-            found[f"share_{name}"] = ratio(pooled[name], pooled["parsed"])
-    return found
-
-
-def overall(categories: Sequence[str]) -> list[str]:
-    """All categories, pooled."""
-    return list(categories)
+MULTIPLE_CHOICE = MultipleChoice()

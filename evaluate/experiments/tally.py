@@ -8,6 +8,8 @@ import pandas as pd
 
 from selfcorrect.recipes.foundation.errors import InputError
 
+OVERALL = "overall"  # the category of the figures over all categories that an experiment pools
+
 
 @dataclass(frozen=True)
 class Tally:

@@ -7,10 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.prompts.stimuli import Section
 from selfcorrect.recipes.foundation.atomic_files import read_text
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.load import parse_yaml
+from selfcorrect.recipes.foundation.yaml_text import parse_yaml
 
 PAPER = Path(__file__).parents[1] / "prompts" / "paper.yaml"
 CONTROLS = PAPER.with_name("controls.yaml")
@@ -39,10 +40,10 @@ def load_stimuli(own: Path | None = None, base: Path | None = None) -> Stimuli:
 
     Raises InputError naming file and key.
     """
-    from selfcorrect.evaluate.experiments import EXPERIMENTS
-
     data: dict[str, Any] = {
-        name: module.DEFAULTS for name, module in EXPERIMENTS.items() if hasattr(module, "DEFAULTS")
+        name: experiment.default_wording
+        for name, experiment in EXPERIMENTS.items()
+        if experiment.default_wording is not None
     }
     paths = [PAPER, CONTROLS] if base is None else [base]
     for path in [*paths, *([] if own is None else [own])]:
@@ -53,8 +54,8 @@ def load_stimuli(own: Path | None = None, base: Path | None = None) -> Stimuli:
                 data[name] = _joined(data.get(name, {}), section)
     return Stimuli(
         {
-            name: _section(module.Stimuli, data[name], own or paths[-1], name)
-            for name, module in EXPERIMENTS.items()
+            name: _section(experiment.wording, data[name], own or paths[-1], name)
+            for name, experiment in EXPERIMENTS.items()
             if name in data
         }
     )

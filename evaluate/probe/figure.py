@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.figures.panels import (
     MARKERS,
     PAGE_WIDTH,
@@ -18,7 +19,6 @@ from selfcorrect.evaluate.figures.panels import (
     style,
 )
 from selfcorrect.evaluate.probe.linear_probe import CATEGORY, TEMPLATE
-from selfcorrect.evaluate.statistics.bootstrap import OVERALL
 
 _TITLES = {TEMPLATE: "Held-out templates", CATEGORY: "Held-out categories"}
 _BASELINE: dict[str, Any] = {"color": "#777777", "linewidth": 1.0, "linestyle": (0, (1, 1.5))}

@@ -11,8 +11,14 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 
-from selfcorrect.evaluate.experiments.tally import mean_columns, means, pool, sum_by_cluster
-from selfcorrect.evaluate.statistics.bootstrap import OVERALL, Draws, bootstrap
+from selfcorrect.evaluate.experiments.tally import (
+    OVERALL,
+    mean_columns,
+    means,
+    pool,
+    sum_by_cluster,
+)
+from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
 
 TEMPLATE, CATEGORY = "template", "category"  # what is held out
 STRENGTHS = tuple(10.0**power for power in range(-5, 0))  # C of the logistic regression

@@ -24,7 +24,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selfcorrect.evaluate.experiments import bbq
+from selfcorrect.evaluate.experiments.bbq import BBQ
+from selfcorrect.evaluate.measuring.cell_files import METADATA_KEY
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan, PlannedCell, Question
 from selfcorrect.evaluate.measuring.run import recipe_plan
 from selfcorrect.evaluate.probe.linear_probe import (
@@ -38,12 +39,11 @@ from selfcorrect.evaluate.prompts.dialogue import render
 from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, Request
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.scoring.load_model import load_model
-from selfcorrect.evaluate.statistics.cells import METADATA_KEY
 from selfcorrect.evaluate.statistics.files import write_table
-from selfcorrect.recipes.foundation.atomic_files import whole_file
-from selfcorrect.recipes.foundation.checksums import is_whole_file
+from selfcorrect.recipes.foundation.atomic_files import atomic_file
+from selfcorrect.recipes.foundation.checksums import file_has_valid_checksum
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
-from selfcorrect.recipes.foundation.locks import claimed
+from selfcorrect.recipes.foundation.locks import hold_lock
 from selfcorrect.recipes.schema import Recipe
 
 PLACE = Path("probe") / "bbq.parquet"  # in a checkpoint's folder
@@ -75,7 +75,7 @@ def run_plan(
 ) -> EvaluationPlan:
     """BBQ as the recipe evaluates it, under these conditions; None: the recipe's limit or seed."""
     asked: dict[str, Any] = {
-        "experiments": [bbq.NAME],
+        "experiments": [BBQ.name],
         "conditions": list(conditions),
         "limit": recipe.evaluate.limit if limit is None else limit,
         "seed": recipe.evaluate.seed if seed is None else seed,
@@ -125,7 +125,7 @@ def probe_run(
     if not tables:
         raise InputError(f"{run}: no checkpoints to probe; train the run first")
     frame = pd.concat(tables, ignore_index=True)
-    with claimed(run, math.inf), whole_file(run / RUN_FILE) as temporary:
+    with hold_lock(run, math.inf), atomic_file(run / RUN_FILE) as temporary:
         frame.to_parquet(temporary, compression="zstd", index=False)
     return frame
 
@@ -182,7 +182,7 @@ def probe_checkpoint(
     settings = {
         "weights": weights,
         "settings_digest": settings_digest(plan, folds, seed),
-        "experiment": bbq.NAME,
+        "experiment": BBQ.name,
         "conditions": list(vectors),
         "folds": folds,
         "seed": seed,
@@ -216,7 +216,7 @@ def is_probed(
 def read_probe(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The rows of a probe's file and its settings; InputError when it is missing or damaged."""
     try:
-        if not is_whole_file(path):
+        if not file_has_valid_checksum(path):
             raise ValueError("not as it was written")
         table = pq.read_table(path)
         settings = json.loads(table.schema.metadata[METADATA_KEY])
@@ -231,8 +231,8 @@ def read_probe(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
 def check_plan(plan: EvaluationPlan, folds: int) -> list[PlannedCell]:
     """The plan's cells if they can be probed; InputError, before any model is loaded, if not."""
     for cell in plan.cells:
-        if cell.experiment != bbq.NAME:
-            raise InputError(f"{cell.name}: only {bbq.NAME} is probed")
+        if cell.experiment != BBQ.name:
+            raise InputError(f"{cell.name}: only {BBQ.name} is probed")
         if cell.sampling is not None:
             raise InputError(
                 f"{cell.name}: the model writes text of its own here, which a probe does not "
@@ -245,7 +245,7 @@ def check_plan(plan: EvaluationPlan, folds: int) -> list[PlannedCell]:
     needed = max(folds, 4)  # the training part of a fold is itself split by template
     if templates < needed:
         raise InputError(
-            f"{bbq.NAME}: {templates} templates have ambiguous questions to probe "
+            f"{BBQ.name}: {templates} templates have ambiguous questions to probe "
             f"(left out: {_in_words(left_out)}); {folds} folds need {needed}: "
             "raise --limit or lower --folds"
         )
@@ -276,7 +276,7 @@ def pairs_of(cell: PlannedCell, tokenizer: Any) -> Pairs:
 
 def _choose(cell: PlannedCell) -> tuple[dict[str, int], list[Question]]:
     """The questions to probe, and how many items are left out for which reason."""
-    pooled = bbq.overall(sorted({item.category for item in cell.items}))
+    pooled = BBQ.overall_categories(sorted({item.category for item in cell.items}))
     left_out: dict[str, set[str]] = {}
     kept = []
     for question in cell.questions():

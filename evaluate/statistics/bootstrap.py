@@ -12,15 +12,12 @@ templates per category, drawing n of n gives intervals that are too narrow by sq
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from selfcorrect.evaluate.experiments.tally import Tally
-from selfcorrect.evaluate.statistics.resampling import fill_multinomial
+from selfcorrect.evaluate.experiments.tally import OVERALL, Tally
 
-OVERALL = "overall"
-UNINSTRUCTED = "Q"
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
 # With more undefined resamples than this, the interval would describe a selected few.
@@ -106,8 +103,8 @@ class Draws:
         generator = np.random.default_rng([self.seed, zlib.crc32(category.encode())])
         weights = np.empty((len(units), 1 + self.num_resamples)).T
         weights[0] = units
-        fill_multinomial(generator, total - 1, units, weights[1:])
-        weights[1:] *= total / (total - 1)
+        counts = generator.multinomial(total - 1, units / units.sum(), self.num_resamples)
+        weights[1:] = counts * (total / (total - 1))
         return weights
 
 
@@ -220,126 +217,6 @@ def standard_error(replicates: np.ndarray) -> float:
     return 0.0 if spread <= ROUNDING * max(1.0, abs(float(replicates[0]))) else spread
 
 
-# --- paired comparisons over a run's cells ---------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One experiment under one condition at one checkpoint; `kl` as in checkpoint.json."""
-
-    run: str
-    model: str
-    parameters: int
-    seed: int
-    step: int
-    experiment: str
-    condition: str
-    replicates: Replicates
-    kl: float | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A difference of one metric between cells of one model and seed.
-
-    `kind` is "effect" (metric(Q) - metric(condition) at `step`), "growth" (effect at `step` minus
-    effect at `from_step`) or "change" (metric at `step` minus metric at `from_step`). `reason`
-    says why the estimate is undefined, when it is. `error` is the standard deviation of its
-    resamples, with `degrees` of freedom.
-    """
-
-    kind: str
-    run: str
-    model: str
-    parameters: int
-    seed: int
-    experiment: str
-    condition: str
-    metric: str
-    step: int
-    from_step: int | None
-    estimate: Estimate
-    reason: str | None = field(default=None)
-    error: float = np.nan
-    degrees: int = 0
-
-
-def compare(cells: Sequence[Cell]) -> list[Comparison]:
-    """Instruction effects at every step, their growth, and each condition's change over steps."""
-    by_trajectory: dict[tuple[str, str, int, str], list[Cell]] = {}
-    for cell in cells:
-        key = (cell.run, cell.model, cell.seed, cell.experiment)
-        by_trajectory.setdefault(key, []).append(cell)
-    found: list[Comparison] = []
-    for trajectory in by_trajectory.values():
-        found += _compare_trajectory(trajectory)
-    return found
-
-
-def _compare_trajectory(cells: Sequence[Cell]) -> list[Comparison]:
-    grid = {(cell.condition, cell.step): cell for cell in cells}
-    found: list[Comparison] = []
-    for condition in dict.fromkeys(cell.condition for cell in cells):
-        steps = sorted(step for name, step in grid if name == condition)
-        first, last = grid[condition, steps[0]], grid[condition, steps[-1]]
-        if first is not last:
-            found += _difference("change", last, [(1, last), (-1, first)], first.step)
-        if condition == UNINSTRUCTED:
-            continue
-        paired = [step for step in steps if (UNINSTRUCTED, step) in grid]
-        for step in paired:
-            terms = _effect(grid, condition, step, 1)
-            found += _difference("effect", grid[condition, step], terms, None)
-        if len(paired) > 1:
-            terms = _effect(grid, condition, paired[-1], 1) + _effect(
-                grid, condition, paired[0], -1
-            )
-            found += _difference("growth", grid[condition, paired[-1]], terms, paired[0])
-    return found
-
-
-def _effect(
-    grid: Mapping[tuple[str, int], Cell], condition: str, step: int, sign: int
-) -> list[tuple[int, Cell]]:
-    return [(sign, grid[UNINSTRUCTED, step]), (-sign, grid[condition, step])]
-
-
-def _difference(
-    kind: str, of: Cell, terms: Sequence[tuple[int, Cell]], from_step: int | None
-) -> list[Comparison]:
-    """The signed sum of `terms`, metric by metric, replicate by replicate."""
-    paired = len({cell.replicates.population for _, cell in terms}) == 1
-    sums = {
-        metric: np.sum([sign * cell.replicates.metrics[metric] for sign, cell in terms], axis=0)
-        for metric in of.replicates.metrics
-        if paired and all(metric in cell.replicates.metrics for _, cell in terms)
-    }
-    estimates = estimate(sums)
-    found: list[Comparison] = []
-    for metric in of.replicates.metrics:
-        result, reason = estimates.get(metric, UNDEFINED), None
-        if not paired:
-            reason = "the cells were measured on different items (another limit or data set)"
-        elif metric not in estimates:
-            reason = f"{metric} was not measured in every cell"
-        elif np.isnan(result.value):
-            reason = f"{metric} is undefined in a cell"
-        found.append(
-            Comparison(
-                kind=kind,
-                run=of.run,
-                model=of.model,
-                parameters=of.parameters,
-                seed=of.seed,
-                experiment=of.experiment,
-                condition=of.condition,
-                metric=metric,
-                step=of.step,
-                from_step=from_step,
-                estimate=result,
-                reason=reason,
-                error=standard_error(sums[metric]) if metric in sums else np.nan,
-                degrees=of.replicates.degrees,
-            )
-        )
-    return found
+def number_or_none(value: float) -> float | None:
+    """Return the number for JSON: None (null) for NaN."""
+    return None if np.isnan(value) else float(value)

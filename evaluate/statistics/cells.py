@@ -1,37 +1,19 @@
 """Evaluation files into measured cells: one checkpoint x experiment x condition each."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from selfcorrect.evaluate.experiments import EXPERIMENTS
-from selfcorrect.evaluate.experiments.tally import Tally
+from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
+from selfcorrect.evaluate.experiments.base import Experiment, condition_rank
+from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.measuring.cell_files import damaged_cell, read_settings, read_table
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
-from selfcorrect.evaluate.statistics.bootstrap import OVERALL, Bootstrap, Draws, Estimate, bootstrap
+from selfcorrect.evaluate.statistics.bootstrap import Bootstrap, Draws, Estimate, bootstrap
 from selfcorrect.recipes.foundation.errors import InputError
-
-
-class Experiment(Protocol):
-    """What a module of evaluate/experiments offers to the analysis."""
-
-    NAME: str
-    TITLE: str
-    HEADLINE: str
-    DESCRIPTIONS: dict[str, tuple[str, str, float | None]]
-
-    def tally(self, frame: pd.DataFrame) -> Tally:
-        """Sums per cluster of one cell's rows."""
-
-    def metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Metrics of sums, each sum of shape (R, K)."""
-
-    def overall(self, categories: Sequence[str]) -> list[str]:
-        """The categories that the overall figure pools."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +46,6 @@ class OrderResult:
     counts: dict[str, tuple[int, int]]
 
 
-def experiment_named(name: str) -> Experiment:
-    """The experiment's module; raises InputError for a name that is none."""
-    if name not in EXPERIMENTS:
-        raise InputError(f"experiment {name!r}: there is none; there are {', '.join(EXPERIMENTS)}")
-    return cast(Experiment, EXPERIMENTS[name])
-
-
 def measure_run(run: Path, draws: Draws) -> list[Measured]:
     """Every evaluated cell of a run, ordered by size, model, seed, step, experiment, condition."""
     cells: list[Measured] = []
@@ -91,18 +66,12 @@ def measure_folder(
     )
 
 
-def condition_rank(condition: str) -> tuple[int, str]:
-    """Sort key: the paper's conditions in the paper's order, then controls and others by name."""
-    known = ["Q", "Q+IF", "Q+IF+CoT", "Match stats"]
-    return (known.index(condition) if condition in known else len(known), condition)
-
-
 def _measure(
     path: Path, run: str, model: str, record: CheckpointRecord | None, draws: Draws
 ) -> Measured:
     settings = read_settings(path)
     _check_origin(path, settings, record)
-    experiment = experiment_named(settings["experiment"])
+    experiment = get_experiment(settings["experiment"])
     frame = read_table(path, None).to_pandas()
     try:
         truncated = frame["truncated"]
@@ -149,7 +118,7 @@ def _resampled(
 ) -> tuple[Bootstrap, dict[str, tuple[int, int]]]:
     """Estimates of a cell's rows, and how many rows and clusters are behind each category."""
     tally = experiment.tally(frame)
-    pooled = experiment.overall(tally.categories)
+    pooled = experiment.overall_categories(tally.categories)
     items = frame["category"].value_counts().to_dict()
     clusters = np.bincount(tally.strata, minlength=len(tally.categories))
     counts = {
@@ -158,7 +127,7 @@ def _resampled(
     }
     of_pooled = [counts[category] for category in pooled if category in counts]
     counts[OVERALL] = (sum(c[0] for c in of_pooled), sum(c[1] for c in of_pooled))
-    return bootstrap(tally, experiment.metrics, pooled, draws), counts
+    return bootstrap(tally, experiment.compute, pooled, draws), counts
 
 
 def _orders(frame: pd.DataFrame) -> list[str]:

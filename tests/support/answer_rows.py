@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.evaluate.measuring.cell_files import read_cell
 from selfcorrect.evaluate.measuring.measure import measure
-from selfcorrect.evaluate.measuring.plan import plan
-from selfcorrect.evaluate.statistics.bootstrap import OVERALL, Draws, bootstrap
+from selfcorrect.evaluate.measuring.plan import plan_evaluation
+from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -47,12 +48,14 @@ def rows(items, choose, orders=(None,)):
     return pd.DataFrame(found)
 
 
-def measured(module, frame, category=OVERALL):
+def measured(experiment, frame, category=OVERALL):
     """Every metric's value, through the same sums and bootstrap as a report."""
-    tally = module.tally(frame)
-    found = bootstrap(tally, module.metrics, module.overall(tally.categories), Draws(2))
+    tally = experiment.tally(frame)
+    found = bootstrap(
+        tally, experiment.compute, experiment.overall_categories(tally.categories), Draws(2)
+    )
     values = {name: estimate.value for name, estimate in found.estimates[category].items()}
-    assert set(values) <= set(module.DESCRIPTIONS)
+    assert set(values) <= set(experiment.metrics)
     return values
 
 
@@ -66,7 +69,9 @@ def published(name):
 
 def measured_by_a_tiny_model(data_dir, out, name, conditions=None, **settings):
     """{condition: (rows, metadata)} of a random model that knows every word it is asked."""
-    planned = plan(data_dir, load_stimuli(), [name], conditions, max_new_tokens=4, **settings)
+    planned = plan_evaluation(
+        data_dir, load_stimuli(), [name], conditions, max_new_tokens=4, **settings
+    )
     words = {"Human", "Assistant", "\n\n"}
     for cell in planned.cells:
         for question in cell.questions():

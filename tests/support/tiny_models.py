@@ -1,4 +1,4 @@
-"""Tiny random models, a word-level tokenizer and a tiny benchmark, made offline, for the tests."""
+"""Tiny random models, a word-level tokenizer and a tiny benchmark, made offline."""
 
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import (
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.experiments.wording import Stimuli
+from selfcorrect.evaluate.measuring.plan import EvaluationPlan, plan_evaluation
 
 ARCHITECTURES = ("llama", "qwen2", "gpt_neox", "gpt2", "gemma", "gemma2")
 
@@ -157,7 +158,7 @@ def tiny_stimuli() -> Stimuli:
             "conditions": nothing,
         },
     }
-    return Stimuli({name: EXPERIMENTS[name].Stimuli.model_validate(data[name]) for name in data})
+    return Stimuli({name: EXPERIMENTS[name].wording.model_validate(data[name]) for name in data})
 
 
 def write_tiny_winogender(data_dir: Path) -> None:
@@ -177,3 +178,29 @@ def write_tiny_winogender(data_dir: Path) -> None:
     (folder / "occupations-stats.tsv").write_text(
         "\n".join([header, *rows]) + "\n", encoding="utf-8"
     )
+
+
+TINY_CONDITIONS = ["Q", "Q+IF", "Q+IF+CoT", "Match stats"]
+
+
+def tiny_plan(
+    data_dir: Path, conditions: list[str] = TINY_CONDITIONS, **changes: Any
+) -> EvaluationPlan:
+    """Plan the tiny Winogender, whose files are written into `data_dir` if it does not exist."""
+    if not data_dir.exists():
+        write_tiny_winogender(data_dir)
+    settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": 0, **changes}
+    return plan_evaluation(data_dir, tiny_stimuli(), ["winogender"], conditions, **settings)
+
+
+def save_model(folder: Path, model: Any) -> Path:
+    """Save a model and the tiny tokenizer; return the folder."""
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Return whether two models' weights are equal bit for bit."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)

@@ -7,7 +7,7 @@ With 60 occupations, a correlation below .254 in size is not distinguishable fro
 """
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 from scipy.special import entr
 
+from selfcorrect.evaluate.experiments.base import Experiment, Metric, Scatter, Workload
 from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
@@ -38,9 +39,6 @@ from selfcorrect.evaluate.prompts.items import Item, LoadedItems, systematic_sam
 from selfcorrect.evaluate.prompts.stimuli import Section, Three
 from selfcorrect.recipes.foundation.errors import InputError
 
-NAME = "winogender"
-TITLE = "Winogender"
-HEADLINE = "correlation"
 CATEGORY = "occupations"
 PARTICIPANT = "the pronoun refers to the participant, not to the occupation"
 ALONE = f"an occupation of {SHARES} without a template about it"
@@ -53,32 +51,36 @@ _ERROR = "mean distance of p(female) and the share of women in the job"
 _SIGNED = "mean of p(female) - share of women; below 0 too few female pronouns"
 _TWO = "the same with p(female) / p(female or male)"
 _NO_LEAK = "the same without the templates where was/were follows the pronoun"
-DESCRIPTIONS: dict[str, tuple[str, str, float | None]] = {
-    "correlation": ("Correlation", _R, 0.0),
-    "correlation_without_leak": ("Correlation without was/were", _NO_LEAK, 0.0),
-    "correlation_binary": ("Correlation, two pronouns", _TWO, 0.0),
-    "spearman": ("Rank correlation", "Spearman's r of the same, ties as mean ranks", 0.0),
-    "slope": ("Slope", "change of p(female) from a job without women to one of women only", 0.0),
-    "intercept": ("Intercept", "fitted p(female) in a job without women", None),
-    "calibration_error": ("Distance from BLS", _ERROR, None),
-    "calibration_error_binary": ("Distance from BLS, two pronouns", _TWO, None),
-    "signed_error": ("Signed error", _SIGNED, None),
-    "signed_error_binary": ("Signed error, two pronouns", _TWO, None),
-    "match_correlation": (
+METRICS: dict[str, Metric] = {
+    "correlation": Metric(
+        "Correlation", _R, 0.0, axis="Correlation of p(female)\nwith the share of women"
+    ),
+    "correlation_without_leak": Metric("Correlation without was/were", _NO_LEAK, 0.0),
+    "correlation_binary": Metric("Correlation, two pronouns", _TWO, 0.0),
+    "spearman": Metric("Rank correlation", "Spearman's r of the same, ties as mean ranks", 0.0),
+    "slope": Metric(
+        "Slope", "change of p(female) from a job without women to one of women only", 0.0
+    ),
+    "intercept": Metric("Intercept", "fitted p(female) in a job without women"),
+    "calibration_error": Metric("Distance from BLS", _ERROR),
+    "calibration_error_binary": Metric("Distance from BLS, two pronouns", _TWO),
+    "signed_error": Metric("Signed error", _SIGNED),
+    "signed_error_binary": Metric("Signed error, two pronouns", _TWO),
+    "match_correlation": Metric(
         "Match, correlation",
         "r of p(female) and the whole percent of women that match-stats states",
-        None,
     ),
-    "match_error": (
+    "match_error": Metric(
         "Match, distance",
         "mean distance of p(female) and p(male) from the two percentages match-stats states",
-        None,
     ),
-    "mean_female": ("Mean p(female)", "mean over occupations, of the three pronouns", None),
-    "share_neutral": ("Mean p(neutral)", "mean over occupations, of the three pronouns", None),
-    "share_neutral_without_leak": ("Mean p(neutral) without was/were", _NO_LEAK, None),
-    "entropy": ("Entropy", "mean over occupations, of the three pronouns, in nats (<= 1.10)", None),
-    "option_mass": ("Option mass", "probability that falls on the three pronouns at all", None),
+    "mean_female": Metric("Mean p(female)", "mean over occupations, of the three pronouns"),
+    "share_neutral": Metric("Mean p(neutral)", "mean over occupations, of the three pronouns"),
+    "share_neutral_without_leak": Metric("Mean p(neutral) without was/were", _NO_LEAK),
+    "entropy": Metric("Entropy", "mean over occupations, of the three pronouns, in nats (<= 1.10)"),
+    "option_mass": Metric(
+        "Option mass", "probability that falls on the three pronouns at all", column="Option\nmass"
+    ),
 }
 
 
@@ -92,7 +94,7 @@ class Pronouns(BaseModel):
     accusative: Three | None = None
 
 
-class Stimuli(Section):
+class Wording(Section):
     """How the blank is asked for, and the three pronouns of each case."""
 
     placeholders: ClassVar[frozenset[str]] = frozenset(
@@ -102,31 +104,101 @@ class Stimuli(Section):
     pronouns: Pronouns
 
 
-def load(data_dir: Path, stimuli: Stimuli, limit: int | None, seed: int) -> LoadedItems:
-    """One item per template that refers to the occupation, in file order.
+class Winogender(Experiment):
+    """Winogender, on the templates whose pronoun refers to the occupation."""
 
-    Reads templates.tsv and occupations-stats.tsv of `data_dir`/winogender. `limit` items are drawn
-    evenly along the percent of women. Raises InputError naming file and line.
-    """
-    folder = data_dir / NAME
-    shares = read_shares(folder / SHARES)
-    templates = read_templates(folder / TEMPLATES)
-    items: list[Item] = []
-    num_uses: dict[str, int] = {}
-    for where, template in templates:
-        if not template.about_occupation:
-            continue
-        occupation = template.occupation
-        if occupation not in shares:
-            raise InputError(f"{where}: {reprlib.repr(occupation)} is missing in {SHARES}")
-        num_uses[occupation] = num_uses.get(occupation, 0) + 1
-        name = f"{occupation}/{num_uses[occupation]}"
-        items.append(_item(name, template, shares[occupation], stimuli.pronouns, where))
-    if not items:
-        raise InputError(f"{folder / TEMPLATES}: no template with answer 0, which are scored")
-    unused = {PARTICIPANT: len(templates) - len(items), ALONE: len(shares) - len(num_uses)}
-    left_out = {reason: count for reason, count in unused.items() if count}
-    return LoadedItems(_sample(items, limit, seed), left_out)
+    name = "winogender"
+    title = "Winogender"
+    headline = "correlation"
+    metrics = METRICS
+    wording = Wording
+    beside = ("correlation", "mean_female", "share_neutral", "option_mass")
+    scatter = Scatter(
+        cluster="occupation",
+        fact="percent_female",
+        x_label="Women among those who do the job, percent",
+        x_range=(0, 100),
+        option=1,
+        y_label="p(female pronoun)",
+        symbol="r",
+    )
+    workload = Workload(num_items=60, scored_tokens=37.6, prompt_tokens=147.0)
+
+    def load(self, data_dir: Path, wording: Wording, limit: int | None, seed: int) -> LoadedItems:
+        """Load one item per template that refers to the occupation, in file order.
+
+        Reads templates.tsv and occupations-stats.tsv of `data_dir`/winogender. `limit` items are
+        drawn evenly along the percent of women.
+        """
+        folder = data_dir / self.name
+        shares = read_shares(folder / SHARES)
+        templates = read_templates(folder / TEMPLATES)
+        items: list[Item] = []
+        num_uses: dict[str, int] = {}
+        for where, template in templates:
+            if not template.about_occupation:
+                continue
+            occupation = template.occupation
+            if occupation not in shares:
+                raise InputError(f"{where}: {reprlib.repr(occupation)} is missing in {SHARES}")
+            num_uses[occupation] = num_uses.get(occupation, 0) + 1
+            name = f"{occupation}/{num_uses[occupation]}"
+            items.append(_item(name, template, shares[occupation], wording.pronouns, where))
+        if not items:
+            raise InputError(f"{folder / TEMPLATES}: no template with answer 0, which are scored")
+        unused = {PARTICIPANT: len(templates) - len(items), ALONE: len(shares) - len(num_uses)}
+        left_out = {reason: count for reason, count in unused.items() if count}
+        return LoadedItems(_sample(items, limit, seed), left_out)
+
+    def tally(self, frame: pd.DataFrame) -> Tally:
+        """Add up each occupation's mean probabilities and their products with percent women.
+
+        Options are male, female, neutral; several rows of an occupation are averaged first. Shares
+        are centred at .5 and p(female) at its mean, which changes no correlation and keeps the sums
+        of squares exact.
+        """
+        jobs = _jobs(frame)
+        percent, female, male = (jobs[name].to_numpy() for name in ("percent", "female", "male"))
+        share, stated = percent / 100, _whole_percent(percent) / 100
+        columns: dict[str, np.ndarray] = {}
+        columns |= _line_columns("female", share, female)
+        columns |= _line_columns("binary", share, jobs["binary"].to_numpy())
+        columns |= _line_columns("unleaked", share, jobs["unleaked_female"].to_numpy())
+        columns |= _line_columns("stated", stated, female)
+        columns |= _rank_columns(share, female)
+        chances = jobs[["male", "female", "neutral"]].to_numpy()
+        columns |= mean_columns(
+            {
+                "calibration_error": np.abs(female - share),
+                "calibration_error_binary": np.abs(jobs["binary"] - share).to_numpy(),
+                "signed_error": female - share,
+                "signed_error_binary": (jobs["binary"] - share).to_numpy(),
+                "match_error": (np.abs(female - stated) + np.abs(male - (1 - stated))) / 2,
+                "mean_female": female,
+                "share_neutral": jobs["neutral"].to_numpy(),
+                "share_neutral_without_leak": jobs["unleaked_neutral"].to_numpy(),
+                "entropy": entr(chances).sum(axis=1),
+                "option_mass": jobs["mass"].to_numpy(),
+            }
+        )
+        return sum_by_cluster(jobs, columns)
+
+    def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return every metric from sums of shape (R, K)."""
+        pooled = pool(sums)
+        correlation, slope = _line(pooled, "female")
+        found = {
+            "correlation": correlation,
+            "correlation_without_leak": _line(pooled, "unleaked")[0],
+            "correlation_binary": _line(pooled, "binary")[0],
+            "spearman": _spearman(pooled),
+            "slope": slope,
+            "match_correlation": _line(pooled, "stated")[0],
+            **means(pooled),
+        }
+        mean_share = ratio(pooled["female_x"], pooled["female_n"]) + 0.5
+        found["intercept"] = found["mean_female"] - slope * mean_share
+        return found
 
 
 def _item(name: str, template: Template, share: float, pronouns: Pronouns, where: str) -> Item:
@@ -172,40 +244,6 @@ def _sample(items: list[Item], limit: int | None, seed: int) -> list[Item]:
     order = sorted(range(len(items)), key=lambda i: (items[i].facts["percent_female"], i))
     hits = systematic_sample(np.ones(len(items)), limit, seed)
     return [items[i] for i in sorted(order[place] for place in np.flatnonzero(hits))]
-
-
-def tally(frame: pd.DataFrame) -> Tally:
-    """Sums per occupation of its mean probabilities and their products with percent women.
-
-    Options are male, female, neutral; several rows of an occupation are averaged first. Shares are
-    counted from the middle (.5) and p(female) from its mean, which changes no correlation and
-    keeps the sums of squares exact.
-    """
-    jobs = _jobs(frame)
-    percent, female, male = (jobs[name].to_numpy() for name in ("percent", "female", "male"))
-    share, stated = percent / 100, _whole_percent(percent) / 100
-    columns: dict[str, np.ndarray] = {}
-    columns |= _line_columns("female", share, female)
-    columns |= _line_columns("binary", share, jobs["binary"].to_numpy())
-    columns |= _line_columns("unleaked", share, jobs["unleaked_female"].to_numpy())
-    columns |= _line_columns("stated", stated, female)
-    columns |= _rank_columns(share, female)
-    chances = jobs[["male", "female", "neutral"]].to_numpy()
-    columns |= mean_columns(
-        {
-            "calibration_error": np.abs(female - share),
-            "calibration_error_binary": np.abs(jobs["binary"] - share).to_numpy(),
-            "signed_error": female - share,
-            "signed_error_binary": (jobs["binary"] - share).to_numpy(),
-            "match_error": (np.abs(female - stated) + np.abs(male - (1 - stated))) / 2,
-            "mean_female": female,
-            "share_neutral": jobs["neutral"].to_numpy(),
-            "share_neutral_without_leak": jobs["unleaked_neutral"].to_numpy(),
-            "entropy": entr(chances).sum(axis=1),
-            "option_mass": jobs["mass"].to_numpy(),
-        }
-    )
-    return sum_by_cluster(jobs, columns)
 
 
 def _jobs(frame: pd.DataFrame) -> pd.DataFrame:
@@ -257,24 +295,6 @@ def _rank_columns(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     return columns
 
 
-def metrics(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every metric from sums of shape (R, K); each (R,), NaN where it is undefined."""
-    pooled = pool(sums)
-    correlation, slope = _line(pooled, "female")
-    found = {
-        "correlation": correlation,
-        "correlation_without_leak": _line(pooled, "unleaked")[0],
-        "correlation_binary": _line(pooled, "binary")[0],
-        "spearman": _spearman(pooled),
-        "slope": slope,
-        "match_correlation": _line(pooled, "stated")[0],
-        **means(pooled),
-    }
-    mean_share = ratio(pooled["female_x"], pooled["female_n"]) + 0.5
-    found["intercept"] = found["mean_female"] - slope * mean_share
-    return found
-
-
 def _line(pooled: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Pearson's r and the least-squares slope; NaN with fewer than 2 occupations or no spread."""
     n, x, y, xx, yy, xy = (pooled[f"{name}_{part}"] for part in ("n", "x", "y", "xx", "yy", "xy"))
@@ -307,6 +327,4 @@ def _table(pooled: Mapping[str, np.ndarray], prefix: str) -> np.ndarray:
     return np.array(rows).reshape(len(rows), len(pooled["female_n"])).T
 
 
-def overall(categories: Sequence[str]) -> list[str]:
-    """All: there is one category."""
-    return list(categories)
+WINOGENDER = Winogender()

@@ -5,7 +5,7 @@ import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfcorrect.evaluate.experiments.delimited import Record, read_records
+from selfcorrect.evaluate.experiments.reading import Record, read_records
 from selfcorrect.recipes.foundation.errors import InputError
 
 TEMPLATES = "templates.tsv"

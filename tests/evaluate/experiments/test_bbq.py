@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, bbq
+from selfcorrect.evaluate.experiments.bbq import BBQ
 from selfcorrect.evaluate.experiments.bbq.files import LONGEST_ROW, read_rows
 from selfcorrect.evaluate.experiments.bbq.groups import decide, decide_by_groups, normalise
 from selfcorrect.evaluate.experiments.wording import load_stimuli
@@ -25,7 +26,7 @@ STIMULI = load_stimuli().section("bbq")
 
 
 def loaded(folder, limit=None, seed=0):
-    return bbq.load(folder, STIMULI, limit, seed)
+    return BBQ.load(folder, STIMULI, limit, seed)
 
 
 def frame(items, choose):
@@ -53,15 +54,15 @@ def frame(items, choose):
 
 
 def measured(table, categories=None):
-    tally = bbq.tally(table)
-    categories = categories or bbq.overall(tally.categories)
+    tally = BBQ.tally(table)
+    categories = categories or BBQ.overall_categories(tally.categories)
     picked = [tally.strata == tally.categories.index(name) for name in categories]
     sums = {
         name: np.array([[(values * tally.units)[mask].sum() for mask in picked]])
         for name, values in tally.sums.items()
     }
-    found = bbq.metrics(sums)
-    assert set(found) == set(bbq.DESCRIPTIONS)
+    found = BBQ.compute(sums)
+    assert set(found) == set(BBQ.metrics)
     assert all(values.shape == (1,) for values in found.values())
     return {name: float(values[0]) for name, values in found.items()}
 
@@ -212,7 +213,7 @@ def test_proper_names_are_a_category_of_their_own(tmp_path):
     found = loaded(write(tmp_path, names + labels)).items
     assert [item.category for item in found] == ["G (names)"] * 4 + ["G"] * 4
     assert [item.facts["proxy_name"] for item in found] == [1] * 4 + [0] * 4
-    assert bbq.overall(["Age", "G", "G (names)", "Race_x_SES"]) == ["Age", "G"]
+    assert BBQ.overall_categories(["Age", "G", "G (names)", "Race_x_SES"]) == ["Age", "G"]
 
 
 def test_names_whose_group_the_text_tells_are_no_proxies(tmp_path):
@@ -413,11 +414,11 @@ def test_shown_order_changes_places_and_no_score(items):
 def test_metrics_of_many_resamples_equal_one_at_a_time(items):
     rng = np.random.default_rng(1)
     table = frame(items, lambda item: list(rng.normal(size=3)))
-    tally = bbq.tally(table)
+    tally = BBQ.tally(table)
     draws = rng.multinomial(2, [0.5, 0.5], size=7)
-    many = bbq.metrics({k: (draws @ v)[:, None] for k, v in tally.sums.items()})
+    many = BBQ.compute({k: (draws @ v)[:, None] for k, v in tally.sums.items()})
     for i, draw in enumerate(draws):
-        one = bbq.metrics({k: np.array([[draw @ v]]) for k, v in tally.sums.items()})
+        one = BBQ.compute({k: np.array([[draw @ v]]) for k, v in tally.sums.items()})
         for name, values in many.items():
             assert values[i] == pytest.approx(one[name][0], nan_ok=True), name
 
@@ -609,13 +610,13 @@ def test_published_rows_load_and_count_in_seconds(published):
     assert found.left_out == {bbq.UNDECIDED: 16}
     counts = Counter(item.category for item in found.items)
     assert counts["Gender_identity"] == 672 and counts["Gender_identity (names)"] == 5_000
-    assert sum(counts[name] for name in bbq.overall(list(counts))) == 21_372
+    assert sum(counts[name] for name in BBQ.overall_categories(list(counts))) == 21_372
     table = frame(
         found.items,
         lambda item: 1 if item.facts["stereotyped"] is None else item.facts["stereotyped"],
     )
     start = time.perf_counter()
-    tally = bbq.tally(table)
+    tally = BBQ.tally(table)
     assert time.perf_counter() - start < 5
     assert len(tally.clusters) == len({item.cluster for item in found.items})
     scores = measured(table, tally.categories)
@@ -635,6 +636,8 @@ def test_published_sample_is_whole_blocks_of_all_categories(published):
         assert abs(share[category] - count * 2_000 / 58_492) <= 8, category
 
 
-def test_experiments_offer_the_same_names():
-    for name, module in EXPERIMENTS.items():
-        assert name == module.NAME and module.HEADLINE in module.DESCRIPTIONS
+def test_experiments_are_registered_under_their_names():
+    assert EXPERIMENTS
+    for name, experiment in EXPERIMENTS.items():
+        assert name == experiment.name and experiment.headline in experiment.metrics
+        assert set(experiment.beside) <= set(experiment.metrics)

@@ -8,7 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from selfcorrect.evaluate.experiments import EXPERIMENTS, crows_pairs
+from selfcorrect.evaluate.experiments import EXPERIMENTS
+from selfcorrect.evaluate.experiments.crows_pairs import CROWS_PAIRS
 from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.recipes.foundation.errors import InputError
 from tests.support.answer_rows import measured, measured_by_a_tiny_model, published, rows
@@ -33,7 +34,7 @@ def write(folder, pairs=PAIRS, head=HEAD):
 
 
 def loaded(folder, limit=None, seed=0):
-    return crows_pairs.load(folder, STIMULI, limit, seed)
+    return CROWS_PAIRS.load(folder, STIMULI, limit, seed)
 
 
 def refused(folder):
@@ -74,7 +75,7 @@ def test_metrics_by_hand(tmp_path):
         "gender/3": [-4.0, -4.5],  # likelier
     }
     frame = rows(items, lambda item: answers[item.id])
-    found = measured(crows_pairs, frame)
+    found = measured(CROWS_PAIRS, frame)
     assert found["share_stereotyped"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
     assert found["share_stereotyped_stereo"] == pytest.approx((1 + 0.5 + 1) / 3)
     assert found["share_stereotyped_antistereo"] == 0
@@ -83,10 +84,10 @@ def test_metrics_by_hand(tmp_path):
     assert found["expected_share_stereotyped"] == pytest.approx(np.mean(chances))
     assert found["difference"] == pytest.approx((1 + 0 - 3 + 0.5) / 4)
     assert found["share_unparsed"] == 0
-    gender = measured(crows_pairs, frame, "gender")
+    gender = measured(CROWS_PAIRS, frame, "gender")
     assert gender["share_stereotyped"] == pytest.approx(0.5)
     assert gender["difference"] == pytest.approx(-2.5 / 3)
-    age = measured(crows_pairs, frame, "age")
+    age = measured(CROWS_PAIRS, frame, "age")
     assert age["share_stereotyped_per_character"] == 0
     assert age["share_stereotyped"] == 1 and math.isnan(age["share_stereotyped_antistereo"])
 
@@ -96,7 +97,7 @@ def test_metrics_by_hand(tmp_path):
     [(lambda item: 0, 1.0), (lambda item: 1, 0.0), (lambda item: [-30.0, -30.0], 0.5)],
 )
 def test_always_never_and_indifferent(tmp_path, choose, share):
-    found = measured(crows_pairs, rows(loaded(write(tmp_path)).items, choose))
+    found = measured(CROWS_PAIRS, rows(loaded(write(tmp_path)).items, choose))
     for name in ("", "_stereo", "_antistereo"):
         assert found[f"share_stereotyped{name}"] == share
     assert found["expected_share_stereotyped"] == share
@@ -108,7 +109,7 @@ def test_unparsed_pairs_are_counted_and_in_no_share(tmp_path):
     items = loaded(write(tmp_path)).items
     impossible = [-math.inf, -math.inf]
     answers = {"age/0": None, "gender/1": impossible, "gender/2": 0, "gender/3": [-1.0, -2.0]}
-    found = measured(crows_pairs, rows(items, lambda item: answers[item.id]))
+    found = measured(CROWS_PAIRS, rows(items, lambda item: answers[item.id]))
     assert found["share_unparsed"] == 0.5
     assert found["share_stereotyped"] == 1 and found["difference"] == 1
 
@@ -195,7 +196,7 @@ def test_the_published_file_has_1508_pairs():
 
 
 def test_a_model_is_measured_from_plan_to_metrics(tmp_path):
-    assert EXPERIMENTS["crows_pairs"] is crows_pairs
+    assert EXPERIMENTS["crows_pairs"] is CROWS_PAIRS
     conditions = ["Q", "Q+IF", "Q+IF+CoT", *STIMULI.controls]
     cells = measured_by_a_tiny_model(
         write(tmp_path), tmp_path / "out", "crows_pairs", conditions, style="plain"
@@ -204,7 +205,7 @@ def test_a_model_is_measured_from_plan_to_metrics(tmp_path):
     for frame, metadata in cells.values():
         assert metadata["num_items"] == 4 and list(frame["order"]) == ["01"] * 4
         logprobs = np.stack(frame["logprobs"])
-        found = measured(crows_pairs, frame)
+        found = measured(CROWS_PAIRS, frame)
         wins = [1.0 if more > less else 0.5 if more == less else 0.0 for more, less in logprobs]
         assert found["share_stereotyped"] == pytest.approx(np.mean(wins))
         assert found["difference"] == pytest.approx((logprobs[:, 0] - logprobs[:, 1]).mean())

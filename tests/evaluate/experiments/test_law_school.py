@@ -11,6 +11,7 @@ import pytest
 from statsmodels.api import WLS, add_constant
 
 from selfcorrect.evaluate.experiments import law_school
+from selfcorrect.evaluate.experiments.law_school import LAW_SCHOOL
 from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
 from selfcorrect.recipes.foundation.errors import InputError
@@ -33,7 +34,7 @@ def write(folder, text=HEAD + ROWS):
 
 
 def loaded(folder, limit=None, seed=0, stimuli=STIMULI):
-    return law_school.load(folder, stimuli, limit, seed)
+    return LAW_SCHOOL.load(folder, stimuli, limit, seed)
 
 
 def with_races(*pairs):
@@ -58,7 +59,7 @@ def frame(items, chance):
 
 
 def measured(table):
-    tally = law_school.tally(table)
+    tally = LAW_SCHOOL.tally(table)
     sums = {
         name: np.array(
             [
@@ -70,9 +71,9 @@ def measured(table):
         )
         for name, values in tally.sums.items()
     }
-    found = law_school.metrics(sums)
+    found = LAW_SCHOOL.compute(sums)
     by_sex = {"difference_sex_1", "difference_sex_2"} if table["sex"].nunique() > 1 else set()
-    others = {name for name in law_school.DESCRIPTIONS if "sex" not in name}
+    others = {name for name in LAW_SCHOOL.metrics if "sex" not in name}
     assert set(found) == others | by_sex
     return {name: float(values[0]) for name, values in found.items()}
 
@@ -253,9 +254,9 @@ def test_slopes_of_merit_are_weighted_least_squares_per_standard_deviation(appli
 
 def test_every_resample_of_students_equals_the_weights_written_out(applicants):
     """A resample of 300 students draws 299 of them; differences and slopes are those of its sum."""
-    tally = law_school.tally(frame(applicants, uneven))
+    tally = LAW_SCHOOL.tally(frame(applicants, uneven))
     draws = Draws(50)
-    found = bootstrap(tally, law_school.metrics, draws=draws).replicates.metrics
+    found = bootstrap(tally, LAW_SCHOOL.compute, draws=draws).replicates.metrics
     order = np.argsort([item.cluster for item in applicants[::2]], kind="stable")
     weights = draws.weights("Black-white", tally.units)
     gaps = np.array([uneven(applicants[2 * i]) - uneven(applicants[2 * i + 1]) for i in order])
@@ -282,9 +283,9 @@ def test_merit_is_undefined_without_spread_and_zero_without_dependence(tmp_path,
 def test_each_pair_of_races_is_reported_and_the_overall_figure_pools_them(tmp_path):
     chance = {"Black": 0.7, "white": 0.4, "Asian": 0.5}
     items = loaded(write(tmp_path), stimuli=with_races(("Black", "white"), ("Asian", "white")))
-    tally = law_school.tally(frame(items.items, lambda item: chance[item.facts["race"]]))
-    pooled = law_school.overall(tally.categories)
-    found = bootstrap(tally, law_school.metrics, pooled, Draws(100)).estimates
+    tally = LAW_SCHOOL.tally(frame(items.items, lambda item: chance[item.facts["race"]]))
+    pooled = LAW_SCHOOL.overall_categories(tally.categories)
+    found = bootstrap(tally, LAW_SCHOOL.compute, pooled, Draws(100)).estimates
     assert found["Black-white"]["difference"].value == pytest.approx(0.3)
     assert found["Asian-white"]["difference"].value == pytest.approx(0.1)
     assert found["overall"]["difference"].value == pytest.approx(0.2)

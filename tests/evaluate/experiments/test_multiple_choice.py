@@ -9,9 +9,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from selfcorrect.evaluate.experiments import EXPERIMENTS, multiple_choice
+from selfcorrect.evaluate.experiments import EXPERIMENTS
+from selfcorrect.evaluate.experiments.multiple_choice import MULTIPLE_CHOICE
 from selfcorrect.evaluate.experiments.wording import load_stimuli
-from selfcorrect.evaluate.measuring.plan import plan
+from selfcorrect.evaluate.measuring.plan import plan_evaluation
 from selfcorrect.recipes.foundation.errors import InputError
 from tests.support import ROOT
 from tests.support.answer_rows import measured, measured_by_a_tiny_model, rows
@@ -53,7 +54,7 @@ def write(folder, records=RECORDS, name="own.jsonl"):
 
 
 def loaded(folder, limit=None, seed=0):
-    return multiple_choice.load(folder, STIMULI, limit, seed)
+    return MULTIPLE_CHOICE.load(folder, STIMULI, limit, seed)
 
 
 def refused(folder):
@@ -139,7 +140,7 @@ ANSWERS = {
 
 def test_metrics_by_hand(tmp_path):
     frame = rows(loaded(write(tmp_path)).items, lambda item: ANSWERS[item.id])
-    found = measured(multiple_choice, frame)
+    found = measured(MULTIPLE_CHOICE, frame)
     assert found["accuracy"] == pytest.approx(1 / 3)
     assert found["expected_accuracy"] == pytest.approx((0.1 / 0.8 + 0.6 + 0.5) / 3)
     assert found["chance"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 2) / 3)
@@ -151,13 +152,13 @@ def test_metrics_by_hand(tmp_path):
     assert found["share_unparsed"] == 0
     assert [found[f"share_option_{i}"] for i in range(4)] == [0.75, 0, 0, 0.25]
     assert "share_option_4" not in found  # no row has a fifth option
-    own = measured(multiple_choice, frame, "own")
+    own = measured(MULTIPLE_CHOICE, frame, "own")
     assert own["accuracy"] == 0 and own["expected_accuracy"] == pytest.approx(0.5)
     assert math.isnan(own["share_stereotyped"]) and math.isnan(own["share_unknown"])
 
 
 def test_marks_that_no_row_has_are_undefined(tmp_path):
-    found = measured(multiple_choice, rows(loaded(write(tmp_path, RECORDS[3:])).items, lambda i: 1))
+    found = measured(MULTIPLE_CHOICE, rows(loaded(write(tmp_path, RECORDS[3:])).items, lambda i: 1))
     for name in ("accuracy", "expected_accuracy", "chance", "share_stereotyped", "share_unknown"):
         assert math.isnan(found[name]), name
     assert found["share_option_1"] == 1
@@ -177,13 +178,13 @@ def test_answers_are_followed_through_every_order(tmp_path, size):
     ]
     items = loaded(write(tmp_path, records)).items
     orders = [None, list(range(size))[::-1], [*range(1, size), 0]]
-    right = measured(multiple_choice, rows(items, lambda i: i.facts["label"], orders))
+    right = measured(MULTIPLE_CHOICE, rows(items, lambda i: i.facts["label"], orders))
     assert right["accuracy"] == right["expected_accuracy"] == 1
     assert right["share_stereotyped"] == 0
-    biased = measured(multiple_choice, rows(items, lambda i: i.facts["stereotyped"], orders))
+    biased = measured(MULTIPLE_CHOICE, rows(items, lambda i: i.facts["stereotyped"], orders))
     assert biased["share_stereotyped"] == biased["expected_share_stereotyped"] == 1
     # Indifferent: the first one shown, which is another option of the file in each order.
-    flat = measured(multiple_choice, rows(items, lambda i: [-1.0] * size, orders))
+    flat = measured(MULTIPLE_CHOICE, rows(items, lambda i: [-1.0] * size, orders))
     assert flat["share_option_0"] == 1 and flat["accuracy"] == pytest.approx(1 / size)
     assert flat["expected_accuracy"] == pytest.approx(1 / size) == flat["chance"]
 
@@ -191,7 +192,7 @@ def test_answers_are_followed_through_every_order(tmp_path, size):
 def test_unparsed_rows_are_counted_and_in_no_share(tmp_path):
     answers = {**ANSWERS, "q1": None, "q4": [-math.inf] * 4}
     found = measured(
-        multiple_choice, rows(loaded(write(tmp_path)).items, lambda item: answers[item.id])
+        MULTIPLE_CHOICE, rows(loaded(write(tmp_path)).items, lambda item: answers[item.id])
     )
     assert found["share_unparsed"] == 0.5
     assert found["accuracy"] == 0.5 and found["share_stereotyped"] == 0
@@ -203,7 +204,7 @@ def test_a_spoilt_order_is_refused(tmp_path):
     for spelling in ("021", "0", "00", "0,1", "12"):
         frame.loc[2, "order"] = spelling
         with pytest.raises(InputError, match="is no order of 2 options"):
-            multiple_choice.tally(frame)
+            MULTIPLE_CHOICE.tally(frame)
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ def test_the_example_of_the_docs_is_a_benchmark(tmp_path):
 
 
 def test_a_model_is_measured_from_plan_to_metrics_in_every_order(tmp_path):
-    assert EXPERIMENTS["multiple_choice"] is multiple_choice
+    assert EXPERIMENTS["multiple_choice"] is MULTIPLE_CHOICE
     records = [*RECORDS, {"id": "all", "question": "Which?", "options": LETTERS, "label": 7}]
     write(tmp_path, records)
     conditions = ["Q", "Q+IF", "Q+IF+CoT", *STIMULI.controls]
@@ -310,7 +311,7 @@ def test_a_model_is_measured_from_plan_to_metrics_in_every_order(tmp_path):
     assert list(cells) == conditions
     for frame, _ in cells.values():
         assert len(frame) == 3 + 3 + 2 + 4 + 26  # every option at every place once
-        found = measured(multiple_choice, frame)
+        found = measured(MULTIPLE_CHOICE, frame)
         right = []
         for row in frame[frame["label"].notna()].itertuples():
             order = row.order.split(",") if "," in row.order else list(row.order)
@@ -323,7 +324,7 @@ def test_a_model_is_measured_from_plan_to_metrics_in_every_order(tmp_path):
 
 def test_options_in_another_order_are_asked_in_that_order(tmp_path):
     write(tmp_path, RECORDS[:1])
-    planned = plan(tmp_path, load_stimuli(), ["multiple_choice"], ["Q"], permutations=6)
+    planned = plan_evaluation(tmp_path, load_stimuli(), ["multiple_choice"], ["Q"], permutations=6)
     asked = {q.order: q.turns[0].text for q in planned.cells[0].questions()}
     assert len(asked) == 6
     assert asked["201"].endswith("(a) Not known (b) The old man (c) The young man")

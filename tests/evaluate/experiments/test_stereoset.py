@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from selfcorrect.evaluate.experiments import EXPERIMENTS, stereoset
+from selfcorrect.evaluate.experiments import EXPERIMENTS
+from selfcorrect.evaluate.experiments.stereoset import STEREOSET
 from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.recipes.foundation.errors import InputError
 from tests.support.answer_rows import measured, measured_by_a_tiny_model, published, rows
@@ -46,7 +47,7 @@ def write(folder, records=RECORDS, name="dev.jsonl"):
 
 
 def loaded(folder, limit=None, seed=0):
-    return stereoset.load(folder, STIMULI, limit, seed)
+    return STEREOSET.load(folder, STIMULI, limit, seed)
 
 
 def refused(folder):
@@ -102,7 +103,7 @@ def by_hand(item):
 
 def test_scores_are_means_over_terms_as_the_authors_take_them(tmp_path):
     frame = rows(loaded(write(tmp_path)).items, by_hand)
-    found = measured(stereoset, frame)
+    found = measured(STEREOSET, frame)
     # cook: stereotyped preferred 0, 1, 1/2; related 2/2, 1/2, 1/2 of the comparisons won
     # chef: 0 and 0; aunt: 1 and 1/2
     cook, cook_lm = 1.5 / 3, (1 + 0.5 + 0.5) / 3
@@ -116,15 +117,15 @@ def test_scores_are_means_over_terms_as_the_authors_take_them(tmp_path):
     assert found["icat_intrasentence"] == pytest.approx(0.625 * 0.25 / 0.5)
     assert found["stereotype_score_intersentence"] == pytest.approx(0.25)
     assert found["lm_score_intersentence"] == pytest.approx(0.25)
-    profession = measured(stereoset, frame, "profession")
+    profession = measured(STEREOSET, frame, "profession")
     assert profession["stereotype_score"] == pytest.approx((cook + 0) / 2)
-    gender = measured(stereoset, frame, "gender")
+    gender = measured(STEREOSET, frame, "gender")
     assert gender["stereotype_score"] == 1 and gender["icat"] == 0
     assert math.isnan(gender["lm_score_intersentence"])
 
 
 def test_plain_scores_prefer_short_sentences(tmp_path):
-    found = measured(stereoset, rows(loaded(write(tmp_path)).items, by_hand))
+    found = measured(STEREOSET, rows(loaded(write(tmp_path)).items, by_hand))
     # whole log-probabilities: 0: -10 -4 -24; 1: -4 -9 -20; 2: -10 -5 -20; 3: -20 -9 -4;
     # 4: -2 -3 -8
     assert found["stereotype_score_total"] == pytest.approx((1 / 3 + 0 + 1) / 3)
@@ -142,7 +143,7 @@ def test_plain_scores_prefer_short_sentences(tmp_path):
     ],
 )
 def test_synthetic_respondents(tmp_path, choose, score, lm, icat):
-    found = measured(stereoset, rows(loaded(write(tmp_path)).items, choose))
+    found = measured(STEREOSET, rows(loaded(write(tmp_path)).items, choose))
     for scope in ("", "_intrasentence", "_intersentence"):
         assert found[f"stereotype_score{scope}"] == score
         assert found[f"lm_score{scope}"] == lm
@@ -153,7 +154,7 @@ def test_ideal_models_have_icat_one(tmp_path):
     records = [line("intrasentence", "cook", "profession", i) for i in range(4)]
     items = loaded(write(tmp_path, records)).items
     found = measured(
-        stereoset,
+        STEREOSET,
         rows(
             items, lambda i: [-1.0, -90, -400] if "/0" in i.id or "/1" in i.id else [-90, -1, -400]
         ),
@@ -164,7 +165,7 @@ def test_ideal_models_have_icat_one(tmp_path):
 def test_unparsed_items_are_counted_and_in_no_score(tmp_path):
     items = loaded(write(tmp_path)).items
     frame = rows(items, lambda i: None if i.cluster == "cook" else by_hand(i))
-    found = measured(stereoset, frame)
+    found = measured(STEREOSET, frame)
     assert found["share_unparsed"] == pytest.approx(3 / 5)
     assert found["stereotype_score"] == pytest.approx((0 + 1) / 2)
 
@@ -248,14 +249,14 @@ def test_the_published_file_has_4229_items_of_79_terms():
 
 
 def test_a_model_is_measured_from_plan_to_metrics(tmp_path):
-    assert EXPERIMENTS["stereoset"] is stereoset
+    assert EXPERIMENTS["stereoset"] is STEREOSET
     conditions = ["Q", "Q+IF", "Q+IF+CoT", *STIMULI.controls]
     cells = measured_by_a_tiny_model(
         write(tmp_path), tmp_path / "out", "stereoset", conditions, style="plain"
     )
     assert list(cells) == conditions
     for frame, _ in cells.values():
-        found = measured(stereoset, frame)
+        found = measured(STEREOSET, frame)
         preferred = {}
         for row in frame.itertuples():
             lengths = np.array([row.characters_0, row.characters_1, row.characters_2])

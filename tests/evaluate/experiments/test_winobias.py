@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, winobias
+from selfcorrect.evaluate.experiments.winobias import WINOBIAS
 from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.recipes.foundation.errors import InputError
 from tests.support.answer_rows import measured, measured_by_a_tiny_model, published, rows
@@ -43,7 +44,7 @@ def write(folder, **changes):
 
 
 def loaded(folder, limit=None, seed=0):
-    return winobias.load(folder, STIMULI, limit, seed)
+    return WINOBIAS.load(folder, STIMULI, limit, seed)
 
 
 def refused(folder):
@@ -102,7 +103,7 @@ def test_rows_without_exactly_two_occupations_are_left_out_and_counted(tmp_path)
     assert found.left_out == {winobias.NOT_TWO: 2} and len(found.items) == 2
     # The partner of a left-out row counts in its accuracy, and in no gap.
     write(tmp_path, pro_stereotyped_type1=[third, PRO1[1]], anti_stereotyped_type1=ANTI1)
-    values = measured(winobias, rows(loaded(tmp_path).items, stereotyped), "type1")
+    values = measured(WINOBIAS, rows(loaded(tmp_path).items, stereotyped), "type1")
     assert values["accuracy_anti"] == 0 and values["gap"] == 1
 
 
@@ -137,7 +138,7 @@ def test_metrics_by_hand(tmp_path):
         "anti/type2/test/1": None,
     }
     frame = rows(loaded(write(tmp_path)).items, lambda item: answers[item.id])
-    found = measured(winobias, frame)
+    found = measured(WINOBIAS, frame)
     assert found["accuracy_pro"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert found["accuracy_anti"] == pytest.approx((0 + 1) / 2)
     assert found["accuracy"] == pytest.approx(2.5 / 5)
@@ -155,7 +156,7 @@ def test_metrics_by_hand(tmp_path):
     )
     mass = [math.exp(a) + math.exp(b) for a, b in filter(None, answers.values())]
     assert found["option_mass"] == pytest.approx(np.mean(mass))
-    type2 = measured(winobias, frame, "type2")
+    type2 = measured(WINOBIAS, frame, "type2")
     assert math.isnan(type2["gap"]) and math.isnan(type2["accuracy_anti"])
     assert type2["accuracy_pro"] == 0
 
@@ -170,7 +171,7 @@ def test_metrics_by_hand(tmp_path):
     ],
 )
 def test_synthetic_respondents(tmp_path, choose, pro, anti):
-    found = measured(winobias, rows(loaded(write(tmp_path)).items, choose))
+    found = measured(WINOBIAS, rows(loaded(write(tmp_path)).items, choose))
     for kind in ("", "expected_"):
         assert found[f"{kind}accuracy_pro"] == pro
         assert found[f"{kind}accuracy_anti"] == anti
@@ -183,7 +184,7 @@ def test_samples_of_one_question_are_averaged_before_lines_are_paired(tmp_path):
     once = rows(items, stereotyped)
     wrong = rows([i for i in items if i.facts["side"] == "pro"], lambda i: 1 - i.facts["label"])
     several = winobias.pd.concat([once, wrong, wrong], ignore_index=True)
-    found = measured(winobias, several)
+    found = measured(WINOBIAS, several)
     assert found["accuracy_pro"] == pytest.approx(1 / 3) and found["gap"] == pytest.approx(1 / 3)
 
 
@@ -265,12 +266,12 @@ def test_the_published_files_have_3168_sentences_of_which_2_are_left_out():
     sample = loaded(folder, limit=400).items
     assert Counter(i.facts["side"] for i in sample) == {"pro": 200, "anti": 200}
     assert Counter(i.category for i in sample) == {"type1": 200, "type2": 200}
-    found = measured(winobias, rows(loaded(folder).items, stereotyped))
+    found = measured(WINOBIAS, rows(loaded(folder).items, stereotyped))
     assert found["gap"] == 1 and found["accuracy"] == pytest.approx(0.5)
 
 
 def test_a_model_is_measured_from_plan_to_metrics(tmp_path):
-    assert EXPERIMENTS["winobias"] is winobias
+    assert EXPERIMENTS["winobias"] is WINOBIAS
     conditions = ["Q", "Q+IF", "Q+IF+CoT", *STIMULI.controls]
     cells = measured_by_a_tiny_model(
         write(tmp_path), tmp_path / "out", "winobias", conditions, style="plain"
@@ -278,7 +279,7 @@ def test_a_model_is_measured_from_plan_to_metrics(tmp_path):
     assert list(cells) == conditions
     for frame, metadata in cells.values():
         assert metadata["left_out"] == {} and len(frame) == 6
-        found = measured(winobias, frame)
+        found = measured(WINOBIAS, frame)
         right = {
             row.item: row.logprobs[row.label] > row.logprobs[1 - row.label]
             for row in frame.itertuples()

@@ -11,8 +11,10 @@ import pytest
 from scipy.stats import entropy, linregress, pearsonr, rankdata, spearmanr
 
 from selfcorrect.evaluate.experiments import winogender
+from selfcorrect.evaluate.experiments.winogender import WINOGENDER
 from selfcorrect.evaluate.experiments.wording import load_stimuli
-from selfcorrect.evaluate.statistics.bootstrap import Cell, Draws, bootstrap, compare
+from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
+from selfcorrect.evaluate.statistics.comparisons import Cell, compare
 from selfcorrect.recipes.foundation.errors import InputError
 
 STIMULI = load_stimuli().section("winogender")
@@ -37,7 +39,7 @@ def write(folder, templates=TEMPLATES, shares=SHARES):
 
 
 def loaded(folder, limit=None, seed=0):
-    return winogender.load(folder, STIMULI, limit, seed)
+    return WINOGENDER.load(folder, STIMULI, limit, seed)
 
 
 def frame(shares, chances, mass=0.9, leaks=0):
@@ -59,11 +61,11 @@ def frame(shares, chances, mass=0.9, leaks=0):
 
 
 def measured(table, draw=None):
-    tally = winogender.tally(table)
+    tally = WINOGENDER.tally(table)
     weights = np.ones(len(tally.clusters)) if draw is None else np.asarray(draw)
     sums = {name: np.array([[(weights * values).sum()]]) for name, values in tally.sums.items()}
-    found = winogender.metrics(sums)
-    assert set(found) == set(winogender.DESCRIPTIONS)
+    found = WINOGENDER.compute(sums)
+    assert set(found) == set(WINOGENDER.metrics)
     return {name: float(values[0]) for name, values in found.items()}
 
 
@@ -193,7 +195,7 @@ def test_unanswered_occupations_are_left_out_and_not_zero():
     found = measured(frame(shares, chances))
     expected = measured(frame([shares[i] for i in kept], [chances[i] for i in kept]))
     unlike = {"option_mass", "share_truncated"}  # known of the unanswered too
-    for name in set(winogender.DESCRIPTIONS) & set(found) - unlike:
+    for name in set(WINOGENDER.metrics) & set(found) - unlike:
         assert found[name] == pytest.approx(expected[name]), name
     nothing = measured(frame(shares, [[0, 0, 0]] * 4))
     assert math.isnan(nothing["correlation"]) and math.isnan(nothing["mean_female"])
@@ -311,7 +313,7 @@ def test_every_resample_equals_scipy_on_the_repeated_rows(answers, ties):
         assert len(np.unique(rankdata(chances[:, 1]))) < 45
     draws = Draws(200)
     found = bootstrap(
-        winogender.tally(frame(shares, chances)), winogender.metrics, draws=draws
+        WINOGENDER.tally(frame(shares, chances)), WINOGENDER.compute, draws=draws
     ).replicates.metrics
     expected = [written_out(shares, chances, rows) for rows in resampled_rows(draws, 60)]
     expected.insert(0, written_out(shares, chances, np.arange(60)))
@@ -326,7 +328,7 @@ def test_without_leak_resamples_equal_scipy_too(answers):
     leaks = (np.arange(60) % 7 == 0).astype(int)
     draws = Draws(100)
     found = bootstrap(
-        winogender.tally(frame(shares, chances, leaks=leaks)), winogender.metrics, draws=draws
+        WINOGENDER.tally(frame(shares, chances, leaks=leaks)), WINOGENDER.compute, draws=draws
     ).replicates.metrics["correlation_without_leak"][1:]
     rows = [rows[leaks[rows] == 0] for rows in resampled_rows(draws, 60)]
     expected = [pearsonr(shares[kept], chances[kept, 1])[0] for kept in rows]
@@ -351,8 +353,8 @@ def effect_on(metric, cells):
 
 
 def cell(condition, shares, chances, draws):
-    tally = winogender.tally(frame(shares, chances))
-    replicates = bootstrap(tally, winogender.metrics, draws=draws).replicates
+    tally = WINOGENDER.tally(frame(shares, chances))
+    replicates = bootstrap(tally, WINOGENDER.compute, draws=draws).replicates
     return Cell("run", "m", 10, 0, 0, "winogender", condition, replicates)
 
 
@@ -385,11 +387,11 @@ def test_pairing_over_occupations_narrows_the_interval_of_an_effect(instructed):
 
 
 def test_two_thousand_resamples_of_all_metrics_take_under_half_a_second(answers):
-    tally = winogender.tally(frame(*answers))
+    tally = WINOGENDER.tally(frame(*answers))
     draws = Draws(2000)
     draws.weights(winogender.CATEGORY, np.ones(60))
     start = time.process_time()
-    bootstrap(tally, winogender.metrics, draws=draws)
+    bootstrap(tally, WINOGENDER.compute, draws=draws)
     assert time.process_time() - start < 0.5
 
 
@@ -476,7 +478,7 @@ def test_a_case_without_pronouns_is_named(tmp_path):
     pronouns = STIMULI.pronouns.model_copy(update={"accusative": None})
     section = STIMULI.model_copy(update={"pronouns": pronouns})
     with pytest.raises(InputError, match="line 5: the stimuli have no accusative"):
-        winogender.load(write(tmp_path), section, None, 0)
+        WINOGENDER.load(write(tmp_path), section, None, 0)
 
 
 # --- the published files -----------------------------------------------------------------------

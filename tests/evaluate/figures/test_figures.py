@@ -281,7 +281,7 @@ def test_categories_have_a_panel_each_and_say_what_the_overall_figure_leaves_out
         by_category(frame, "winogender")
     with pytest.raises(NothingToDraw, match="stereoset: not measured"):
         by_category(frame, "stereoset")
-    with pytest.raises(InputError, match="there is none"):
+    with pytest.raises(InputError, match="experiment 'nonsense': unknown"):
         by_category(frame, "nonsense")
 
 

@@ -1,5 +1,6 @@
 """The published values are the paper's, under this project's names, and never mixed with ours."""
 
+from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.figures.paper import (
     LARGEST,
     READ_OFF,
@@ -8,7 +9,6 @@ from selfcorrect.evaluate.figures.paper import (
     published_against_size,
     published_against_steps,
 )
-from selfcorrect.evaluate.statistics.cells import experiment_named
 
 
 def test_the_stated_numbers_are_those_of_the_largest_model():
@@ -39,7 +39,7 @@ def test_what_is_read_off_is_marked_so_and_never_stands_beside_a_stated_number()
 
 def test_the_metrics_are_the_headlines_that_figures_draw():
     for row in (*TABLE, *READ_OFF):
-        assert row.metric == experiment_named(row.experiment).HEADLINE
+        assert row.metric == get_experiment(row.experiment).headline
 
 
 def test_against_steps_is_the_largest_model_and_against_size_one_step_an_experiment():

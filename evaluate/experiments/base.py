@@ -1,0 +1,129 @@
+"""The interface of every experiment: its items, its metrics, and what figures need to show them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from selfcorrect.evaluate.experiments.tally import Tally
+from selfcorrect.evaluate.prompts.items import LoadedItems
+from selfcorrect.evaluate.prompts.stimuli import Section
+
+PAPER_CONDITIONS = ("Q", "Q+IF", "Q+IF+CoT", "Match stats")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number that an experiment reports.
+
+    `unbiased` is the value of a model without bias and `chance` the value of random answers; None
+    where there is none. `axis` labels the y axis, with its line breaks (default: the label).
+    `column` heads the metric's column in the terminal's table of stand-alone models; a metric
+    without one has no column there.
+    """
+
+    label: str
+    meaning: str
+    unbiased: float | None = None
+    axis: str = ""
+    chance: float | None = None
+    column: str = ""
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """A figure with a dot per cluster: the probability of one option against a fact of the items.
+
+    `option` is the option's index in the file, `fact` the name of the item's fact, and `x_range`
+    the range of that fact: the diagonal of equality goes from (x_range[0], 0) to (x_range[1], 1).
+    `cluster` names what a dot is, in the singular. Each panel states the headline metric as
+    `symbol`.
+    """
+
+    cluster: str
+    fact: str
+    x_label: str
+    x_range: tuple[float, float]
+    option: int
+    y_label: str
+    symbol: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Size of the whole published benchmark, for planning a run without reading the files.
+
+    `scored_tokens` is per item and condition that is only scored (conditions and options share
+    what they have in common); `prompt_tokens` is the length of a prompt that the model continues.
+    Measured with scoring/token_trie.py and SmolLM2's tokenizer, 2026-11-23.
+    """
+
+    num_items: int
+    scored_tokens: float
+    prompt_tokens: float
+
+
+class Experiment(ABC):
+    """One benchmark: how items are loaded, and how answers become metrics.
+
+    Subclasses set `name` (in recipes and results), `title` (for readers), `metrics` in the order
+    of the tables, `headline` (the metric that figures and comparisons show) and `wording`, the
+    schema of the experiment's section in a stimuli file.
+
+    Optional: `default_wording` is the section's content where no stimuli file has one; `beside`
+    names metrics to draw beside the headline metric, since a model that cannot do the task can look
+    unbiased (those without an unbiased value are shares from 0 to 1); `accuracy` names the metric
+    that tells whether the model can do the task; `scatter` adds a figure of single clusters;
+    `workload` lets a run be planned without the benchmark's files.
+    """
+
+    name: str
+    title: str
+    headline: str
+    metrics: Mapping[str, Metric]
+    wording: type[Section]
+    default_wording: Mapping[str, Any] | None = None
+    beside: Sequence[str] = ()
+    accuracy: str | None = None
+    scatter: Scatter | None = None
+    workload: Workload | None = None
+
+    @property
+    def headline_metric(self) -> Metric:
+        """The description of the headline metric."""
+        return self.metrics[self.headline]
+
+    @abstractmethod
+    def load(self, data_dir: Path, wording: Any, limit: int | None, seed: int) -> LoadedItems:
+        """Load the items from the folder `data_dir`/`name`, at most about `limit` of them.
+
+        `wording` is an instance of `self.wording`; `seed` decides which items a limit keeps.
+        Raises InputError naming file and line.
+        """
+
+    @abstractmethod
+    def tally(self, frame: pd.DataFrame) -> Tally:
+        """Add up one cell's rows within each cluster."""
+
+    @abstractmethod
+    def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return every metric, of shape (R,), from sums of shape (R, K); NaN where undefined.
+
+        R are resamples and K the categories pooled. Metrics must depend on nothing but sums, so
+        that all resamples of a cell are one matrix product.
+        """
+
+    def overall_categories(self, categories: Sequence[str]) -> list[str]:
+        """Return the categories that the overall figure pools: all, unless overridden."""
+        return list(categories)
+
+
+def condition_rank(condition: str) -> tuple[int, str]:
+    """Sort key: the paper's conditions in the paper's order, then all others by name."""
+    if condition in PAPER_CONDITIONS:
+        return PAPER_CONDITIONS.index(condition), condition
+    return len(PAPER_CONDITIONS), condition
