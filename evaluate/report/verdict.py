@@ -14,7 +14,7 @@ from selfcorrect.evaluate.report.trend_sentences import (
     reached,
     with_size,
 )
-from selfcorrect.evaluate.statistics.bootstrap import UNINSTRUCTED
+from selfcorrect.evaluate.statistics.comparisons import UNINSTRUCTED
 from selfcorrect.evaluate.statistics.formatting import number, with_interval
 
 Row = Mapping[str, Any]

@@ -9,16 +9,12 @@ from typing import Any, cast
 
 import numpy as np
 
+from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.run_folder import Checkpoint, CheckpointRecord
-from selfcorrect.evaluate.statistics.bootstrap import (
-    CONFIDENCE,
-    OVERALL,
-    Cell,
-    Comparison,
-    Estimate,
-    compare,
-)
-from selfcorrect.evaluate.statistics.cells import Measured, experiment_named
+from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, Estimate
+from selfcorrect.evaluate.statistics.cells import Measured
+from selfcorrect.evaluate.statistics.comparisons import Cell, Comparison, compare
 from selfcorrect.evaluate.statistics.series import EXPECTED, MATCH_STATS
 from selfcorrect.evaluate.statistics.significance import (
     POWER,
@@ -158,7 +154,7 @@ def _place(one: Comparison) -> dict[str, Any]:
 
 def _family(one: Comparison, unit: str) -> str | None:
     """Headline metrics are judged; match-stats asks for a correlation, not against a bias."""
-    if one.metric != experiment_named(one.experiment).HEADLINE:
+    if one.metric != get_experiment(one.experiment).headline:
         return None
     if one.kind != "change" and one.condition == MATCH_STATS:
         return None
@@ -169,7 +165,7 @@ def _over_seeds(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
     """Effects, growths and changes with the training seed as the unit, where there are several."""
     groups: dict[tuple[Any, ...], list[Comparison]] = {}
     for one in comparisons:
-        headline = experiment_named(one.experiment).HEADLINE
+        headline = get_experiment(one.experiment).headline
         if one.metric in (headline, EXPECTED + headline):
             groups.setdefault((one.kind, *_place(one).values()), []).append(one)
     rows = []
@@ -226,7 +222,7 @@ def _side_by_side(
     rows = []
     for place in slopes:
         *others, metric = place
-        headline = experiment_named(str(place[4])).HEADLINE
+        headline = get_experiment(str(place[4])).headline
         if metric != headline:
             continue
         row: dict[str, Any] = dict(zip(("quantity", *keys[:-1]), others, strict=True))

@@ -1,10 +1,10 @@
-"""At which RLHF step does a metric reach a threshold: no bias, or a value of one's own?
+"""The RLHF step at which a metric reaches a threshold: its unbiased value, or one that is given.
 
-Between kept checkpoints the metric is taken to move on a straight line; the first crossing counts,
-from the side on which the first checkpoint lies. The same is asked of every resample of the items,
-and a resample that never gets there says "not reached", which is larger than any step: so the ends
-of the interval may be "not reached" too. It is about these checkpoints and other items; other
-training seeds are rows of their own.
+The metric is interpolated linearly between kept checkpoints, and the first crossing counts, from
+the side on which the first checkpoint lies. Every resample of the items is treated alike. One that
+never crosses is "not reached", which is larger than any step, so the ends of the interval can be
+"not reached" too. The interval covers other items at these checkpoints; each training seed has a
+row of its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,18 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, LARGEST_UNDEFINED_SHARE, Cell
-from selfcorrect.evaluate.statistics.cells import experiment_named
+from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, LARGEST_UNDEFINED_SHARE
+from selfcorrect.evaluate.statistics.comparisons import Cell
 from selfcorrect.evaluate.statistics.series import (
     MATCH_STATS,
     Quantity,
-    Study,
+    Series,
     over_training,
-    studies,
+    split_into_series,
 )
 
 NOT_REACHED = "not reached"
-# The keys of a row and what they say.
+# The keys of a row and their meaning.
 ROW: dict[str, str] = {
     "run": "the run's name",
     "model": "the model",
@@ -35,13 +36,13 @@ ROW: dict[str, str] = {
     "threshold": "the metric's value without bias, or the one asked for",
     "starts": "above, below or at the threshold, at the first checkpoint",
     "value": "step, a fraction between kept steps; 'not reached'; null: undefined",
-    "low": "lower end of the 95 % interval over items, in the same way",
-    "high": "upper end, in the same way",
+    "low": "lower end of the 95 % interval over items, in the same form",
+    "high": "upper end, in the same form",
     "share_reached": "share of resamples that reach the threshold",
     "first": "first step of the line",
-    "last": "last step of the line: nothing is known beyond",
+    "last": "last step of the line; nothing is known beyond it",
     "num_points": "checkpoints behind it",
-    "left_out": "checkpoints that the line lacks, each with its reason",
+    "left_out": "checkpoints left out of the line, each with its reason",
     "undefined_because": "why there is no value, or no interval; null otherwise",
 }
 _TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
@@ -50,53 +51,53 @@ _TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 def threshold_steps(
     cells: Sequence[Cell], thresholds: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each training run, experiment and condition; see ROW.
+    """Return a row for each training run, experiment and condition; see ROW.
 
-    `thresholds` gives an experiment's threshold in its headline metric in place of no bias.
+    `thresholds` overrides, by experiment, the unbiased value of the headline metric.
     """
     rows = []
-    for study in studies(cells):
-        no_bias = experiment_named(study.experiment).DESCRIPTIONS[study.headline][2]
-        threshold = (thresholds or {}).get(study.experiment, no_bias)
-        for quantity in study.quantities():
+    for series in split_into_series(cells):
+        unbiased = get_experiment(series.experiment).metrics[series.headline].unbiased
+        threshold = (thresholds or {}).get(series.experiment, unbiased)
+        for quantity in series.quantities():
             if quantity.name == "effect" or quantity.condition == MATCH_STATS:
                 continue
-            for model in study.models:
-                for seed in study.seeds(model):
-                    found = _row(study, quantity, model, seed, threshold)
-                    rows.append({name: found[name] for name in ROW})
+            for model in series.models:
+                for seed in series.seeds(model):
+                    row = _row(series, quantity, model, seed, threshold)
+                    rows.append({name: row[name] for name in ROW})
     return rows
 
 
 def crossing(steps: np.ndarray, values: np.ndarray, threshold: float, side: float) -> np.ndarray:
-    """The first step at which each column of `values` (P, N) reaches `threshold`, shape (N,).
+    """Return the first step at which each column of `values` (P, N) reaches `threshold`, (N,).
 
-    `side` is 1 where values start above, -1 where below; `steps` (P,) rise. Never: inf. A column
-    with a NaN: NaN.
+    `side` is 1 where values start above the threshold and -1 where they start below; `steps` (P,)
+    increase. A column that never reaches it is inf, one with a NaN is NaN.
     """
     above = side * (values - threshold)
     reached = above <= 0
-    place = reached.argmax(axis=0)
+    after = reached.argmax(axis=0)
+    before = np.maximum(after - 1, 0)
     columns = np.arange(values.shape[1])
-    before = np.maximum(place - 1, 0)
-    last, now = above[before, columns], above[place, columns]
+    start, end = above[before, columns], above[after, columns]
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.where(place > 0, last / (last - now), 0.0)
-    found = steps[before] + share * (steps[place] - steps[before])
-    found = np.where(reached.any(axis=0), found, np.inf)
-    return np.where(np.isnan(above).any(axis=0), np.nan, found)
+        fraction = np.where(after > 0, start / (start - end), 0.0)
+    crossings = steps[before] + fraction * (steps[after] - steps[before])
+    crossings = np.where(reached.any(axis=0), crossings, np.inf)
+    return np.where(np.isnan(above).any(axis=0), np.nan, crossings)
 
 
 def _row(
-    study: Study, quantity: Quantity, model: str, seed: int, threshold: float | None
+    series: Series, quantity: Quantity, model: str, seed: int, threshold: float | None
 ) -> dict[str, Any]:
-    line = over_training(study, quantity, model, seed)
+    line = over_training(series, quantity, model, seed)
     row: dict[str, Any] = dict.fromkeys(ROW) | {
-        "run": study.run,
+        "run": series.run,
         "model": model,
-        "parameters": study.parameters[model],
+        "parameters": series.parameters[model],
         "seed": seed,
-        "experiment": study.experiment,
+        "experiment": series.experiment,
         "condition": quantity.condition,
         "metric": quantity.metric,
         "threshold": threshold,
@@ -109,12 +110,12 @@ def _row(
         return row | {
             "undefined_because": "no value of this metric means no bias: give a threshold"
         }
-    if line.lacking is not None:
-        return row | {"undefined_because": line.lacking}
+    if line.undefined_because is not None:
+        return row | {"undefined_because": line.undefined_because}
     start = line.y[0, 0] - threshold
     row["starts"] = "at" if start == 0 else "above" if start > 0 else "below"
     steps = crossing(line.x, line.y, threshold, float(np.sign(start)) or 1.0)
-    row["value"] = _plain(steps[0]) if start else float(line.x[0])
+    row["value"] = _json_step(steps[0]) if start else float(line.x[0])
     resamples = steps[1:][~np.isnan(steps[1:])]
     if len(resamples) < max(1, (1 - LARGEST_UNDEFINED_SHARE) * (len(steps) - 1)):
         return row | {"undefined_because": "undefined in too many resamples for an interval"}
@@ -126,8 +127,8 @@ def _row(
     # Order statistics: between a step and "not reached" nothing can be interpolated.
     low = np.quantile(resamples, _TAILS[0], method="lower")
     high = np.quantile(resamples, _TAILS[1], method="higher")
-    return row | {"low": _plain(low), "high": _plain(high)}
+    return row | {"low": _json_step(low), "high": _json_step(high)}
 
 
-def _plain(step: float) -> float | str:
+def _json_step(step: float) -> float | str:
     return NOT_REACHED if np.isinf(step) else float(step)

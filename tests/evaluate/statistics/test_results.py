@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from selfcorrect.evaluate.experiments import bbq
+from selfcorrect.evaluate.experiments.bbq import BBQ
 from selfcorrect.evaluate.report.terminal import closing_table
 from selfcorrect.evaluate.report.verdict import caveats, summary, verdicts
 from selfcorrect.evaluate.results import (
@@ -62,8 +62,8 @@ def test_values_are_the_experiments_own_and_counts_are_of_what_is_pooled(run):
     frame = load(run, num_resamples=50)
     path = run / CHECKPOINT / "evaluation" / "bbq.Q.parquet"
     rows = pq.read_table(path).to_pandas()
-    kept = bbq.tally(rows[rows["category"].isin(["Age", "Religion"])])
-    by_hand = bbq.metrics({name: sums[None, :] for name, sums in kept.sums.items()})
+    kept = BBQ.tally(rows[rows["category"].isin(["Age", "Religion"])])
+    by_hand = BBQ.compute({name: sums[None, :] for name, sums in kept.sums.items()})
     mine = frame[
         (frame["model"] == "nano")
         & (frame["step"] == 2)

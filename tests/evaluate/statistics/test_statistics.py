@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from selfcorrect.evaluate.experiments import bbq
+from selfcorrect.evaluate.experiments.bbq import BBQ
 from selfcorrect.evaluate.experiments.tally import Tally
-from selfcorrect.evaluate.statistics.bootstrap import Cell, Draws, Replicates, bootstrap, compare
+from selfcorrect.evaluate.statistics.bootstrap import Draws, Replicates, bootstrap
+from selfcorrect.evaluate.statistics.comparisons import Cell, compare
 from tests.support.recorded_run import Size, record_cell
 
 
@@ -234,8 +235,8 @@ def test_ten_thousand_resamples_of_a_full_bbq_checkpoint_take_under_two_seconds(
     """All metrics of 11 categories of 30 templates, overall and by category."""
     size = Size(categories=tuple(f"c{k}" for k in range(11)), templates=30, blocks=1)
     path = record_cell(tmp_path, "bbq", "Q", 0.5, size)
-    tally = bbq.tally(pq.read_table(path).to_pandas())
+    tally = BBQ.tally(pq.read_table(path).to_pandas())
     assert len(tally.clusters) == 330
     start = time.process_time()
-    bootstrap(tally, bbq.metrics, bbq.overall(tally.categories), Draws(10000))
+    bootstrap(tally, BBQ.compute, BBQ.overall_categories(tally.categories), Draws(10000))
     assert time.process_time() - start < 2

@@ -5,7 +5,7 @@ import pytest
 
 from selfcorrect.evaluate.statistics.bootstrap import Draws, Replicates
 from selfcorrect.evaluate.statistics.thresholds import NOT_REACHED, ROW, crossing, threshold_steps
-from tests.evaluate.statistics.test_trends import METRIC, cell
+from tests.support.resampled_cells import METRIC, resampled_cell
 
 
 def at(steps, values, threshold=0.0, side=1.0):
@@ -34,7 +34,7 @@ def one_row(cells, **more):
 
 def replicated(step, values, **more):
     """A cell with given replicates: the data's value first."""
-    return cell(0, step=step, metrics={METRIC: np.asarray(values, dtype=float)}, **more)
+    return resampled_cell(0, step=step, metrics={METRIC: np.asarray(values, dtype=float)}, **more)
 
 
 def test_not_reached_is_a_value_of_its_own_and_may_end_the_interval():
@@ -88,7 +88,7 @@ def test_intervals_of_the_step_cover_the_truth():
         draws = Draws(300, number)
         row = one_row(
             [
-                cell(0.6 - 0.025 * step, step=step, items=items + rng.normal(0, 0.3, 30),
+                resampled_cell(0.6 - 0.025 * step, step=step, items=items + rng.normal(0, 0.3, 30),
                      draws=draws)
                 for step in steps
             ]

@@ -4,39 +4,20 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfcorrect.evaluate.statistics.bootstrap import (
-    Cell,
-    Draws,
-    Replicates,
-    estimate,
-    standard_error,
-)
-from selfcorrect.evaluate.statistics.series import Quantity, Study, over_training
+from selfcorrect.evaluate.statistics.bootstrap import Draws, estimate, standard_error
+from selfcorrect.evaluate.statistics.series import Quantity, Series, over_training
 from selfcorrect.evaluate.statistics.trends import MIXED, ONE_SEED, ROW, T_TEST, trends
+from tests.support.resampled_cells import METRIC, SIZES, resampled_cell
 
-METRIC = "bias_ambiguous"
 STEPS = (0, 10, 20, 40)
-SIZES = {"small": 1_000, "middle": 10_000, "large": 100_000}
-BLOCK = np.zeros(20)  # twenty items without any noise: every resample gives the value itself
-
-
-def cell(value, *, model="small", seed=0, step=0, condition="Q", items=BLOCK, draws=None, **more):
-    """One cell whose metric is the mean over the items of `value` plus the item's own number."""
-    weights = (draws or Draws(200)).weights("all", np.ones(len(items)))
-    means = weights @ (value + items) / len(items)
-    metrics = more.pop("metrics", {METRIC: means})
-    population = more.pop("population", b"items")
-    return Cell(
-        run="r", model=model, parameters=SIZES[model], seed=seed, step=step, experiment="bbq",
-        condition=condition, replicates=Replicates(population, metrics, len(items) - 1),
-        kl=more.pop("kl", None if step == 0 else 0.0025 * step**2),
-    )  # fmt: skip
 
 
 def noisy(step, condition="Q", **more):
     """A cell whose items differ, and differ more with the step."""
     items = np.random.default_rng(9).normal(0, 1, 20)
-    return cell(0.5, step=step, condition=condition, items=items * (1 + step / 20), **more)
+    return resampled_cell(
+        0.5, step=step, condition=condition, items=items * (1 + step / 20), **more
+    )
 
 
 def find(rows, **wanted):
@@ -48,7 +29,7 @@ def find(rows, **wanted):
 def ladder(seeds=(0,), **shift):
     """Q stays at .5; Q+IF falls by .001 a step, times log10 of the parameters, and by seed."""
     return [
-        cell(value, model=model, seed=seed, step=step, condition=condition)
+        resampled_cell(value, model=model, seed=seed, step=step, condition=condition)
         for model, parameters in SIZES.items()
         for seed in seeds
         for step in STEPS
@@ -89,7 +70,7 @@ def test_slopes_by_hand():
 def test_what_all_checkpoints_share_is_no_evidence_for_a_trend():
     """Items differ widely, but alike at every step: the slope has no spread. Unpaired it would."""
     items = np.random.default_rng(0).normal(0, 1, 20)
-    row = find(trends([cell(s / 100, step=s, items=items) for s in STEPS]), model="small",
+    row = find(trends([resampled_cell(s / 100, step=s, items=items) for s in STEPS]), model="small",
                against="step", seed=0)  # fmt: skip
     assert row["value"] == pytest.approx(0.01)
     assert (row["low"], row["high"]) == pytest.approx((0.01, 0.01))
@@ -173,7 +154,7 @@ def test_seeds_are_the_unit_where_there_are_several():
 def test_five_seeds_or_more_have_a_mixed_model():
     rng = np.random.default_rng(4)
     cells = [
-        cell(start + slope * step + rng.normal(0, 0.05), seed=seed, step=step)
+        resampled_cell(start + slope * step + rng.normal(0, 0.05), seed=seed, step=step)
         for seed, (start, slope) in enumerate(rng.normal([0.5, 0.01], [0.2, 0.006], (6, 2)))
         for step in STEPS
     ]
@@ -223,7 +204,7 @@ def world(rng, num_items, slopes, resamples, seed, shared=1.0):
     own = rng.normal(0, 0.02, num_items)
     draws = Draws(resamples, seed)
     return [
-        cell(
+        resampled_cell(
             slope * step,
             seed=number,
             step=step,
@@ -236,7 +217,7 @@ def world(rng, num_items, slopes, resamples, seed, shared=1.0):
 
 
 def line(cells, seed=0):
-    return over_training(Study(cells), Quantity("metric", "Q", METRIC), "small", seed)
+    return over_training(Series(cells), Quantity("metric", "Q", METRIC), "small", seed)
 
 
 def test_intervals_of_a_trend_over_items_cover_the_truth():

@@ -1,0 +1,138 @@
+"""Paired comparisons over a run's cells: effects of the instruction, their growth, and changes.
+
+Cells over the same clusters were resampled with the same draws (see bootstrap.py), so differences
+are taken resample by resample and what the cells share cancels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from selfcorrect.evaluate.statistics.bootstrap import (
+    UNDEFINED,
+    Estimate,
+    Replicates,
+    estimate,
+    standard_error,
+)
+
+UNINSTRUCTED = "Q"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment under one condition at one checkpoint; `kl` as in checkpoint.json."""
+
+    run: str
+    model: str
+    parameters: int
+    seed: int
+    step: int
+    experiment: str
+    condition: str
+    replicates: Replicates
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A difference of one metric between cells of one model and seed.
+
+    `kind` is "effect" (metric(Q) - metric(condition) at `step`), "growth" (effect at `step` minus
+    effect at `from_step`) or "change" (metric at `step` minus metric at `from_step`). `reason`
+    says why the estimate is undefined, None where it is defined. `error` is the standard deviation
+    of its resamples, with `degrees` of freedom.
+    """
+
+    kind: str
+    run: str
+    model: str
+    parameters: int
+    seed: int
+    experiment: str
+    condition: str
+    metric: str
+    step: int
+    from_step: int | None
+    estimate: Estimate
+    reason: str | None = None
+    error: float = np.nan
+    degrees: int = 0
+
+
+def compare(cells: Sequence[Cell]) -> list[Comparison]:
+    """Return the effects at every step, their growth, and each condition's change over steps."""
+    trajectories: dict[tuple[str, str, int, str], list[Cell]] = {}
+    for cell in cells:
+        key = (cell.run, cell.model, cell.seed, cell.experiment)
+        trajectories.setdefault(key, []).append(cell)
+    return [
+        comparison
+        for trajectory in trajectories.values()
+        for comparison in _compare_trajectory(trajectory)
+    ]
+
+
+def _compare_trajectory(cells: Sequence[Cell]) -> list[Comparison]:
+    grid = {(cell.condition, cell.step): cell for cell in cells}
+    comparisons: list[Comparison] = []
+    for condition in dict.fromkeys(cell.condition for cell in cells):
+        steps = sorted(step for name, step in grid if name == condition)
+        first, last = grid[condition, steps[0]], grid[condition, steps[-1]]
+        if first is not last:
+            comparisons += _difference("change", last, [(1, last), (-1, first)], first.step)
+        if condition == UNINSTRUCTED:
+            continue
+        paired = [step for step in steps if (UNINSTRUCTED, step) in grid]
+        effects = {
+            step: [(1, grid[UNINSTRUCTED, step]), (-1, grid[condition, step])] for step in paired
+        }
+        for step, terms in effects.items():
+            comparisons += _difference("effect", grid[condition, step], terms, None)
+        if len(paired) > 1:
+            start, end = paired[0], paired[-1]
+            terms = effects[end] + [(-sign, cell) for sign, cell in effects[start]]
+            comparisons += _difference("growth", grid[condition, end], terms, start)
+    return comparisons
+
+
+def _difference(
+    kind: str, cell: Cell, terms: Sequence[tuple[int, Cell]], from_step: int | None
+) -> list[Comparison]:
+    """Return the signed sum of `terms` for every metric of `cell`, resample by resample."""
+    paired = len({term.replicates.population for _, term in terms}) == 1
+    sums = {
+        metric: np.sum([sign * term.replicates.metrics[metric] for sign, term in terms], axis=0)
+        for metric in cell.replicates.metrics
+        if paired and all(metric in term.replicates.metrics for _, term in terms)
+    }
+    estimates = estimate(sums)
+    comparisons: list[Comparison] = []
+    for metric in cell.replicates.metrics:
+        result, reason = estimates.get(metric, UNDEFINED), None
+        if not paired:
+            reason = "the cells were measured on different items (another limit or data set)"
+        elif metric not in estimates:
+            reason = f"{metric} was not measured in every cell"
+        elif np.isnan(result.value):
+            reason = f"{metric} is undefined in a cell"
+        comparisons.append(
+            Comparison(
+                kind=kind,
+                run=cell.run,
+                model=cell.model,
+                parameters=cell.parameters,
+                seed=cell.seed,
+                experiment=cell.experiment,
+                condition=cell.condition,
+                metric=metric,
+                step=cell.step,
+                from_step=from_step,
+                estimate=result,
+                reason=reason,
+                error=standard_error(sums[metric]) if metric in sums else np.nan,
+                degrees=cell.replicates.degrees,
+            )
+        )
+    return comparisons
