@@ -12,23 +12,11 @@ from selfcorrect.evaluate.experiments.wording import Stimuli
 from selfcorrect.evaluate.prompts.dialogue import read_style
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems
 from selfcorrect.evaluate.prompts.stimuli import Section, Turn, option_orders
+from selfcorrect.evaluate.scoring.engine import Sampling
 from selfcorrect.recipes.foundation.errors import InputError
 
 # Raised whenever the same plan would give other rows; files of another format are measured anew.
 FORMAT = 2
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the model's own text is drawn where a condition asks for it; `draws` times per question.
-
-    `temperature` divides the logits; `max_new_tokens` bounds each turn that the model writes.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    draws: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +80,10 @@ class PlannedCell:
             "format": FORMAT,
             "experiment": self.experiment,
             "condition": self.condition,
-            "wording": self.section.condition(self.condition).model_dump(mode="json"),
+            "wording": self.section.condition(self.condition).model_dump(
+                mode="json",
+                exclude={"judged"},  # decides what is made of the rows, not what is asked
+            ),
             "section": self.section.model_dump(
                 mode="json", exclude={"texts", "conditions", "controls"}
             ),
@@ -122,7 +113,7 @@ class EvaluationPlan:
         return hashlib.sha256(digests.encode()).hexdigest()
 
 
-def plan(
+def plan_evaluation(
     data_dir: Path,
     stimuli: Stimuli,
     experiments: Sequence[str],

@@ -1,10 +1,10 @@
-"""Scores after the model's own text, with the cache of keys and values that writing it left behind.
+"""Scores after the model's own text, continued from the key-value cache that sampling left behind.
 
-The final question follows a prompt and a text that the model has in its cache already. Of each row
-only what the cache does not hold is run: a trie of the options, after the longest prefix that final
-prompt and cache agree on. They may part early: the text is cut at its end and tokenised again as
-part of a string, and a chat template may close the turn. Nothing is cropped: columns that are
-padding or stale are masked, so rows keep their own lengths in one forward.
+The final question follows a prompt and a text that are in the cache already. For each row only
+the tokens that the cache lacks are run: a trie of the options, after the longest prefix on which
+final prompt and cache agree. They may differ early: the text is cut at its end and tokenised again
+as part of a string, and a chat template may close the turn. Nothing is cropped: columns that hold
+padding or stale tokens are masked, so rows keep their own lengths in one forward.
 """
 # ruff: noqa: TID253  -- all torch; imported only where a model is at hand
 
@@ -15,73 +15,75 @@ import torch
 
 from selfcorrect.evaluate.prompts.tokenized import Continuation
 from selfcorrect.evaluate.scoring.forwards import (
-    LARGEST_LOGITS,
     Forwards,
-    ancestors,
     log_probabilities,
     padded,
+    tree_attention_mask,
 )
-from selfcorrect.evaluate.scoring.sampling import Drawn
+from selfcorrect.evaluate.scoring.limits import LARGEST_LOGITS
+from selfcorrect.evaluate.scoring.sampling import SampledBatch
 from selfcorrect.evaluate.scoring.token_trie import Pack, trie
 
 
 @torch.no_grad()
 def score_after(
-    forwards: Forwards, drawn: Drawn, asked: Sequence[Sequence[Continuation]], window: int | None
+    forwards: Forwards,
+    sampled: SampledBatch,
+    requests: Sequence[Sequence[Continuation]],
+    window: int | None,
 ) -> list[tuple[Pack, np.ndarray]] | None:
-    """Each row's trie and its wanted values; uses up `drawn.cache`.
+    """Return each row's trie and its wanted values; `sampled.cache` is used up.
 
-    None where this batch is too much: what comes behind the cache would reach beyond `window`
-    columns, or the logits would be too many. Raises ValueError where there is no cache to go on
-    with, or one that does not hold every column.
+    `requests` holds the options that follow each text. Returns None for a batch that is too large:
+    the rows would exceed the attention `window`, or the logits their limit. Raises ValueError if
+    there is no cache, or one that lacks columns.
     """
-    columns = len(drawn.rows[0]) - 1  # the last token that was drawn was never read
-    cache = drawn.cache
-    if not hasattr(cache, "get_seq_length") or cache.get_seq_length() != columns:
-        raise ValueError("it hands out no cache of all that it has read")
-    tries = [trie(options) for options in asked]
+    num_columns = len(sampled.rows[0]) - 1  # the last sampled token was never read
+    cache = sampled.cache
+    if not hasattr(cache, "get_seq_length") or cache.get_seq_length() != num_columns:
+        raise ValueError("it returns no cache of all the tokens that it has read")
+    tries = [trie(options) for options in requests]
     reused = [
-        _reused(row[padding:columns], options)
-        for row, padding, options in zip(drawn.rows, drawn.padding, asked, strict=True)
+        _num_reused(row[padding:num_columns], options)
+        for row, padding, options in zip(sampled.rows, sampled.padding, requests, strict=True)
     ]
-    width = max(len(one) - held for one, held in zip(tries, reused, strict=True))
-    wanted = [np.unique(one.wanted_nodes) for one in tries]
+    starts = list(zip(tries, reused, strict=True))
+    width = max(len(tree) - start for tree, start in starts)
+    wanted = [np.unique(tree.wanted_nodes) for tree in tries]
     if sum(map(len, wanted)) * forwards.vocabulary > LARGEST_LOGITS:
         return None
-    if window is not None and columns + width > window:
+    if window is not None and num_columns + width > window:
         return None
-    # What is held is one path, the first nodes of the trie; a subtree behind it keeps its interval.
+    # The reused tokens are one path, the first nodes of the trie: later subtrees stay intervals.
     ends = torch.arange(width).repeat(len(tries), 1)
     keep = torch.zeros(len(tries), width, dtype=torch.bool)
-    for row, (one, held) in enumerate(zip(tries, reused, strict=True)):
-        ends[row, : len(one) - held] = torch.from_numpy(one.ends[held:] - held)
-        keep[row, wanted[row] - held] = True
-    first = torch.tensor(drawn.padding)
+    for row, (tree, start) in enumerate(starts):
+        ends[row, : len(tree) - start] = torch.from_numpy(tree.ends[start:] - start)
+        keep[row, wanted[row] - start] = True
+    first = torch.tensor(sampled.padding)
     last = first + torch.tensor(reused)
-    column = torch.arange(columns)
-    seen = (column >= first[:, None]) & (column < last[:, None])
+    column = torch.arange(num_columns)
+    cached = (column >= first[:, None]) & (column < last[:, None])
     logits, _ = forwards.logits(
         keep,
-        input_ids=padded([one.tokens[n:] for one, n in zip(tries, reused, strict=True)], width, 0),
-        position_ids=padded(
-            [one.depths[n:] for one, n in zip(tries, reused, strict=True)], width, 0
-        ),
-        attention_mask=ancestors(ends.to(forwards.device), forwards.dtype, seen),
+        input_ids=padded([tree.tokens[start:] for tree, start in starts], width),
+        position_ids=padded([tree.depths[start:] for tree, start in starts], width),
+        attention_mask=tree_attention_mask(ends.to(forwards.device), forwards.dtype, cached),
         past_key_values=cache,
     )
-    starts = np.cumsum([0, *map(len, wanted)])
-    found = []
-    for one, start, nodes in zip(tries, starts, wanted, strict=False):
-        at = start + np.searchsorted(nodes, one.wanted_nodes)
-        found.append((one, log_probabilities(logits, at, one.wanted_tokens)))
-    return found
+    offsets = np.cumsum([0, *map(len, wanted)])
+    scored = []
+    for tree, offset, nodes in zip(tries, offsets, wanted, strict=False):
+        rows = offset + np.searchsorted(nodes, tree.wanted_nodes)
+        scored.append((tree, log_probabilities(logits, rows, tree.wanted_tokens)))
+    return scored
 
 
-def _reused(held: Sequence[int], options: Sequence[Continuation]) -> int:
-    """How many tokens of the final prompt need not be run: those in the cache, in their places.
+def _num_reused(cached: Sequence[int], options: Sequence[Continuation]) -> int:
+    """Return how many leading tokens of the final prompt are in the cache, at their positions.
 
-    The token before the first that is scored is always run: its logits are wanted.
+    The token before the first scored one is always run: its logits are needed.
     """
     first = options[0]
-    limit = min(len(held), first.start - 1)
-    return next((i for i in range(limit) if held[i] != first.tokens[i]), limit)
+    limit = min(len(cached), first.start - 1)
+    return next((i for i in range(limit) if cached[i] != first.tokens[i]), limit)

@@ -1,4 +1,4 @@
-"""What measuring asks of a model, whoever runs it: scores of given continuations, and samples."""
+"""The interface of all scoring backends: log-probabilities of given continuations, and samples."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,11 +11,26 @@ from selfcorrect.recipes.foundation.errors import RunFailure
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the model's own text is drawn.
+
+    `max_new_tokens` bounds each turn that the model writes. `temperature` divides the logits; 0
+    takes the likeliest token. `draws` is the number of samples per question: a plan asks for them,
+    an engine gets one prompt and one key for each.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    draws: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One sampled text without special tokens.
 
-    `truncated` says that the model was cut off at `max_new_tokens` before it ended by itself;
-    `num_tokens` counts what it generated, its end token included.
+    `truncated`: the model was cut off at `max_new_tokens` before it ended its text. `num_tokens`
+    counts the generated tokens, the end token included.
     """
 
     text: str
@@ -24,17 +39,17 @@ class Sample:
 
 
 class Engine(ABC):
-    """A model, its tokenizer, which renders the dialogues, and how many tokens it can read."""
+    """A model with the tokenizer that renders its dialogues, and its context length in tokens."""
 
     tokenizer: Any
     context: int | None  # None: no bound
 
     @abstractmethod
     def score(self, requests: Sequence[Request]) -> list[list[float]]:
-        """Natural-log probability of each option's tokens given its prompt, in the order asked.
+        """Return the log-probability (nats) of each option's tokens given its prompt, in order.
 
         Raises PromptTooLong (nothing is ever truncated), InputError for an empty prompt or
-        option, and RunFailure when the model answers NaN.
+        option, and RunFailure if the model's logits are NaN.
         """
 
     @abstractmethod
@@ -42,16 +57,12 @@ class Engine(ABC):
         self,
         prompts: Sequence[str],
         keys: Sequence[str],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
+        sampling: Sampling,
         stop: str | None = None,
     ) -> list[Sample]:
-        """One text per prompt, drawn with (seed, key), the same whatever else is asked.
+        """Draw one text per prompt from (seed, key), whatever else is in the batch.
 
-        A text ends with the model's own end token, at `max_new_tokens`, or at the string `stop`,
-        which is cut off. Temperature 0 takes the likeliest token.
+        A text ends with the model's end token, at `max_new_tokens`, or before the string `stop`.
         """
 
     def sample_then_score(
@@ -59,34 +70,27 @@ class Engine(ABC):
         prompts: Sequence[str],
         keys: Sequence[str],
         then: Callable[[int, Sample], Request],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
+        sampling: Sampling,
         stop: str | None = None,
     ) -> list[tuple[Sample, list[float]]]:
-        """The texts of `sample`, and the scores of what is asked after each of them.
+        """Draw the texts of `sample`, and score the request that follows each of them.
 
-        `then`, called once with each prompt's place and sample, in any order, says what that is.
-        An engine may go on from what it has read and written, instead of reading it again.
+        `then` maps a prompt's index and its sample to that request. It is called once for each
+        prompt, in any order. An engine may continue from its cache of prompt and sample.
         """
-        samples = self.sample(
-            prompts,
-            keys,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            stop=stop,
-        )
+        samples = self.sample(prompts, keys, sampling, stop)
         scores = self.score([then(index, sample) for index, sample in enumerate(samples)])
         return list(zip(samples, scores, strict=True))
 
     def check_room(self, prompts: Sequence[str], num_tokens: int) -> None:
-        """Raises PromptTooLong for the first prompt after which `num_tokens` do not fit."""
+        """Raise PromptTooLong for the first prompt that `num_tokens` more tokens do not fit after.
+
+        `num_tokens` are those that the model will write.
+        """
         self._tokens_with_room(prompts, num_tokens)
 
     def score_kept(self, key: str, requests: Callable[[], Sequence[Request]]) -> list[list[float]]:
-        """Scores of requests that stand under `key`; an engine may have kept them prepared."""
+        """Score the requests named `key`; an engine may keep their tokens for the next call."""
         return self.score(requests())
 
     def _tokens_with_room(self, prompts: Sequence[str], num_tokens: int) -> list[list[int]]:
@@ -99,9 +103,10 @@ class Engine(ABC):
 
     def _check_length(self, index: int, length: int, prompt: str | None = None) -> None:
         if self.context is not None and length > self.context:
-            what = "the prompt" if prompt is None else f"the prompt {opening(prompt)}"
+            subject = "the prompt" if prompt is None else f"the prompt {opening(prompt)}"
             raise PromptTooLong(
-                index, f"{what} needs {length} tokens but the model's context holds {self.context}"
+                index,
+                f"{subject} needs {length} tokens but the model's context holds {self.context}",
             )
 
     def _refuse_nan(self, requests: Sequence[Request], scores: Sequence[Sequence[float]]) -> None:

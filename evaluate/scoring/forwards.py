@@ -1,9 +1,9 @@
-"""The three ways to compute what packs want from a causal LM, fastest first.
+"""Three ways to compute the log-probabilities that packs ask for, fastest first.
 
-Each takes packs and returns the log-probabilities wanted of each, in float64 arrays:
-`packed` runs a whole trie as one row, with an ancestor mask and depths as positions; `prefixed`
-runs shared prefixes once and their continuations after the key-value cache; `plain` runs every
-path of the tries by itself. Which of them a model takes rightly, `scoring.Scorer` finds out.
+Each takes packs and yields float64 arrays: `packed` runs a whole trie as one row, with a tree
+attention mask and depths as positions; `prefixed` runs shared prefixes once and continues from
+their key-value cache; `plain` runs every path of the tries by itself. `PackedEngine` checks which
+of them are correct for a model.
 """
 # ruff: noqa: TID253  -- all torch; imported only where a model is at hand
 
@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from selfcorrect.evaluate.scoring.limits import LARGEST_LOGITS
 from selfcorrect.evaluate.scoring.token_trie import Pack
 
-LARGEST_LOGITS = 2**26  # numbers in the logits of one forward
 _LARGEST_SOFTMAX = 2**22  # numbers in one piece of the normaliser, to stay in the cache
 
 
 class Forwards:
-    """A model as it stands (hand it over in eval mode), and how much it takes at once.
+    """Batched forwards of one model, which must be in eval mode.
 
-    `batch_tokens` bounds rows x padded length of one forward; it changes speed and memory, and
+    `batch_tokens` bounds rows x padded length of one forward. It changes speed and memory, and
     results only by float rounding.
     """
 
@@ -37,22 +37,22 @@ class Forwards:
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         architecture = type(model.get_base_model() if hasattr(model, "get_base_model") else model)
         self.accepts = set(inspect.signature(architecture.forward).parameters)
-        # A boolean mask for `logits_to_keep` is only understood where transformers' own slicing
-        # is used; elsewhere (remote code) all logits are computed and the wanted ones picked.
+        # Only models that use transformers' own slicing take a boolean mask for `logits_to_keep`;
+        # for others (remote code) all logits are computed, then selected.
         self._slices = "logits_to_keep" in self.accepts and hasattr(
             sys.modules[architecture.__module__], "slice_logits_to_keep"
         )
 
     @torch.no_grad()
     def packed(self, packs: Sequence[Pack]) -> Iterator[tuple[int, np.ndarray]]:
-        """(index of the pack, values wanted of it); needs a model that takes masks of its own."""
+        """Yield (index, wanted values) of each pack; the model must take a 4D attention mask."""
         order = sorted(range(len(packs)), key=lambda i: -len(packs[i]))
         wanted = [np.unique(packs[i].wanted_nodes) for i in range(len(packs))]
         for batch in self._batches(order, [len(p) for p in packs], [len(w) for w in wanted]):
             width = len(packs[batch[0]])
-            tokens = padded([packs[i].tokens for i in batch], width, 0)
-            depths = padded([packs[i].depths for i in batch], width, 0)
-            # A padding node is its own subtree: it sees itself, and nobody sees it.
+            tokens = padded([packs[i].tokens for i in batch], width)
+            depths = padded([packs[i].depths for i in batch], width)
+            # A padding node is its own subtree: it attends to itself, and no node attends to it.
             ends = torch.arange(width, dtype=torch.int32).repeat(len(batch), 1)
             keep = torch.zeros(len(batch), width, dtype=torch.bool)
             for row, i in enumerate(batch):
@@ -62,13 +62,13 @@ class Forwards:
                 keep,
                 input_ids=tokens,
                 position_ids=depths,
-                attention_mask=ancestors(ends.to(self.device), self.dtype),
+                attention_mask=tree_attention_mask(ends.to(self.device), self.dtype),
             )
-            yield from self._picked(logits, batch, packs, wanted)
+            yield from self._split_by_pack(logits, batch, packs, wanted)
 
     @torch.no_grad()
     def plain(self, packs: Sequence[Pack]) -> Iterator[tuple[int, np.ndarray]]:
-        """The same values from every path of each trie run as a row of its own."""
+        """Yield the same values, with every path of a trie run as a row of its own."""
         for index, pack in enumerate(packs):
             paths = _paths(pack)
             values = np.full(len(pack.wanted_nodes), np.nan)
@@ -76,114 +76,113 @@ class Forwards:
             order = sorted(range(len(paths)), key=lambda i: -lengths[i])
             for batch in self._batches(order, lengths, lengths):
                 rows = [paths[i] for i in batch]
-                places, keep = _places(pack, rows, 0)
+                logit_rows, keep = _kept_logits(pack, rows)
                 width = lengths[batch[0]]
                 inside = torch.arange(width) < torch.tensor([lengths[i] for i in batch])[:, None]
                 logits, _ = self.logits(
                     keep,
-                    input_ids=padded([pack.tokens[row] for row in rows], width, 0),
+                    input_ids=padded([pack.tokens[row] for row in rows], width),
                     position_ids=torch.arange(width).expand(len(batch), -1),
                     attention_mask=inside.long(),
                 )
-                self._fill(values, logits, pack, places)
+                self._fill(values, logits, pack, logit_rows)
             yield index, values
 
     @torch.no_grad()
     def prefixed(self, packs: Sequence[Pack]) -> Iterator[tuple[int, np.ndarray]]:
-        """The same values, shared prefixes run once, their continuations after the cache."""
+        """Yield the same values; shared prefixes are run once, then continued from the cache."""
         for index, pack in enumerate(packs):
             values = np.full(len(pack.wanted_nodes), np.nan)
-            families = _families(pack)
-            while families:
+            groups = _prefix_groups(pack)
+            while groups:
                 # Prefixes of one length need no padding between cache and continuation.
-                length = len(families[0].prefix)
-                alike = [f for f in families if len(f.prefix) == length]
-                families = [f for f in families if len(f.prefix) != length]
-                for some in self._family_batches(alike):
-                    self._run_families(values, pack, some)
+                length = len(groups[0].prefix)
+                same_length = [group for group in groups if len(group.prefix) == length]
+                groups = [group for group in groups if len(group.prefix) != length]
+                for batch in self._group_batches(same_length):
+                    self._run_groups(values, pack, batch)
             yield index, values
 
-    def _run_families(self, values: np.ndarray, pack: Pack, families: list["_Family"]) -> None:
-        length = len(families[0].prefix)
-        prefixes = [family.prefix for family in families]
-        rows = [row for family in families for row in family.rows]
-        places, keep = _places(pack, prefixes, 0)
+    def _run_groups(self, values: np.ndarray, pack: Pack, groups: list["_PrefixGroup"]) -> None:
+        length = len(groups[0].prefix)
+        prefixes = [group.prefix for group in groups]
+        rows = [row for group in groups for row in group.rows]
+        logit_rows, keep = _kept_logits(pack, prefixes)
         logits, cache = self.logits(
             keep,
             use_cache=True,
-            input_ids=padded([pack.tokens[prefix] for prefix in prefixes], length, 0),
+            input_ids=padded([pack.tokens[prefix] for prefix in prefixes], length),
             position_ids=torch.arange(length).expand(len(prefixes), -1),
             attention_mask=torch.ones(len(prefixes), length, dtype=torch.long),
         )
-        self._fill(values, logits, pack, places)
+        self._fill(values, logits, pack, logit_rows)
         suffixes = [row[length:] for row in rows]
         width = max(len(suffix) for suffix in suffixes)
         if width == 0:  # rows of a single token
             return
-        parents = [i for i, family in enumerate(families) for _ in family.rows]
+        parents = [i for i, group in enumerate(groups) for _ in group.rows]
         cache.batch_select_indices(torch.tensor(parents, device=self.device))
-        places, keep = _places(pack, suffixes, length)
+        logit_rows, keep = _kept_logits(pack, suffixes)
         inside = torch.arange(width) < torch.tensor([len(s) for s in suffixes])[:, None]
         logits, _ = self.logits(
             keep,
-            input_ids=padded([pack.tokens[suffix] for suffix in suffixes], width, 0),
+            input_ids=padded([pack.tokens[suffix] for suffix in suffixes], width),
             position_ids=torch.arange(length, length + width).expand(len(rows), -1),
             attention_mask=torch.cat(
                 [torch.ones(len(rows), length, dtype=torch.long), inside.long()], dim=1
             ),
             past_key_values=cache,
         )
-        self._fill(values, logits, pack, places)
+        self._fill(values, logits, pack, logit_rows)
 
-    def _family_batches(self, families: list["_Family"]) -> Iterator[list["_Family"]]:
-        held: list[_Family] = []
-        for family in families:
-            rows = sum(len(f.rows) for f in [*held, family])
-            longest = max(len(row) for f in [*held, family] for row in f.rows)
-            if held and rows * longest > self.batch_tokens:
-                yield held
-                held = []
-            held.append(family)
-        if held:
-            yield held
+    def _group_batches(self, groups: list["_PrefixGroup"]) -> Iterator[list["_PrefixGroup"]]:
+        batch: list[_PrefixGroup] = []
+        for group in groups:
+            rows = sum(len(g.rows) for g in [*batch, group])
+            longest = max(len(row) for g in [*batch, group] for row in g.rows)
+            if batch and rows * longest > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(group)
+        if batch:
+            yield batch
 
     def _batches(
         self, order: Sequence[int], lengths: Sequence[int], wanted: Sequence[int]
     ) -> Iterator[list[int]]:
-        """Neighbours in `order` (longest first), within the bounds on tokens and on logits."""
+        """Yield runs of `order` (longest first) within the bounds on tokens and on logits."""
         batch: list[int] = []
-        logits = 0
+        num_logits = 0
         for index in order:
-            more = logits + wanted[index] * self.vocabulary
             tokens = (len(batch) + 1) * lengths[batch[0] if batch else index]
-            if batch and (tokens > self.batch_tokens or more > LARGEST_LOGITS):
+            num_logits += wanted[index] * self.vocabulary
+            if batch and (tokens > self.batch_tokens or num_logits > LARGEST_LOGITS):
                 yield batch
-                batch, more = [], wanted[index] * self.vocabulary
+                batch, num_logits = [], wanted[index] * self.vocabulary
             batch.append(index)
-            logits = more
         if batch:
             yield batch
 
     def logits(
         self, keep: torch.Tensor, use_cache: bool = False, **inputs: Any
     ) -> tuple[torch.Tensor, Any]:
-        """Logits (N, vocabulary) at the N marked positions, row by row, and the cache."""
+        """Return the logits (N, vocabulary) at the N positions in `keep`, and the cache."""
         if "position_ids" not in self.accepts:
             del inputs["position_ids"]
-        given = {
+        arguments = {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
         }
         keep = keep.to(self.device)
         if "use_cache" in self.accepts:
-            given["use_cache"] = use_cache
+            arguments["use_cache"] = use_cache
         if self._slices:
-            given["logits_to_keep"] = keep
-        output = self.model(**given)
+            arguments["logits_to_keep"] = keep
+        output = self.model(**arguments)
         logits = output.logits if self._slices else output.logits[keep]
         return logits, getattr(output, "past_key_values", None)
 
-    def _picked(
+    def _split_by_pack(
         self,
         logits: torch.Tensor,
         batch: Sequence[int],
@@ -191,58 +190,58 @@ class Forwards:
         wanted: Sequence[np.ndarray],
     ) -> Iterator[tuple[int, np.ndarray]]:
         starts = np.cumsum([0, *(len(wanted[i]) for i in batch)])
-        at = [
+        rows = [
             start + np.searchsorted(wanted[i], packs[i].wanted_nodes)
             for start, i in zip(starts, batch, strict=False)
         ]
         tokens = np.concatenate([packs[i].wanted_tokens for i in batch])
-        values = log_probabilities(logits, np.concatenate(at), tokens)
-        lengths = np.cumsum([len(places) for places in at])[:-1]
+        values = log_probabilities(logits, np.concatenate(rows), tokens)
+        lengths = np.cumsum([len(pack_rows) for pack_rows in rows])[:-1]
         yield from zip(batch, np.split(values, lengths), strict=True)
 
     def _fill(
-        self, values: np.ndarray, logits: torch.Tensor, pack: Pack, places: dict[int, int]
+        self, values: np.ndarray, logits: torch.Tensor, pack: Pack, logit_rows: dict[int, int]
     ) -> None:
-        """Put in the values of the nodes whose logits lie at `places`."""
-        at = np.array([places.get(int(node), -1) for node in pack.wanted_nodes])
-        here = np.flatnonzero(at >= 0)
-        values[here] = log_probabilities(logits, at[here], pack.wanted_tokens[here])
+        """Write the values of the nodes in `logit_rows` into `values`."""
+        rows = np.array([logit_rows.get(int(node), -1) for node in pack.wanted_nodes])
+        known = np.flatnonzero(rows >= 0)
+        values[known] = log_probabilities(logits, rows[known], pack.wanted_tokens[known])
 
 
 @dataclass(frozen=True, slots=True)
-class _Family:
+class _PrefixGroup:
     """Rows (as nodes of a pack) that share `prefix`."""
 
     prefix: np.ndarray
     rows: list[np.ndarray]
 
 
-def _families(pack: Pack) -> list[_Family]:
-    """Rows by the longest prefix worth running by itself: at least half of the longest of them."""
-    families: list[_Family] = []
-    held: list[np.ndarray] = []
+def _prefix_groups(pack: Pack) -> list[_PrefixGroup]:
+    """Group rows whose shared prefix is at least half as long as the longest of them."""
+    groups: list[_PrefixGroup] = []
+    rows: list[np.ndarray] = []
     common = 0
     for path in _paths(pack):
-        if held:
+        if rows:
             length = min(common, len(path))
-            differ = np.flatnonzero(held[0][:length] != path[:length])
+            differ = np.flatnonzero(rows[0][:length] != path[:length])
             shared = int(differ[0]) if len(differ) else length
-            longest = max(len(path), *(len(row) for row in held))
+            longest = max(len(path), *(len(row) for row in rows))
             # A prefix leaves at least one token to every row: a forward needs one.
-            shared = min(shared, len(path) - 1, *(len(row) - 1 for row in held))
+            shared = min(shared, len(path) - 1, *(len(row) - 1 for row in rows))
             if 2 * shared >= longest:
-                held.append(path)
+                rows.append(path)
                 common = shared
                 continue
-            families.append(_Family(held[0][:common], held))
-        held, common = [path], max(1, len(path) - 1)
-    if held:
-        families.append(_Family(held[0][:common], held))
-    return families
+            groups.append(_PrefixGroup(rows[0][:common], rows))
+        rows, common = [path], max(1, len(path) - 1)
+    if rows:
+        groups.append(_PrefixGroup(rows[0][:common], rows))
+    return groups
 
 
 def _paths(pack: Pack) -> list[np.ndarray]:
-    """The nodes from the root to each leaf, in preorder of the leaves."""
+    """Return the nodes from the root to each leaf, in preorder of the leaves."""
     paths: list[np.ndarray] = []
     path = np.empty(0, dtype=np.int64)
     nodes = np.arange(len(pack))
@@ -254,58 +253,57 @@ def _paths(pack: Pack) -> list[np.ndarray]:
     return paths
 
 
-def _places(
-    pack: Pack, rows: Sequence[np.ndarray], offset: int
-) -> tuple[dict[int, int], torch.Tensor]:
-    """Which positions of the padded rows hold wanted nodes, and each node's place among them."""
+def _kept_logits(pack: Pack, rows: Sequence[np.ndarray]) -> tuple[dict[int, int], torch.Tensor]:
+    """Return the logits row of each wanted node, and the mask of positions whose logits to keep.
+
+    The mask has the shape of the padded `rows`. A node in several rows is kept in the first.
+    """
     wanted = np.zeros(len(pack), dtype=bool)
     wanted[pack.wanted_nodes] = True
     width = max(len(row) for row in rows)
     keep = torch.zeros(len(rows), width, dtype=torch.bool)
-    places: dict[int, int] = {}
-    count = 0
+    logit_rows: dict[int, int] = {}
     for index, row in enumerate(rows):
         for position in np.flatnonzero(wanted[row]):
             node = int(row[position])
-            if node in places:  # another row has it already
-                continue
-            places[node] = count
-            keep[index, position] = True
-            count += 1
-    return places, keep
+            if node not in logit_rows:
+                logit_rows[node] = len(logit_rows)
+                keep[index, position] = True
+    return logit_rows, keep
 
 
-def padded(rows: Sequence[np.ndarray], width: int, value: int) -> torch.Tensor:
-    """Rows of tokens or positions as one tensor, filled up on the right."""
-    table = np.full((len(rows), width), value, dtype=np.int64)
+def padded(rows: Sequence[np.ndarray], width: int) -> torch.Tensor:
+    """Return rows of tokens or positions as one tensor, padded on the right with 0."""
+    table = np.zeros((len(rows), width), dtype=np.int64)
     for index, row in enumerate(rows):
         table[index, : len(row)] = row
     return torch.from_numpy(table)
 
 
-def ancestors(
-    ends: torch.Tensor, dtype: torch.dtype, held: torch.Tensor | None = None
+def tree_attention_mask(
+    ends: torch.Tensor, dtype: torch.dtype, cached: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The additive mask (B, 1, L, C + L) of tries in preorder: 0 for a node and its ancestors.
+    """Return the additive mask (B, 1, L, C + L) of tries in preorder: 0 for a node's ancestors.
 
-    `held` (B, C) marks the columns of a cache before them that all nodes of a row see.
+    `ends` (B, L) is the last node of each node's subtree; a node also attends to itself. `cached`
+    (B, C) marks the columns of a preceding cache that all nodes of a row attend to.
     """
     nodes = torch.arange(ends.shape[1], device=ends.device)
-    seen = (nodes[:, None] >= nodes) & (nodes[:, None] <= ends[:, None, :])
-    if held is not None:
-        before = held.to(ends.device)[:, None, :].expand(-1, len(nodes), -1)
-        seen = torch.cat([before, seen], dim=2)
-    mask = torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype, device=ends.device)
-    return mask.masked_fill_(seen, 0.0)[:, None]
+    attended = (nodes[:, None] >= nodes) & (nodes[:, None] <= ends[:, None, :])
+    if cached is not None:
+        before = cached.to(ends.device)[:, None, :].expand(-1, len(nodes), -1)
+        attended = torch.cat([before, attended], dim=2)
+    mask = torch.full(attended.shape, torch.finfo(dtype).min, dtype=dtype, device=ends.device)
+    return mask.masked_fill_(attended, 0.0)[:, None]
 
 
-def log_probabilities(logits: torch.Tensor, at: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """log p(token) at rows `at` of the logits (N, vocabulary), float64; NaN stays NaN."""
+def log_probabilities(logits: torch.Tensor, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return log p(token) in `rows` of the logits (N, vocabulary), as float64; NaN stays NaN."""
     size = max(1, _LARGEST_SOFTMAX // logits.shape[-1])
     pieces = [piece.float().logsumexp(dim=-1) for piece in logits.split(size)]
     normaliser = torch.cat(pieces) if pieces else logits.new_empty(0)
-    where = torch.from_numpy(at.astype(np.int64)).to(logits.device)
+    row = torch.from_numpy(rows.astype(np.int64)).to(logits.device)
     token = torch.from_numpy(tokens.astype(np.int64)).to(logits.device)
-    values = logits[where, token].float() - normaliser[where]
-    picked: np.ndarray = values.cpu().numpy().astype(np.float64)
-    return picked
+    values = logits[row, token].float() - normaliser[row]
+    result: np.ndarray = values.cpu().numpy().astype(np.float64)
+    return result

@@ -1,11 +1,11 @@
-"""Any `LM` object of lm-eval (the evaluation harness) as an engine, and engines by name."""
+"""Score and sample with any `LM` of lm-eval (the evaluation harness); load engines by name."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from selfcorrect.evaluate.prompts.tokenized import Request, continuations
-from selfcorrect.evaluate.scoring.engine import Engine, Sample
-from selfcorrect.evaluate.scoring.load_model import no_pickles
+from selfcorrect.evaluate.scoring.engine import Engine, Sample, Sampling
+from selfcorrect.evaluate.scoring.load_model import refuse_pickles
 from selfcorrect.evaluate.scoring.vllm import load_vllm, request_seed
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.ranks import best_device
@@ -15,18 +15,18 @@ class LmEvalEngine(Engine):
     """An `Engine` on an lm-eval `LM`, for example `HFLM`.
 
     An LM that takes tokens gets ours, so the boundary between prompt and option is that of
-    `continuations`. One that takes strings only (an API; hand over `tokenizer` to render chats)
-    draws the boundary itself, and its scores may differ where tokens merge across it.
+    `continuations`. An LM that takes only strings (an API; pass a `tokenizer` to render chats)
+    draws the boundary itself, and its scores may differ if tokens merge across it.
     """
 
     def __init__(self, lm: Any, tokenizer: Any = None) -> None:
         self.lm = lm
-        own = getattr(lm, "tokenizer", None)
-        self.by_tokens = callable(own) and hasattr(lm, "_loglikelihood_tokens")
-        self.tokenizer = tokenizer if tokenizer is not None else own
+        lm_tokenizer = getattr(lm, "tokenizer", None)
+        self.by_tokens = callable(lm_tokenizer) and hasattr(lm, "_loglikelihood_tokens")
+        self.tokenizer = tokenizer if tokenizer is not None else lm_tokenizer
         if self.tokenizer is None:
             raise InputError(
-                f"{type(lm).__name__}: it has no tokenizer to render dialogues with; hand one over"
+                f"{type(lm).__name__}: no tokenizer to render dialogues with; pass `tokenizer`"
             )
         self.context = getattr(lm, "max_length", None)
 
@@ -35,16 +35,18 @@ class LmEvalEngine(Engine):
         if not requests:
             return []
         options = continuations(self.tokenizer, requests)
-        for index, ones in enumerate(options):
-            # lm-eval would cut the prompt's beginning off, with no more than a warning.
-            self._check_length(index, max(len(one.row) for one in ones), requests[index][0])
+        for index, request in enumerate(options):
+            # lm-eval would cut off the beginning of the prompt with no more than a warning.
+            self._check_length(
+                index, max(len(option.row) for option in request), requests[index][0]
+            )
         pairs = [(prompt, option) for prompt, texts in requests for option in texts]
         if self.by_tokens:
-            rows = [one for ones in options for one in ones]
+            flat = [option for request in options for option in request]
             answers = self.lm._loglikelihood_tokens(
                 [
-                    (pair, list(one.tokens[: one.start]), list(one.tokens[one.start :]))
-                    for pair, one in zip(pairs, rows, strict=True)
+                    (pair, list(option.tokens[: option.start]), list(option.tokens[option.start :]))
+                    for pair, option in zip(pairs, flat, strict=True)
                 ],
                 disable_tqdm=True,
             )
@@ -63,26 +65,23 @@ class LmEvalEngine(Engine):
         self,
         prompts: Sequence[str],
         keys: Sequence[str],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
+        sampling: Sampling,
         stop: str | None = None,
     ) -> list[Sample]:
-        """See `Engine.sample`; drawn one by one, since lm-eval has no seeds for requests.
+        """See `Engine.sample`; prompts go one by one, since lm-eval has no seeds for requests.
 
-        The texts differ from those of the project's own scorer. lm-eval hands back text alone:
-        one that is as long as `max_new_tokens`, tokenised again, counts as truncated.
+        The texts differ from those of `PackedEngine`. lm-eval returns text alone: if it has
+        `max_new_tokens` tokens when tokenised again, it counts as truncated.
         """
         if not prompts:
             return []
-        self.check_room(prompts, max_new_tokens)
+        self.check_room(prompts, sampling.max_new_tokens)
         settings: dict[str, Any] = {
             "until": [stop] if stop else [],
-            "max_gen_toks": max_new_tokens,
-            "do_sample": temperature > 0,
+            "max_gen_toks": sampling.max_new_tokens,
+            "do_sample": sampling.temperature > 0,
         }
-        if temperature == 0:
+        if sampling.temperature == 0:
             texts = self._generate(prompts, settings)
         elif not self.by_tokens:
             raise InputError(
@@ -91,15 +90,15 @@ class LmEvalEngine(Engine):
         else:
             import torch
 
-            settings |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
+            settings |= {"temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
             texts = []
             for prompt, key in zip(prompts, keys, strict=True):
                 with torch.random.fork_rng():
-                    torch.manual_seed(request_seed(seed, key))
+                    torch.manual_seed(request_seed(sampling.seed, key))
                     texts += self._generate([prompt], settings)
         lengths = [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
         return [
-            Sample(text, length >= max_new_tokens, length)
+            Sample(text, length >= sampling.max_new_tokens, length)
             for text, length in zip(texts, lengths, strict=True)
         ]
 
@@ -115,24 +114,24 @@ class LmEvalEngine(Engine):
 
 
 def load_engine(name: str, model: str, revision: str | None = None) -> Engine:
-    """The engine `vllm`, or `lm-eval:<an LM of lm-eval>`, on a model folder or hub name."""
+    """Load the engine `vllm` or `lm-eval:<LM>` with a model folder or hub name."""
     if name == "vllm":
         return load_vllm(model, revision)
     kind, _, lm = name.partition(":")
     if kind != "lm-eval" or not lm:
-        raise InputError(f"engine {name!r}: there is none; give packed, vllm or lm-eval:hf")
+        raise InputError(f"unknown engine {name!r}; use packed, vllm or lm-eval:hf")
     try:
         from lm_eval.api.registry import get_model
     except ImportError:
         raise InputError("lm-eval is not installed: pip install 'selfcorrect[lm-eval]'") from None
     options: dict[str, Any] = {"pretrained": model}
     if lm == "hf":
-        # Prompts carry their special tokens as text; by itself it asks for CUDA, there or not.
+        # Prompts hold their special tokens as text. Without `device` HFLM asks for CUDA.
         options |= {"add_bos_token": False, "device": best_device(), "trust_remote_code": False}
     if revision is not None:
         options["revision"] = revision
     try:
-        with no_pickles(model):
+        with refuse_pickles(model):
             return LmEvalEngine(get_model(lm).create_from_arg_obj(options))
     except (ValueError, KeyError, OSError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -1,7 +1,7 @@
-"""Loading a causal LM and its tokenizer for evaluation: from a folder, the hub, PEFT, or GGUF."""
+"""Load a causal LM and its tokenizer from a folder, the hub, a PEFT adapter or a GGUF file."""
 
 import json
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +9,9 @@ from typing import Any
 
 from selfcorrect.evaluate.run_folder import check_saved
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.printable import visible
 from selfcorrect.recipes.foundation.ranks import best_device
+
+logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -24,21 +25,20 @@ def load_model(
     dtype: str = "auto",
     device: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load (model, tokenizer), in eval mode on `device` (default: CUDA, then MPS, then CPU).
+    """Return (model, tokenizer), the model in eval mode on `device` (default: `best_device`).
 
-    `path` is a Hugging Face folder, a hub id, a PEFT adapter folder, or a .gguf file. Weights are
-    read from safetensors or GGUF, never from pickles. The base of an adapter is the one that its
-    adapter_config.json names; when that path has moved, its name is looked for beside the adapter.
-
-    With `trust_remote_code`, Python code that comes with the model is run; that is said on stderr.
+    `path` is a model folder, a hub id, a PEFT adapter folder or a .gguf file. Weights are read from
+    safetensors or GGUF, never from pickles. An adapter's base is the one named in its
+    adapter_config.json; if that path has moved, a folder of that name beside the adapter is used.
+    With `trust_remote_code`, Python code that comes with the model is run, and a warning says so.
 
     Raises InputError, in one line, for everything that cannot be loaded.
     """
-    given = Path(path).expanduser()
     if trust_remote_code:
-        say_trust(path)
-    if given.suffix == ".gguf" and given.is_file():
-        path, gguf_file = given.parent, given.name
+        warn_trust_remote_code(path)
+    file = Path(path).expanduser()
+    if file.suffix == ".gguf" and file.is_file():
+        path, gguf_file = file.parent, file.name
     source = _source(str(path))
     check_saved(Path(source))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -55,41 +55,41 @@ def load_model(
         if gguf_file is not None:
             options["gguf_file"] = gguf_file
         elif Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-            raise InputError(f"{path}: no config.json here, so this is not a model folder")
+            raise InputError(f"{path}: not a model folder (no config.json)")
         model = _load_weights(source, dtype, options)
         tokenizer = _load_tokenizer(source, source, options)
     _check_vocabulary(source, model, tokenizer)
     return model.to(device or best_device()).eval(), tokenizer
 
 
-def say_trust(path: str | Path) -> None:
-    """Tell the user whose code is about to run."""
-    sys.stderr.write(f"{visible(path)}: trust_remote_code is on: code that comes with it is run\n")
+def warn_trust_remote_code(path: str | Path) -> None:
+    """Log a warning that code from `path` will run."""
+    logger.warning("%s: trust_remote_code is on; the model's own code will run", path)
 
 
 @contextmanager
-def no_pickles(source: str | Path) -> Iterator[None]:
-    """Inside, nothing can unpickle: InputError where a library would, with the remedy.
+def refuse_pickles(source: str | Path) -> Iterator[None]:
+    """Raise InputError, with the remedy, if the block unpickles anything.
 
-    Libraries fall back to pickles where a folder has no safetensors, or where an index names them.
+    Libraries fall back to pickles if a folder has no safetensors, or if an index names pickles.
     """
     import torch
 
-    refuse_pickles(source)
+    check_no_pickles(source)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise _pickled(source)
 
-    before = torch.load
+    original = torch.load
     torch.load = refuse
     try:
         yield
     finally:
-        torch.load = before
+        torch.load = original
 
 
-def refuse_pickles(folder: str | Path) -> None:
-    """InputError where a folder's weights are pickles alone, or its index leads out of it."""
+def check_no_pickles(folder: str | Path) -> None:
+    """Raise InputError if a folder has only pickled weights, or an index of files outside it."""
     folder = Path(folder)
     if not any(folder.glob("*.safetensors")):
         if any(path.suffix in PICKLES for path in folder.glob("*model*")):
@@ -99,27 +99,27 @@ def refuse_pickles(folder: str | Path) -> None:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # none, or one that the loader says is damaged
+        return  # no index, or a damaged one, which the loader reports
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-            raise InputError(f"{index}: names {str(name)[:80]!r}, which is no file of this folder")
+            raise InputError(f"{index}: {str(name)[:80]!r} is not a file of this folder")
 
 
 def _pickled(source: str | Path) -> InputError:
     return InputError(
-        f"{source}: its weights are pickles, which can run code and are never loaded; where you "
-        "trust their source, convert them to safetensors (load them with the library that wrote "
-        "them, then save_pretrained)"
+        f"{source}: the weights are pickles, which can run code and are never loaded; if you trust "
+        "their source, convert them to safetensors (load them with the library that wrote them, "
+        "then call save_pretrained)"
     )
 
 
 def _source(path: str) -> str:
-    """`path` as transformers takes it; a folder that is not there never becomes a hub lookup."""
+    """Return `path` as transformers expects it; a missing folder never becomes a hub lookup."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return str(folder)
     if folder.exists():
-        raise InputError(f"{path}: a file; give a model folder, a .gguf file or a hub id")
+        raise InputError(f"{path}: not a model; give a model folder, a .gguf file or a hub id")
     parts = path.split("/")
     looks_local = (
         path.startswith((".", "/", "~"))
@@ -129,21 +129,21 @@ def _source(path: str) -> str:
         or (len(parts) == 2 and Path(parts[0]).is_dir())
     )
     if looks_local:
-        raise InputError(f"{path}: no such model folder")
+        raise InputError(f"{path}: model folder not found; check the path, or give a hub id")
     return path
 
 
 def base_of(adapter: Path) -> str:
-    """Where the base of an adapter_config.json is: as named, or beside the adapter."""
+    """Return the base model of an adapter_config.json: as named there, or beside the adapter."""
     try:
         named = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{adapter}: names no base model (base_model_name_or_path)") from None
+        named = None
     if not named:
-        raise InputError(f"{adapter}: base_model_name_or_path is empty; put the base's path there")
+        raise InputError(f"{adapter}: base_model_name_or_path: set it to the base model's path")
     folder = adapter.parent.resolve()
-    around = [folder / named, *(parent / Path(named).name for parent in folder.parents[:3])]
-    for candidate in (Path(named).expanduser(), *around):
+    beside = [folder / named, *(parent / Path(named).name for parent in folder.parents[:3])]
+    for candidate in (Path(named).expanduser(), *beside):
         if (candidate / "config.json").is_file():
             return str(candidate)
     try:
@@ -158,28 +158,30 @@ def base_of(adapter: Path) -> str:
 def _load_weights(source: str, dtype: str, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    # A GGUF file is read by its own loader, which takes no notice of safetensors.
-    safe = {} if "gguf_file" in options else {"use_safetensors": True}
-    with _InputErrors(source, "model"), no_pickles(source):
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **safe, **options)
+    # GGUF files have their own loader, which ignores use_safetensors.
+    safetensors = {} if "gguf_file" in options else {"use_safetensors": True}
+    with _InputErrors(source, "model"), refuse_pickles(source):
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **safetensors, **options)
 
 
 def _load_adapter(model: Any, source: str) -> Any:
     from peft import PeftModel
 
     if not (Path(source) / "adapter_model.safetensors").is_file():
-        raise InputError(f"{source}: no adapter_model.safetensors; save the adapter as safetensors")
-    with _InputErrors(source, "adapter"), no_pickles(source):
+        raise InputError(
+            f"{source}: no adapter_model.safetensors; save the adapter in the safetensors format"
+        )
+    with _InputErrors(source, "adapter"), refuse_pickles(source):
         return PeftModel.from_pretrained(model, source, is_trainable=False)
 
 
-def _load_tokenizer(source: str, otherwise: str, options: dict[str, Any]) -> Any:
-    """The tokenizer of `source`, or of `otherwise` when `source` is a folder without one."""
+def _load_tokenizer(source: str, fallback: str, options: dict[str, Any]) -> Any:
+    """Load the tokenizer of `source`, or of `fallback` if `source` is a folder without one."""
     from transformers import AutoTokenizer
 
     folder = Path(source)
     if folder.is_dir() and not any(folder.glob("tokenizer*")) and "gguf_file" not in options:
-        source = otherwise
+        source = fallback
     with _InputErrors(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, **options)
 
@@ -189,23 +191,23 @@ def _check_vocabulary(source: str, model: Any, tokenizer: Any) -> None:
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= embeddings > 0:
         raise InputError(
-            f"{source}: the tokenizer knows {largest + 1} tokens but the model only {embeddings}; "
-            "they do not belong together"
+            f"{source}: the tokenizer has {largest + 1} tokens but the model only {embeddings} "
+            "embeddings; use the model's own tokenizer"
         )
 
 
 class _InputErrors:
-    """Turns what the libraries raise for a user's mistake into one line with a remedy."""
+    """Convert the libraries' errors into one-line InputErrors with a remedy."""
 
-    def __init__(self, source: str, what: str) -> None:
+    def __init__(self, source: str, part: str) -> None:
         self.source = source
-        self.what = what
+        self.part = part  # "model", "adapter" or "tokenizer"
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # The libraries underneath raise whatever comes, tokenizers a plain Exception, or a panic.
+        # The libraries raise all kinds of errors; tokenizers a plain Exception, or a Rust panic.
         panicked = type(error).__name__ == "PanicException"
         if not (isinstance(error, Exception) or panicked):
             return
@@ -214,9 +216,11 @@ class _InputErrors:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = "give a model folder, or a hub id (with network, or the model in the local cache)"
         if Path(self.source).is_dir():
-            remedy = "it needs config.json, *.safetensors and the tokenizer's files"
+            remedy = "the folder needs config.json, *.safetensors and the tokenizer's files"
         if "custom code" in reason:
-            reason = "code that comes with it would have to run"
-            remedy = "where you trust it, say trust_remote_code: true for this model in a recipe"
-        message = f"{self.source}: cannot load the {self.what}: {reason.rstrip('.')}; {remedy}"
+            reason = "it needs code of its own to run"
+            remedy = (
+                "if you trust that code, set trust_remote_code: true for this model in a recipe"
+            )
+        message = f"{self.source}: cannot load the {self.part}: {reason.rstrip('.')}; {remedy}"
         raise InputError(message) from error

@@ -4,8 +4,8 @@
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,31 +13,27 @@ import torch
 
 from selfcorrect.evaluate.prompts.tokenized import Continuation, Request, continuations, opening
 from selfcorrect.evaluate.scoring.cached import score_after
-from selfcorrect.evaluate.scoring.engine import Engine, Sample
+from selfcorrect.evaluate.scoring.engine import Engine, Sample, Sampling
 from selfcorrect.evaluate.scoring.forwards import Forwards
-from selfcorrect.evaluate.scoring.sampling import Drawn, batches, draw
-from selfcorrect.evaluate.scoring.token_trie import Pack, Packing, Prepared, pack
+from selfcorrect.evaluate.scoring.limits import BATCH_TOKENS, CPU_SCORING_TOKENS, PACK_TOKENS
+from selfcorrect.evaluate.scoring.sampling import SampledBatch, batches, sample_batch
+from selfcorrect.evaluate.scoring.token_trie import Pack, Packing, PackingCache, pack
 from selfcorrect.recipes.foundation.errors import RunFailure
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-Way = Callable[[Sequence[Pack]], Iterable[tuple[int, np.ndarray]]]
+Forward = Callable[[Sequence[Pack]], Iterable[tuple[int, np.ndarray]]]  # a method of `Forwards`
 
-# What a model raises that cannot be run in some way.
-_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
-
-# Nodes of a pack: a dense mask costs their square, and more sharing than a BBQ block's is rare.
-PACK_TOKENS = 512
-# Tokens of a scoring forward on a CPU: with more, its activations leave the cache.
-CPU_TOKENS = 1024
+# What a model can raise that does not support a kind of forward.
+_UNSUPPORTED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
 
 
-class Scorer(Engine):
-    """Scores options and draws samples with one model; deterministic for given inputs.
+class PackedEngine(Engine):
+    """Score options and draw samples with one model; deterministic for given inputs.
 
-    The model is used as it stands: hand it over in eval mode. Before the first scores, the packed
-    forward is tried out against plain rows; a model that does not agree (ALiBi, state spaces, masks
-    of its own) is run in a slower way, and a warning says so.
+    The model must be in eval mode. Before the first scores, the packed forward is compared with
+    plain rows. A model for which they differ (ALiBi, state spaces, masks that it builds itself) is
+    run by a slower forward, with a warning.
     """
 
     def __init__(
@@ -45,38 +41,37 @@ class Scorer(Engine):
         model: Any,
         tokenizer: Any,
         *,
-        prepared: Prepared | None = None,
+        packings: PackingCache | None = None,
         batch_tokens: int | None = None,
         pack_tokens: int = PACK_TOKENS,
     ) -> None:
-        device = next(model.parameters()).device
+        on_cpu = next(model.parameters()).device.type == "cpu"
         self.model = model
         self.tokenizer = tokenizer
-        self.prepared = prepared or Prepared()
+        self.packings = packings or PackingCache()
         self.pack_tokens = pack_tokens
-        on_cpu = device.type == "cpu"
-        self.batch_tokens = batch_tokens or (4096 if on_cpu else 32768)
+        self.batch_tokens = batch_tokens or BATCH_TOKENS["cpu" if on_cpu else "gpu"]
         self.context = context_length(model)
         self._window = _window(model)
-        at_once = min(self.batch_tokens, CPU_TOKENS) if on_cpu else self.batch_tokens
-        self._forwards = Forwards(model, at_once)
-        self._way: Way | None = None
-        self._live: bool | None = None  # whether its caches can be gone on with, once tried
-        self._told_of_window = False
+        forward_tokens = min(self.batch_tokens, CPU_SCORING_TOKENS) if on_cpu else self.batch_tokens
+        self._forwards = Forwards(model, forward_tokens)
+        self._forward: Forward | None = None  # the fastest correct one; None: not tried yet
+        self._continues_cache: bool | None = None  # None: not tried yet
+        self._warned_of_window = False
         # Rounding differs with the shapes of matrix products; a wrong position or mask is far off.
-        self._allowed = 4 * math.sqrt(torch.finfo(self._forwards.dtype).eps)
+        self._tolerance = 4 * math.sqrt(torch.finfo(self._forwards.dtype).eps)
 
     @cached_property
     def tokenizer_digest(self) -> str:
-        """SHA-256 over all that turns a dialogue into tokens."""
+        """SHA-256 over everything that turns a dialogue into tokens."""
         core = getattr(self.tokenizer, "backend_tokenizer", None)
-        # A slow tokenizer cannot be told from another by its contents: it is like no other.
-        text = str(id(self.tokenizer)) if core is None else core.to_str()
-        whole = f"{self.tokenizer.chat_template}\0{self.tokenizer.bos_token}\0{text}"
-        return hashlib.sha256(whole.encode()).hexdigest()
+        # A slow tokenizer's contents cannot be compared: it equals no other tokenizer.
+        contents = str(id(self.tokenizer)) if core is None else core.to_str()
+        text = f"{self.tokenizer.chat_template}\0{self.tokenizer.bos_token}\0{contents}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def prepare(self, requests: Sequence[Request]) -> Packing:
-        """Tokenise and pack: this part depends on the tokenizer alone, not on the weights."""
+        """Tokenise and pack requests, which depends on the tokenizer but not on the weights."""
         return pack(continuations(self.tokenizer, requests), self.pack_tokens)
 
     def score(self, requests: Sequence[Request]) -> list[list[float]]:
@@ -90,22 +85,22 @@ class Scorer(Engine):
 
     def score_kept(self, key: str, requests: Callable[[], Sequence[Request]]) -> list[list[float]]:
         """See `Engine.score_kept`: tokens and packs are made once for all models."""
-        whole = (self.tokenizer_digest, str(self.pack_tokens), key)
-        return self.score_packing(self.prepared.get(whole, lambda: self.prepare(requests())))
+        full_key = (self.tokenizer_digest, str(self.pack_tokens), key)
+        return self.score_packing(self.packings.get(full_key, lambda: self.prepare(requests())))
 
     def score_packing(self, packing: Packing) -> list[list[float]]:
-        """The same for requests that were prepared before, by any scorer of this tokenizer."""
+        """Score prepared requests; `packing` may come from any engine with this tokenizer."""
         for index, length in enumerate(packing.lengths):
             self._check_length(index, length)
         if self._window is not None and max(packing.lengths) > self._window:
-            way = self._beyond_window(self._window)
+            forward: Forward = self._forwards.plain
+            self._warn_of_window(self._window)
         else:
-            self._way = way = self._way or self._fastest_way(packing.specimen)
+            self._forward = forward = self._forward or self._fastest_forward(packing.specimen)
         totals = np.zeros(sum(packing.num_options))
-        for index, values in way(packing.packs):
-            one = packing.packs[index]
-            self._check_values(one, values)
-            np.add.at(totals, one.wanted_options, values)
+        for index, values in forward(packing.packs):
+            self._check_values(packing.packs[index], values)
+            np.add.at(totals, packing.packs[index].wanted_options, values)
         ends = np.cumsum(packing.num_options)[:-1]
         return [part.tolist() for part in np.split(totals, ends)]
 
@@ -113,21 +108,15 @@ class Scorer(Engine):
         self,
         prompts: Sequence[str],
         keys: Sequence[str],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
+        sampling: Sampling,
         stop: str | None = None,
     ) -> list[Sample]:
-        """One sample per prompt, a function of (prompt, key, seed) alone: see sampling.py."""
-        tokenised = self._tokens_with_room(prompts, max_new_tokens)
-        drawing = partial(
-            draw, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop
-        )
+        """See `Engine.sample`; each sample is a function of (prompt, key, seed) alone."""
+        tokenised = self._tokens_with_room(prompts, sampling.max_new_tokens)
         samples: dict[int, Sample] = {}
-        for batch in batches(tokenised, max_new_tokens, self.batch_tokens):
-            drawn = self._drawn(drawing, tokenised, keys, batch).samples
-            samples |= zip(batch, drawn, strict=True)
+        for batch, sampled in self._sampled_batches(tokenised, keys, sampling, stop):
+            samples |= zip(batch, sampled.samples, strict=True)
+            del sampled  # frees its cache before the next batch needs the memory
         return [samples[i] for i in range(len(prompts))]
 
     def sample_then_score(
@@ -135,147 +124,145 @@ class Scorer(Engine):
         prompts: Sequence[str],
         keys: Sequence[str],
         then: Callable[[int, Sample], Request],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
+        sampling: Sampling,
         stop: str | None = None,
     ) -> list[tuple[Sample, list[float]]]:
-        """See `Engine.sample_then_score`: what is asked goes on from the cache of each batch."""
-        tokenised = self._tokens_with_room(prompts, max_new_tokens)
-        drawing = partial(
-            draw, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop
-        )
+        """See `Engine.sample_then_score`; scoring continues from the cache of each batch."""
+        tokenised = self._tokens_with_room(prompts, sampling.max_new_tokens)
         answers: dict[int, tuple[Sample, list[float]]] = {}
-        for batch in batches(tokenised, max_new_tokens, self.batch_tokens):
-            drawn = self._drawn(drawing, tokenised, keys, batch)
-            requests = [then(i, one) for i, one in zip(batch, drawn.samples, strict=True)]
-            asked = continuations(self.tokenizer, requests)
-            for index, (prompt, _), options in zip(batch, requests, asked, strict=True):
-                self._check_length(index, max(len(one.row) for one in options), prompt)
-            scores = self._scores_after(drawn, asked)
-            answers |= zip(batch, zip(drawn.samples, scores, strict=True), strict=True)
-            del drawn  # the next batch's cache takes this one's place
+        for batch, sampled in self._sampled_batches(tokenised, keys, sampling, stop):
+            requests = [then(i, s) for i, s in zip(batch, sampled.samples, strict=True)]
+            tokenised_requests = continuations(self.tokenizer, requests)
+            for index, (prompt, _), options in zip(
+                batch, requests, tokenised_requests, strict=True
+            ):
+                self._check_length(index, max(len(option.row) for option in options), prompt)
+            scores = self._scores_after(sampled, tokenised_requests)
+            answers |= zip(batch, zip(sampled.samples, scores, strict=True), strict=True)
+            del sampled  # frees its cache before the next batch needs the memory
         return [answers[i] for i in range(len(prompts))]
 
-    def _drawn(
+    def _sampled_batches(
         self,
-        drawing: Callable[..., Drawn],
         prompts: Sequence[Sequence[int]],
         keys: Sequence[str],
-        batch: Sequence[int],
-    ) -> Drawn:
-        own = [prompts[i] for i in batch], [keys[i] for i in batch]
-        return drawing(self.model, self.tokenizer, *own)
+        sampling: Sampling,
+        stop: str | None,
+    ) -> Iterator[tuple[list[int], SampledBatch]]:
+        """Yield (prompt indices, their samples), and keep no reference to either."""
+        for batch in batches(prompts, sampling.max_new_tokens, self.batch_tokens):
+            batch_prompts, batch_keys = [prompts[i] for i in batch], [keys[i] for i in batch]
+            yield (
+                batch,
+                sample_batch(self.model, self.tokenizer, batch_prompts, batch_keys, sampling, stop),
+            )
 
     def _scores_after(
-        self, drawn: Drawn, asked: Sequence[Sequence[Continuation]]
+        self, sampled: SampledBatch, requests: Sequence[Sequence[Continuation]]
     ) -> list[list[float]]:
-        """Scores of what is asked after each text of a batch, from its cache where that can be."""
-        packing = pack(asked, self.pack_tokens)
-        if self._live is False:
+        """Score the request after each sample, continuing from the batch's cache if possible."""
+        packing = pack(requests, self.pack_tokens)
+        if self._continues_cache is False:
             return self.score_packing(packing)
-        whole: list[list[float]] | None = None
-        if self._live is None:  # the first batch is scored in both ways
-            whole = self.score_packing(packing)
-            if self._way != self._forwards.packed:  # nothing less takes such masks
-                self._live = None if self._way is None else False
-                return whole
+        expected: list[list[float]] | None = None
+        if self._continues_cache is None:  # the first batch is scored in both ways
+            expected = self.score_packing(packing)
+            if self._forward != self._forwards.packed:  # the other forwards mean: no such masks
+                self._continues_cache = None if self._forward is None else False
+                return expected
         try:
-            found = score_after(self._forwards, drawn, asked, self._window)
-        except _REFUSALS as error:
-            if self._live:
+            scored = score_after(self._forwards, sampled, requests, self._window)
+        except _UNSUPPORTED as error:
+            if self._continues_cache:
                 raise
-            self._refuse_live(" ".join(str(error).split())[:120] or type(error).__name__)
-            return whole or self.score_packing(packing)
-        if found is None:
-            return whole or self.score_packing(packing)
+            self._stop_continuing(" ".join(str(error).split())[:120] or type(error).__name__)
+            return expected or self.score_packing(packing)
+        if scored is None:
+            return expected or self.score_packing(packing)
         scores = []
-        for one, values in found:
-            self._check_values(one, values)
-            totals = np.zeros(int(one.wanted_options.max()) + 1)
-            np.add.at(totals, one.wanted_options, values)
+        for tree, values in scored:
+            self._check_values(tree, values)
+            totals = np.zeros(int(tree.wanted_options.max()) + 1)
+            np.add.at(totals, tree.wanted_options, values)
             scores.append(totals.tolist())
-        if whole is not None:
-            off = max(
-                (np.abs(np.subtract(mine, theirs)) / np.bincount(one.wanted_options)).max()
-                for (one, _), mine, theirs in zip(found, scores, whole, strict=True)
+        if expected is not None:
+            error_per_token = max(
+                (np.abs(np.subtract(row, expected_row)) / np.bincount(tree.wanted_options)).max()
+                for (tree, _), row, expected_row in zip(scored, scores, expected, strict=True)
             )
-            if off > self._allowed:
-                self._refuse_live(f"its scores are off by {off:.2g} a token")
-                return whole
-            self._live = True
+            if error_per_token > self._tolerance:
+                self._stop_continuing(f"its scores are off by {error_per_token:.2g} a token")
+                return expected
+            self._continues_cache = True
         return scores
 
-    def _refuse_live(self, reason: str) -> None:
-        self._live = False
-        _log.warning(
-            "%s cannot go on from the cache of its own text (%s): final questions are read from "
-            "their beginning, which is slower",
+    def _stop_continuing(self, reason: str) -> None:
+        self._continues_cache = False
+        logger.warning(
+            "%s cannot continue from the cache of its own text (%s): final questions are scored "
+            "from the start of the dialogue, which is slower",
             type(self.model).__name__,
             reason,
         )
 
-    def _beyond_window(self, window: int) -> Way:
-        if not self._told_of_window:
-            self._told_of_window = True
-            _log.warning(
-                "%s looks back %d tokens and some prompts are longer: those are scored row by row, "
-                "which is slower",
+    def _warn_of_window(self, window: int) -> None:
+        if not self._warned_of_window:
+            self._warned_of_window = True
+            logger.warning(
+                "%s has a sliding window of %d tokens and some prompts are longer: those are "
+                "scored row by row, which is slower",
                 type(self.model).__name__,
                 window,
             )
-        return self._forwards.plain
 
-    def _fastest_way(self, specimen: Pack) -> Way:
-        """The first way whose values are those of plain rows, up to rounding."""
+    def _fastest_forward(self, specimen: Pack) -> Forward:
+        """Return the first forward whose values equal those of plain rows, up to rounding."""
         plain = dict(self._forwards.plain([specimen]))[0]
         reasons = []
-        for way in (self._forwards.packed, self._forwards.prefixed):
-            if "position_ids" not in self._forwards.accepts and way == self._forwards.packed:
+        for forward in (self._forwards.packed, self._forwards.prefixed):
+            if "position_ids" not in self._forwards.accepts and forward == self._forwards.packed:
                 reasons.append("its forward takes no position_ids")
                 continue
             try:
-                off = float(np.abs(dict(way([specimen]))[0] - plain).max())
-            except _REFUSALS as error:
-                reasons.append(" ".join(str(error).split())[:120] or type(error).__name__)
+                error = float(np.abs(dict(forward([specimen]))[0] - plain).max())
+            except _UNSUPPORTED as refusal:
+                reasons.append(" ".join(str(refusal).split())[:120] or type(refusal).__name__)
                 continue
-            if off <= self._allowed or np.isnan(plain).any():  # broken weights are told of later
+            if error <= self._tolerance or np.isnan(plain).any():  # NaN is reported later
                 break
-            reasons.append(f"its scores are off by {off:.2g}")
+            reasons.append(f"its scores are off by {error:.2g}")
         else:
-            way = self._forwards.plain
+            forward = self._forwards.plain
         if reasons:
-            slower = "after shared prefixes" if way == self._forwards.prefixed else "row by row"
-            _log.warning(
+            logger.warning(
                 "%s cannot be scored in packs (%s): scoring %s, which is slower",
                 type(self.model).__name__,
                 reasons[0],
-                slower,
+                "with cached prefixes" if forward == self._forwards.prefixed else "row by row",
             )
-        return way
+        return forward
 
-    def _check_values(self, one: Pack, values: np.ndarray) -> None:
+    def _check_values(self, tree: Pack, values: np.ndarray) -> None:
         if not np.isnan(values).any():
             return
-        node = int(one.wanted_nodes[np.flatnonzero(np.isnan(values))[0]])
-        nodes = np.arange(len(one))
-        path = (nodes <= node) & (one.ends >= node)
-        text = opening(self.tokenizer.decode(one.tokens[path].tolist()))
+        node = int(tree.wanted_nodes[np.flatnonzero(np.isnan(values))[0]])
+        nodes = np.arange(len(tree))
+        path = (nodes <= node) & (tree.ends >= node)
+        text = opening(self.tokenizer.decode(tree.tokens[path].tolist()))
         raise RunFailure(f"the model's logits are NaN for the prompt {text}: broken weights")
 
 
 def context_length(model: Any) -> int | None:
-    """How many tokens the model can read, None where its config sets no bound."""
+    """Return the model's context length in tokens, None if its config sets no bound."""
     config = model.config.get_text_config(decoder=True)
     length = getattr(config, "max_position_embeddings", None)
     return int(length) if length else None
 
 
 def _window(model: Any) -> int | None:
-    """How far back the layer with the shortest sight looks, None where all see everything.
+    """Smallest sliding window of any layer, None if all attend fully.
 
-    A mask of one's own replaces a sliding or chunked one: within the window they are the same.
+    Our explicit mask would override it, so longer prompts are not packed.
     """
     config = model.config.get_text_config(decoder=True)
     names = ("sliding_window", "attention_chunk_size")

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from selfcorrect.evaluate.scoring.engine import Sample
+from selfcorrect.evaluate.scoring.engine import Sample, Sampling
 from selfcorrect.recipes.foundation.errors import RunFailure
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """The samples of a batch of R prompts, and the cache that drawing them left behind.
+class SampledBatch:
+    """The samples of a batch of R prompts, and the key-value cache that sampling left behind.
 
-    `rows` (R lists of C tokens) are what the model has read or written, `padding[r]` of them
-    padding on the left; `cache` (None where the model hands out none) holds keys and values of
-    the first columns. A row's own text may end before its tokens do.
+    `rows` (R lists of C tokens) are all tokens that the model has read or written, `padding[r]` of
+    them padding on the left. `cache` (None if the model returns none) holds keys and values of the
+    first columns. A sample may end before its row does.
     """
 
     samples: list[Sample]
@@ -31,27 +31,24 @@ class Drawn:
     cache: Any
 
 
-def draw(
+def sample_batch(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     keys: Sequence[str],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
+    sampling: Sampling,
     stop: str | None = None,
-) -> Drawn:
-    """Draw one continuation for each tokenised prompt of a batch; temperature 0: the likeliest.
+) -> SampledBatch:
+    """Sample one continuation for each tokenised prompt; temperature 0 takes the likeliest token.
 
-    The Gumbel-max trick: adding Gumbel noise to logits / temperature and taking the largest is
-    a draw from the softmax. The noise comes from a stream of its own for each (seed, key), so a
-    sample is the same alone and in any batch (up to float rounding of the logits), and two
-    checkpoints answer the same question with the same noise, which steadies their comparison.
-    The model's own generation settings (top-p, penalties) are not used, only its end tokens.
-    A sample also ends at the string `stop`, which is cut off.
+    The Gumbel-max trick: the largest of logits / temperature plus Gumbel noise is a draw from the
+    softmax. Each (seed, key) has its own stream of noise, so a sample is the same alone and in any
+    batch (up to float rounding of the logits), and two checkpoints answer the same question with
+    the same noise, which reduces the variance of their difference. Of the model's generation
+    settings only the end tokens are used (no top-p, no penalties). A sample also ends before the
+    string `stop`.
 
-    Raises RunFailure when the model answers NaN.
+    Raises RunFailure if the model's logits are NaN.
     """
     device = next(model.parameters()).device
     ends = end_tokens(model, tokenizer)
@@ -59,7 +56,7 @@ def draw(
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=sampling.max_new_tokens,
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
         use_cache=True,
@@ -69,18 +66,18 @@ def draw(
     padding = [width - len(prompt) for prompt in prompts]
     tokens = [[pad] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
     mask = [[0] * n + [1] * (width - n) for n in padding]
-    with torch.no_grad(), _own_settings(model, settings):
+    with torch.no_grad(), _generation_config(model, settings):
         generated = model.generate(
             input_ids=torch.tensor(tokens, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=settings,
-            logits_processor=[GumbelNoise(keys, seed, temperature)],
+            logits_processor=[GumbelNoise(keys, sampling.seed, sampling.temperature)],
             stopping_criteria=[StopText(tokenizer, stop, width)] if stop else [],
-            synced_gpus=False,  # each process of a launch has texts of its own
+            synced_gpus=False,  # each rank samples its own texts
         )
     rows = generated.sequences.tolist()
-    return Drawn(
-        [_finished(tokenizer, row[width:], ends, stop) for row in rows],
+    return SampledBatch(
+        [_cut(tokenizer, row[width:], ends, stop) for row in rows],
         rows,
         padding,
         getattr(generated, "past_key_values", None),
@@ -88,21 +85,21 @@ def draw(
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Ids that end a turn: the generation settings' (one or several) and the tokenizer's."""
+    """Return the ids that end a turn: those of the generation settings and the tokenizer."""
     declared = getattr(model.generation_config, "eos_token_id", None)
     ends = set(declared if isinstance(declared, list) else [declared])
     return {int(end) for end in ends | {tokenizer.eos_token_id} if end is not None}
 
 
 class GumbelNoise(LogitsProcessor):
-    """Turns greedy choice into sampling, with one noise stream per row."""
+    """Turn the greedy choice into sampling, with one noise stream per row."""
 
     def __init__(self, keys: Sequence[str], seed: int, temperature: float) -> None:
         self.temperature = temperature
         self.streams = [np.random.Generator(np.random.Philox(_digest(seed, key))) for key in keys]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Called once for every new token. `scores` has shape (rows, vocabulary)."""
+        """Return noisy scores (rows, vocabulary); called once for every new token."""
         if torch.isnan(scores).any():
             raise RunFailure("the model's logits are NaN while sampling: broken weights")
         if self.temperature == 0:
@@ -113,38 +110,38 @@ class GumbelNoise(LogitsProcessor):
 
 
 class StopText(StoppingCriteria):
-    """Ends a row once `stop` stands in the text it generated."""
+    """End a row once its generated text contains `stop`."""
 
     def __init__(self, tokenizer: Any, stop: str, start: int) -> None:
         self.tokenizer = tokenizer
         self.stop = stop
         self.start = start
-        # A token stands for at least one byte, so the newest stop string lies within these.
+        # A token is at least one byte long, so these tokens hold any stop string just completed.
         self.window = len(stop.encode()) + 4
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Whether each row has ended, shape (rows,)."""
+        """Return whether each row has ended, shape (rows,)."""
         newest = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :]
         ended = [self.stop in _text(self.tokenizer, row) for row in newest.tolist()]
         return torch.tensor(ended, device=input_ids.device)
 
 
 @contextmanager
-def _own_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Put the fresh settings in the model's place: `generate` fills gaps from the model's own."""
+def _generation_config(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Replace the model's generation settings, from which `generate` would fill missing values."""
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    theirs = owner.generation_config
+    original = owner.generation_config
     try:
         owner.generation_config = settings
         yield
     finally:
-        owner.generation_config = theirs
+        owner.generation_config = original
 
 
 def batches(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, max_batch_tokens: int
 ) -> Iterator[list[int]]:
-    """Indices by falling prompt length, as many as rows x final length allows."""
+    """Yield prompt indices, longest first, within a bound on rows x final length."""
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     while order:
         size = max(1, max_batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
@@ -152,8 +149,8 @@ def batches(
         order = order[size:]
 
 
-def _finished(tokenizer: Any, row: list[int], ends: set[int], stop: str | None) -> Sample:
-    """Cut at the first end token or stop string, whatever came later in the batch's row."""
+def _cut(tokenizer: Any, row: list[int], ends: set[int], stop: str | None) -> Sample:
+    """Return the sample in a generated row, which ends at the first end token or stop string."""
     count = next((i for i, token in enumerate(row) if token in ends), None)
     kept = row if count is None else row[:count]
     text = _text(tokenizer, kept)
@@ -172,5 +169,5 @@ def _text(tokenizer: Any, tokens: list[int]) -> str:
 
 
 def _digest(seed: int, key: str) -> int:
-    """A 128-bit number from seed and key."""
+    """Return a 128-bit number from seed and key."""
     return int.from_bytes(hashlib.sha256(f"{seed}|{key}".encode()).digest()[:16])

@@ -22,11 +22,11 @@ _NONE = np.iinfo(np.int64).max
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """A trie of L nodes in preorder, and the V log-probabilities wanted of it.
+    """A trie of L nodes in preorder, and the V log-probabilities to compute on it.
 
-    `tokens`, `depths` and `ends` have shape (L,). Value k is log p(`wanted_tokens[k]`
-    after the path to node `wanted_nodes[k]`) and adds to option `wanted_options[k]`, counted
-    through all requests.
+    `tokens`, `depths` and `ends` have shape (L,), the others (V,). Value k is the log-probability
+    of `wanted_tokens[k]` after the path to node `wanted_nodes[k]`; it is a term of option
+    `wanted_options[k]`, numbered across all requests.
     """
 
     tokens: np.ndarray
@@ -44,8 +44,8 @@ class Pack:
 class Packing:
     """The packs of some requests; request i has `num_options[i]` options, `lengths[i]` tokens.
 
-    `specimen`, for trying a model out, is the trie of the first and the last request alone, with
-    one branch besides: a chain would not tell a model that goes through a trie from end to end.
+    `specimen`, on which a model's forwards are compared, is the trie of the first and last request
+    with an extra branch: on a chain, a model that ignores the tree mask would be right.
     """
 
     packs: list[Pack]
@@ -54,46 +54,43 @@ class Packing:
     specimen: Pack
 
 
-class Prepared:
-    """Packings that every model with the same tokenizer can use again, by what they were made of.
-
-    Kept in memory: some hundred bytes a prompt.
-    """
+class PackingCache:
+    """Packings in memory, for all models with the same tokenizer; some hundred bytes a prompt."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, ...], Packing] = {}
 
     def get(self, key: tuple[str, ...], make: Callable[[], Packing]) -> Packing:
-        """The packing under `key`, made where there is none."""
+        """Return the packing of `key`, made on first use."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
 
 
-def pack(asked: Sequence[Sequence[Continuation]], pack_tokens: int) -> Packing:
-    """Packs of at most `pack_tokens` nodes (a longer row is a pack of its own)."""
+def pack(requests: Sequence[Sequence[Continuation]], pack_tokens: int) -> Packing:
+    """Return packs of at most `pack_tokens` nodes; a longer row is a pack of its own."""
     return Packing(
-        _packs(asked, pack_tokens),
-        [len(request) for request in asked],
-        [max(len(option.row) for option in request) for request in asked],
-        _packs([asked[0], asked[-1], _branch(asked[0][0])], sys.maxsize)[0],
+        _packs(requests, pack_tokens),
+        [len(request) for request in requests],
+        [max(len(option.row) for option in request) for request in requests],
+        _packs([requests[0], requests[-1], _branch(requests[0][0])], sys.maxsize)[0],
     )
 
 
 def _branch(option: Continuation) -> list[Continuation]:
-    """The option without its middle token, everything behind that to be scored."""
+    """Return the option without its middle token, scored from there on."""
     middle = len(option.tokens) // 2
     tokens = option.tokens[:middle] + option.tokens[middle + 1 :]
     return [Continuation(tokens, middle)] if middle < len(tokens) else []
 
 
 def trie(options: Sequence[Continuation]) -> Pack:
-    """One trie of all these options, however large."""
+    """Return one trie of all the options, however large."""
     return _packs([options], sys.maxsize)[0]
 
 
-def _packs(asked: Sequence[Sequence[Continuation]], pack_tokens: int) -> list[Pack]:
-    options = [option for request in asked for option in request]
+def _packs(requests: Sequence[Sequence[Continuation]], pack_tokens: int) -> list[Pack]:
+    options = [option for request in requests for option in request]
     rows, row_of = _distinct_rows(options)
     wanted: list[list[int]] = [[] for _ in rows]
     for index, row in enumerate(row_of):
@@ -105,13 +102,13 @@ def _packs(asked: Sequence[Sequence[Continuation]], pack_tokens: int) -> list[Pa
 
 
 def _distinct_rows(options: Sequence[Continuation]) -> tuple[list[np.ndarray], list[int]]:
-    """The distinct token rows in lexicographic order, and each option's place among them."""
+    """Return the distinct token rows in lexicographic order, and each option's row."""
     # As big-endian bytes, rows sort and hash at the speed of memory.
     keys = [np.array(option.row, dtype=">u4").tobytes() for option in options]
     order = sorted(set(keys))
-    place = {key: index for index, key in enumerate(order)}
+    row_of = {key: index for index, key in enumerate(order)}
     return [np.frombuffer(key, dtype=">u4").astype(np.int64) for key in order], [
-        place[key] for key in keys
+        row_of[key] for key in keys
     ]
 
 
@@ -123,7 +120,7 @@ def _runs(rows: Sequence[np.ndarray], pack_tokens: int) -> list[tuple[int, int]]
     for index, row in enumerate(rows):
         added = len(row) - (shared[index] if index > first else 0)
         while index > first and size + added > pack_tokens:
-            # The cut costs the shared prefix once more: take the cheapest in the later half.
+            # A cut repeats the shared prefix: take the cheapest cut in the later half.
             later = [i for i in range(first + 1, index) if 2 * sizes[i - 1 - first] >= size]
             cut = min([*later, index], key=lambda i: (shared[i], -i))
             runs.append((first, cut))
@@ -143,7 +140,7 @@ def _runs(rows: Sequence[np.ndarray], pack_tokens: int) -> list[tuple[int, int]]
 
 
 def _shared(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common prefix."""
+    """Return the length of the common prefix."""
     length = min(len(a), len(b))
     differ = np.flatnonzero(a[:length] != b[:length])
     return int(differ[0]) if len(differ) else length
@@ -152,7 +149,7 @@ def _shared(a: np.ndarray, b: np.ndarray) -> int:
 def _pack(
     rows: Sequence[np.ndarray], wanted: Sequence[Sequence[int]], options: Sequence[Continuation]
 ) -> Pack:
-    """The trie of some sorted, distinct rows."""
+    """Return the trie of sorted, distinct rows; `wanted` lists the options of each row."""
     lengths = np.array([len(row) for row in rows])
     shared = np.array([0] + [_shared(a, b) for a, b in itertools.pairwise(rows)])
     columns = np.arange(lengths.max())
@@ -172,10 +169,10 @@ def _pack(
     for row, indices in enumerate(wanted):
         for index in indices:
             option = options[index]
-            places = range(option.start, len(option.tokens))
-            nodes += [node[row, at - 1] for at in places]
-            tokens += [option.tokens[at] for at in places]
-            owners += [index] * len(places)
+            positions = range(option.start, len(option.tokens))
+            nodes += [node[row, position - 1] for position in positions]
+            tokens += [option.tokens[position] for position in positions]
+            owners += [index] * len(positions)
     return Pack(
         tokens=table[new].astype(np.int32),
         depths=np.nonzero(new)[1].astype(np.int32),

@@ -1,4 +1,4 @@
-"""Which weights they are, and loading a run's checkpoints one after another into one model."""
+"""Digests of weights, and loading a run's checkpoints one after another into one model."""
 
 import hashlib
 import json
@@ -11,15 +11,12 @@ from selfcorrect.evaluate.scoring.load_model import ADAPTER, base_of, load_model
 from selfcorrect.recipes.foundation.checksums import file_digest
 
 _CONFIGS = (".json", ".jinja", ".txt", ".model", ".py")
-_OWN = (
-    "checkpoint.json",
-    "stage.json",
-    "model.safetensors.index.json",
-)  # say nothing of how to load
+# Config-like files that do not affect how to load.
+_IGNORED = ("checkpoint.json", "stage.json", "model.safetensors.index.json")
 
 
 def weights_digest(model: Any) -> str:
-    """SHA-256 over the names, types and values of a model's parameters, wherever they came from."""
+    """Return the SHA-256 of the names, types and values of a model's parameters."""
     import torch
 
     digest = hashlib.sha256()
@@ -30,10 +27,10 @@ def weights_digest(model: Any) -> str:
 
 
 def files_digest(model: str | Path, revision: str | None = None) -> str:
-    """SHA-256 of a folder's *.safetensors, or of a hub name and its revision.
+    """Return the SHA-256 of a folder's *.safetensors, or of a hub name and its revision.
 
-    What an adapter is put on belongs to it: the base's files and the adapter's settings. A name
-    without a commit hash as revision may come to stand for other weights: say so.
+    An adapter's digest covers the adapter's settings and the base's files. A hub name may come to
+    mean other weights, unless its revision is a commit hash.
     """
     folder = Path(model)
     digest = hashlib.sha256()
@@ -43,7 +40,7 @@ def files_digest(model: str | Path, revision: str | None = None) -> str:
     if not files:
         digest.update(f"{model}@{revision}".encode())
     elif (folder / ADAPTER).is_file():
-        base = base_of(folder / ADAPTER)  # InputError where the settings cannot be read
+        base = base_of(folder / ADAPTER)  # InputError if the settings cannot be read
         settings = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
         settings.pop("base_model_name_or_path")  # may be another path to the same files
         digest.update(json.dumps(settings, sort_keys=True).encode())
@@ -51,10 +48,10 @@ def files_digest(model: str | Path, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
-class Loader:
-    """Loads checkpoints one after another.
+class CheckpointLoader:
+    """Load checkpoints one after another.
 
-    A checkpoint that differs from the last one in its weights alone is read into the same module,
+    A checkpoint that differs from the last one only in its weights is read into the same module,
     tensor by tensor from the mapped file: no second model in memory, no tokenizer parsed again.
     """
 
@@ -64,9 +61,9 @@ class Loader:
         self._last: tuple[dict[str, str], Any, Any] | None = None
 
     def load(self, folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any]:
-        """(model, tokenizer) in eval mode, as `load_model` gives them.
+        """Return (model, tokenizer), the model in eval mode, as `load_model` does.
 
-        A model handed out before is not to be used any more: it holds the new weights.
+        The model returned before must no longer be used: it may hold the new weights.
         Raises InputError for everything that cannot be loaded.
         """
         check_saved(folder)
@@ -76,23 +73,23 @@ class Loader:
             self.num_swapped += 1
             self._last = last
         else:
-            del last  # before the next one needs the memory
-            found = load_model(folder, trust_remote_code=trust_remote_code, device=self.device)
-            self._last = (configs, *found)
+            del last  # before the next model needs the memory
+            loaded = load_model(folder, trust_remote_code=trust_remote_code, device=self.device)
+            self._last = (configs, *loaded)
         return self._last[1], self._last[2]
 
 
 def _configs(folder: Path) -> dict[str, str]:
-    """Digests of all files that say how to load: architecture, adapter, tokenizer."""
+    """Return the digests of all files that decide how to load: architecture, adapter, tokenizer."""
     return {
         path.name: file_digest(path)
         for path in folder.glob("*")
-        if path.suffix in _CONFIGS and path.name not in _OWN and path.is_file()
+        if path.suffix in _CONFIGS and path.name not in _IGNORED and path.is_file()
     }
 
 
 def _swapped(model: Any, folder: Path) -> bool:
-    """Read the folder's weights into the model; False where they do not fit it one to one."""
+    """Read the folder's weights into the model; False if they do not match it one to one."""
     from safetensors import SafetensorError
 
     try:
@@ -100,30 +97,30 @@ def _swapped(model: Any, folder: Path) -> bool:
             return _swap_adapter(model, folder / "adapter_model.safetensors")
         return _swap_all(model, sorted(folder.glob("*.safetensors")))
     except (SafetensorError, OSError):
-        return False  # loading it anew says what is wrong
+        return False  # loading a fresh model reports the error
 
 
 def _swap_all(model: Any, files: list[Path]) -> bool:
     import torch
     from safetensors import safe_open
 
-    own, filled = model.state_dict(), set()
+    targets, filled = model.state_dict(), set()
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(path, "pt")) for path in files]
-        where = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118
+        sources = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
         # Some architectures save one tensor (GPT-NeoX its head) under an older name.
-        only_there, only_here = where.keys() - own.keys(), own.keys() - where.keys()
-        pair = len(only_there) == len(only_here) == 1
-        renamed = dict(zip(only_there, only_here, strict=True)) if pair else {}
-        for name, tensors in where.items():
-            there, tensor = own.get(renamed.get(name, name)), tensors.get_tensor(name)
-            if there is None or (there.shape, there.dtype) != (tensor.shape, tensor.dtype):
+        unknown, missing = sources.keys() - targets.keys(), targets.keys() - sources.keys()
+        is_renamed = len(unknown) == len(missing) == 1
+        renamed = dict(zip(unknown, missing, strict=True)) if is_renamed else {}
+        for name, file in sources.items():
+            target, tensor = targets.get(renamed.get(name, name)), file.get_tensor(name)
+            if target is None or (target.shape, target.dtype) != (tensor.shape, tensor.dtype):
                 return False
             with torch.no_grad():
-                there.copy_(tensor)
-            filled.add(there.data_ptr())
+                target.copy_(tensor)
+            filled.add(target.data_ptr())
     # Tied tensors are saved once.
-    return all(tensor.data_ptr() in filled for tensor in own.values())
+    return all(tensor.data_ptr() in filled for tensor in targets.values())
 
 
 def _swap_adapter(model: Any, path: Path) -> bool:

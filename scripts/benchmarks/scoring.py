@@ -27,10 +27,10 @@ import torch
 from selfcorrect.evaluate.experiments.bbq.files import read_rows
 from selfcorrect.evaluate.experiments.law_school import read_students
 from selfcorrect.evaluate.experiments.wording import load_stimuli
-from selfcorrect.evaluate.measuring.plan import plan
+from selfcorrect.evaluate.measuring.plan import plan_evaluation
 from selfcorrect.evaluate.prompts.dialogue import render
 from selfcorrect.evaluate.prompts.tokenized import Request
-from selfcorrect.evaluate.scoring.packed import Scorer
+from selfcorrect.evaluate.scoring.packed import PackedEngine
 from selfcorrect.scripts.commands.evaluate import default_data_dir
 
 UNKNOWN = (
@@ -71,7 +71,9 @@ def planned_requests(
     tokenizer: Any, data: Path, experiment: str, conditions: Sequence[str], **settings: Any
 ) -> list[Request]:
     """The project's own prompts, in plain text."""
-    cells = plan(data, load_stimuli(), [experiment], conditions, style="plain", **settings).cells
+    cells = plan_evaluation(
+        data, load_stimuli(), [experiment], conditions, style="plain", **settings
+    ).cells
     return [
         (render(tokenizer, question.turns, "plain"), question.options)
         for cell in cells
@@ -120,7 +122,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer)
     model = random_model(tokenizer, asked.hidden, asked.layers)
     theirs = harness(model, tokenizer)
-    ours = Scorer(model, tokenizer)
+    ours = PackedEngine(model, tokenizer)
     data, limit = asked.data_dir, asked.limit
     letters = planned_requests(tokenizer, data, "bbq", ["Q", "Q+IF"], limit=limit)
     orders = planned_requests(tokenizer, data, "bbq", ["Q", "Q+IF"], limit=limit, permutations=3)

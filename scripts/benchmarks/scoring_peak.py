@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from selfcorrect.evaluate.prompts.tokenized import Request, continuations
-from selfcorrect.evaluate.scoring.packed import PACK_TOKENS, Scorer
+from selfcorrect.evaluate.scoring.packed import PACK_TOKENS, PackedEngine
 from selfcorrect.evaluate.scoring.token_trie import pack
 from selfcorrect.scripts.benchmarks.scoring import planned_requests
 from selfcorrect.scripts.commands.evaluate import default_data_dir
@@ -94,7 +94,7 @@ def measure_peak(asked: argparse.Namespace) -> None:
     requests = planned_requests(tokenizer, asked.data_dir, "bbq", ["Q", "Q+IF"], limit=asked.limit)
     useful = useful_operations(model, tokenizer, requests)
     total = useful["layers"] + useful["attention"] + useful["head"]
-    scorer = Scorer(model, tokenizer, pack_tokens=asked.pack_tokens)
+    scorer = PackedEngine(model, tokenizer, pack_tokens=asked.pack_tokens)
     scorer.score(requests[:8])  # tries the ways out
     parameters = sum(p.numel() for p in model.parameters())
     print(

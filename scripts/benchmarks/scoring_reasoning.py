@@ -20,20 +20,20 @@ from typing import Any
 import torch
 
 from selfcorrect.evaluate.experiments.wording import load_stimuli
-from selfcorrect.evaluate.measuring.plan import plan
+from selfcorrect.evaluate.measuring.plan import plan_evaluation
 from selfcorrect.evaluate.prompts.dialogue import before_sample, render, stop_text, with_sample
 from selfcorrect.evaluate.prompts.tokenized import Request
-from selfcorrect.evaluate.scoring.engine import Engine, Sample
+from selfcorrect.evaluate.scoring.engine import Engine, Sample, Sampling
 from selfcorrect.evaluate.scoring.load_model import load_model
-from selfcorrect.evaluate.scoring.packed import Scorer
+from selfcorrect.evaluate.scoring.packed import PackedEngine
 from selfcorrect.scripts.commands.evaluate import default_data_dir
 
 Answers = list[tuple[Sample, list[float]]]
 
 
-def job(scorer: Scorer, data: Path, items: int, length: int) -> Callable[[bool], Answers]:
+def job(scorer: PackedEngine, data: Path, items: int, length: int) -> Callable[[bool], Answers]:
     """The cell with reasoning, in chat or plain style as the tokenizer says."""
-    cell = plan(data, load_stimuli(), ["bbq"], ["Q+IF+CoT"], limit=items).cells[0]
+    cell = plan_evaluation(data, load_stimuli(), ["bbq"], ["Q+IF+CoT"], limit=items).cells[0]
     questions = list(cell.questions())[:items]
     tokenizer = scorer.tokenizer
     prompts = [render(tokenizer, before_sample(one.turns)) for one in questions]
@@ -42,24 +42,20 @@ def job(scorer: Scorer, data: Path, items: int, length: int) -> Callable[[bool],
         turns = with_sample(tokenizer, questions[index].turns, sample.text)
         return render(tokenizer, turns), questions[index].options
 
-    settings: dict[str, Any] = {
-        "max_new_tokens": length,
-        "temperature": 1.0,
-        "seed": 0,
-        "stop": stop_text(tokenizer),
-    }
+    sampling = Sampling(length, temperature=1.0, seed=0)
+    stop = stop_text(tokenizer)
     keys = [one.item.id for one in questions]
 
     def run(live: bool) -> Answers:
         if live:
-            return scorer.sample_then_score(prompts, keys, then, **settings)
-        return Engine.sample_then_score(scorer, prompts, keys, then, **settings)
+            return scorer.sample_then_score(prompts, keys, then, sampling, stop)
+        return Engine.sample_then_score(scorer, prompts, keys, then, sampling, stop)
 
     return run
 
 
 @contextmanager
-def counting(scorer: Scorer) -> Iterator[dict[str, float]]:
+def counting(scorer: PackedEngine) -> Iterator[dict[str, float]]:
     """Tokens, padding included, and seconds of the forwards that score."""
     spent = {"tokens": 0.0, "seconds": 0.0}
     logits = scorer._forwards.logits
@@ -89,7 +85,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    scorer = Scorer(*load_model(asked.model))
+    scorer = PackedEngine(*load_model(asked.model))
     job(scorer, asked.data_dir, 4, 4)(True)  # tries the ways out
     print("| new tokens | way | wall s | CPU s | scoring s | tokens scored with | largest gap |")
     print("|---|---|---|---|---|---|---|")

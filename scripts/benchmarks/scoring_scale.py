@@ -120,8 +120,8 @@ def measure_one_size(asked: argparse.Namespace) -> None:
 
     from selfcorrect.evaluate.experiments.wording import load_stimuli
     from selfcorrect.evaluate.measuring.measure import measure
-    from selfcorrect.evaluate.measuring.plan import plan
-    from selfcorrect.evaluate.scoring.token_trie import Prepared
+    from selfcorrect.evaluate.measuring.plan import plan_evaluation
+    from selfcorrect.evaluate.scoring.token_trie import PackingCache
 
     torch.set_num_threads(1)
     if asked.tokenizer:
@@ -134,9 +134,11 @@ def measure_one_size(asked: argparse.Namespace) -> None:
     before = resident_bytes()
     started = time.process_time()
     [items] = asked.items
-    cells = plan(asked.data_dir, load_stimuli(), ["bbq"], CONDITIONS, limit=items, style="plain")
+    cells = plan_evaluation(
+        asked.data_dir, load_stimuli(), ["bbq"], CONDITIONS, limit=items, style="plain"
+    )
     planned = time.process_time() - started
-    prepared = Prepared()
+    prepared = PackingCache()
     spent: list[float] = []
     first: list[float] = []
 

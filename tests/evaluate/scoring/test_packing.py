@@ -6,20 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    MambaConfig,
-    MistralConfig,
-    MptConfig,
-)
 
 from selfcorrect.evaluate.prompts.tokenized import Continuation
-from selfcorrect.evaluate.scoring.forwards import _families, _paths, ancestors
-from selfcorrect.evaluate.scoring.packed import Scorer
-from selfcorrect.evaluate.scoring.token_trie import Pack, Packing, Prepared, pack
-from tests.evaluate.scoring.test_scoring import REQUESTS, plain_log_probability
+from selfcorrect.evaluate.scoring.forwards import _paths, _prefix_groups, tree_attention_mask
+from selfcorrect.evaluate.scoring.packed import PackedEngine
+from selfcorrect.evaluate.scoring.token_trie import Pack, Packing, PackingCache, pack
+from tests.support.scoring_cases import (
+    REQUESTS,
+    UNPACKABLE,
+    plain_log_probability,
+    random_model,
+    sliding_window_model,
+)
 from tests.support.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -45,7 +43,7 @@ def path(one: Pack, node: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("pack_tokens", [1, 12, 40, 10_000])
-def test_every_wanted_value_hangs_on_its_own_prefix(seed, pack_tokens):
+def test_wanted_values_follow_their_own_prefix(seed, pack_tokens):
     asked = random_requests(seed)
     packing = pack(asked, pack_tokens)
     found: dict[int, list[tuple[list[int], int]]] = {}
@@ -81,97 +79,68 @@ def test_packs_keep_their_budget_unless_one_row_is_longer(pack_tokens):
     assert repeated <= 12 * (len(packing.packs) - 1)
 
 
-def test_the_mask_lets_a_node_see_itsancestors_and_itself_alone():
+def test_tree_mask_shows_a_node_its_ancestors_and_itself():
     [one] = pack(random_requests(1), 10_000).packs
-    mask = ancestors(torch.from_numpy(one.ends)[None], torch.float32)[0, 0]
+    mask = tree_attention_mask(torch.from_numpy(one.ends)[None], torch.float32)[0, 0]
     for node in range(len(one)):
         seen = np.flatnonzero(mask[node].numpy() == 0).tolist()
         assert [int(one.tokens[u]) for u in seen] == path(one, node) and seen[-1] == node
     assert set(mask.unique().tolist()) == {0.0, torch.finfo(torch.float32).min}
 
 
-def test_paths_and_families_cover_every_leaf_once():
-    [one] = pack(random_requests(2), 10_000).packs
-    paths = _paths(one)
+def test_paths_and_prefix_groups_cover_every_leaf_once():
+    [tree] = pack(random_requests(2), 10_000).packs
+    paths = _paths(tree)
     leaves = [int(row[-1]) for row in paths]
-    assert leaves == [node for node in range(len(one)) if one.ends[node] == node]
+    assert leaves == [node for node in range(len(tree)) if tree.ends[node] == node]
     for row in paths:
-        assert one.tokens[row].tolist() == path(one, int(row[-1]))
-    families = _families(one)
-    assert [int(row[-1]) for family in families for row in family.rows] == leaves
-    for family in families:
-        for row in family.rows:
-            assert row[: len(family.prefix)].tolist() == family.prefix.tolist()
-    assert any(len(family.rows) > 1 for family in families)
+        assert tree.tokens[row].tolist() == path(tree, int(row[-1]))
+    groups = _prefix_groups(tree)
+    assert [int(row[-1]) for group in groups for row in group.rows] == leaves
+    for group in groups:
+        for row in group.rows:
+            assert row[: len(group.prefix)].tolist() == group.prefix.tolist()
+    assert any(len(group.rows) > 1 for group in groups)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("way", ["packed", "prefixed", "plain"])
-def test_every_way_gives_the_scores_of_one_plain_forward_each(architecture, way, caplog):
+@pytest.mark.parametrize("forward", ["packed", "prefixed", "plain"])
+def test_every_forward_gives_the_scores_of_single_plain_rows(architecture, forward, caplog):
     model, tokenizer = tiny_model(architecture), tiny_tokenizer()
     for pack_tokens, batch_tokens in [(512, 4096), (16, 40)]:
-        scorer = Scorer(model, tokenizer, pack_tokens=pack_tokens, batch_tokens=batch_tokens)
-        scorer.score(REQUESTS[:1])
-        assert scorer._way == scorer._forwards.packed and not caplog.records
-        scorer._way = getattr(scorer._forwards, way)
-        for (prompt, options), scores in zip(REQUESTS, scorer.score(REQUESTS), strict=True):
+        engine = PackedEngine(model, tokenizer, pack_tokens=pack_tokens, batch_tokens=batch_tokens)
+        engine.score(REQUESTS[:1])
+        assert engine._forward == engine._forwards.packed and not caplog.records
+        engine._forward = getattr(engine._forwards, forward)
+        for (prompt, options), scores in zip(REQUESTS, engine.score(REQUESTS), strict=True):
             plain = [plain_log_probability(model, tokenizer, prompt, o) for o in options]
             assert scores == pytest.approx(plain, abs=1e-5)
 
 
-TOKENS = {"vocab_size": len(tiny_tokenizer()), "pad_token_id": 0, "eos_token_id": 2}
-OTHERS = {
-    "bloom": (BloomConfig(**TOKENS, hidden_size=32, n_layer=2, n_head=4), "prefixed"),
-    "mpt": (MptConfig(**TOKENS, d_model=32, n_layers=2, n_heads=4), "prefixed"),
-    "falcon with alibi": (
-        FalconConfig(
-            **TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
-        ),
-        None,
-    ),
-    "mamba": (MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, state_size=4), None),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_models_with_masks_of_their_own_fall_back_and_say_so(name, caplog):
-    config, expected = OTHERS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(8)
+@pytest.mark.parametrize("name", UNPACKABLE)
+def test_models_with_their_own_masks_fall_back_with_a_warning(name, caplog):
+    config, expected = UNPACKABLE[name]
+    model = random_model(config)
     tokenizer = tiny_tokenizer()
-    scorer = Scorer(model, tokenizer)
-    scores = scorer.score(REQUESTS)
+    engine = PackedEngine(model, tokenizer)
+    scores = engine.score(REQUESTS)
     for (prompt, options), found in zip(REQUESTS, scores, strict=True):
         plain = [plain_log_probability(model, tokenizer, prompt, option) for option in options]
         assert found == pytest.approx(plain, abs=1e-4)
-    assert scorer._way != scorer._forwards.packed
+    assert engine._forward != engine._forwards.packed
     if expected is not None:
-        assert scorer._way == getattr(scorer._forwards, expected)
+        assert engine._forward == getattr(engine._forwards, expected)
     [record] = [r for r in caplog.records if r.name.startswith("selfcorrect")]
     assert "cannot be scored in packs" in record.getMessage()
 
 
-def test_beyond_a_sliding_window_rows_are_run_plainly():
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = MistralConfig(**TOKENS, **shape, **heads, sliding_window=8)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(8)
+def test_prompts_beyond_the_sliding_window_are_scored_plainly():
+    model = sliding_window_model(8)
     tokenizer = tiny_tokenizer()
-    scorer = Scorer(model, tokenizer)
+    engine = PackedEngine(model, tokenizer)
     short = [REQUESTS[i] for i in (0, 2, 5)]
-    assert scorer.score(short) and scorer._way == scorer._forwards.packed
-    for (prompt, options), found in zip(REQUESTS, scorer.score(REQUESTS), strict=True):
+    assert engine.score(short) and engine._forward == engine._forwards.packed
+    for (prompt, options), found in zip(REQUESTS, engine.score(REQUESTS), strict=True):
         plain = [plain_log_probability(model, tokenizer, prompt, option) for option in options]
         assert found == pytest.approx(plain, abs=1e-5)
 
@@ -179,61 +148,63 @@ def test_beyond_a_sliding_window_rows_are_run_plainly():
 def test_bfloat16_stays_near_float32_in_packs(caplog):
     """bfloat16 keeps 8 bits: within 5 % of each log-probability, 0.3 nats at the most here."""
     tokenizer = tiny_tokenizer()
-    exact = Scorer(tiny_model(sharpness=2), tokenizer).score(REQUESTS)
-    scorer = Scorer(tiny_model(sharpness=2).bfloat16(), tokenizer)
-    rough = scorer.score(REQUESTS)
-    assert scorer._way == scorer._forwards.packed
+    exact = PackedEngine(tiny_model(sharpness=2), tokenizer).score(REQUESTS)
+    engine = PackedEngine(tiny_model(sharpness=2).bfloat16(), tokenizer)
+    rough = engine.score(REQUESTS)
+    assert engine._forward == engine._forwards.packed
     assert not [r for r in caplog.records if r.name.startswith("selfcorrect")]
     for one, other in zip(exact, rough, strict=True):
         assert other == pytest.approx(one, rel=0.05)
         assert other == pytest.approx(one, abs=0.3)
     assert rough != exact
-    scorer._way = scorer._forwards.plain  # rounding, not the way, is what sets them apart
-    for one, other in zip(rough, scorer.score(REQUESTS), strict=True):
+    engine._forward = engine._forwards.plain  # the difference is rounding, not the forward
+    for one, other in zip(rough, engine.score(REQUESTS), strict=True):
         assert other == pytest.approx(one, abs=0.3)
 
 
 @pytest.mark.parametrize("way", ["packed", "plain"])
-def test_a_lone_chain_is_not_taken_for_a_trie(way, monkeypatch):
-    """A model that reads a trie from end to end is right about one row: found out all the same."""
-    scorer = Scorer(tiny_model(), tiny_tokenizer())
+def test_model_that_ignores_the_tree_mask_is_detected(way, monkeypatch):
+    """It reads a trie from end to end, which is right for a single row."""
+    engine = PackedEngine(tiny_model(), tiny_tokenizer())
     if way == "plain":
-        seen = scorer._forwards.packed
+        seen = engine._forwards.packed
 
         def from_end_to_end(packs):
             return seen([replace(one, ends=np.full_like(one.ends, len(one) - 1)) for one in packs])
 
-        monkeypatch.setattr(scorer._forwards, "packed", from_end_to_end)
-    scorer.score([("<s> the doctor told her that", (" he", " she"))])  # one row, one wanted node
-    assert (scorer._way == scorer._forwards.packed) == (way == "packed")
+        monkeypatch.setattr(engine._forwards, "packed", from_end_to_end)
+    engine.score([("<s> the doctor told her that", (" he", " she"))])  # one row, one wanted node
+    assert (engine._forward == engine._forwards.packed) == (way == "packed")
 
 
-def test_prepared_packs_serve_every_model_with_the_same_tokenizer():
+def test_packing_cache_serves_every_model_with_the_same_tokenizer():
     tokenizer, made = tiny_tokenizer(), []
 
     def requests():
         made.append(1)
         return REQUESTS
 
-    prepared = Prepared()
+    packings = PackingCache()
     for architecture in ("llama", "gpt2"):
         model = tiny_model(architecture)
-        kept = Scorer(model, tokenizer, prepared=prepared).score_kept("key", requests)
-        assert kept == Scorer(model, tokenizer).score(REQUESTS)
+        kept = PackedEngine(model, tokenizer, packings=packings).score_kept("key", requests)
+        assert kept == PackedEngine(model, tokenizer).score(REQUESTS)
     assert len(made) == 1
     other = tiny_tokenizer(["the", "doctor"])  # another vocabulary: other tokens
-    Scorer(tiny_model(), other, prepared=prepared).score_kept("key", requests)
-    Scorer(tiny_model(), tokenizer, prepared=prepared, pack_tokens=20).score_kept("key", requests)
+    PackedEngine(tiny_model(), other, packings=packings).score_kept("key", requests)
+    PackedEngine(tiny_model(), tokenizer, packings=packings, pack_tokens=20).score_kept(
+        "key", requests
+    )
     assert len(made) == 3
 
 
-def test_the_padding_of_a_batch_changes_nothing():
+def test_batch_padding_changes_no_value():
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    scorer = Scorer(model, tokenizer)
-    packing = scorer.prepare(REQUESTS)
-    alone = [scorer._forwards.packed([one]) for one in pack_apart(packing)]
+    engine = PackedEngine(model, tokenizer)
+    packing = engine.prepare(REQUESTS)
+    alone = [engine._forwards.packed([one]) for one in pack_apart(packing)]
     values = [next(iter(found))[1] for found in alone]
-    together = dict(scorer._forwards.packed(pack_apart(packing)))
+    together = dict(engine._forwards.packed(pack_apart(packing)))
     for index, one in enumerate(values):
         assert together[index] == pytest.approx(one, abs=1e-5)
 

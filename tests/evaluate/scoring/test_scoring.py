@@ -1,48 +1,34 @@
-"""The scorer equals a plain forward, and samples do not depend on the batch."""
+"""PackedEngine: scores equal plain forwards, and samples do not depend on the batch."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, continuations
-from selfcorrect.evaluate.scoring.packed import Scorer
+from selfcorrect.evaluate.scoring.engine import Sampling
+from selfcorrect.evaluate.scoring.packed import PackedEngine
 from selfcorrect.evaluate.scoring.sampling import GumbelNoise
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from tests.support.scoring_cases import (
+    KEYS,
+    PROMPTS,
+    REQUESTS,
+    merging_tokenizer,
+    plain_log_probability,
+)
 from tests.support.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
-
-REQUESTS = [
-    ("<s> the doctor told her", (" that he", " that she", " that they")),
-    ("<s> who is fair ?", (" the man", " yes", " the old woman at home")),
-    ("<s> the doctor told her", (" that", " yes")),  # a prompt again, an option inside another
-    ("<s> the", (" answer is ( a )", " answer is ( b )", " answer is ( c )")),
-    ("<s> " + "north south east west " * 20 + "please", (" admit", " fair , not early")),
-    ("<s>", (" no", " no reason")),
-]
-
-
-def plain_log_probability(model, tokenizer, prompt: str, option: str) -> float:
-    """One forward for one string, no padding, no mask, every logit: the definition itself."""
-    start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    tokens = tokenizer(prompt + option, add_special_tokens=False)["input_ids"]
-    with torch.no_grad():
-        logits = model(torch.tensor([tokens])).logits[0].double()
-    logs = torch.log_softmax(logits, dim=-1)
-    return sum(float(logs[at - 1, tokens[at]]) for at in range(start, len(tokens)))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("max_batch_tokens", [1, 100, 4096])
 def test_scores_equal_one_plain_forward_each(architecture, max_batch_tokens):
     model, tokenizer = tiny_model(architecture), tiny_tokenizer()
-    scorer = Scorer(model, tokenizer, batch_tokens=max_batch_tokens)
-    for (prompt, options), scores in zip(REQUESTS, scorer.score(REQUESTS), strict=True):
+    engine = PackedEngine(model, tokenizer, batch_tokens=max_batch_tokens)
+    for (prompt, options), scores in zip(REQUESTS, engine.score(REQUESTS), strict=True):
         plain = [plain_log_probability(model, tokenizer, prompt, option) for option in options]
         assert scores == pytest.approx(plain, abs=1e-5)
         assert len(set(plain)) == len(plain)  # the model does tell them apart
@@ -50,13 +36,13 @@ def test_scores_equal_one_plain_forward_each(architecture, max_batch_tokens):
 
 def test_models_without_logits_to_keep_score_the_same():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    scorer = Scorer(model, tokenizer)
-    expected = scorer.score(REQUESTS)
-    scorer._forwards._slices = False
-    assert scorer.score(REQUESTS) == [pytest.approx(row, abs=1e-6) for row in expected]
+    engine = PackedEngine(model, tokenizer)
+    expected = engine.score(REQUESTS)
+    engine._forwards._slices = False
+    assert engine.score(REQUESTS) == [pytest.approx(row, abs=1e-6) for row in expected]
 
 
-def test_what_prompts_and_options_share_is_one_row():
+def test_shared_tokens_run_in_one_row():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     rows = []
     model.register_forward_pre_hook(
@@ -66,20 +52,11 @@ def test_what_prompts_and_options_share_is_one_row():
         ("<s> the answer is (", (" a", " b", " c")),
         ("<s> the answer is", (" ( a", " ( b", " yes")),  # "the answer is" begins a row above
     ]
-    Scorer(model, tokenizer).score(asked)
+    PackedEngine(model, tokenizer).score(asked)
     assert rows[-1] == (1, 5)  # the ones before try the model out
 
 
-def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-pair tokenizer without pre-tokenisation whose one merge crosses the quotation mark."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "x", '"', "y", "e", "s", "n", '"y'])}
-    core = Tokenizer(BPE(vocabulary, [('"', "y")]))
-    core.pre_tokenizer = pre_tokenizers.Split("z", "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
-
-
-def test_a_merge_across_the_boundary_is_scored_whole():
+def test_merge_across_the_boundary_is_scored_whole():
     tokenizer = merging_tokenizer()
     model = tiny_model(vocabulary=8)
     [[yes, no]] = continuations(tokenizer, [('xx"', ("yes", "n"))])
@@ -88,76 +65,72 @@ def test_a_merge_across_the_boundary_is_scored_whole():
     assert yes.start == no.start == 2
     with torch.no_grad():
         logs = torch.log_softmax(model(torch.tensor([[1, 1, 7, 4, 5]])).logits[0].double(), -1)
-    [[score, _]] = Scorer(model, tokenizer).score([('xx"', ("yes", "n"))])
+    [[score, _]] = PackedEngine(model, tokenizer).score([('xx"', ("yes", "n"))])
     assert score == pytest.approx(float(logs[1, 7] + logs[2, 4] + logs[3, 5]), abs=1e-5)
 
 
-def test_the_same_call_gives_the_same_bits():
-    scorer = Scorer(tiny_model("gpt2"), tiny_tokenizer())
-    assert scorer.score(REQUESTS) == scorer.score(REQUESTS)
+def test_scores_are_deterministic_bitwise():
+    engine = PackedEngine(tiny_model("gpt2"), tiny_tokenizer())
+    assert engine.score(REQUESTS) == engine.score(REQUESTS)
 
 
 def test_probabilities_of_all_single_tokens_sum_to_one():
     tokenizer = tiny_tokenizer()
     words = tuple(" " + token for token in tokenizer.get_vocab())
-    [scores] = Scorer(tiny_model(), tokenizer).score([("<s> the doctor", words)])
+    [scores] = PackedEngine(tiny_model(), tokenizer).score([("<s> the doctor", words)])
     assert math.fsum(math.exp(score) for score in scores) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_prompt_longer_than_the_context_is_refused_by_its_place():
-    scorer = Scorer(tiny_model(context=16), tiny_tokenizer())
+def test_prompt_beyond_the_context_is_refused_with_its_index():
+    engine = PackedEngine(tiny_model(context=16), tiny_tokenizer())
     fits = ("<s> " + "the " * 15, (" a", " b"))  # 16 tokens to read, then the option's only one
-    assert len(scorer.score([fits])[0]) == 2
+    assert len(engine.score([fits])[0]) == 2
     too_long = ("<s> " + "the " * 16, (" a", " b"))
     with pytest.raises(PromptTooLong, match=r"17 tokens.*context holds 16") as caught:
-        scorer.score([fits, too_long])
+        engine.score([fits, too_long])
     assert caught.value.index == 1
     with pytest.raises(PromptTooLong):
-        scorer.sample([fits[0]], ["k"], max_new_tokens=1, temperature=0, seed=0)
+        engine.sample([fits[0]], ["k"], Sampling(1, temperature=0, seed=0))
 
 
 def test_empty_prompts_and_options_are_refused():
-    scorer = Scorer(tiny_model(), tiny_tokenizer())
+    engine = PackedEngine(tiny_model(), tiny_tokenizer())
     with pytest.raises(InputError, match="nothing to condition on"):
-        scorer.score([("", (" a", " b"))])
+        engine.score([("", (" a", " b"))])
     with pytest.raises(InputError, match="nothing to score"):
-        scorer.score([("<s> the", ("", " b"))])
+        engine.score([("<s> the", ("", " b"))])
 
 
 def test_nan_logits_are_named():
     model = tiny_model()
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
-    scorer = Scorer(model, tiny_tokenizer())
+    engine = PackedEngine(model, tiny_tokenizer())
     with pytest.raises(RunFailure, match=r"NaN.*the doctor told"):
-        scorer.score(REQUESTS[:1])
+        engine.score(REQUESTS[:1])
     with pytest.raises(RunFailure, match="NaN"):
-        scorer.sample(["<s> the"], ["k"], max_new_tokens=2, temperature=1, seed=0)
-
-
-PROMPTS = [prompt for prompt, _ in REQUESTS] + ["<s> group one", "<s> please"]
-KEYS = [f"item-{i}" for i in range(len(PROMPTS))]
+        engine.sample(["<s> the"], ["k"], Sampling(2, temperature=1, seed=0))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_sample_is_the_same_alone_and_in_a_batch_of_eight(architecture, temperature):
-    scorer = Scorer(tiny_model(architecture, sharpness=3.0), tiny_tokenizer())
-    drawn = {"max_new_tokens": 12, "temperature": temperature, "seed": 3}
-    together = scorer.sample(PROMPTS, KEYS, **drawn)
-    alone = [scorer.sample([p], [k], **drawn)[0] for p, k in zip(PROMPTS, KEYS, strict=True)]
+def test_sample_alone_equals_sample_in_a_batch_of_eight(architecture, temperature):
+    engine = PackedEngine(tiny_model(architecture, sharpness=3.0), tiny_tokenizer())
+    sampling = Sampling(12, temperature, seed=3)
+    together = engine.sample(PROMPTS, KEYS, sampling)
+    alone = [engine.sample([p], [k], sampling)[0] for p, k in zip(PROMPTS, KEYS, strict=True)]
     assert together == alone
     if temperature:
         assert len({s.text for s in together}) == len(together)
 
 
-def test_key_and_seed_change_the_sample_and_the_models_own_settings_do_not():
+def test_key_and_seed_change_the_sample_generation_config_does_not():
     model = tiny_model(sharpness=1.0)
-    scorer = Scorer(model, tiny_tokenizer())
+    engine = PackedEngine(model, tiny_tokenizer())
 
     def draw(key: str = "k", seed: int = 0) -> str:
-        drawn = scorer.sample(["<s> the"], [key], max_new_tokens=12, temperature=1, seed=seed)
-        return drawn[0].text
+        [sample] = engine.sample(["<s> the"], [key], Sampling(12, temperature=1, seed=seed))
+        return sample.text
 
     first = draw()
     assert draw() == first
@@ -175,26 +148,24 @@ def test_samples_end_at_the_end_token_or_the_stop_text():
     tokenizer, model = tiny_tokenizer(), tiny_model()
     with torch.no_grad():
         model.lm_head.weight.zero_()  # every token equally likely
-    scorer = Scorer(model, tokenizer)
-    drawn = scorer.sample(["<s> the"] * 200, list(map(str, range(200))), **(LONG))
+    engine = PackedEngine(model, tokenizer)
+    sampling = Sampling(20, temperature=1.0, seed=0)
+    drawn = engine.sample(["<s> the"] * 200, list(map(str, range(200))), sampling)
     ended = [s for s in drawn if not s.truncated]
     cut = [s for s in drawn if s.truncated]
     assert ended and cut
-    assert all(s.num_tokens == LONG["max_new_tokens"] for s in cut)
+    assert all(s.num_tokens == sampling.max_new_tokens for s in cut)
     assert not any("</s>" in s.text or "<pad>" in s.text for s in drawn)
-    assert min(s.num_tokens for s in ended) < LONG["max_new_tokens"]
+    assert min(s.num_tokens for s in ended) < sampling.max_new_tokens
     words = [word for s in drawn for word in s.text.split()]
     assert len(set(words)) > 40  # an even spread over the vocabulary's words
 
-    stopped = scorer.sample(["<s> the"] * 200, list(map(str, range(200))), **LONG, stop="group")
+    stopped = engine.sample(["<s> the"] * 200, list(map(str, range(200))), sampling, stop="group")
     for before, after in zip(drawn, stopped, strict=True):
         assert after.text == before.text.split("group")[0]
         if "group" in before.text:
             assert not after.truncated
             assert after.num_tokens <= before.num_tokens
-
-
-LONG = {"max_new_tokens": 20, "temperature": 1.0, "seed": 0}
 
 
 def test_gumbel_noise_draws_from_the_softmax():

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from selfcorrect.evaluate.prompts.tokenized import PromptTooLong
-from selfcorrect.evaluate.scoring.packed import Scorer
+from selfcorrect.evaluate.scoring.engine import Sampling
+from selfcorrect.evaluate.scoring.packed import PackedEngine
 from selfcorrect.evaluate.scoring.vllm import load_vllm
 from selfcorrect.recipes.foundation.errors import InputError
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
@@ -95,24 +96,24 @@ def engine(monkeypatch):
     return load_vllm("tiny")
 
 
-def test_scores_equal_the_scorers(engine):
-    expected = Scorer(tiny_model(), tiny_tokenizer()).score(REQUESTS)
-    for mine, theirs in zip(engine.score(REQUESTS), expected, strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-4)
+def test_scores_equal_those_of_the_packed_engine(engine):
+    expected = PackedEngine(tiny_model(), tiny_tokenizer()).score(REQUESTS)
+    for scores, exact in zip(engine.score(REQUESTS), expected, strict=True):
+        assert scores == pytest.approx(exact, abs=1e-4)
 
 
-def test_samples(engine):
+def test_greedy_samples_agree_and_random_ones_depend_on_the_key_alone(engine):
     prompts = [prompt for prompt, _ in REQUESTS]
-    given = {"max_new_tokens": 6, "seed": 3}
-    scorer = Scorer(tiny_model(), tiny_tokenizer())
-    greedy = engine.sample(prompts, ["a", "b"], temperature=0.0, **given)
-    assert greedy == scorer.sample(prompts, ["a", "b"], temperature=0.0, **given)
-    both = engine.sample(prompts, ["a", "b"], temperature=1.0, **given)
-    assert both[1:] == engine.sample(prompts[1:], ["b"], temperature=1.0, **given)
-    assert both[1:] != engine.sample(prompts[1:], ["c"], temperature=1.0, **given)
+    likeliest, random = Sampling(6, temperature=0.0, seed=3), Sampling(6, temperature=1.0, seed=3)
+    packed = PackedEngine(tiny_model(), tiny_tokenizer())
+    greedy = engine.sample(prompts, ["a", "b"], likeliest)
+    assert greedy == packed.sample(prompts, ["a", "b"], likeliest)
+    both = engine.sample(prompts, ["a", "b"], random)
+    assert both[1:] == engine.sample(prompts[1:], ["b"], random)
+    assert both[1:] != engine.sample(prompts[1:], ["c"], random)
 
 
-def test_too_long_is_refused(engine):
+def test_prompt_beyond_the_context_is_refused(engine):
     with pytest.raises(PromptTooLong):
         engine.score([("<s>" + " the" * 254, (" yes", " no"))])
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from selfcorrect.evaluate.scoring.load_model import load_model
-from selfcorrect.evaluate.scoring.weights import Loader, files_digest, weights_digest
+from selfcorrect.evaluate.scoring.weights import CheckpointLoader, files_digest, weights_digest
 from selfcorrect.recipes.foundation.errors import InputError
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 
@@ -46,7 +46,7 @@ def adapter(base: Path, seed: int):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma", "gpt_neox"])
 def test_swapped_weights_are_those_of_a_fresh_model(tmp_path, architecture):
     folders = [save(tmp_path / str(s), tiny_model(architecture, seed=s)) for s in range(3)]
-    loader = Loader("cpu")
+    loader = CheckpointLoader("cpu")
     first, tokenizer = loader.load(folders[0])
     for folder in folders[1:]:
         model, same = loader.load(folder)
@@ -60,7 +60,7 @@ def test_swapped_weights_are_those_of_a_fresh_model(tmp_path, architecture):
 def test_adapters_are_swapped_over_one_base(tmp_path):
     base = save(tmp_path / "base", tiny_model())
     folders = [save(tmp_path / f"a{s}", adapter(base, s)) for s in (1, 2)]
-    loader = Loader("cpu")
+    loader = CheckpointLoader("cpu")
     first, _ = loader.load(folders[0])
     before = logits(first)
     model, _ = loader.load(folders[1])
@@ -72,7 +72,7 @@ def test_adapters_are_swapped_over_one_base(tmp_path):
 def test_what_does_not_fit_is_loaded_anew_and_errors_stay_errors(tmp_path):
     one = save(tmp_path / "one", tiny_model())
     wider = save(tmp_path / "wider", tiny_model(context=99))  # another config
-    loader = Loader("cpu")
+    loader = CheckpointLoader("cpu")
     loader.load(one)
     model, _ = loader.load(wider)
     assert loader.num_swapped == 0
