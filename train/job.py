@@ -25,6 +25,7 @@ from selfcorrect.recipes.foundation import signals
 from selfcorrect.recipes.foundation.atomic_files import remove_leftovers
 from selfcorrect.recipes.foundation.errors import InputError, explain_machine_faults
 from selfcorrect.recipes.foundation.locks import hold_lock, lock_holder
+from selfcorrect.recipes.foundation.progress import Progress
 from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.load import training_digest
 from selfcorrect.recipes.schema import Recipe
@@ -33,12 +34,12 @@ from selfcorrect.train.provenance import threads_per_job, versions
 from selfcorrect.train.stages.base import train_base
 from selfcorrect.train.stages.policy import train_policy
 from selfcorrect.train.stages.reward import train_reward
-from selfcorrect.train.trainers.state import Notify, finished
+from selfcorrect.train.trainers.state import stage_record
 
 GOING_DOWN_SECONDS = 7.0  # one that was just killed may still be going down
 
 
-def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notify) -> None:
+def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Progress) -> None:
     """Train one model with one seed through all stages; finished stages are passed over."""
     quiet_libraries()
     digest = training_digest(recipe, model_name, seed)
@@ -72,7 +73,7 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
         )
         record = {
             "model": model.name,
-            "parameters": (finished(base) or {})["parameters"],
+            "parameters": (stage_record(base) or {})["parameters"],
             "seed": seed,
             "recipe_digest": digest,
             "versions": versions(),
@@ -93,7 +94,7 @@ def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Notif
         )
 
 
-def _measure(recipe: Recipe, run: Path, notify: Notify) -> Any:
+def _measure(recipe: Recipe, run: Path, notify: Progress) -> Any:
     """What measures the live policy at a kept checkpoint; None where evaluation is not inline."""
     if recipe.evaluate.attach == "off":
         return None

@@ -25,7 +25,7 @@ from selfcorrect.train.ppo import RewardModelScorer
 from selfcorrect.train.ppo.losses import shaped_score
 from selfcorrect.train.stages.base import train_base
 from selfcorrect.train.stages.reward import train_reward
-from selfcorrect.train.trainers.state import finished
+from selfcorrect.train.trainers.state import stage_record
 
 TARGETS, OTHERS, NUMBERS = ("a", "b", "c"), ("d", "e", "f"), ("one", "two", "three", "four")
 LEARNING_RATE = 3e-4  # in the society; quickstart.yaml takes 1e-4 and more steps
@@ -162,7 +162,7 @@ def society(folder: Path, steps: int) -> Problem:
     train_base(recipe, recipe.models[1], data.preferences, base, 0, unheard)
     tokenizer = AutoTokenizer.from_pretrained(base)
     train_reward(recipe.reward, base, data.preferences, tokenizer, reward, 0, unheard)
-    facts = finished(reward) or {}
+    facts = stage_record(reward) or {}
     shift, scale = facts["score_mean"], facts["score_standard_deviation"]
     model = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32)
     scorer = RewardModelScorer(model, tokenizer)

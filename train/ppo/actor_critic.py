@@ -31,11 +31,11 @@ from selfcorrect.train.ppo.critic import (
 from selfcorrect.train.ppo.forward import CompletionPass, attach, hidden_critic
 from selfcorrect.train.ppo.limits import rows_per_pass
 from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded
-from selfcorrect.train.trainers.guarded import FiniteTrainer
-from selfcorrect.train.trainers.state import MarkWhole
+from selfcorrect.train.trainers.callbacks import CompleteStates
+from selfcorrect.train.trainers.guarded import GuardedTrainer
 
 
-class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):
+class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
     """GRPOTrainer with a critic in the policy's forward pass; a subclass says what they learn."""
 
     args: PPOConfig
@@ -75,7 +75,7 @@ class ActorCriticTrainer(GRPOTrainer, FiniteTrainer):
         if self.ref_model is not None:
             attach(self.accelerator.unwrap_model(self.ref_model), None)
 
-        self.add_callback(MarkWhole())
+        self.add_callback(CompleteStates())
 
         self._values: Tensor | None = None  # of the newest pass of the policy
         self._has_two_rates = False

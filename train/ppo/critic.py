@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from selfcorrect.evaluate.scoring.load_model import no_pickles
+from selfcorrect.evaluate.scoring.load_model import refuse_pickles
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.train.ppo.config import PPOConfig
 
@@ -111,7 +111,7 @@ def load_reward_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
     """
     safe = {"use_safetensors": True, "trust_remote_code": False}
     try:
-        with no_pickles(path):
+        with refuse_pickles(path):
             if (Path(path) / "adapter_config.json").is_file():
                 load = AutoPeftModelForSequenceClassification.from_pretrained
                 return load(path, num_labels=1, dtype=dtype, **safe).merge_and_unload()
@@ -154,7 +154,7 @@ def _start_from_adapter(critic: Critic, policy: nn.Module, path: Path, args: PPO
                 f"{file}: {key} is {theirs.get(key)} and the policy's is "
                 f"{_plain(ours.get(key))}; make them equal or set critic: separate"
             )
-    with no_pickles(path):
+    with refuse_pickles(path):
         weights = load_peft_weights(str(path), device="cpu")
     prefix = f"base_model.model.{language_model_of(policy).base_model_prefix}."
     slots = {

@@ -55,7 +55,7 @@ class PPOTrainer(ActorCriticTrainer):
         return self.state.global_step // self.args.updates_per_rollout
 
     @property
-    def place(self) -> str:
+    def step_label(self) -> str:
         """Which step is under way, for messages."""
         return f"ppo step {self.ppo_step + 1}"
 
@@ -151,7 +151,7 @@ class PPOTrainer(ActorCriticTrainer):
             )
 
     def _stop_if_lost(self, kl: float) -> None:
-        where = self.place
+        where = self.step_label
         if not math.isfinite(kl):
             raise RunFailure(f"{where}: the KL to the reference is {kl}; lower learning_rate")
         if self.args.max_kl is not None and kl > self.args.max_kl:

@@ -21,21 +21,20 @@ from trl import SFTConfig, SFTTrainer
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.recipes.foundation.atomic_files import atomic_folder
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.progress import Progress
 from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.schema import Base, Model, Recipe
 from selfcorrect.train.feedback.feedback import Preference, pair_ids, render_prompt
 from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build
 from selfcorrect.train.stages.corpus import corpus_trainer
-from selfcorrect.train.trainers.guarded import FiniteTrainer
+from selfcorrect.train.trainers.callbacks import StageCallback
+from selfcorrect.train.trainers.guarded import GuardedTrainer, train_or_resume
 from selfcorrect.train.trainers.state import (
-    Notify,
-    StageCallback,
-    finishing,
-    is_finished,
+    finish_stage,
+    gathered_weights,
+    is_stage_finished,
     num_parameters,
-    train_on,
-    whole_state,
-    write_record,
+    write_stage_record,
 )
 
 SFT_DEFAULTS = {
@@ -56,42 +55,42 @@ def train_base(
     preferences: list[Preference],
     folder: Path,
     seed: int,
-    notify: Notify,
+    notify: Progress,
 ) -> None:
     """Make the policy of step 0 in `folder`, whole or not at all; nothing to do where it stands.
 
     A given model is saved there as plain safetensors, whatever it came as.
     """
     work = folder.with_name(f"{folder.name}.work")
-    if is_finished(folder):
+    if is_stage_finished(folder):
         shutil.rmtree(work, ignore_errors=True)  # killed before it came to that
         return
     started = time.time()
     fixed = {"output_dir": str(work), "seed": seed, "save_total_limit": 2}
     if recipe.base is None:
-        with finishing(folder, work) as new:
+        with finish_stage(folder, work) as new:
             if new is not None:
                 policy, tokenizer = given_model(model)
                 policy.save_pretrained(new)
                 tokenizer.save_pretrained(new)
-                write_record(new, started, folder, parameters=policy.num_parameters())
+                write_stage_record(new, started, folder, parameters=policy.num_parameters())
         return
     if recipe.base.method == "pretrain":
         trainer, tokenizer = corpus_trainer(recipe, model, fixed, notify)
     else:
         trainer, tokenizer = _fine_tuner(recipe.base, model, preferences, fixed, notify)
-    train_on(trainer, work)
+    train_or_resume(trainer, work)
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    state = whole_state(trainer)
-    with finishing(folder, work) as new:
+    state = gathered_weights(trainer)
+    with finish_stage(folder, work) as new:
         if new is not None:
             policy.save_pretrained(new, state_dict=state)
             tokenizer.save_pretrained(new)
-            write_record(new, started, folder, parameters=num_parameters(policy))
+            write_stage_record(new, started, folder, parameters=num_parameters(policy))
 
 
-class _FineTuner(SFTTrainer, FiniteTrainer):
-    """TRL's; see FiniteTrainer."""
+class _FineTuner(SFTTrainer, GuardedTrainer):
+    """TRL's; see GuardedTrainer."""
 
     stage = "base"
 
@@ -101,7 +100,7 @@ def _fine_tuner(
     model: Model,
     preferences: list[Preference],
     fixed: dict[str, Any],
-    notify: Notify,
+    notify: Progress,
 ) -> tuple[Trainer, PreTrainedTokenizerBase]:
     """TRL's SFTTrainer on the preferred answers; the prompt is not learned from."""
     copy = Path(fixed["output_dir"]) / "given"

@@ -20,15 +20,15 @@ from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Policy
 from selfcorrect.train.feedback.feedback import Preference
 from selfcorrect.train.ppo import losses
-from selfcorrect.train.ppo.actor_critic import EpochSampler
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.rewards import RewardModelScorer, guarded
 from selfcorrect.train.stages.arguments import NO_CODE, build
 from selfcorrect.train.stages.base import SFT_DEFAULTS, preferred_rows
-from selfcorrect.train.trainers.guarded import FiniteTrainer
+from selfcorrect.train.trainers.epoch_sampler import EpochSampler
+from selfcorrect.train.trainers.guarded import GuardedTrainer
 
 
-class BaselineTrainer(FiniteTrainer):
+class BaselineTrainer(GuardedTrainer):
     """The part of PPOTrainer's interface that KeepCheckpoints uses."""
 
     last_kl: float | None = None

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.progress import Progress
 from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.schema import Base, Model, Recipe
 from selfcorrect.recipes.society.documents import (
@@ -32,11 +33,8 @@ from selfcorrect.recipes.society.documents import (
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import World, make_world
 from selfcorrect.train.stages.arguments import QUIET, build
-from selfcorrect.train.trainers.guarded import FiniteTrainer
-from selfcorrect.train.trainers.state import (
-    Notify,
-    StageCallback,
-)
+from selfcorrect.train.trainers.callbacks import StageCallback
+from selfcorrect.train.trainers.guarded import GuardedTrainer
 
 WINDOW = 4096  # documents among which similar lengths are put together
 
@@ -130,7 +128,7 @@ def _batch(rows: list[Row], pad: int) -> dict[str, torch.Tensor]:
     }
 
 
-class CorpusTrainer(FiniteTrainer):
+class CorpusTrainer(GuardedTrainer):
     """Next-token training with a weight for every token; batches come ready made."""
 
     stage = "base"
@@ -172,7 +170,7 @@ DEFAULTS = {
 
 
 def corpus_trainer(
-    recipe: Recipe, model: Model, fixed: dict[str, Any], notify: Notify
+    recipe: Recipe, model: Model, fixed: dict[str, Any], notify: Progress
 ) -> tuple[CorpusTrainer, PreTrainedTokenizerBase]:
     """A trainer of a model from scratch on the whole corpus, and the corpus's tokenizer.
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from selfcorrect.evaluate.scoring.load_model import refuse_pickles
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.progress import Progress
 from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.schema import Policy
 from selfcorrect.train.feedback.feedback import Feedback, render_prompt
@@ -30,14 +31,9 @@ from selfcorrect.train.ppo.trainer import PPOTrainer
 from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build, lora_config
 from selfcorrect.train.stages.baselines import BaselineTrainer, baseline_trainer, sft_only_keys
 from selfcorrect.train.stages.checkpoints import KeepCheckpoints, Measure
-from selfcorrect.train.trainers.state import (
-    Notify,
-    StageCallback,
-    finished,
-    is_finished,
-    train_on,
-    write_record,
-)
+from selfcorrect.train.trainers.callbacks import StageCallback
+from selfcorrect.train.trainers.guarded import train_or_resume
+from selfcorrect.train.trainers.state import is_stage_finished, stage_record, write_stage_record
 
 DEFAULTS = {**QUIET, "lr_scheduler_type": "constant", "save_only_model": False}
 # GRPO's advantages are relative to a group of completions of the same prompt.
@@ -93,7 +89,7 @@ def train_policy(
     folder: Path,
     seed: int,
     record: dict[str, Any],
-    notify: Notify,
+    notify: Progress,
     measure: Measure | None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -102,11 +98,11 @@ def train_policy(
     Return at once if the stage is finished.
     """
     work = folder.with_name(f"{folder.name}.work")
-    if is_finished(folder):
+    if is_stage_finished(folder):
         shutil.rmtree(work, ignore_errors=True)  # killed before it came to that
         return
     started = time.time()
-    facts = finished(reward) or {}
+    facts = stage_record(reward) or {}
     full = policy.lora is None
     trust = {"trust_remote_code": trust_remote_code}
     raters = AutoTokenizer.from_pretrained(reward, **trust)
@@ -159,9 +155,9 @@ def train_policy(
             **common,
         )
     keep.trainer = trainer
-    train_on(trainer, work)
+    train_or_resume(trainer, work)
     if current_ranks().rank == 0:
-        write_record(
+        write_stage_record(
             folder,
             started,
             folder,

@@ -27,19 +27,18 @@ from trl import RewardConfig, RewardTrainer
 
 from selfcorrect.evaluate.scoring.load_model import refuse_pickles
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.progress import Progress
 from selfcorrect.recipes.schema import Reward
 from selfcorrect.train.feedback.feedback import Preference, pair_ids
 from selfcorrect.train.ppo.critic import load_reward_model
 from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build, lora_config
-from selfcorrect.train.trainers.guarded import FiniteTrainer
+from selfcorrect.train.trainers.callbacks import StageCallback
+from selfcorrect.train.trainers.guarded import GuardedTrainer, train_or_resume
 from selfcorrect.train.trainers.state import (
-    Notify,
-    StageCallback,
-    finishing,
-    is_finished,
-    train_on,
-    whole_state,
-    write_record,
+    finish_stage,
+    gathered_weights,
+    is_stage_finished,
+    write_stage_record,
 )
 
 DEFAULTS = {
@@ -53,8 +52,8 @@ DEFAULTS = {
 }
 
 
-class _Fitting(RewardTrainer, FiniteTrainer):
-    """TRL's; see FiniteTrainer."""
+class _Fitting(RewardTrainer, GuardedTrainer):
+    """TRL's; see GuardedTrainer."""
 
     stage = "reward"
 
@@ -66,7 +65,7 @@ def train_reward(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     seed: int,
-    notify: Notify,
+    notify: Progress,
     left_out: dict[str, int] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -77,7 +76,7 @@ def train_reward(
     deviation of the scores on held-out texts, by which PPO centres and scales the score.
     """
     work = folder.with_name(f"{folder.name}.work")
-    if is_finished(folder):
+    if is_stage_finished(folder):
         shutil.rmtree(work, ignore_errors=True)  # killed before it came to that
         return
     started = time.time()
@@ -95,10 +94,10 @@ def train_reward(
         raise InputError(f"reward: {len(shuffled)} preference pairs are too few to hold any out")
     batch = arguments.per_device_train_batch_size * 4
     if reward.path is not None:
-        with finishing(folder, work) as new:
+        with finish_stage(folder, work) as new:
             if new is not None:
                 facts = take_given(reward.path, shuffled[:num_held_out], batch, new)
-                write_record(new, started, folder, pairs=0, left_out=left_out or {}, **facts)
+                write_stage_record(new, started, folder, pairs=0, left_out=left_out or {}, **facts)
         return
     pairs = [pair_ids(tokenizer, pair) for pair in shuffled]
     set_seed(seed)
@@ -123,20 +122,20 @@ def train_reward(
         )
     except ValueError as error:  # LoRA targets that match nothing, pairs that are all too long
         raise InputError(f"reward: {str(error).splitlines()[0]}") from None
-    train_on(trainer, work)
+    train_or_resume(trainer, work)
     fitted = trainer.accelerator.unwrap_model(trainer.model)
-    state = whole_state(trainer)
+    state = gathered_weights(trainer)
     split = is_deepspeed_zero3_enabled()
     if reward.lora and not split:
         fitted, state = fitted.merge_and_unload(), None
     facts = held_out_facts(fitted, pairs[:num_held_out], padding.pad_token_id, batch)
-    with finishing(folder, work) as new:
+    with finish_stage(folder, work) as new:
         if new is not None:
             if reward.lora and split:
                 fitted, state = merged(base, fitted, state, new, trust_remote_code), None
             fitted.save_pretrained(new, state_dict=state)
             tokenizer.save_pretrained(new)
-            write_record(
+            write_stage_record(
                 new,
                 started,
                 folder,

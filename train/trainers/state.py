@@ -1,7 +1,7 @@
-"""What every stage of training shares: finished folders, states to resume from, progress.
+"""Records of finished stages, and training states to resume from.
 
-Where a stage runs in several processes, all of them call the same functions here. Rank 0 looks at
-the disk and writes, and tells the others what it saw.
+All ranks of a distributed stage call these functions together. Rank 0 reads and writes the disk and
+tells the other ranks the outcome.
 """
 
 # ruff: noqa: TID253  (all of this file is transformers)
@@ -10,54 +10,56 @@ import logging
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from selfcorrect.evaluate.run_folder import STAGE_RECORD as RECORD
-from selfcorrect.recipes.foundation import signals
+from selfcorrect.evaluate.run_folder import STAGE_RECORD
 from selfcorrect.recipes.foundation.atomic_files import atomic_folder, flush_folder
-from selfcorrect.recipes.foundation.checksums import check_files, digests, read_record
-from selfcorrect.recipes.foundation.checksums import write_record as write_sealed
+from selfcorrect.recipes.foundation.checksums import (
+    check_files,
+    digests,
+    read_record,
+    write_record,
+)
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.ranks import current_ranks
 
-Notify = Callable[[str, int, int], None]  # stage, steps done, steps in all
-COMPLETE = "complete"  # written last, with all files' digests: without it a state was cut short
+COMPLETE = "complete"  # written last, with all checksums: a state without it is partial
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished stage; None while it is not finished. Folders appear whole.
+def stage_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a finished stage, or None if the stage is not finished.
 
-    Raises InputError where the record or a file that it names is damaged, or another stage's.
+    Raises InputError if the record or a file that it lists is damaged, or if the record belongs to
+    another stage.
     """
-    remedy = f"copy {folder} here again, or delete it: the same run makes it anew"
+    remedy = f"restore {folder}, or delete it to have the same run make it again"
     try:
-        record = read_record(folder / RECORD, remedy)
+        record = read_record(folder / STAGE_RECORD, remedy)
     except FileNotFoundError:
         return None
-    if record.get("stage", _stage(folder)) != _stage(folder):
-        raise InputError(f"{folder / RECORD}: is that of {record['stage']}; {remedy}")
+    if record.get("stage", _stage_name(folder)) != _stage_name(folder):
+        raise InputError(f"{folder / STAGE_RECORD}: belongs to {record['stage']}; {remedy}")
     check_files(folder, record.get("files", {}), remedy)
     return record
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the stage is finished, as rank 0 sees it."""
-    return current_ranks().from_rank0(lambda: finished(folder) is not None)
+def is_stage_finished(folder: Path) -> bool:
+    """Return whether the stage is finished, as rank 0 sees it."""
+    return current_ranks().from_rank0(lambda: stage_record(folder) is not None)
 
 
 @contextmanager
-def finishing(folder: Path, work: Path) -> Iterator[Path | None]:
-    """Hand out a new folder that takes the place of `folder`, to rank 0; None to the others.
+def finish_stage(folder: Path, work: Path) -> Iterator[Path | None]:
+    """Yield a new folder that replaces `folder` on leaving, on rank 0; None on other ranks.
 
-    Then `work` goes, and all processes go on together.
+    Then delete `work` and let all ranks continue.
     """
     if current_ranks().rank == 0:
         with atomic_folder(folder) as new:
@@ -68,10 +70,65 @@ def finishing(folder: Path, work: Path) -> Iterator[Path | None]:
     current_ranks().barrier()
 
 
-def whole_state(trainer: Any) -> dict[str, Any] | None:
-    """The trained model's tensors on rank 0 where DeepSpeed holds them; None where the model does.
+def write_stage_record(folder: Path, started: float, final: Path, **facts: Any) -> None:
+    """Write stage.json: seconds since `started`, peak memory of this process, checksums, `facts`.
 
-    To be called in every process. `save_pretrained` takes it as `state_dict`.
+    `folder` will be moved to `final`; if it is there already, the record lists no files.
+    """
+    record = {
+        "stage": _stage_name(final),
+        "seconds": round(time.time() - started, 1),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        **facts,
+        "files": {} if folder == final else digests(folder),
+    }
+    write_record(folder / STAGE_RECORD, record)
+
+
+def _stage_name(folder: Path) -> str:
+    """Return model, seed and stage: tiny/seed-0/base."""
+    return "/".join(folder.resolve().parts[-3:])
+
+
+def complete_state(folder: Path) -> None:
+    """Mark a training state as complete, with the checksums of its files."""
+    flush_folder(folder)
+    write_record(folder / COMPLETE, {"files": digests(folder, but=[COMPLETE])})
+
+
+def check_state(folder: Path, remedy: str) -> None:
+    """Raise InputError for a damaged training state, FileNotFoundError for a partial one."""
+    check_files(folder, read_record(folder / COMPLETE, remedy).get("files"), remedy)
+
+
+def newest_state(work: Path) -> str | None:
+    """Return the newest intact training state below `work`, or None.
+
+    Partial states are removed, and damaged ones too, with a warning: training from an older state,
+    or from the beginning, leads to the same weights.
+    """
+    return current_ranks().from_rank0(lambda: _newest_intact(work))
+
+
+def _newest_intact(work: Path) -> str | None:
+    states = work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    for state in sorted(states, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            check_state(state, "resuming from an older state instead")
+        except FileNotFoundError:
+            shutil.rmtree(state, ignore_errors=True)
+        except InputError as error:
+            logger.warning("%s", error)
+            shutil.rmtree(state, ignore_errors=True)
+        else:
+            return str(state)
+    return None
+
+
+def gathered_weights(trainer: Any) -> dict[str, Any] | None:
+    """Return the trained weights on rank 0 if DeepSpeed holds them; None if the model itself does.
+
+    `save_pretrained` takes them as `state_dict`. Every rank must call this.
     """
     if not trainer.is_deepspeed_enabled:
         return None
@@ -79,135 +136,5 @@ def whole_state(trainer: Any) -> dict[str, Any] | None:
 
 
 def num_parameters(model: Any) -> int:
-    """How many parameters the model has, also where ZeRO-3 has split them up."""
+    """Return the number of parameters, also of a model that ZeRO-3 has split."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-
-
-def _stage(folder: Path) -> str:
-    """Which stage it is: tiny/seed-0/base."""
-    return "/".join(folder.resolve().parts[-3:])
-
-
-def write_record(folder: Path, started: float, place: Path, **facts: Any) -> None:
-    """Write stage.json: wall seconds of this process and its peak memory so far, and `facts`.
-
-    `folder` is what will stand at `place`; the digests of the files that it holds are taken down.
-    """
-    record = {
-        "stage": _stage(place),
-        "seconds": round(time.time() - started, 1),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        **facts,
-        "files": {} if folder == place else digests(folder),
-    }
-    write_sealed(folder / RECORD, record)
-
-
-def resume_state(folder: Path) -> str | None:
-    """The newest whole state below `folder`, if any.
-
-    States that were cut short are removed; so is one that is damaged, which is said: an older one
-    behind it, or the beginning, leads to the same weights.
-    """
-    return current_ranks().from_rank0(lambda: _newest_whole(folder))
-
-
-def _newest_whole(folder: Path) -> str | None:
-    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        try:
-            check_state(path, "it is passed over")
-        except FileNotFoundError:
-            shutil.rmtree(path, ignore_errors=True)
-        except InputError as error:
-            _log.warning("%s", error)
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            return str(path)
-    return None
-
-
-def check_state(path: Path, remedy: str) -> None:
-    """Raises InputError for a damaged state, FileNotFoundError for one that was never finished."""
-    check_files(path, read_record(path / COMPLETE, remedy).get("files"), remedy)
-
-
-def train_on(trainer: Any, work: Path) -> None:
-    """Train from the newest state below `work` to the end, without transformers' own printing.
-
-    `trainer` is a FiniteTrainer. Raises Terminated on SIGTERM, after the optimizer update under
-    way, with its state saved, and RunFailure where what was trained is not finite.
-    """
-    trainer.remove_callback(PrinterCallback)  # the run shows its own progress
-    # Last: what others say of saving comes before.
-    trainer.add_callback(SaveOnTerm(getattr(trainer, "updates_per_step", 1)))
-    with signals.deferred():
-        trainer.train(resume_from_checkpoint=resume_state(work))
-    trainer.check_model()
-
-
-class SaveOnTerm(TrainerCallback):
-    """Saves the state and stops, once the system has asked the process to end.
-
-    States are saved after every `updates` optimizer updates only: between them a trainer may hold a
-    rollout batch that no state has.
-    """
-
-    def __init__(self, updates: int = 1) -> None:
-        self.updates = updates
-
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """After an optimizer update; at the last one, training ends by itself."""
-        if any(current_ranks().gather(signals.is_asked)):  # a signal may have reached only one
-            signals.ask()
-        between = state.global_step % self.updates
-        if signals.is_asked() and not between and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
-        return control
-
-
-class MarkWhole(TrainerCallback):
-    """Marks states as whole.
-
-    Two states are kept (`save_total_limit=2`): transformers deletes the older before the mark of
-    the newer is written.
-    """
-
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Mark the state as whole, with the digests of its files."""
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        processes = current_ranks()
-        processes.barrier()  # each process writes files of its own
-        processes.from_rank0(lambda: _mark_whole(folder))
-
-
-def _mark_whole(folder: Path) -> None:
-    flush_folder(folder)
-    write_sealed(folder / COMPLETE, {"files": digests(folder, but=[COMPLETE])})
-
-
-class StageCallback(MarkWhole):
-    """Reports progress, and marks whole states."""
-
-    def __init__(self, stage: str, notify: Notify, updates_per_step: int = 1) -> None:
-        self.stage = stage
-        self.notify = notify
-        self.updates_per_step = updates_per_step
-
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Say where the stage stands."""
-        self._report(state)
-
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Say how far it is."""
-        self._report(state)
-
-    def _report(self, state: TrainerState) -> None:
-        done = state.global_step // self.updates_per_step
-        self.notify(self.stage, done, state.max_steps // self.updates_per_step)

@@ -22,7 +22,7 @@ from selfcorrect.train.run import open_run
 from selfcorrect.train.stages.base import _FineTuner, train_base
 from selfcorrect.train.stages.corpus import CorpusTrainer
 from selfcorrect.train.stages.reward import _Fitting
-from selfcorrect.train.trainers.guarded import FiniteTrainer
+from selfcorrect.train.trainers.guarded import GuardedTrainer
 from tests.scripts.commands.test_run import SMALL
 
 pytestmark = pytest.mark.slow
@@ -118,28 +118,28 @@ def change_loss(patch: pytest.MonkeyPatch, kind: type, name: str, change: Callab
 
 def overflowing_answers(patch: pytest.MonkeyPatch, stage: str) -> None:
     """The third update leaves weights that are finite, and answers that are not."""
-    inner = FiniteTrainer.check_model
+    inner = GuardedTrainer.check_model
 
-    def changed(self: FiniteTrainer) -> None:
+    def changed(self: GuardedTrainer) -> None:
         if self.state.global_step >= 3:
             with torch.no_grad():
                 self.accelerator.unwrap_model(self.model).get_output_embeddings().weight.fill_(3e38)
         inner(self)
 
-    patch.setattr(FiniteTrainer, "check_model", changed)
+    patch.setattr(GuardedTrainer, "check_model", changed)
 
 
 def nan_weight(patch: pytest.MonkeyPatch, stage: str) -> None:
     """The third update leaves a NaN, where the next loss would be the first to show it."""
-    inner = FiniteTrainer.check_model
+    inner = GuardedTrainer.check_model
 
-    def changed(self: FiniteTrainer) -> None:
+    def changed(self: GuardedTrainer) -> None:
         if self.state.global_step >= 3:
             with torch.no_grad():
                 next(iter(self.model.parameters())).view(-1)[-1] = math.nan
         inner(self)
 
-    patch.setattr(FiniteTrainer, "check_model", changed)
+    patch.setattr(GuardedTrainer, "check_model", changed)
 
 
 def infinite_reward(patch: pytest.MonkeyPatch, stage: str) -> None:
@@ -155,13 +155,13 @@ def infinite_reward(patch: pytest.MonkeyPatch, stage: str) -> None:
 
 CASES = [
     ("base", nan_loss, "base: update 4: the loss is nan"),
-    ("base", infinite_gradient, "base: update 4: the gradient's norm is"),
-    ("base", overflowing_answers, "base: after update 3: the model's answers are not finite"),
+    ("base", infinite_gradient, "base: update 4: the gradient norm is"),
+    ("base", overflowing_answers, "base: after update 3: the model's logits are not finite"),
     ("reward", nan_loss, "reward: update 4: the loss is nan"),
     ("reward", nan_weight, "reward: after update 3: the weight .* is not finite"),
     ("ppo", nan_loss, "ppo step 1: the loss is nan"),
-    ("ppo", infinite_gradient, "ppo step 1: the gradient's norm is"),
-    ("ppo", overflowing_answers, "ppo: after update 4: the model's answers are not finite"),
+    ("ppo", infinite_gradient, "ppo step 1: the gradient norm is"),
+    ("ppo", overflowing_answers, "ppo: after update 4: the model's logits are not finite"),
     ("ppo", nan_weight, "ppo: after update 4: the weight .* is not finite"),
     ("ppo", infinite_reward, "reward 'reward_model' returned inf for completion 0"),
 ]
