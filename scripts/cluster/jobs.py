@@ -58,7 +58,7 @@ def jobs_left(recipe: Recipe, run: Path) -> list[ClusterJob]:
     inline; otherwise the checkpoints are measured after it, whether or not it came to its end. The
     report comes last, of whatever there is.
     """
-    from selfcorrect.evaluate.measuring.run import planned
+    from selfcorrect.evaluate.run_folder import planned_checkpoints
     from selfcorrect.train.run import last_record, unfinished
 
     training = unfinished(recipe, run)
@@ -75,11 +75,11 @@ def jobs_left(recipe: Recipe, run: Path) -> list[ClusterJob]:
                 jobs.append(ClusterJob("train", after[0], [command], [], model.name, leaves))
                 if recipe.evaluate.attach == "inline":
                     continue
-            left = sorted(at for at in planned(recipe) - measured if at[:2] == (model.name, seed))
+            left = sorted(
+                at for at in planned_checkpoints(recipe) - measured if at[:2] == (model.name, seed)
+            )
             if left:
-                measuring = [
-                    _command("evaluate", run, "--checkpoint", "/".join(map(str, at))) for at in left
-                ]
+                measuring = [_command("evaluate", run, "--checkpoint", at) for at in left]
                 jobs.append(
                     ClusterJob("evaluate", f"{name}.evaluate", measuring, after, model.name)
                 )
@@ -95,13 +95,13 @@ def _command(*words: object) -> list[str]:
 
 
 def _measured(recipe: Recipe, run: Path) -> set[tuple[str, int, int]]:
-    from selfcorrect.evaluate.measuring.run import place, recipe_plan, unmeasured
+    from selfcorrect.evaluate.measuring.run import recipe_plan, unmeasured
     from selfcorrect.evaluate.run_folder import find_checkpoints
 
     if not (run / "recipe.yaml").is_file():
         return set()
     lacking = unmeasured(run, recipe_plan(recipe, run), recipe.evaluate.engine, {})
-    return {place(c) for c in find_checkpoints(run, {})} - {place(c) for c in lacking}
+    return {c.key for c in find_checkpoints(run, {})} - {c.key for c in lacking}
 
 
 class Command:

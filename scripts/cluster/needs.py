@@ -7,7 +7,8 @@ from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster.jobs import ClusterJob, Needs, asked_of
 from selfcorrect.train.distributed.settings import deepspeed_settings
-from selfcorrect.train.planning.devices import GPUS, estimate_model
+from selfcorrect.train.planning.devices import GPUS
+from selfcorrect.train.planning.estimate import estimate_model
 from selfcorrect.train.planning.feedback import FeedbackFacts, feedback_facts
 from selfcorrect.train.planning.memory import Parallelism
 from selfcorrect.train.planning.model_shape import model_shape
@@ -34,7 +35,7 @@ def _with(recipe: Recipe, job: ClusterJob, facts: FeedbackFacts) -> ClusterJob:
     gpus = asked_of(recipe, job).gpus or 0
     number = (gpus or recipe.launch.processes) if job.kind == "train" else 1
     try:
-        shape = model_shape(recipe.models[index], f"models.{index}", facts.words)
+        shape = model_shape(recipe.models[index], f"models.{index}", facts.vocabulary)
         asked = recipe.launch.deepspeed if number > 1 else None
         settings = deepspeed_settings(asked, gpus > 0) if asked else {}
         stage = settings.get("zero_optimization", {}).get("stage", 0)

@@ -96,12 +96,17 @@ def measure_rest(
     recipe: Recipe, folder: Path, model: str | None = None, seed: int | None = None
 ) -> None:
     """Evaluate whatever checkpoint (of one model, of one seed) still lacks a cell."""
-    from selfcorrect.evaluate.measuring.run import evaluate_run, planned
+    from selfcorrect.evaluate.measuring.run import evaluate_run
+    from selfcorrect.evaluate.run_folder import planned_checkpoints
     from selfcorrect.train.provenance import threads_per_job
 
     threads = threads_per_job(recipe)  # as while training: sums may round by their number
     only = None
     if model is not None or seed is not None:
-        only = {at for at in planned(recipe) if model in (None, at[0]) and seed in (None, at[1])}
+        only = {
+            at
+            for at in planned_checkpoints(recipe)
+            if model in (None, at[0]) and seed in (None, at[1])
+        }
     with Bars() as bars:
         evaluate_run(recipe, folder, lambda *args: bars("all", *args), threads=threads, only=only)

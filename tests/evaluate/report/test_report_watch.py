@@ -10,7 +10,12 @@ import pytest
 
 from selfcorrect.evaluate.figures import gallery
 from selfcorrect.evaluate.measuring.measure import measure
-from selfcorrect.evaluate.measuring.progress import Progress, Watched, begun, made_from
+from selfcorrect.evaluate.measuring.progress import (
+    RunProgress,
+    WatchedRun,
+    estimate_progress,
+    report_inputs,
+)
 from selfcorrect.evaluate.measuring.run import recipe_plan
 from selfcorrect.evaluate.run_folder import RECORD, CheckpointRecord
 from selfcorrect.recipes.foundation.errors import InputError
@@ -160,7 +165,7 @@ def test_half_written_and_vanishing_files_are_waited_for(run, monkeypatch, capsy
 
 
 def test_what_is_wrong_from_the_start_is_said_at_once(run, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="so this is not a run folder"):
+    with pytest.raises(InputError, match="not a run folder"):
         watch(tmp_path / "nothing", [], monkeypatch)
     (run / "recipe.yaml").write_text("name: [")
     with pytest.raises(InputError, match=r"recipe\.yaml: line 1"):
@@ -182,21 +187,21 @@ def test_a_disk_that_takes_nothing_ends_the_watch(run, monkeypatch):
 
 
 def test_only_cells_measured_with_the_present_settings_count(run):
-    watched = Watched(run)
-    assert watched.progress() == Progress(1, 2) and not watched.progress().complete
+    watched = WatchedRun(run)
+    assert watched.progress() == RunProgress(1, 2) and not watched.progress().complete
     recipe = load_recipe(str(run / "recipe.yaml"), ["evaluate.permutations=3"])
     save_recipe(recipe, run / "recipe.yaml")
-    assert watched.progress() == Progress(0, 2)  # BBQ is asked in other orders now
-    assert begun(run) == Progress(1, 2)
+    assert watched.progress() == RunProgress(0, 2)  # BBQ is asked in other orders now
+    assert estimate_progress(run) == RunProgress(1, 2)
     recipe.seeds = [0, 1]
     save_recipe(recipe, run / "recipe.yaml")
-    assert begun(run) == Progress(1, 4)
+    assert estimate_progress(run) == RunProgress(1, 4)
 
 
 def test_every_file_behind_the_report_is_looked_at(run):
-    before = made_from(run)
+    before = report_inputs(run)
     (place(run, 0) / "evaluation" / "new.parquet").write_bytes(b"")
-    assert set(made_from(run)) - set(before) == {place(run, 0) / "evaluation" / "new.parquet"}
+    assert set(report_inputs(run)) - set(before) == {place(run, 0) / "evaluation" / "new.parquet"}
 
 
 def test_several_runs_are_watched_until_all_are_complete(run, tmp_path, monkeypatch, capsys):
