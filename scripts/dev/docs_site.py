@@ -71,8 +71,8 @@ def recipe_tables() -> str:
             rows.append(f"| `{key}` | {_type(value, sections)} | {needed} | {_cell(text)} |")
         about = section.get("description", "").split("\n\n")[0].replace("\n", " ")
         parts.append(
-            f"## {title}\n\n{about}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |\n"
-            + "\n".join(rows)
+            f"## {title}\n\n{about}\n\n| key | type | default | meaning |\n"
+            "| --- | --- | --- | --- |\n" + "\n".join(rows)
         )
         for path, name in inner:
             write(f"`{path}`", path.replace("[]", ""), sections[name])
