@@ -19,13 +19,13 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from selfcorrect.evaluate.measuring.cell_files import read_settings
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES, Draws
 from selfcorrect.evaluate.statistics.cells import (
-    Measured,
+    MeasuredCell,
     measure_folder,
     measure_run,
-    read_settings,
     run_name,
 )
 from selfcorrect.evaluate.statistics.files import COLUMNS as COLUMNS
@@ -33,7 +33,7 @@ from selfcorrect.evaluate.statistics.files import checkpoints_digest, write_tabl
 from selfcorrect.evaluate.statistics.summary import record_facts
 from selfcorrect.evaluate.statistics.summary import statistics_of as statistics_of
 from selfcorrect.evaluate.statistics.thresholds import NOT_REACHED
-from selfcorrect.recipes.foundation.atomic_files import whole_file
+from selfcorrect.recipes.foundation.atomic_files import atomic_file
 from selfcorrect.recipes.foundation.checksums import write_record
 from selfcorrect.recipes.foundation.errors import InputError
 
@@ -85,7 +85,7 @@ def results_of(
     no bias. Raises InputError as `load`, and for a run of which nothing has been evaluated.
     """
     draws = Draws(num_resamples, seed)
-    cells: list[Measured] = []
+    cells: list[MeasuredCell] = []
     joined: dict[str, Any] = {}
     for run in runs:
         found = measure_run(run, draws)
@@ -186,7 +186,7 @@ def write_items(
     dataset = items_dataset(*runs, experiment=experiment, condition=condition)
     number = 0
     with (
-        whole_file(path) as temporary,
+        atomic_file(path) as temporary,
         pq.ParquetWriter(temporary, dataset.schema, compression="zstd") as writer,
     ):
         for batch in dataset.to_batches():
@@ -230,7 +230,7 @@ def _dataset(files: Sequence[tuple[Path, list[Any]]]) -> ds.Dataset:
 # --- the table -----------------------------------------------------------------------------------
 
 
-def tidy(cells: Sequence[Measured]) -> pd.DataFrame:
+def tidy(cells: Sequence[MeasuredCell]) -> pd.DataFrame:
     """One row per cell, category, order and metric; see COLUMNS."""
     found = []
     for cell in cells:

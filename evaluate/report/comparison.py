@@ -11,7 +11,7 @@ import pandas as pd
 from selfcorrect.evaluate.results import statistics_of, tidy
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.statistics.bootstrap import Draws
-from selfcorrect.evaluate.statistics.cells import Measured, measure_run
+from selfcorrect.evaluate.statistics.cells import MeasuredCell, measure_run
 from selfcorrect.recipes.foundation.checksums import flatten, read_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
@@ -48,7 +48,7 @@ def name_runs(runs: Sequence[Path]) -> dict[str, Path]:
     whole = [run.resolve() for run in runs]
     for run, path in zip(runs, whole, strict=True):
         if not (path / "recipe.yaml").is_file():
-            raise InputError(f"{run}: no recipe.yaml here, so this is not a run folder")
+            raise InputError(f"{run}: not a run folder (no recipe.yaml)")
         if whole.count(path) > 1:
             raise InputError(f"{run}: given twice")
     names = [path.name for path in whole]
@@ -114,7 +114,7 @@ def measure_groups(
     draws = Draws(num_resamples, seed)
     found = []
     for group in groups:
-        cells: list[Measured] = []
+        cells: list[MeasuredCell] = []
         for run in group.runs.values():
             mine = measure_run(run, draws)
             if not mine:

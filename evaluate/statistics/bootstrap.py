@@ -1,9 +1,9 @@
-"""Intervals from resampled clusters, and paired comparisons over the same resamples.
+"""Percentile intervals from resampled clusters.
 
-Items that share a template (an occupation, a student) answer alike, so the cluster is what is
-resampled, within its category: categories are fixed by the benchmark, templates are a sample of
+Items that share a template (an occupation, a student) get similar answers, so clusters are
+resampled, within their category: categories are fixed by the benchmark, templates are a sample of
 the templates that could have been written. Every metric is a function of sums over clusters
-(see tally.py), so all resamples of a cell are one matrix product per category.
+(see experiments/tally.py), so all resamples of a cell are one matrix product per category.
 
 A resample of a category with n sampling units draws n - 1 of them and counts each n / (n - 1)
 times (Rao and Wu 1988, "Resampling inference with complex survey data", JASA 83): with few
@@ -20,9 +20,9 @@ from selfcorrect.evaluate.experiments.tally import OVERALL, Tally
 
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
-# With more undefined resamples than this, the interval would describe a selected few.
+# With more undefined resamples than this, the interval would describe a selection of them.
 LARGEST_UNDEFINED_SHARE = 0.05
-# Numbers that spread less than this, in parts of the largest, agree up to rounding.
+# Numbers whose relative spread is smaller than this are equal up to rounding.
 ROUNDING = 1e-12
 _TAILS = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
 
@@ -39,7 +39,7 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool | None:
-        """Whether zero lies outside the interval; None when there is no interval."""
+        """Return whether zero lies outside the interval; None when there is no interval."""
         if np.isnan(self.low) or np.isnan(self.high):
             return None
         return self.low > 0 or self.high < 0
@@ -50,11 +50,11 @@ UNDEFINED = Estimate(np.nan, np.nan, np.nan)
 
 @dataclass(frozen=True)
 class Replicates:
-    """One cell's overall metrics, each of shape (1 + R,): the data's value, then R resamples.
+    """One cell's overall metrics, each of shape (1 + R,): the value of the data, then R resamples.
 
-    `population` names the clusters and their units. Two cells of equal population were resampled
-    with the same draws, so their replicates may be subtracted one by one. `degrees` are the
-    degrees of freedom of their spread: sampling units less one for each category pooled.
+    `population` names the clusters and their units. Cells of equal population were resampled with
+    the same draws, so their replicates may be subtracted one by one. `degrees` are the degrees of
+    freedom of their spread: sampling units less one for each pooled category.
     """
 
     population: bytes
@@ -64,7 +64,7 @@ class Replicates:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """What one cell's resamples say: estimates by category and metric, and the replicates."""
+    """One cell's estimates by category and metric, and the replicates behind the overall ones."""
 
     estimates: dict[str, dict[str, Estimate]]
     replicates: Replicates
@@ -73,26 +73,26 @@ class Bootstrap:
 class Draws:
     """Bootstrap weights, the same for every cell over the same clusters.
 
-    The draws of a category depend on the seed, its name, and its clusters with their units, never
-    on the order of files or rows: this is what pairs conditions and checkpoints. They are kept,
-    because all checkpoints of a ladder ask for the same ones.
+    The draws of a category depend on the seed, its name and the units of its clusters, never on the
+    order of files or rows: this pairs conditions and checkpoints. They are cached, because all
+    checkpoints of a ladder need the same ones.
     """
 
     def __init__(self, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> None:
         self.num_resamples = num_resamples
         self.seed = seed
-        self._kept: dict[tuple[str, bytes], np.ndarray] = {}
+        self._cache: dict[tuple[str, bytes], np.ndarray] = {}
 
     def weights(self, category: str, units: np.ndarray) -> np.ndarray:
-        """Weights of shape (1 + R, C): row 0 is the data themselves, then R resamples.
+        """Return weights of shape (1 + R, C): row 0 is the data, then R resamples.
 
-        A cluster standing for u units is drawn as u equal units would be. A category of a
-        single unit has no spread to resample: its rows of resamples are NaN.
+        A cluster that stands for u units is drawn like u equal units. A category of a single unit
+        has no spread to resample: its resamples are NaN.
         """
         key = (category, units.tobytes())
-        if key not in self._kept:
-            self._kept[key] = self._draw(category, units)
-        return self._kept[key]
+        if key not in self._cache:
+            self._cache[key] = self._draw(category, units)
+        return self._cache[key]
 
     def _draw(self, category: str, units: np.ndarray) -> np.ndarray:
         total = round(float(units.sum()))
@@ -114,21 +114,21 @@ def bootstrap(
     pooled: Sequence[str] | None = None,
     draws: Draws | None = None,
 ) -> Bootstrap:
-    """Values and 95 % intervals of every metric, for each category and overall.
+    """Return values and 95 % intervals of every metric, for each category and overall.
 
-    `pooled` names the categories behind the overall figure (default: all). The point value is
-    the metric of the plain sums.
+    `pooled` names the categories behind the overall value (default: all). Point values are the
+    metrics of the sums over the data, without resampling.
     """
     draws = draws or Draws()
     population, sums = _resampled_sums(tally, draws)
     chosen = [c for c in tally.categories if pooled is None or c in pooled]
     members = [tally.strata == tally.categories.index(category) for category in chosen]
-    sizes = [round(float(np.sum(tally.units[one]))) for one in members]
+    sizes = [round(float(np.sum(tally.units[clusters]))) for clusters in members]
     degrees = sum(max(size - 1, 0) for size in sizes)
     replicates = Replicates(population, _replicates(metrics, sums, chosen), degrees)
     estimates = {OVERALL: estimate(replicates.metrics)}
     for category in tally.categories:
-        if chosen == [category]:  # one category alone is the overall figure
+        if chosen == [category]:  # the overall value pools this category alone
             estimates[category] = estimates[OVERALL]
         else:
             estimates[category] = estimate(_replicates(metrics, sums, [category]))
@@ -136,7 +136,7 @@ def bootstrap(
 
 
 def _resampled_sums(tally: Tally, draws: Draws) -> tuple[bytes, dict[str, dict[str, np.ndarray]]]:
-    """Each category's sums, every one of shape (1 + R,), and the name of what was resampled."""
+    """Return the population that was resampled, and each category's sums of shape (1 + R,)."""
     names = list(tally.sums)
     table = np.stack([np.asarray(tally.sums[name], dtype=float) for name in names])
     labels = np.array(tally.clusters, dtype=object)
@@ -157,25 +157,24 @@ def _resampled_sums(tally: Tally, draws: Draws) -> tuple[bytes, dict[str, dict[s
 def _replicates(
     metrics: Metrics, sums: Mapping[str, Mapping[str, np.ndarray]], categories: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """The metrics over `categories`, each of shape (1 + R,); empty without any category."""
+    """Return the metrics over `categories`, each of shape (1 + R,); none without a category."""
     chosen = [sums[category] for category in categories if category in sums]
     if not chosen:
         return {}
     if len(chosen) == 1:
         table = {name: values[:, None] for name, values in chosen[0].items()}
     else:
-        table = {name: np.stack([one[name] for one in chosen], axis=1) for name in chosen[0]}
-    found = metrics(table)
-    # A category of a single unit has no resamples, whatever the sum: metrics must not go on
-    # without it.
+        table = {name: np.stack([part[name] for part in chosen], axis=1) for name in chosen[0]}
+    replicates = metrics(table)
+    # A category of a single unit has no resamples. Metrics that skip NaN must not hide that.
     absent = np.isnan(next(iter(table.values()))).any(axis=1)
     if not absent.any():
-        return found
-    return {name: np.where(absent, np.nan, values) for name, values in found.items()}
+        return replicates
+    return {name: np.where(absent, np.nan, values) for name, values in replicates.items()}
 
 
 def estimate(replicates: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
-    """Point values (entry 0) and percentile intervals (the other entries) of several metrics."""
+    """Return values (entry 0) and percentile intervals (the other entries) of several metrics."""
     if not replicates:
         return {}
     names, same = _distinct(replicates)
@@ -183,23 +182,24 @@ def estimate(replicates: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
     values, resamples = table[:, 0], table[:, 1:]
     intervals = np.full((len(table), 2), np.nan)
     num_defined = np.isfinite(resamples).sum(axis=1)
-    whole = num_defined == resamples.shape[1]
-    if whole.any():
-        intervals[whole] = np.quantile(resamples[whole], _TAILS, axis=1).T
+    complete = num_defined == resamples.shape[1]
+    if complete.any():
+        intervals[complete] = np.quantile(resamples[complete], _TAILS, axis=1).T
     enough = num_defined >= (1 - LARGEST_UNDEFINED_SHARE) * resamples.shape[1]
-    for row in np.flatnonzero(enough & ~whole):
+    for row in np.flatnonzero(enough & ~complete):
         intervals[row] = np.quantile(resamples[row][np.isfinite(resamples[row])], _TAILS)
-    found = {
+    estimates = {
         name: Estimate(float(value), float(low), float(high)) if np.isfinite(value) else UNDEFINED
         for name, value, (low, high) in zip(names, values, intervals, strict=True)
     }
-    return {name: found[same[name]] for name in replicates}
+    return {name: estimates[same[name]] for name in replicates}
 
 
 def _distinct(replicates: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str, str]]:
-    """Names of the distinct arrays, and which of them each name equals; quantiles are dear.
+    """Return the names of the distinct arrays, and the distinct name that each name equals.
 
-    In a single category a mean over categories, for one, is the metric itself.
+    Quantiles are slow, and equal arrays are common: within a single category, a mean over
+    categories is the metric itself.
     """
     first: dict[bytes, str] = {}
     same = {}
@@ -209,7 +209,7 @@ def _distinct(replicates: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str
 
 
 def standard_error(replicates: np.ndarray) -> float:
-    """Standard deviation of the resamples (entries 1 and up); 0 when they agree, NaN undefined."""
+    """Return the standard deviation of the resamples; 0 if they agree, NaN if undefined."""
     resamples = replicates[1:][np.isfinite(replicates[1:])]
     if len(resamples) < 2 or not np.isfinite(replicates[0]):
         return float("nan")

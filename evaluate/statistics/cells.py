@@ -1,4 +1,4 @@
-"""Evaluation files into measured cells: one checkpoint x experiment x condition each."""
+"""Load evaluation files as measured cells: one checkpoint x experiment x condition each."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +17,12 @@ from selfcorrect.recipes.foundation.errors import InputError
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One cell: what was scored, its estimates, and where it belongs.
+class MeasuredCell:
+    """One cell with its estimates.
 
-    `num_texts` dialogues hold text of the model's own, of which `num_truncated` were cut off at
-    the length limit before the model ended by itself. `by_order` is empty where every item was
-    asked in one order.
+    `record` is None for a stand-alone model. `num_texts` dialogues contain text that the model
+    wrote, of which `num_truncated` were cut off at the length limit. `by_order` is empty where
+    every item was asked with its options in one order.
     """
 
     run: str
@@ -33,6 +33,7 @@ class Measured:
     left_out: dict[str, int]
     bootstrap: Bootstrap
     counts: dict[str, tuple[int, int]]  # category -> (items, clusters)
+    judged: bool
     num_texts: int
     num_truncated: int
     by_order: dict[str, "OrderResult"] = field(default_factory=dict)
@@ -40,15 +41,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class OrderResult:
-    """What a cell's rows in one order of the options say, where items were asked in several."""
+    """Estimates and counts of a cell's rows with the options in one order."""
 
     estimates: dict[str, dict[str, Estimate]]
     counts: dict[str, tuple[int, int]]
 
 
-def measure_run(run: Path, draws: Draws) -> list[Measured]:
-    """Every evaluated cell of a run, ordered by size, model, seed, step, experiment, condition."""
-    cells: list[Measured] = []
+def measure_run(run: Path, draws: Draws) -> list[MeasuredCell]:
+    """Return every evaluated cell of a run, by size, model, seed, step, experiment, condition."""
+    cells: list[MeasuredCell] = []
     for checkpoint in find_checkpoints(run):
         record = checkpoint.record
         cells += measure_folder(checkpoint.evaluation, run_name(run), record.model, record, draws)
@@ -57,8 +58,8 @@ def measure_run(run: Path, draws: Draws) -> list[Measured]:
 
 def measure_folder(
     folder: Path, run: str, model: str, record: CheckpointRecord | None, draws: Draws
-) -> list[Measured]:
-    """Every cell of one folder of parquet files."""
+) -> list[MeasuredCell]:
+    """Return every cell of one folder of parquet files, by experiment and condition."""
     cells = [_measure(path, run, model, record, draws) for path in sorted(folder.glob("*.parquet"))]
     order = list(EXPERIMENTS)
     return sorted(
@@ -68,31 +69,30 @@ def measure_folder(
 
 def _measure(
     path: Path, run: str, model: str, record: CheckpointRecord | None, draws: Draws
-) -> Measured:
+) -> MeasuredCell:
     settings = read_settings(path)
     _check_origin(path, settings, record)
     experiment = get_experiment(settings["experiment"])
     frame = read_table(path, None).to_pandas()
     try:
         truncated = frame["truncated"]
-        boot, counts = _resampled(experiment, frame, draws)
-        orders = _orders(frame)
-        by_order = {
-            order: OrderResult(one.estimates, sizes)
-            for order in orders
-            for one, sizes in [_resampled(experiment, frame[frame["order"] == order], draws)]
-        }
+        resampled, counts = _resample(experiment, frame, draws)
+        by_order = {}
+        for order in _orders(frame):
+            part, part_counts = _resample(experiment, frame[frame["order"] == order], draws)
+            by_order[order] = OrderResult(part.estimates, part_counts)
     except (KeyError, TypeError, IndexError):
         raise damaged_cell(path) from None
-    return Measured(
+    return MeasuredCell(
         run=run,
         model=model,
         record=record,
         experiment=settings["experiment"],
         condition=settings["condition"],
-        left_out={str(k): int(v) for k, v in (settings.get("left_out") or {}).items()},
-        bootstrap=boot,
+        left_out={str(why): int(n) for why, n in (settings.get("left_out") or {}).items()},
+        bootstrap=resampled,
         counts=counts,
+        judged=bool(settings["judged"]),
         num_texts=int(truncated.notna().sum()),
         num_truncated=int(truncated.eq(True).sum()),
         by_order=by_order,
@@ -108,15 +108,15 @@ def _check_origin(path: Path, settings: dict[str, Any], record: CheckpointRecord
         and weights not in (None, record.weights_digest)
     ):
         raise InputError(
-            f"{path}: holds the answers of other weights than its checkpoint.json speaks of; run "
+            f"{path}: its answers come from other weights than checkpoint.json records; run "
             "`selfcorrect evaluate` again, or copy the checkpoint here again"
         )
 
 
-def _resampled(
+def _resample(
     experiment: Experiment, frame: pd.DataFrame, draws: Draws
 ) -> tuple[Bootstrap, dict[str, tuple[int, int]]]:
-    """Estimates of a cell's rows, and how many rows and clusters are behind each category."""
+    """Return the estimates of a cell's rows, and each category's number of rows and clusters."""
     tally = experiment.tally(frame)
     pooled = experiment.overall_categories(tally.categories)
     items = frame["category"].value_counts().to_dict()
@@ -125,13 +125,13 @@ def _resampled(
         category: (int(items.get(category, 0)), int(clusters[index]))
         for index, category in enumerate(tally.categories)
     }
-    of_pooled = [counts[category] for category in pooled if category in counts]
-    counts[OVERALL] = (sum(c[0] for c in of_pooled), sum(c[1] for c in of_pooled))
+    parts = [counts[category] for category in pooled if category in counts]
+    counts[OVERALL] = (sum(rows for rows, _ in parts), sum(num for _, num in parts))
     return bootstrap(tally, experiment.compute, pooled, draws), counts
 
 
 def _orders(frame: pd.DataFrame) -> list[str]:
-    """The orders of options, sorted, where an item was asked in more than one; else none."""
+    """Return the sorted orders of the options where an item was asked in several, else []."""
     orders = sorted(frame["order"].unique())
     if len(orders) < 2 or (frame.groupby("item")["order"].nunique() < 2).all():
         return []
@@ -139,5 +139,5 @@ def _orders(frame: pd.DataFrame) -> list[str]:
 
 
 def run_name(run: Path) -> str:
-    """What the column `run` says: the folder's own name."""
+    """Return the value of the column `run`: the folder's name."""
     return run.resolve().name

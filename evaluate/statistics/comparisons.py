@@ -33,6 +33,7 @@ class Cell:
     condition: str
     replicates: Replicates
     kl: float | None = None
+    judged: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Comparison:
     reason: str | None = None
     error: float = np.nan
     degrees: int = 0
+    judged: bool = True
 
 
 def compare(cells: Sequence[Cell]) -> list[Comparison]:
@@ -133,6 +135,7 @@ def _difference(
                 reason=reason,
                 error=standard_error(sums[metric]) if metric in sums else np.nan,
                 degrees=cell.replicates.degrees,
+                judged=cell.judged,
             )
         )
     return comparisons

@@ -9,7 +9,6 @@ from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.statistics.comparisons import UNINSTRUCTED, Cell
 
 EXPECTED = "expected_"  # prefix of the same metric from probabilities instead of choices
-MATCH_STATS = "Match stats"
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Series:
         self.parameters = {cell.model: cell.parameters for cell in cells}
         self.models = sorted(self.parameters, key=lambda model: self.parameters[model])
         self.conditions = list(dict.fromkeys(cell.condition for cell in cells))
+        self.judged = {cell.condition: cell.judged for cell in cells}
         self.degrees = min(cell.replicates.degrees for cell in cells)
 
     def seeds(self, model: str | None = None) -> list[int]:
@@ -87,7 +87,7 @@ class Series:
 
     def judges(self, quantity: Quantity) -> bool:
         """Whether a test of it counts in a family: headline metrics, and effects against a bias."""
-        against = quantity.name == "metric" or quantity.condition != MATCH_STATS
+        against = quantity.name == "metric" or self.judged[quantity.condition]
         return quantity.metric == self.headline and against
 
     def point(self, quantity: Quantity, model: str, seed: int, step: int) -> Point | str:

@@ -1,6 +1,6 @@
-"""Tests, corrections and power, all of them scipy's and statsmodels', behind one name each.
+"""Tests, corrections and power, computed by scipy and statsmodels.
 
-statsmodels is imported where it is called: it takes a second.
+statsmodels is imported in the functions that call it: importing it takes a second.
 """
 
 import gc
@@ -16,32 +16,32 @@ from scipy import stats
 from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, ROUNDING
 
 POWER = 0.8
-# statsmodels' mixed model needs some seeds to estimate a variance between them.
-FEWEST_SEEDS_OF_A_MIXED_MODEL = 5
+# Fewer seeds do not allow the mixed model to estimate a variance between them.
+MIN_SEEDS_OF_MIXED_MODEL = 5
 
 
 def wald_p(value: float, error: float, degrees: int) -> float:
-    """Two-sided p of value / error under Student's t; NaN without spread or degrees of freedom."""
+    """Return the two-sided p of value / error under Student's t; NaN without spread or degrees."""
     if not error > 0 or degrees < 1:
         return float("nan")
     return float(2 * stats.t.sf(abs(value / error), degrees))
 
 
 def mean_over_seeds(values: Sequence[float]) -> dict[str, float]:
-    """Mean of one number a seed, with Student's interval and p: `scipy.stats.ttest_1samp`.
+    """Return the mean of one number per seed with Student's interval and p (`ttest_1samp`).
 
-    Keys value, low, high, standard_error, p_value; all but the value NaN for fewer than two seeds
-    or seeds that all agree.
+    Keys: value, low, high, standard_error, p_value. All but the value are NaN for fewer than two
+    seeds, or seeds that all agree.
     """
-    table = np.asarray(values, dtype=float)
-    found = dict.fromkeys(("low", "high", "standard_error", "p_value"), float("nan"))
-    found["value"] = float(table.mean()) if len(table) else float("nan")
-    if len(table) < 2 or np.ptp(table) <= ROUNDING * max(1.0, float(np.abs(table).max())):
-        return found
-    test = stats.ttest_1samp(table, 0.0)
+    seeds = np.asarray(values, dtype=float)
+    result = dict.fromkeys(("low", "high", "standard_error", "p_value"), float("nan"))
+    result["value"] = float(seeds.mean()) if len(seeds) else float("nan")
+    if len(seeds) < 2 or np.ptp(seeds) <= ROUNDING * max(1.0, float(np.abs(seeds).max())):
+        return result
+    test = stats.ttest_1samp(seeds, 0.0)
     low, high = test.confidence_interval(CONFIDENCE)
-    error = float(stats.sem(table))
-    return found | {
+    error = float(stats.sem(seeds))
+    return result | {
         "low": float(low),
         "high": float(high),
         "standard_error": error,
@@ -52,26 +52,26 @@ def mean_over_seeds(values: Sequence[float]) -> dict[str, float]:
 def mixed_slope(
     x: Sequence[np.ndarray], y: Sequence[np.ndarray]
 ) -> tuple[dict[str, float] | None, str]:
-    """Slope of y over x with a random line for every seed: statsmodels' MixedLM by REML.
+    """Fit the slope of y over x with a random line per seed: statsmodels' MixedLM by REML.
 
-    `x` and `y` hold one array a seed. The interval and p take Student's t with seeds - 1 degrees
-    of freedom, since MixedLM's own normal quantiles are too narrow for few seeds. Returns None and
-    the reason where the model cannot be fitted well: few seeds, too few points, no convergence, or
-    a variance at the boundary.
+    `x` and `y` hold one array per seed. The interval and p use Student's t with seeds - 1 degrees
+    of freedom, since MixedLM's normal quantiles are too narrow for few seeds. Returns the keys of
+    `mean_over_seeds` and ""; or None and the reason where the model cannot be fitted well: few
+    seeds, too few points, no convergence, or a variance at its boundary.
     """
     from statsmodels.regression.mixed_linear_model import MixedLM
 
-    if len(x) < FEWEST_SEEDS_OF_A_MIXED_MODEL:
-        return None, f"fewer than {FEWEST_SEEDS_OF_A_MIXED_MODEL} seeds"
-    if min(len(np.unique(one)) for one in x) < 3:
+    if len(x) < MIN_SEEDS_OF_MIXED_MODEL:
+        return None, f"fewer than {MIN_SEEDS_OF_MIXED_MODEL} seeds"
+    if min(len(np.unique(positions)) for positions in x) < 3:
         return None, "a seed with fewer than three points"
     xs, ys = np.concatenate(x), np.concatenate(y)
     spread_x, spread_y = float(xs.std()), float(ys.std())
     if not spread_y > 0:
         return None, "no spread in the values"
     lines = np.column_stack([np.ones(len(xs)), (xs - xs.mean()) / spread_x])
-    seeds = np.repeat(np.arange(len(x)), [len(one) for one in x])
-    with warnings.catch_warnings(record=True) as said:
+    seeds = np.repeat(np.arange(len(x)), [len(positions) for positions in x])
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             model = MixedLM(ys / spread_y, lines, groups=seeds, exog_re=lines)
@@ -79,10 +79,10 @@ def mixed_slope(
             error = float(fit.bse_fe[1])
         except (np.linalg.LinAlgError, ValueError):
             return None, "the mixed model cannot be fitted"
-    # It tries several optimisers and warns of each that fails: only the last one's word counts.
+    # MixedLM warns for each optimiser that fails; only whether the last one converged matters.
     if not fit.converged:
         return None, "the mixed model does not converge"
-    doubts = [warning for warning in said if re.search("boundary|Hessian", str(warning.message))]
+    doubts = [warning for warning in caught if re.search("boundary|Hessian", str(warning.message))]
     smallest = np.linalg.eigvalsh(np.asarray(fit.cov_re))[0]
     if doubts or not error > 0 or smallest < 1e-6 * fit.scale:
         return None, "a variance of the mixed model at its boundary"
@@ -99,10 +99,10 @@ def mixed_slope(
 
 
 def detectable(error: float, degrees: int) -> float:
-    """The smallest true difference that a two-sided 5 % t test finds with 80 % power.
+    """Return the smallest true difference that a two-sided 5 % t test finds with 80 % power.
 
     `error` is the standard error of the difference. statsmodels' `TTestPower` on degrees + 1
-    observations gives it in standard deviations of one observation.
+    observations gives the difference in standard deviations of one observation.
     """
     if not error > 0 or degrees < 1:
         return float("nan")
@@ -113,16 +113,16 @@ def detectable(error: float, degrees: int) -> float:
 def _smallest_effect(degrees: int) -> float:
     from statsmodels.stats.power import TTestPower
 
-    # From some degrees on only the normal limit is left, and the solver needs no such care.
+    # With many degrees of freedom the t distribution is normal, and the solver may fail.
     n = min(degrees, 5000) + 1
     solved = TTestPower().solve_power(nobs=n, alpha=1 - CONFIDENCE, power=POWER)
     return float(np.ravel(solved)[0]) * float(np.sqrt(n / (degrees + 1)))
 
 
 def correct(rows: Sequence[dict[str, Any]]) -> None:
-    """Fill `p_adjusted`, in place: Holm's step-down correction within each run's `family`.
+    """Set `p_adjusted` of the rows, in place: Holm's correction within each run and `family`.
 
-    Rows without a family or without a p-value (None) get None and count in no family.
+    Rows without a family or without a p-value get None and count in no family.
     """
     from statsmodels.stats.multitest import multipletests
 
@@ -131,7 +131,7 @@ def correct(rows: Sequence[dict[str, Any]]) -> None:
         row["p_adjusted"] = None
         if row["family"] is not None and row["p_value"] is not None:
             families.setdefault((row["run"], row["family"]), []).append(row)
-    gc.freeze()  # multipletests ends in gc.collect(): 0.2 s each over all that is imported
+    gc.freeze()  # multipletests calls gc.collect(), which takes 0.2 s over all loaded modules
     try:
         for family in families.values():
             adjusted = multipletests([row["p_value"] for row in family], method="holm")[1]

@@ -1,6 +1,6 @@
-"""What statistics.json holds: estimates by cell, comparisons, trends, thresholds, and their tests.
+"""The content of statistics.json: estimates by cell, comparisons, trends, thresholds and tests.
 
-Every list is one of plain dicts with the same keys, so `results.rows` makes a dataframe of it.
+Every list holds plain dicts of equal keys, so that `results.rows` can make a dataframe of it.
 docs/reference/statistics.md documents the keys.
 """
 
@@ -12,10 +12,10 @@ import numpy as np
 from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.run_folder import Checkpoint, CheckpointRecord
-from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, Estimate
-from selfcorrect.evaluate.statistics.cells import Measured
+from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, Estimate, number_or_none
+from selfcorrect.evaluate.statistics.cells import MeasuredCell
 from selfcorrect.evaluate.statistics.comparisons import Cell, Comparison, compare
-from selfcorrect.evaluate.statistics.series import EXPECTED, MATCH_STATS
+from selfcorrect.evaluate.statistics.series import EXPECTED
 from selfcorrect.evaluate.statistics.significance import (
     POWER,
     correct,
@@ -36,33 +36,33 @@ LISTS = {"effect": "effects", "growth": "growth", "change": "changes"}
 
 
 def record_facts(record: CheckpointRecord | None) -> dict[str, Any]:
-    """What checkpoint.json says that stands in every row; None for a stand-alone model."""
+    """Return the facts of checkpoint.json that each row repeats; None for a stand-alone model."""
     names = ["parameters", "seed", "step", "episodes", "kl", "reward"]
     return {name: None if record is None else getattr(record, name) for name in names}
 
 
 def statistics_of(
-    cells: Sequence[Measured],
+    cells: Sequence[MeasuredCell],
     checkpoints: Sequence[Checkpoint],
     num_resamples: int,
     seed: int,
     thresholds: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The content of statistics.json: of one run, or of several that are seeds of one recipe.
+    """Return the content of statistics.json, of one run or of several that are seeds of a recipe.
 
-    `checkpoints` are those there are, measured or not. `thresholds` names, by experiment, the value
-    of the headline metric to be reached, in place of no bias.
+    `checkpoints` are all that exist, measured or not. `thresholds` overrides, by experiment, the
+    unbiased value of the headline metric.
     """
-    of_runs = [_cell(cell) for cell in cells if cell.record is not None]
-    comparisons = compare(of_runs)
+    checkpoint_cells = [_checkpoint_cell(cell) for cell in cells if cell.record is not None]
+    comparisons = compare(checkpoint_cells)
     compared = {
-        name: [_comparison_json(one) for one in comparisons if one.kind == kind]
+        name: [_comparison_json(row) for row in comparisons if row.kind == kind]
         for kind, name in LISTS.items()
     }
     over_seeds = _over_seeds(comparisons)
     for rows in (*compared.values(), over_seeds):
         correct(rows)
-    found = trends(of_runs)
+    all_trends = trends(checkpoint_cells)
     return {
         "about": {
             "num_resamples": num_resamples,
@@ -77,14 +77,14 @@ def statistics_of(
         "cells": [_cell_json(cell) for cell in cells],
         **compared,
         "over_seeds": over_seeds,
-        "trends": found,
-        "thresholds": threshold_steps(of_runs, thresholds),
-        "side_by_side": _side_by_side(compared["changes"], compared["growth"], found),
+        "trends": all_trends,
+        "thresholds": threshold_steps(checkpoint_cells, thresholds),
+        "side_by_side": _side_by_side(compared["changes"], compared["growth"], all_trends),
         "missing": _missing(cells, checkpoints),
     }
 
 
-def _cell(cell: Measured) -> Cell:
+def _checkpoint_cell(cell: MeasuredCell) -> Cell:
     record = cast(CheckpointRecord, cell.record)
     return Cell(
         run=cell.run,
@@ -96,16 +96,18 @@ def _cell(cell: Measured) -> Cell:
         condition=cell.condition,
         replicates=cell.bootstrap.replicates,
         kl=record.kl,
+        judged=cell.judged,
     )
 
 
-def _cell_json(cell: Measured) -> dict[str, Any]:
+def _cell_json(cell: MeasuredCell) -> dict[str, Any]:
     return {
         "run": cell.run,
         "model": cell.model,
         **record_facts(cell.record),
         "experiment": cell.experiment,
         "condition": cell.condition,
+        "judged": cell.judged,
         "num_items": cell.counts[OVERALL][0],
         "num_clusters": cell.counts[OVERALL][1],
         "left_out": cell.left_out,
@@ -119,61 +121,57 @@ def _cell_json(cell: Measured) -> dict[str, Any]:
 
 
 def _estimate_json(estimate: Estimate) -> dict[str, float | None]:
-    numbers = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-    return {name: _number(value) for name, value in numbers.items()}
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+    return {name: number_or_none(getattr(estimate, name)) for name in ("value", "low", "high")}
 
 
 # --- comparisons ---------------------------------------------------------------------------------
 
 
-def _comparison_json(one: Comparison) -> dict[str, Any]:
-    """`from_step` is null for an effect, which is of one step."""
-    p_value = wald_p(one.estimate.value, one.error, one.degrees)
+def _comparison_json(comparison: Comparison) -> dict[str, Any]:
+    p_value = wald_p(comparison.estimate.value, comparison.error, comparison.degrees)
     return {
-        **_place(one),
-        "seed": one.seed,
-        **_estimate_json(one.estimate),
-        "standard_error": _number(one.error),
-        "p_value": _number(p_value),
-        "family": _family(one, "over items"),
+        **_identity(comparison),
+        "seed": comparison.seed,
+        **_estimate_json(comparison.estimate),
+        "standard_error": number_or_none(comparison.error),
+        "p_value": number_or_none(p_value),
+        "family": _family(comparison, "over items"),
         "p_adjusted": None,
-        "detectable": _number(detectable(one.error, one.degrees)),
-        "excludes_zero": one.estimate.excludes_zero,
-        "undefined_because": one.reason,
+        "detectable": number_or_none(detectable(comparison.error, comparison.degrees)),
+        "excludes_zero": comparison.estimate.excludes_zero,
+        "undefined_because": comparison.reason,
     }
 
 
-def _place(one: Comparison) -> dict[str, Any]:
-    names = ["run", "model", "parameters", "experiment", "condition", "metric", "step", "from_step"]
-    return {name: getattr(one, name) for name in names}
+def _identity(comparison: Comparison) -> dict[str, Any]:
+    """Return what is compared, without the seed; `from_step` is None for effects."""
+    names = "run model parameters experiment condition judged metric step from_step".split()
+    return {name: getattr(comparison, name) for name in names}
 
 
-def _family(one: Comparison, unit: str) -> str | None:
-    """Headline metrics are judged; match-stats asks for a correlation, not against a bias."""
-    if one.metric != get_experiment(one.experiment).headline:
+def _family(comparison: Comparison, unit: str) -> str | None:
+    """Return the family of tests; None for what is not judged against a bias."""
+    if comparison.metric != get_experiment(comparison.experiment).headline:
         return None
-    if one.kind != "change" and one.condition == MATCH_STATS:
+    if comparison.kind != "change" and not comparison.judged:
         return None
-    return f"{one.kind}, {unit}"
+    return f"{comparison.kind}, {unit}"
 
 
 def _over_seeds(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """Effects, growths and changes with the training seed as the unit, where there are several."""
+    """Return the comparisons with the training seed as the unit, where there are several seeds."""
     groups: dict[tuple[Any, ...], list[Comparison]] = {}
-    for one in comparisons:
-        headline = get_experiment(one.experiment).headline
-        if one.metric in (headline, EXPECTED + headline):
-            groups.setdefault((one.kind, *_place(one).values()), []).append(one)
+    for comparison in comparisons:
+        headline = get_experiment(comparison.experiment).headline
+        if comparison.metric in (headline, EXPECTED + headline):
+            key = (comparison.kind, *_identity(comparison).values())
+            groups.setdefault(key, []).append(comparison)
     rows = []
     for group in groups.values():
         if len(group) < 2:
             continue
-        values = [one.estimate.value for one in group if not np.isnan(one.estimate.value)]
-        numbers = {name: _number(value) for name, value in mean_over_seeds(values).items()}
+        values = [seed.estimate.value for seed in group if not np.isnan(seed.estimate.value)]
+        numbers = {name: number_or_none(value) for name, value in mean_over_seeds(values).items()}
         reason = None
         if len(values) < 2:
             reason = f"needs two seeds with a value, has {len(values)}"
@@ -183,18 +181,18 @@ def _over_seeds(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
         error = np.nan if numbers["standard_error"] is None else numbers["standard_error"]
         rows.append(
             {
-                **_place(group[0]),
+                **_identity(group[0]),
                 "kind": group[0].kind,
                 "num_seeds": len(values),
                 **{name: numbers[name] for name in ("value", "low", "high", "standard_error")},
                 "p_value": numbers["p_value"],
                 "family": _family(group[0], "over seeds"),
                 "p_adjusted": None,
-                "detectable": _number(detectable(error, len(values) - 1)),
+                "detectable": number_or_none(detectable(error, len(values) - 1)),
                 "left_out": [
-                    f"seed {one.seed}: {one.reason}"
-                    for one in group
-                    if np.isnan(one.estimate.value)
+                    f"seed {comparison.seed}: {comparison.reason}"
+                    for comparison in group
+                    if np.isnan(comparison.estimate.value)
                 ],
                 "undefined_because": reason,
             }
@@ -205,55 +203,56 @@ def _over_seeds(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
 def _side_by_side(
     changes: Sequence[Mapping[str, Any]],
     growth: Sequence[Mapping[str, Any]],
-    found: Sequence[Mapping[str, Any]],
+    all_trends: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
-    """The headline metric beside `expected_...`: does a change hold with probabilities too?
+    """Return each headline metric's growth and slope beside those of `expected_<headline>`.
 
-    First to last step (a condition's change, the growth of its effect), and the slope over steps.
+    Growth is from the first to the last step: a condition's change, or the growth of its effect.
     """
     keys = ("run", "model", "seed", "experiment", "condition", "metric")
     ends = {("metric", *(row[key] for key in keys)): row for row in changes}
     ends |= {("effect", *(row[key] for key in keys)): row for row in growth}
     slopes = {
         (row["quantity"], *(row[key] for key in keys)): row
-        for row in found
+        for row in all_trends
         if row["against"] == "step" and row["unit"] == "items" and row["seed"] is not None
     }
     rows = []
-    for place in slopes:
-        *others, metric = place
-        headline = get_experiment(str(place[4])).headline
+    for headline_key in slopes:
+        *identity, metric = headline_key
+        row: dict[str, Any] = dict(zip(("quantity", *keys[:-1]), identity, strict=True))
+        headline = get_experiment(row["experiment"]).headline
         if metric != headline:
             continue
-        row: dict[str, Any] = dict(zip(("quantity", *keys[:-1]), others, strict=True))
-        twin = (*others, EXPECTED + headline)
-        row |= {"headline": headline, "expected": twin[-1] if twin in slopes else None}
-        for name, one in (("headline", place), ("expected", twin)):
-            for kind, source in (("growth", ends.get(one)), ("slope", slopes.get(one))):
+        expected = EXPECTED + headline
+        expected_key = (*identity, expected)
+        measured = expected_key in slopes
+        row |= {"headline": headline, "expected": expected if measured else None}
+        for name, key in (("headline", headline_key), ("expected", expected_key)):
+            for kind, source in (("growth", ends.get(key)), ("slope", slopes.get(key))):
                 for end in ("value", "low", "high"):
-                    key = f"{name}_{kind}" + ("" if end == "value" else f"_{end}")
-                    row[key] = None if source is None else source[end]
-        reason = None if twin in slopes else f"{place[4]} measures no {twin[-1]}"
+                    column = f"{name}_{kind}" + ("" if end == "value" else f"_{end}")
+                    row[column] = None if source is None else source[end]
+        reason = None if measured else f"{row['experiment']} measures no {expected}"
         rows.append(row | {"undefined_because": reason})
     return rows
 
 
-def _missing(cells: Sequence[Measured], checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Sentences on what one checkpoint lacks and another has."""
-    asked = {(cell.experiment, cell.condition) for cell in cells}
-    held: dict[tuple[str, int, int], set[tuple[str, str]]] = {}
+def _missing(cells: Sequence[MeasuredCell], checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Return a sentence for each cell that one checkpoint lacks and another has."""
+    expected = {(cell.experiment, cell.condition) for cell in cells}
+    measured: dict[tuple[str, int, int], set[tuple[str, str]]] = {}
     for cell in cells:
         if cell.record is not None:
-            place = (cell.model, cell.record.seed, cell.record.step)
-            held.setdefault(place, set()).add((cell.experiment, cell.condition))
+            key = (cell.model, cell.record.seed, cell.record.step)
+            measured.setdefault(key, set()).add((cell.experiment, cell.condition))
     sentences = []
     for record in (checkpoint.record for checkpoint in checkpoints):
-        where = f"{record.model}, seed {record.seed}, step {record.step}"
-        lacking = asked - held.get((record.model, record.seed, record.step), set())
-        if lacking == asked:
-            sentences.append(f"{where}: not evaluated")
+        key = (record.model, record.seed, record.step)
+        name = "{}, seed {}, step {}".format(*key)
+        absent = expected - measured.get(key, set())
+        if absent == expected:
+            sentences.append(f"{name}: not evaluated")
             continue
-        sentences += [
-            f"{where}: no {name} under {condition}" for name, condition in sorted(lacking)
-        ]
+        sentences += [f"{name}: no {cell} under {condition}" for cell, condition in sorted(absent)]
     return sentences

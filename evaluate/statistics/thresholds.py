@@ -16,7 +16,6 @@ from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, LARGEST_UNDEFINED_SHARE
 from selfcorrect.evaluate.statistics.comparisons import Cell
 from selfcorrect.evaluate.statistics.series import (
-    MATCH_STATS,
     Quantity,
     Series,
     over_training,
@@ -31,7 +30,7 @@ ROW: dict[str, str] = {
     "parameters": "its number of parameters",
     "seed": "training seed",
     "experiment": "bbq, winogender, ...",
-    "condition": "the condition; Match stats, which asks for no parity, has no row",
+    "condition": "the condition; a condition that is not judged against a bias has no row",
     "metric": "the headline metric, or expected_<headline>",
     "threshold": "the metric's value without bias, or the one asked for",
     "starts": "above, below or at the threshold, at the first checkpoint",
@@ -60,7 +59,7 @@ def threshold_steps(
         unbiased = get_experiment(series.experiment).metrics[series.headline].unbiased
         threshold = (thresholds or {}).get(series.experiment, unbiased)
         for quantity in series.quantities():
-            if quantity.name == "effect" or quantity.condition == MATCH_STATS:
+            if quantity.name == "effect" or not series.judged[quantity.condition]:
                 continue
             for model in series.models:
                 for seed in series.seeds(model):
