@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.evaluate.report.comparison import flatten
-from selfcorrect.recipes.foundation.checksums import read_record, write_record
+from selfcorrect.recipes.foundation.checksums import flatten, read_record, write_record
 from selfcorrect.recipes.schema import Recipe
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.evaluate.prompts.dialogue import before_sample, render, with_sample
 from selfcorrect.evaluate.prompts.items import Item
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn, option_orders
-from selfcorrect.recipes.load import apply_override, check_recipe, load_recipe, parse_yaml
+from selfcorrect.recipes.foundation.yaml_text import parse_yaml
+from selfcorrect.recipes.load import apply_override, check_recipe, load_recipe
 from selfcorrect.recipes.society.benchmarks import bbq_rows
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.world import make_world

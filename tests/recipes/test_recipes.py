@@ -9,14 +9,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfcorrect.evaluate.report.comparison import flatten
+from selfcorrect.recipes.foundation.checksums import flatten
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.yaml_text import parse_yaml
 from selfcorrect.recipes.load import (
     apply_override,
     check_recipe,
     file_schema,
     load_recipe,
-    parse_yaml,
     recipe_text,
     shipped_recipes,
     training_digest,
@@ -55,7 +55,7 @@ WRONG = [
     ("seeds=[1, 1]", "seeds: a seed is named twice"),
     ("models.3.name=x", "models.3.name: 3 is not a position in a list of 1"),
     ("policy.steps.x=1", "policy.steps.x: steps is a value, not a section"),
-    ("policy.steps", "an override is key=value"),
+    ("policy.steps", "write key=value"),
 ]
 
 
@@ -72,9 +72,9 @@ def test_wrong_recipe_is_one_line(tmp_path: Path, override: str, message: str) -
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: a\nname: b\n", "line 2 the key 'name' stands twice"),
+        ("name: a\nname: b\n", "line 2 duplicate key 'name'"),
         ("name: [a\n", "line 2"),
-        ("- a\n- b\n", "a recipe is a mapping of sections"),
+        ("- a\n- b\n", "not a recipe"),
         ("name: !!python/object/apply:os.system [ls]\n", "line 1"),
     ],
 )
@@ -115,9 +115,9 @@ def test_a_recipe_made_from_another_says_only_what_is_different(tmp_path: Path) 
     ("text", "message"),
     [
         ("from: nowhere.yaml", "a.yaml: from: nowhere.yaml: no such recipe file"),
-        ("from: [quickstart]", "a.yaml: from: is the name of another recipe"),
-        ("from: b.yaml", "b.yaml: from: a.yaml is made from this one; name another"),
-        ("from: a.yaml", "a.yaml: from: a.yaml is made from this one"),
+        ("from: [quickstart]", "a.yaml: from: give the name of another recipe"),
+        ("from: b.yaml", "b.yaml: from: a.yaml is itself made from this recipe; name another"),
+        ("from: a.yaml", "a.yaml: from: a.yaml is itself made from this recipe"),
         (
             "from: quickstart\nppo: {stepz: 1}",
             "a.yaml: policy.stepz: unknown key; did you mean steps",

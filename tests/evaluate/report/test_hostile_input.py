@@ -26,8 +26,9 @@ from selfcorrect.evaluate.report.terminal import closing_table
 from selfcorrect.evaluate.results import summarise
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.printable import visible
-from selfcorrect.recipes.load import check_recipe, load_recipe, parse_yaml
+from selfcorrect.recipes.foundation.printable import escape_controls
+from selfcorrect.recipes.foundation.yaml_text import parse_yaml
+from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.scripts.commands.__main__ import main
 from selfcorrect.train.job import run_job
 from tests.recipes.test_recipes import SMALL
@@ -47,14 +48,14 @@ LAUGHS = "a0: &a0 [ha, ha, ha, ha, ha, ha, ha, ha, ha]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (LAUGHS, "aliases that stand for too many values"),
-        ("a: &a [*a]", "aliases that stand for too many values, or for themselves"),
+        (LAUGHS, "aliases expand to too many values"),
+        ("a: &a [*a]", "aliases expand to too many values, or to themselves"),
         ("a: &a {b: {c: *a}}", "for themselves"),
         ("a: " + "[" * 1000, "bombs.yaml"),
         ("a: '" + "x" * 1_000_001 + "'", "the limit"),
         ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("a: !!python/name:os.system", "could not determine a constructor"),
-        ("? [a, b]\n: c", "a key is one word"),
+        ("? [a, b]\n: c", "a key must be a word"),
     ],
     ids=["laughs", "self", "deeper self", "nesting", "size", "apply", "name", "list as key"],
 )
@@ -110,14 +111,14 @@ def test_a_model_is_not_called_what_else_lies_in_a_run(name: str) -> None:
 
 @pytest.mark.parametrize("experiment", ["../bbq", "/etc", "bbq/../../x"])
 def test_an_experiment_is_one_that_there_is(tmp_path: Path, experiment: str) -> None:
-    from selfcorrect.evaluate.measuring.plan import plan
+    from selfcorrect.evaluate.measuring.plan import plan_evaluation
 
     with pytest.raises(InputError, match="unknown, choose from"):
-        plan(tmp_path, load_stimuli(), [experiment], None)
+        plan_evaluation(tmp_path, load_stimuli(), [experiment], None)
 
 
 def test_a_condition_of_any_name_is_a_file_in_the_evaluation_folder(tmp_path: Path) -> None:
-    from selfcorrect.evaluate.measuring.plan import plan
+    from selfcorrect.evaluate.measuring.plan import plan_evaluation
     from tests.support.tiny_models import tiny_stimuli, write_tiny_winogender
 
     write_tiny_winogender(tmp_path)
@@ -126,7 +127,7 @@ def test_a_condition_of_any_name_is_a_file_in_the_evaluation_folder(tmp_path: Pa
     for name in ("../../out", "/etc/passwd", "a\0b", "\u202e", "..", "con", "a/b"):
         hostile = section.model_copy(update={"conditions": {name: section.conditions["Q"]}})
         named = type(stimuli)({**stimuli.sections, "winogender": hostile})
-        (cell,) = plan(tmp_path, named, ["winogender"], [name]).cells
+        (cell,) = plan_evaluation(tmp_path, named, ["winogender"], [name]).cells
         assert Path(cell.file_name).name == cell.file_name
         assert re.fullmatch(r"winogender\.[A-Za-z0-9_+-]+\.parquet", cell.file_name)
 
@@ -245,7 +246,7 @@ def test_no_name_or_text_becomes_an_element_of_the_report(
     run = record_run(tmp_path / "[b]run <b>", LITTLE)
     for path in run.rglob("checkpoint.json"):
         record = json.loads(path.read_text())
-        del record["seal"]  # a stranger's record needs none
+        del record["checksum"]  # a stranger's record needs none
         path.write_text(json.dumps({**record, "model": f"nano{MARKUP}"}))
     (run / "run.json").write_text(json.dumps({f"key{MARKUP}": f"value{MARKUP}"}))
     (run / "recipe.yaml").write_text(f"name: x # {MARKUP}")
@@ -287,4 +288,4 @@ def test_a_model_cards_metadata_hold_any_name(recorded: Path, tmp_path: Path) ->
 
 
 def test_visible_spells_out_what_acts() -> None:
-    assert visible("a\x1b[0m\u202eb") == "a⟨U+001B⟩[0m⟨U+202E⟩b"
+    assert escape_controls("a\x1b[0m\u202eb") == "a⟨U+001B⟩[0m⟨U+202E⟩b"

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.load import load_recipe, parse_yaml
+from selfcorrect.recipes.foundation.yaml_text import parse_yaml
+from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.slurm import Resources, Slurm, minutes
 from selfcorrect.scripts.cluster.jobs import Command, jobs_left
 from selfcorrect.scripts.commands.__main__ import main
