@@ -46,6 +46,7 @@ from selfcorrect.evaluate.figures.select import (
     chosen_steps,
     experiments_in,
     headlines,
+    judged_effects,
     models_in,
     overall,
 )
@@ -144,11 +145,9 @@ def against_size(frame: pd.DataFrame, *steps: int, paper: bool = False) -> Figur
 
 def instruction_effects(effects: Sequence[Mapping[str, Any]]) -> Figure:
     """metric(Q) - metric(condition) against step, a panel per condition and experiment."""
-    data = pd.DataFrame(effects)
-    if data.empty or data["step"].nunique() < 2:
+    data = judged_effects(effects)
+    if data["step"].nunique() < 2:
         raise NothingToDraw("instruction effects need Q and an instructed condition at two steps")
-    data = headlines(data)
-    data = data[data["condition"] != "Match stats"]  # asks for a correlation, not against one
     pairs = sorted(
         set(zip(data["condition"], data["experiment"], strict=True)),
         key=lambda pair: (condition_rank(pair[0]), list(EXPERIMENTS).index(pair[1])),

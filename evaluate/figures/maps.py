@@ -30,6 +30,7 @@ from selfcorrect.evaluate.figures.select import (
     NothingToDraw,
     chosen_experiment,
     headlines,
+    judged_effects,
     models_in,
     overall,
 )
@@ -53,11 +54,7 @@ def effects_by_size_and_step(effects: Sequence[Mapping[str, Any]], experiment: s
 
     `effects` is the list of statistics.json. A dot marks a 95 % interval that excludes zero.
     """
-    data = pd.DataFrame(effects)
-    if data.empty:
-        raise NothingToDraw("a map of effects needs Q beside an instructed condition")
-    data = data[data["condition"] != "Match stats"]  # asks for a correlation, not against one
-    data = chosen_experiment(headlines(data), experiment)
+    data = chosen_experiment(judged_effects(effects), experiment)
     title = f"{get_experiment(experiment).title}: effect of the instruction on the headline metric"
     return _maps(data, title, "Effect", 0.0, "Q − ")
 

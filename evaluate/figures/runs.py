@@ -33,6 +33,7 @@ from selfcorrect.evaluate.figures.select import (
     common_steps,
     experiments_in,
     headlines,
+    judged_effects,
     models_in,
     overall,
 )
@@ -70,11 +71,9 @@ def steps_by_run(frame: pd.DataFrame, experiment: str) -> Figure:
 
 def effects_by_run(effects: Sequence[Mapping[str, Any]], experiment: str) -> Figure:
     """metric(Q) - metric(condition) against step: a row a model, a panel a condition."""
-    data = pd.DataFrame(effects)
-    if data.empty or data["step"].nunique() < 2:
+    data = judged_effects(effects)
+    if data["step"].nunique() < 2:
         raise NothingToDraw("instruction effects need Q and an instructed condition at two steps")
-    data = headlines(data)
-    data = data[data["condition"] != "Match stats"]  # asks for a correlation, not against one
     data = chosen_experiment(data, experiment)
     return _grid(
         data, f"{get_experiment(experiment).title}: effect of the instruction", "Q − ", 0.0

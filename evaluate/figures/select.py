@@ -1,6 +1,7 @@
 """Which rows of the tidy table a figure shows, and the words for what is missing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -46,6 +47,17 @@ def headlines(data: pd.DataFrame) -> pd.DataFrame:
     """The rows of each experiment's headline metric."""
     names = {name: get_experiment(name).headline for name in set(data["experiment"])}
     return data[data["metric"] == data["experiment"].map(names)]
+
+
+def judged_effects(effects: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the headline effects of the conditions that are judged against a bias.
+
+    `effects` is the list of statistics.json.
+    """
+    data = pd.DataFrame(effects)
+    if data.empty:
+        raise NothingToDraw("the effect of an instruction needs Q beside an instructed condition")
+    return headlines(data[data["judged"]] if "judged" in data else data)
 
 
 def experiments_in(data: pd.DataFrame) -> list[str]:

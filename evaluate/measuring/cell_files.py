@@ -1,4 +1,4 @@
-"""One parquet file a cell: a row per item, order and draw, and what was asked in its metadata."""
+"""Write and read a cell's parquet file: a row per item, order and draw; settings as metadata."""
 
 import json
 import shutil
@@ -40,6 +40,9 @@ _COLUMNS = pa.schema(
     ]
 )
 
+# The condition that is not judged against a bias in files that do not say so themselves.
+_UNJUDGED = "Match stats"
+
 Row = dict[str, Any]
 
 _verified: set[tuple[str, int, int, int]] = set()
@@ -48,17 +51,17 @@ _verified: set[tuple[str, int, int, int]] = set()
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose answers they are: a digest of the weights, and the engine (each rounds differently)."""
+    """The source of a cell's scores: a digest of the weights, and the engine (roundings differ)."""
 
     weights: str
     engine: str = "packed"
 
 
 class CellWriter:
-    """Takes a cell's rows slice by slice, so that memory does not grow with their number.
+    """Write a cell's rows slice by slice, so that memory does not grow with their number.
 
-    `keep` puts them on disk as a part of their own, beside the cell's file. A later writer of the
-    same cell and origin finds the parts: `num_items` says how many items they hold.
+    `flush` puts them on disk as a part beside the cell's file. A later writer of the same cell and
+    origin continues after these parts, which hold `num_items` items.
     """
 
     def __init__(self, path: Path, cell: PlannedCell, origin: Origin) -> None:
@@ -70,44 +73,49 @@ class CellWriter:
             "origin": asdict(origin),
             "num_items": len(cell.items),
             "left_out": cell.left_out,
+            "judged": cell.section.condition(cell.condition).judged,
         }
         facts = cell.loaded.fact_types
         if clash := set(facts) & set(_COLUMNS.names):
             raise ValueError(f"{cell.name}: facts named like columns: {sorted(clash)}")
-        # One value of each type tells Arrow's type as well as all of them.
+        # Arrow infers the same type from one value of each Python type as from all values.
         samples = {
             name: [None if kind is type(None) else kind() for kind in kinds]
             for name, kinds in facts.items()
         }
-        own = [pa.field(name, pa.array(values).type) for name, values in samples.items()]
-        self.schema = pa.schema([*_COLUMNS, *own]).with_metadata(
+        fact_fields = [pa.field(name, pa.array(values).type) for name, values in samples.items()]
+        self.schema = pa.schema([*_COLUMNS, *fact_fields]).with_metadata(
             {METADATA_KEY: json.dumps(metadata).encode()}
         )
         self.path = path
         self._folder = path.with_name(f".{path.name}.parts")
-        self._parts = self._found()
-        self._held: list[pa.Table] = []
+        self._parts = self._usable_parts()
+        self._pending: list[pa.Table] = []
         self.num_items = self._parts[-1][1] if self._parts else 0
 
-    def _found(self) -> list[tuple[int, int, Path]]:
-        """The parts on disk, as (first item, end, file), as far as they are whole and ours."""
-        found: list[tuple[int, int, Path]] = []
+    def _usable_parts(self) -> list[tuple[int, int, Path]]:
+        """Return the parts on disk as (first item, end, file), up to the first unusable one.
+
+        A part is usable if it is undamaged, of this cell and origin, and continues the one before.
+        """
+        parts: list[tuple[int, int, Path]] = []
         for path in sorted(self._folder.glob("*.parquet")):
-            first, _, last = path.stem.partition("-")
-            expected = found[-1][1] if found else 0
+            first, _, end = path.stem.partition("-")
+            expected = parts[-1][1] if parts else 0
             try:
-                ours = file_has_valid_checksum(path) and _facts(pq.read_schema(path)) == _facts(
-                    self.schema
-                )
-                if not ours or int(first) != expected or not int(last) > expected:
+                if not file_has_valid_checksum(path):
+                    break
+                if _metadata(pq.read_schema(path)) != _metadata(self.schema):
+                    break
+                if int(first) != expected or int(end) <= expected:
                     break
             except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
                 break
-            found.append((int(first), int(last), path))
-        return found
+            parts.append((int(first), int(end), path))
+        return parts
 
-    def go_back(self, num_items: int) -> None:
-        """Forget the items from `num_items` on: other cells of the same slices have no more."""
+    def rewind(self, num_items: int) -> None:
+        """Drop the parts that go beyond `num_items` items."""
         self._parts = [part for part in self._parts if part[1] <= num_items]
         self.num_items = self._parts[-1][1] if self._parts else 0
 
@@ -116,30 +124,30 @@ class CellWriter:
         columns = [
             pa.array([row.get(field.name) for row in rows], field.type) for field in self.schema
         ]
-        self._held.append(pa.Table.from_arrays(columns, schema=self.schema))
+        self._pending.append(pa.Table.from_arrays(columns, schema=self.schema))
         self.num_items += num_items
 
-    def keep(self) -> None:
-        """Put on disk what has been written since the last part."""
-        if not self._held:
+    def flush(self) -> None:
+        """Write the pending rows to disk as a part."""
+        if not self._pending:
             return
         first = self._parts[-1][1] if self._parts else 0
         path = self._folder / f"{first:09d}-{self.num_items:09d}.parquet"
         with atomic_file(path) as temporary:
             with _table_writer(temporary, self.schema) as file:
-                for table in self._held:
+                for table in self._pending:
                     file.write_table(table)
             insert_file_checksum(temporary)
         self._parts.append((first, self.num_items, path))
-        self._held = []
+        self._pending = []
 
-    def write_whole(self, path: Path) -> None:
-        """Write all of the cell to `path`, of the parts and what is held: a row group a slice."""
+    def write_cell(self, path: Path) -> None:
+        """Write the complete cell, parts and pending rows, to `path`: one row group per slice."""
         with _table_writer(path, self.schema) as file:
             for _, _, part in self._parts:
                 try:
                     if not file_has_valid_checksum(part):
-                        raise pa.ArrowInvalid("not as it was written")
+                        raise pa.ArrowInvalid("checksum mismatch")
                     rows = pq.ParquetFile(part, page_checksum_verification=True)
                     for group in range(rows.num_row_groups):
                         file.write_table(rows.read_row_group(group))
@@ -148,16 +156,16 @@ class CellWriter:
                     raise RunFailure(
                         f"{part}: damaged while the cell was measured; run the same command again"
                     ) from None
-            for table in self._held:
+            for table in self._pending:
                 file.write_table(table)
         insert_file_checksum(path)
 
     def clear(self) -> None:
-        """Remove the parts: the cell's file has them all."""
+        """Remove the parts, once the cell's file is complete."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _facts(schema: pa.Schema) -> dict[str, Any]:
+def _metadata(schema: pa.Schema) -> dict[str, Any]:
     """Return a file's metadata without its checksum."""
     return without_checksum(json.loads(schema.metadata[METADATA_KEY]))
 
@@ -167,45 +175,44 @@ def _table_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 @contextmanager
-def writing(
+def cell_writers(
     paths: Sequence[Path], cells: Sequence[PlannedCell], origin: Origin
 ) -> Iterator[list[CellWriter]]:
-    """Writers of cells that are measured together; each file appears whole or not at all.
+    """Yield writers of cells that are measured together; a file appears complete or not at all.
 
-    All go on after the same number of items. What was written stays for the next time, unless the
-    data or the weights are at fault.
+    All continue after the same number of items. If the block is interrupted, its rows are kept for
+    the next call; after an InputError or RunFailure (data or weights are at fault) they are not.
     """
     writers = [CellWriter(path, cell, origin) for path, cell in zip(paths, cells, strict=True)]
     while len({writer.num_items for writer in writers}) > 1:  # parts may end at other items
         common = min(writer.num_items for writer in writers)
         for writer in writers:
-            writer.go_back(common)
+            writer.rewind(common)
     try:
         yield writers
     except (InputError, RunFailure):
         raise
     except BaseException:  # Ctrl-C too
         for writer in writers:
-            writer.keep()
+            writer.flush()
         raise
-    with ExitStack() as files:  # all are written before the first takes its name
+    with ExitStack() as files:  # all files are written before the first gets its name
         for writer in writers:
-            writer.write_whole(files.enter_context(atomic_file(writer.path)))
+            writer.write_cell(files.enter_context(atomic_file(writer.path)))
     for writer in writers:
         writer.clear()
 
 
 def is_cell_measured(path: Path, cell: PlannedCell, origin: Origin | None = None) -> bool:
-    """Whether `path` is an undamaged file of this very cell, and of `origin` if one is given."""
+    """Return whether `path` is an undamaged file of this cell (and of `origin`, if given)."""
     if not path.is_file():
         return False
     try:
         _, metadata = read_cell(path)
     except InputError:
         return False
-    theirs = metadata.get("origin")
     return metadata.get("settings_digest") == cell.settings_digest and (
-        origin is None or theirs == asdict(origin)
+        origin is None or metadata.get("origin") == asdict(origin)
     )
 
 
@@ -218,6 +225,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         _verify_checksum(path)
         metadata = pq.read_schema(path).metadata or {}
         settings = without_checksum(json.loads(metadata[METADATA_KEY]))
+        settings.setdefault("judged", settings["condition"] != _UNJUDGED)
         file_name = cell_file_name(settings["experiment"], settings["condition"])
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RecursionError):
         raise damaged_cell(path) from None

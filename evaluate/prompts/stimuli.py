@@ -71,12 +71,17 @@ Named = Annotated[dict[Word, Word], BeforeValidator(_read_keys)]
 
 
 class Condition(BaseModel):
-    """A dialogue, and where options are shown, whether their letter or their text is scored."""
+    """A dialogue, and where options are shown, whether their letter or their text is scored.
+
+    `judged` says whether the condition is judged against a bias; a condition that asks for the
+    statistics of the world is not, so its effect is in no test, threshold or summary.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dialogue: Dialogue
     answer: Answer | None = None
+    judged: bool = True
 
 
 Conditions = dict[Word, Annotated[Condition, BeforeValidator(_read_condition)]]
@@ -122,7 +127,7 @@ class Section(BaseModel):
             _check_dialogue(name, dialogue, cls.placeholders)
             if condition.answer is not None and not cls.shows_options:
                 raise ValueError(f"{name}: answer is for experiments whose prompts show options")
-            expanded[name] = Condition(dialogue=dialogue, answer=condition.answer)
+            expanded[name] = condition.model_copy(update={"dialogue": dialogue})
         return expanded
 
     @model_validator(mode="after")

@@ -131,8 +131,7 @@ def _headlines(rows: Sequence[Row]) -> list[Row]:
     return [
         row
         for row in rows
-        if row["metric"] == get_experiment(row["experiment"]).headline
-        and row["condition"] != "Match stats"
+        if row["metric"] == get_experiment(row["experiment"]).headline and row.get("judged", True)
     ]
 
 
@@ -168,7 +167,7 @@ def _paragraphs(
             of_condition = [cell for cell in here if cell["condition"] == condition]
             sentences.append(_course(of_condition, definition.headline, rows["changes"]))
             sentences += reached(rows["thresholds"], condition)
-            if condition not in (UNINSTRUCTED, "Match stats"):
+            if condition != UNINSTRUCTED and of_condition[0].get("judged", True):
                 sentences += _effect(rows, condition)
         sentences += _beside(here)
         paragraphs.append(

@@ -1,5 +1,7 @@
 """The step at which a threshold is reached: by hand, never reached, and its interval's coverage."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -74,9 +76,10 @@ def test_a_start_on_the_threshold_has_no_interval_and_undefined_is_null():
     assert "too many resamples" in half["undefined_because"]
 
 
-def test_match_stats_asks_for_no_parity():
-    cells = [replicated(s, np.full(9, 0.4), condition="Match stats") for s in (0, 10)]
-    assert threshold_steps(cells) == []
+def test_a_condition_that_is_not_judged_has_no_threshold():
+    cells = [replicated(s, np.full(9, 0.4), condition="as many women") for s in (0, 10)]
+    assert threshold_steps(cells)
+    assert threshold_steps([replace(cell, judged=False) for cell in cells]) == []
 
 
 def test_intervals_of_the_step_cover_the_truth():
