@@ -1,11 +1,12 @@
-"""Measuring a model while it is being trained, and leaving the training run exactly as it was.
+"""Measure a model during training without changing the training run.
 
     trainer.add_callback(SelfCorrectionCallback(plan, lambda step: out / f"step-{step}", {0, 100}))
 
-Works with any `transformers.Trainer`: SFT, DPO, GRPO, this project's PPO, or one's own.
+Works with any `transformers.Trainer`: SFT, DPO, GRPO, this project's PPO, or your own.
 """
 # ruff: noqa: TID253  -- a TrainerCallback: imported only where a trainer is
 
+import logging
 import random
 import sys
 import time
@@ -19,26 +20,29 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from selfcorrect.evaluate.measuring.cell_files import Origin, read_cell
-from selfcorrect.evaluate.measuring.measure import Progress, cost, measure
+from selfcorrect.evaluate.measuring.measure import cost_message, measure
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan
-from selfcorrect.evaluate.scoring.token_trie import Prepared
+from selfcorrect.evaluate.scoring.token_trie import PackingCache
+from selfcorrect.recipes.foundation.progress import Progress
 from selfcorrect.recipes.foundation.ranks import SINGLE, Ranks, current_ranks
+
+logger = logging.getLogger(__name__)
 
 Schedule = Collection[int] | Callable[[TrainerState], int | None]
 
 
 class SelfCorrectionCallback(TrainerCallback):
-    """Measures the live model at chosen steps; its files equal those of the saved weights.
+    """Measure the live model at chosen steps; its files equal those of the saved weights.
 
-    `folder_of_step` says where the files of a step go. `at` is a set of the trainer's global
-    steps (optimizer updates), 0 among them for the model before training, or a function from the
-    trainer's state to a step's label, None for "not now". Hand over `trainer` (also later, as an
-    attribute) to have the headline metrics logged with the training's own, as
-    `eval_<experiment>.<condition>.<metric>`; without one they go to `state.log_history` alone.
+    `folder_of_step` maps a step to the folder of its files. `at` is a set of the trainer's global
+    steps (optimizer updates; 0 is the model before training), or a function from the trainer's
+    state to a step's label, None to skip it. With `trainer` (which can also be set later, as an
+    attribute), headline metrics are logged with the trainer's own, as
+    `eval_<experiment>.<condition>.<metric>`; without it they go to `state.log_history` only.
 
-    In a run of several processes all share the items, and the first one writes. Under ZeRO-3 the
-    weights are gathered while measuring, so each device must hold the whole model for that time.
-    Where it does not fit, and under FSDP, evaluate the saved checkpoints.
+    In distributed training all ranks share the items, and rank 0 writes. Under ZeRO-3 the weights
+    are gathered while measuring, so each device must hold the whole model for that time. If it
+    does not fit, and under FSDP, evaluate the saved checkpoints instead.
     """
 
     def __init__(
@@ -59,22 +63,22 @@ class SelfCorrectionCallback(TrainerCallback):
         self.progress = progress
         self.seconds = 0.0
         self.started = 0.0
-        self._prepared = Prepared()
+        self._packings = PackingCache()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Step 0, or the step a run is resumed at (files that are there already stay)."""
+        """Measure step 0, or the step at which a run resumes (existing files are kept)."""
         self.started, self.seconds = time.perf_counter(), 0.0
         self._measure(state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """After an optimizer update."""
+        """Measure after an optimizer update."""
         self._measure(state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Say what the measuring has cost."""
-        training = time.perf_counter() - self.started - self.seconds
+        """Log what measuring has cost."""
+        training_seconds = time.perf_counter() - self.started - self.seconds
         if state.is_world_process_zero:
-            print(cost(self.seconds, training), file=sys.stderr)
+            logger.info(cost_message(self.seconds, training_seconds))
 
     def _measure(
         self,
@@ -89,22 +93,26 @@ class SelfCorrectionCallback(TrainerCallback):
             return
         tokenizer = self.tokenizer if self.tokenizer is not None else processing_class
         if tokenizer is None:
-            raise ValueError("SelfCorrectionCallback: the trainer has no processing_class; give it")
+            raise ValueError(
+                "SelfCorrectionCallback: pass tokenizer, since the trainer has no processing_class"
+            )
         started = time.perf_counter()
-        processes = current_ranks()
+        ranks = current_ranks()
         if getattr(self.trainer, "is_fsdp_enabled", False):
-            raise ValueError("SelfCorrectionCallback: not for FSDP; evaluate the saved checkpoints")
-        with whole(model) as gathered:
-            paths = measure_undisturbed(
+            raise ValueError(
+                "SelfCorrectionCallback does not support FSDP; evaluate the saved checkpoints"
+            )
+        with gathered_weights(model) as gathered:
+            paths = measure_during_training(
                 self.plan,
                 gathered,
                 tokenizer,
                 self.folder_of_step(step),
                 self.progress,
-                self._prepared,
-                processes=processes,
+                self._packings,
+                ranks=ranks,
             )
-        if processes.rank == 0:
+        if ranks.rank == 0:
             self._log(state, control, {f"eval_{k}": v for k, v in headlines(paths).items()})
         self.seconds += time.perf_counter() - started
 
@@ -117,89 +125,89 @@ class SelfCorrectionCallback(TrainerCallback):
         if self.trainer is None:
             state.log_history.append({**metrics, "step": state.global_step})
             return
-        # The base class's own: a subclass's `log` may flush what it collects for its next entry.
-        # And logging clears should_log, which would cost the run its own entry at this step.
-        due = control.should_log
+        # The base class's `log`: a subclass's may flush what it collects for its next entry.
+        # Logging clears should_log, and the run would lose its own entry at this step.
+        should_log = control.should_log
         Trainer.log(self.trainer, metrics)
-        control.should_log = due
+        control.should_log = should_log
 
 
 def headlines(paths: Collection[Path]) -> dict[str, float]:
-    """Each cell's headline metric and option mass, over all its items; undefined ones left out."""
+    """Return each cell's headline metric and option mass over all items, if they are defined."""
     from selfcorrect.evaluate.experiments import EXPERIMENTS
     from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
 
-    found = {}
+    defined = {}
     for path in paths:
         frame, metadata = read_cell(path)
         experiment = EXPERIMENTS[metadata["experiment"]]
         tally = experiment.tally(frame)
-        pooled = experiment.overall(tally.categories)
-        values = bootstrap(tally, experiment.metrics, pooled, Draws(1)).replicates.metrics
-        for metric in (experiment.HEADLINE, "option_mass"):
+        pooled = experiment.overall_categories(tally.categories)
+        values = bootstrap(tally, experiment.compute, pooled, Draws(1)).replicates.metrics
+        for metric in (experiment.headline, "option_mass"):
             value = float(values[metric][0]) if metric in values else float("nan")
             if np.isfinite(value):
-                found[f"{metadata['experiment']}.{metadata['condition']}.{metric}"] = value
-    return found
+                defined[f"{metadata['experiment']}.{metadata['condition']}.{metric}"] = value
+    return defined
 
 
 @contextmanager
-def whole(model: Any) -> Iterator[Any]:
-    """The model with all of its weights on every process, also where ZeRO-3 has split them up.
+def gathered_weights(model: Any) -> Iterator[Any]:
+    """Yield the model with all of its weights on every rank, even if ZeRO-3 has split them.
 
-    DeepSpeed's hooks let go of weights after each forward, and wait for the other processes before
-    it: they are set aside meanwhile, since the processes score different items.
+    DeepSpeed's hooks gather weights before each forward, together with the other ranks, and
+    release them after it. They are removed for the block, since the ranks score different items.
     """
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         yield model
         return
-    deepspeed = sys.modules["deepspeed"]  # has split them, so it is there
-    held = [
+    deepspeed = sys.modules["deepspeed"]  # imported, since it has split the weights
+    hook_tables = [
         hooks
         for module in model.modules()
         for hooks in (module._forward_pre_hooks, module._forward_hooks)
     ]
-    kept = [dict(hooks) for hooks in held]
+    originals = [dict(hooks) for hooks in hook_tables]
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        for hooks in held:
+        for hooks in hook_tables:
             hooks.clear()
         try:
             yield model
         finally:
-            for hooks, own in zip(held, kept, strict=True):
-                hooks.update(own)
+            for hooks, original in zip(hook_tables, originals, strict=True):
+                hooks.update(original)
 
 
-def measure_undisturbed(
+def measure_during_training(
     plan: EvaluationPlan,
     model: Any,
     tokenizer: Any,
     folder: Path,
     progress: Progress | None = None,
-    prepared: Prepared | None = None,
+    packings: PackingCache | None = None,
     origin: Origin | None = None,
-    processes: Ranks = SINGLE,
+    ranks: Ranks = SINGLE,
 ) -> list[Path]:
-    """`measure` a model in training: it, and every random number drawn later, stay as they are.
+    """Measure a model in training without changing it, nor any random number drawn later.
 
-    The numbers are those of the weights as they would be saved: dropout off, and without the
+    The scores are those of the weights as they would be saved: without dropout, and without the
     mixed-precision wrapper that a trainer may have put around the model.
     """
-    with undisturbed(model):
-        return measure(plan, model, tokenizer, folder, progress, prepared, origin, processes)
+    with temporary_eval_mode(model):
+        return measure(plan, model, tokenizer, folder, progress, packings, origin, ranks)
 
 
 @contextmanager
-def undisturbed(model: Any) -> Iterator[None]:
-    """Eval mode inside; outside, afterwards, everything as found.
+def temporary_eval_mode(model: Any) -> Iterator[None]:
+    """Run the block in eval mode, then restore modes, RNG states and configs.
 
-    Kept: Python's, numpy's and torch's random states, each submodule's mode, `use_cache` in the
-    configs, the generation settings, the forward's wrapper. Gradients are not touched, since all
-    of `measure` runs under `torch.no_grad`.
+    Restored: Python's, numpy's and torch's random states, each submodule's mode, `use_cache` in
+    the configs, the generation settings, the forward's wrapper. Gradients do not change, since
+    `measure` runs under `torch.no_grad`.
     """
     with ExitStack() as stack:
-        stack.enter_context(_random_states())
-        stack.enter_context(_attributes(model))
+        stack.enter_context(_restored_random_states())
+        stack.enter_context(_restored_attributes(model))
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
@@ -210,7 +218,7 @@ def undisturbed(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _random_states() -> Iterator[None]:
+def _restored_random_states() -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
@@ -224,14 +232,14 @@ def _random_states() -> Iterator[None]:
 
 
 @contextmanager
-def _attributes(model: Any) -> Iterator[None]:
-    """Put back what generating or a forward may set on the model and its configs."""
-    held = [vars(module) for module in model.modules()]
-    settings = [(own, own["generation_config"]) for own in held if "generation_config" in own]
-    configs = {id(own["config"]): own["config"] for own in held if "config" in own}
+def _restored_attributes(model: Any) -> Iterator[None]:
+    """Restore what generation or a forward may set on the model and its configs."""
+    attributes = [vars(module) for module in model.modules()]
+    settings = [(a, a["generation_config"]) for a in attributes if "generation_config" in a]
+    configs = {id(a["config"]): a["config"] for a in attributes if "config" in a}
     caching = [(c, c.use_cache) for c in configs.values() if hasattr(c, "use_cache")]
     wrapped = vars(model).get("forward")
-    plain = vars(model).get("_original_forward")  # where accelerate keeps it
+    plain = vars(model).get("_original_forward")  # set by accelerate
     if wrapped is not None and plain is not None:
         model.forward = plain
     try:
@@ -239,7 +247,7 @@ def _attributes(model: Any) -> Iterator[None]:
     finally:
         if wrapped is not None:
             model.forward = wrapped
-        for own, generation_config in settings:
-            own["generation_config"] = generation_config
+        for module_attributes, generation_config in settings:
+            module_attributes["generation_config"] = generation_config
         for config, use_cache in caching:
             config.use_cache = use_cache

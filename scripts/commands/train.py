@@ -86,10 +86,10 @@ def _say_cost(recipe: Recipe, folder: Path, jobs: set[tuple[str, int]]) -> None:
     stages = [read_record(path, "delete it and run again") for path in paths if path.is_file()]
     spent = sum(stage["evaluation_seconds"] for stage in stages)
     if spent:
-        from selfcorrect.evaluate.measuring.measure import cost
+        from selfcorrect.evaluate.measuring.measure import cost_message
 
         training = sum(stage["seconds"] for stage in stages) - spent
-        print(cost(spent, training, recipe.policy.method.upper()))
+        print(cost_message(spent, training, recipe.policy.method.upper()))
 
 
 def measure_rest(

@@ -67,9 +67,9 @@ def model(folder: Path) -> Any:
 
 def finished(folder: Path) -> Any:
     """The record of a stage, as training reads it before it builds on the stage."""
-    from selfcorrect.train.trainers.state import finished
+    from selfcorrect.train.trainers.state import stage_record
 
-    return finished(folder)
+    return stage_record(folder)
 
 
 def _records(run: Path) -> Iterator[Kind]:
@@ -78,7 +78,7 @@ def _records(run: Path) -> Iterator[Kind]:
     yield Kind("checkpoint.json, by the report", two, three, lambda: table(run))
     yield Kind(
         "PPO's stage.json", job / "ppo" / "stage.json", job / "base" / "stage.json",
-        lambda: finished(job / "ppo"),
+        lambda: stage_record(job / "ppo"),
     )  # fmt: skip
     other = shutil.copytree(run, run.with_name("other"))
     facts = json.loads((run / "run.json").read_text())
@@ -86,7 +86,7 @@ def _records(run: Path) -> Iterator[Kind]:
     save_recipe(load_recipe(str(run / "recipe.yaml"), ["policy.steps=9"]), other / "recipe.yaml")
     for at in other.rglob("checkpoint.json"):
         record = json.loads(at.read_text())
-        at.write_text(json.dumps({**record, "seal": None, "episodes": 7}))
+        at.write_text(json.dumps({**record, "checksum": None, "episodes": 7}))
     write_results(other, num_resamples=20)
     write_results(run, num_resamples=20)
     clean = shutil.copytree(run, run.with_name("clean"))
@@ -126,9 +126,9 @@ def _states(work: Path) -> Iterator[Kind]:
     right = {path.name: digests(path) for path in (newest, older)}
 
     def resumes() -> str:
-        from selfcorrect.train.trainers.state import resume_state
+        from selfcorrect.train.trainers.state import newest_state
 
-        state = Path(resume_state(work) or "")
+        state = Path(newest_state(work) or "")
         return "whole" if right.get(state.name) == digests(state) else f"damaged {state}"
 
     for path in sorted(p for p in newest.rglob("*") if p.is_file()):
@@ -176,7 +176,7 @@ def _parts(run: Path, here: Path, there: Path, room: Path) -> Iterator[Kind]:
         writer = CellWriter(target, cell, Origin(**settings["origin"]))
         half = len(rows) // 2
         writer.write(rows[:half], half)
-        writer.keep()
+        writer.flush()
         folders.append((target, Origin(**settings["origin"]), rows))
     target, origin, rows = folders[0]
     part, other = (next(one[0].with_name(f".{one[0].name}.parts").iterdir()) for one in folders)
@@ -185,7 +185,7 @@ def _parts(run: Path, here: Path, there: Path, room: Path) -> Iterator[Kind]:
         writer = CellWriter(target, cell, origin)
         rest = rows[writer.num_items :]
         writer.write(rest, len(rest))
-        writer.write_whole(target)
+        writer.write_cell(target)
         return read_cell(target)[0].to_json()
 
     yield Kind("part of an evaluation cell", part, other, goes_on, derived=True)

@@ -1,4 +1,4 @@
-"""Measuring during training: the run is left as it was, the numbers are those on disk."""
+"""Measuring during training changes nothing, and its scores are those of the saved weights."""
 
 import random
 import re
@@ -19,18 +19,19 @@ from transformers import (
 from selfcorrect.evaluate.callback import (
     SelfCorrectionCallback,
     headlines,
-    measure_undisturbed,
-    undisturbed,
+    measure_during_training,
+    temporary_eval_mode,
 )
 from selfcorrect.evaluate.measuring.cell_files import read_cell
-from selfcorrect.evaluate.measuring.measure import cost, measure
-from selfcorrect.evaluate.measuring.plan import EvaluationPlan, plan
+from selfcorrect.evaluate.measuring.measure import cost_message, measure
+from selfcorrect.evaluate.measuring.plan import EvaluationPlan
 from selfcorrect.evaluate.scoring.load_model import load_model
 from tests.support.tiny_models import (
+    same_weights,
+    save_model,
     tiny_model,
-    tiny_stimuli,
+    tiny_plan,
     tiny_tokenizer,
-    write_tiny_winogender,
 )
 
 torch.set_num_threads(1)
@@ -40,13 +41,11 @@ CONDITIONS = ["Q", "Q+IF", "Q+IF+CoT"]
 
 @pytest.fixture
 def cells(tmp_path) -> EvaluationPlan:
-    write_tiny_winogender(tmp_path / "data")
-    settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": 0}
-    return plan(tmp_path / "data", tiny_stimuli(), ["winogender"], CONDITIONS, **settings)
+    return tiny_plan(tmp_path / "data", CONDITIONS)
 
 
 class Noise(TrainerCallback):
-    """Draws from every random source after every step, as data augmentation might."""
+    """Draw from every random source after every step, as data augmentation might."""
 
     def __init__(self) -> None:
         self.drawn: list[tuple[float, ...]] = []
@@ -103,18 +102,13 @@ def train(out: Path, callbacks, *, model=None, attach=None, **arguments):
     return trainer, noise.drawn
 
 
-def same_bits(one, other) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
-    return list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_run_ends_in_the_same_weights_with_and_without(tmp_path, cells, checkpointing):
+def test_training_with_callback_ends_in_the_same_weights_bitwise(tmp_path, cells, checkpointing):
     extra = {"gradient_checkpointing": checkpointing}
     bare, drawn = train(tmp_path / "bare", [], **extra)
     callback = SelfCorrectionCallback(cells, lambda step: tmp_path / f"s{step}", {0, 1, 2, 5})
     watched, drawn_watched = train(tmp_path / "watched", [callback], attach=callback, **extra)
-    assert same_bits(bare.model, watched.model)
+    assert same_weights(bare.model, watched.model)
     assert drawn == drawn_watched
     assert watched.model.training == bare.model.training
     assert watched.model.config.to_dict() == bare.model.config.to_dict()
@@ -123,7 +117,7 @@ def test_a_run_ends_in_the_same_weights_with_and_without(tmp_path, cells, checkp
     assert all(len(list((tmp_path / name).glob("*.parquet"))) == 3 for name in folders)
 
 
-def test_the_test_above_can_fail(tmp_path, cells):
+def test_careless_callback_changes_the_weights(tmp_path, cells):
     """The same run with an evaluation that forgets to restore anything ends elsewhere."""
 
     class Careless(TrainerCallback):
@@ -133,11 +127,11 @@ def test_the_test_above_can_fail(tmp_path, cells):
 
     bare, drawn = train(tmp_path / "bare", [])
     careless, drawn_careless = train(tmp_path / "careless", [Careless()])
-    assert not same_bits(bare.model, careless.model)
+    assert not same_weights(bare.model, careless.model)
     assert drawn != drawn_careless
 
 
-def test_headline_metrics_are_logged_beside_the_runs_own(tmp_path, cells):
+def test_headline_metrics_are_logged_with_the_runs_own(tmp_path, cells):
     bare, _ = train(tmp_path / "bare", [])
     callback = SelfCorrectionCallback(cells, lambda step: tmp_path / f"s{step}", {0, 2})
     watched, _ = train(tmp_path / "watched", [callback], attach=callback)
@@ -157,7 +151,7 @@ def test_headline_metrics_are_logged_beside_the_runs_own(tmp_path, cells):
     assert len(losses) == 3
 
 
-def test_without_a_trainer_the_history_alone_has_the_metrics(tmp_path, cells):
+def test_without_a_trainer_metrics_go_to_the_history_only(tmp_path, cells):
     callback = SelfCorrectionCallback(
         cells,
         lambda label: tmp_path / f"s{label}",
@@ -169,11 +163,6 @@ def test_without_a_trainer_the_history_alone_has_the_metrics(tmp_path, cells):
     assert sorted(path.name for path in tmp_path.glob("s[0-9]*")) == ["s0", "s1", "s2"]
 
 
-def save(folder: Path, model) -> None:
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-
-
 def equal_files(inline: Path, later: Path) -> bool:
     names = sorted(path.name for path in inline.glob("*.parquet"))
     assert len(names) == 3 and names == sorted(path.name for path in later.glob("*.parquet"))
@@ -181,18 +170,18 @@ def equal_files(inline: Path, later: Path) -> bool:
 
 
 @pytest.mark.parametrize("mixed_precision", [False, True])
-def test_inline_numbers_equal_those_of_the_saved_weights(tmp_path, cells, mixed_precision):
+def test_live_scores_equal_those_of_the_saved_weights_bitwise(tmp_path, cells, mixed_precision):
     callback = SelfCorrectionCallback(cells, lambda step: tmp_path / f"s{step}", {6})
     model = tiny_model("llama", dropout=0.1)
     trainer, _ = train(tmp_path / "run", [callback], model=model, bf16=mixed_precision)
-    save(tmp_path / "saved", trainer.model)
+    save_model(tmp_path / "saved", trainer.model)
     loaded, tokenizer = load_model(tmp_path / "saved", device="cpu")
     measure(cells, loaded, tokenizer, tmp_path / "later")
     assert equal_files(tmp_path / "s6", tmp_path / "later")
 
 
-def test_inline_numbers_of_an_adapter_equal_those_of_the_saved_one(tmp_path, cells):
-    save(tmp_path / "base", tiny_model())
+def test_live_scores_of_an_adapter_equal_those_of_the_saved_adapter(tmp_path, cells):
+    save_model(tmp_path / "base", tiny_model())
     base, _ = load_model(tmp_path / "base", device="cpu")
     callback = SelfCorrectionCallback(cells, lambda step: tmp_path / f"s{step}", {0, 6})
     trainer, _ = train(tmp_path / "run", [callback], model=lora(base))
@@ -203,7 +192,7 @@ def test_inline_numbers_of_an_adapter_equal_those_of_the_saved_one(tmp_path, cel
     assert not equal_files(tmp_path / "s0", tmp_path / "s6")
 
 
-def test_a_model_with_a_critic_inside_keeps_every_mode_and_gradient(tmp_path, cells):
+def test_model_with_a_critic_keeps_every_mode_gradient_and_rng_state(tmp_path, cells):
     model = tiny_model("llama", dropout=0.1)
     model.critic = torch.nn.Sequential(torch.nn.Linear(32, 1), torch.nn.Dropout(0.5))
     model.train()
@@ -219,7 +208,7 @@ def test_a_model_with_a_critic_inside_keeps_every_mode_and_gradient(tmp_path, ce
     torch.manual_seed(4)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
 
-    paths = measure_undisturbed(cells, model, tiny_tokenizer(), tmp_path / "out")
+    paths = measure_during_training(cells, model, tiny_tokenizer(), tmp_path / "out")
 
     assert random.getstate() == states[0]
     assert np.random.get_state()[1].tolist() == states[1]
@@ -237,10 +226,10 @@ def test_a_model_with_a_critic_inside_keeps_every_mode_and_gradient(tmp_path, ce
     )
 
 
-def test_everything_is_put_back_after_an_error_too():
+def test_state_is_restored_after_an_error():
     model = tiny_model().train()
     state = torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="inside"), undisturbed(model):
+    with pytest.raises(RuntimeError, match="inside"), temporary_eval_mode(model):
         assert not model.training
         torch.rand(5)
         raise RuntimeError("inside")
@@ -248,19 +237,22 @@ def test_everything_is_put_back_after_an_error_too():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_what_measuring_costs_is_said_at_the_end(tmp_path, cells, capsys):
+def test_cost_of_measuring_is_logged_at_the_end(tmp_path, cells, caplog):
+    caplog.set_level("INFO")
     callback = SelfCorrectionCallback(cells, lambda step: tmp_path / f"s{step}", {0, 2})
     train(tmp_path / "run", [callback])
-    said = re.search(
-        r"Attached evaluation took ([\d.]+) s, (\d+)% of the ([\d.]+) s of training",
-        capsys.readouterr().err,
+    numbers = re.search(
+        r"Attached evaluation took ([\d.]+) s, (\d+)% of the ([\d.]+) s of training", caplog.text
     )
-    assert said is not None
-    spent, percent, training = (float(number) for number in said.groups())
+    assert numbers is not None
+    spent, percent, training = (float(number) for number in numbers.groups())
     assert 0 < spent == pytest.approx(callback.seconds, abs=0.06)
     # Seconds are shown to a tenth, and these are few.
     at_least, at_most = (
         100 * callback.seconds / max(training + off, 1e-3) for off in (0.05, -0.05)
     )
     assert at_least - 1 <= percent <= at_most + 1
-    assert cost(53.4, 69.7, "PPO") == "Attached evaluation took 53.4 s, 77% of the 69.7 s of PPO"
+    assert (
+        cost_message(53.4, 69.7, "PPO")
+        == "Attached evaluation took 53.4 s, 77% of the 69.7 s of PPO"
+    )

@@ -1,4 +1,4 @@
-"""From model to evaluation files: what they hold, when they are redone, and how errors read."""
+"""Evaluation files: their contents, when cells are measured again, and errors."""
 
 import json
 import math
@@ -16,15 +16,19 @@ from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.measuring import measure as measuring
 from selfcorrect.evaluate.measuring.cell_files import read_cell
 from selfcorrect.evaluate.measuring.measure import measure
-from selfcorrect.evaluate.measuring.plan import EvaluationPlan, Question, Sampling, plan
+from selfcorrect.evaluate.measuring.plan import EvaluationPlan, Question, plan_evaluation
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems
 from selfcorrect.evaluate.prompts.stimuli import Condition, Turn
+from selfcorrect.evaluate.scoring.engine import Sampling
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.evaluate.scoring.weights import weights_digest
 from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from tests.support.tiny_models import (
+    TINY_CONDITIONS,
+    save_model,
     tiny_model,
+    tiny_plan,
     tiny_stimuli,
     tiny_tokenizer,
     write_tiny_winogender,
@@ -32,33 +36,25 @@ from tests.support.tiny_models import (
 
 torch.set_num_threads(1)
 
-CONDITIONS = ["Q", "Q+IF", "Q+IF+CoT", "Match stats"]
 CONTRACT = [
     *("item cluster category weight order options".split()),
     *("logprobs probabilities mass draw samples truncated".split()),
 ]
 
 
-def make_plan(data_dir: Path, conditions=CONDITIONS, **changes) -> EvaluationPlan:
-    if not data_dir.exists():
-        write_tiny_winogender(data_dir)
-    settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": 0, **changes}
-    return plan(data_dir, tiny_stimuli(), ["winogender"], conditions, **settings)
-
-
 @pytest.fixture
 def cells(tmp_path) -> EvaluationPlan:
-    return make_plan(tmp_path / "data")
+    return tiny_plan(tmp_path / "data")
 
 
-def test_the_files_hold_the_contracts_columns_and_metadata(tmp_path, cells):
+def test_cell_files_hold_the_documented_columns_and_metadata(tmp_path, cells):
     paths = measure(cells, tiny_model(), tiny_tokenizer(), tmp_path / "out")
     names = ["Q", "Q+IF", "Q+IF+CoT", "Match_stats"]
     assert [path.name for path in paths] == [f"winogender.{name}.parquet" for name in names]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         path.name for path in paths
     )
-    for path, condition, cell in zip(paths, CONDITIONS, cells.cells, strict=True):
+    for path, condition, cell in zip(paths, TINY_CONDITIONS, cells.cells, strict=True):
         frame, metadata = read_cell(path)
         assert metadata == {
             "experiment": "winogender",
@@ -67,6 +63,7 @@ def test_the_files_hold_the_contracts_columns_and_metadata(tmp_path, cells):
             "origin": {"weights": weights_digest(tiny_model()), "engine": "packed"},
             "num_items": 6,
             "left_out": cell.left_out,
+            "judged": True,
         }
         facts = ["occupation", "percent_female", "case", "number_leak"]
         assert list(frame.columns) == CONTRACT + facts
@@ -85,7 +82,7 @@ def test_the_files_hold_the_contracts_columns_and_metadata(tmp_path, cells):
             assert frame["samples"].isna().all() and frame["truncated"].isna().all()
 
 
-def test_the_scores_are_those_of_the_rendered_dialogue(tmp_path, cells):
+def test_scores_are_those_of_the_rendered_dialogue(tmp_path, cells):
     model, tokenizer = tiny_model(), tiny_tokenizer(chat=True)
     [path] = measure(EvaluationPlan(cells.cells[:1]), model, tokenizer, tmp_path / "out")
     frame, _ = read_cell(path)
@@ -98,7 +95,7 @@ def test_the_scores_are_those_of_the_rendered_dialogue(tmp_path, cells):
     assert list(frame["logprobs"][0]) == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_sample_stands_in_the_final_prompt(tmp_path, cells):
+def test_sample_is_part_of_the_final_prompt(tmp_path, cells):
     model, tokenizer = tiny_model(), tiny_tokenizer(chat=True)
     asked: list[str] = []
     seen = model.register_forward_pre_hook(
@@ -116,7 +113,7 @@ def test_the_sample_stands_in_the_final_prompt(tmp_path, cells):
         assert finals, row.samples
 
 
-def test_a_sample_and_its_scores_do_not_depend_on_the_other_items(tmp_path, cells):
+def test_sample_and_scores_do_not_depend_on_other_items(tmp_path, cells):
     model, tokenizer = tiny_model(sharpness=3), tiny_tokenizer()
     cell = cells.cells[2]
     alone = replace(cell, loaded=LoadedItems(cell.items[4:5]))
@@ -129,7 +126,7 @@ def test_a_sample_and_its_scores_do_not_depend_on_the_other_items(tmp_path, cell
     assert list(whole["logprobs"]) == pytest.approx(list(single["logprobs"]), abs=1e-5)
 
 
-def test_measured_cells_are_skipped_and_others_redone(tmp_path, cells):
+def test_measured_cells_are_skipped_and_others_measured_again(tmp_path, cells):
     model, tokenizer, out = tiny_model(), tiny_tokenizer(), tmp_path / "out"
     paths = measure(cells, model, tokenizer, out)
     first = {path: path.read_bytes() for path in paths}
@@ -153,13 +150,13 @@ def test_measured_cells_are_skipped_and_others_redone(tmp_path, cells):
     assert {path: path.read_bytes() for path in paths} == first
     assert kept.stat().st_mtime_ns == times[kept]
 
-    measure(make_plan(tmp_path / "data", seed=5), model, tokenizer, out)
+    measure(tiny_plan(tmp_path / "data", seed=5), model, tokenizer, out)
     changed = [path for path in paths if path.read_bytes() != first[path]]
     assert changed == [cut]  # the seed matters to samples alone, with all items taken
 
 
-def test_the_digest_names_what_is_asked_and_not_where_it_lies(tmp_path, cells):
-    same = make_plan(tmp_path / "elsewhere")
+def test_settings_digest_covers_every_setting_but_not_the_folder(tmp_path, cells):
+    same = tiny_plan(tmp_path / "elsewhere")
     assert same.settings_digest == cells.settings_digest
     plain, _, chain, _ = cells.cells
     assert plain.settings_digest != cells.cells[1].settings_digest
@@ -178,7 +175,7 @@ def test_the_digest_names_what_is_asked_and_not_where_it_lies(tmp_path, cells):
     digests = {cell.settings_digest for cell in [plain, *variants]}
     assert len(digests) == 1 + len(variants)
     for changed in ({"seed": 1}, {"max_new_tokens": 7}, {"temperature": 0.5}, {"samples": 2}):
-        sampled = make_plan(tmp_path / "data", ["Q+IF+CoT"], **changed).cells[0]
+        sampled = tiny_plan(tmp_path / "data", ["Q+IF+CoT"], **changed).cells[0]
         assert sampled.settings_digest != chain.settings_digest
 
 
@@ -206,11 +203,11 @@ def write_tiny_bbq(data_dir: Path) -> None:
     (data_dir / "bbq" / "Age.jsonl").write_text(text, encoding="utf-8")
 
 
-def test_permuted_options_are_shown_scored_and_counted_in_their_order(tmp_path):
+def test_permuted_options_are_shown_scored_and_counted_in_order(tmp_path):
     write_tiny_bbq(tmp_path)
     model, tokenizer = tiny_model(sharpness=3), tiny_tokenizer()
     letters, texts = measure(
-        plan(tmp_path, tiny_stimuli(), ["bbq"], None, permutations=6),
+        plan_evaluation(tmp_path, tiny_stimuli(), ["bbq"], None, permutations=6),
         model,
         tokenizer,
         tmp_path / "out",
@@ -236,14 +233,14 @@ def test_permuted_options_are_shown_scored_and_counted_in_their_order(tmp_path):
     # A model that always says "the first one shown" has no preference left over all orders.
     frame["logprobs"] = [np.array([-0.1, -5.0, -5.0])] * len(frame)
     tally = EXPERIMENTS["bbq"].tally(frame)
-    values = bootstrap(tally, EXPERIMENTS["bbq"].metrics, None, Draws(1)).replicates.metrics
+    values = bootstrap(tally, EXPERIMENTS["bbq"].compute, None, Draws(1)).replicates.metrics
     assert values["share_option_0"][0] == 1.0
     assert values["share_unknown_ambiguous"][0] == pytest.approx(1 / 3)
 
 
-def test_k_draws_are_k_rows_with_samples_of_their_own(tmp_path):
+def test_draws_are_rows_with_different_samples(tmp_path):
     model, tokenizer = tiny_model(sharpness=2), tiny_tokenizer()
-    three = make_plan(tmp_path / "data", ["Q", "Q+IF+CoT"], samples=3, max_new_tokens=12)
+    three = tiny_plan(tmp_path / "data", ["Q", "Q+IF+CoT"], samples=3, max_new_tokens=12)
     plain, sampled = (
         read_cell(path)[0] for path in measure(three, model, tokenizer, tmp_path / "three")
     )
@@ -251,20 +248,20 @@ def test_k_draws_are_k_rows_with_samples_of_their_own(tmp_path):
     assert list(sampled["draw"][:6]) == [0, 1, 2, 0, 1, 2]
     texts = [samples[0] for samples in sampled["samples"]]
     assert len(set(texts)) > 12
-    one = make_plan(tmp_path / "data", ["Q+IF+CoT"], samples=1, max_new_tokens=12)
+    one = tiny_plan(tmp_path / "data", ["Q+IF+CoT"], samples=1, max_new_tokens=12)
     [path] = measure(one, model, tokenizer, tmp_path / "one")
     first = [samples[0] for samples in read_cell(path)[0]["samples"]]
     assert first == [text for text, draw in zip(texts, sampled["draw"], strict=True) if draw == 0]
 
 
-def test_rounds_follow_each_other_in_the_dialogue(tmp_path):
+def test_rounds_of_samples_follow_each_other_in_the_dialogue(tmp_path):
     model, tokenizer = tiny_model(sharpness=2), tiny_tokenizer(chat=True)
     asked: list[str] = []
     seen = model.register_forward_pre_hook(
         lambda _, args, kwargs: asked.extend(tokenizer.batch_decode(kwargs["input_ids"])),
         with_kwargs=True,
     )
-    cells = make_plan(tmp_path / "data", ["reviews 2"])
+    cells = tiny_plan(tmp_path / "data", ["reviews 2"])
     [path] = measure(cells, model, tokenizer, tmp_path / "out")
     seen.remove()
     frame, _ = read_cell(path)
@@ -277,13 +274,13 @@ def test_rounds_follow_each_other_in_the_dialogue(tmp_path):
     assert any(first != second for first, second in frame["samples"])
 
 
-def test_a_template_of_ones_own_is_used_and_checked(tmp_path):
+def test_custom_chat_template_is_used_and_checked(tmp_path):
     template = tmp_path / "mine.jinja"
     template.write_text(
         "{% for message in messages %}{{ message.role[0] }} : {{ message.content }} . "
         "{% endfor %}{% if add_generation_prompt %}a :{% endif %}"
     )
-    cells = make_plan(tmp_path / "data", ["Q"], style=str(template))
+    cells = tiny_plan(tmp_path / "data", ["Q"], style=str(template))
     model, tokenizer, asked = tiny_model(), tiny_tokenizer(chat=True), []
     seen = model.register_forward_pre_hook(
         lambda _, args, kwargs: asked.extend(tokenizer.batch_decode(kwargs["input_ids"])),
@@ -292,7 +289,7 @@ def test_a_template_of_ones_own_is_used_and_checked(tmp_path):
     measure(cells, model, tokenizer, tmp_path / "out")
     seen.remove()
     assert any(text.startswith("<unk> : who went ? the doctor told") for text in asked)
-    other = make_plan(tmp_path / "data", ["Q"])
+    other = tiny_plan(tmp_path / "data", ["Q"])
     assert cells.settings_digest != other.settings_digest
     template.write_text("hello")
     for style, said in [
@@ -301,17 +298,17 @@ def test_a_template_of_ones_own_is_used_and_checked(tmp_path):
         ("chatty", r"style 'chatty': give auto, chat, plain"),
     ]:
         with pytest.raises(InputError, match=said):
-            make_plan(tmp_path / "data", ["Q"], style=style)
+            tiny_plan(tmp_path / "data", ["Q"], style=style)
 
 
-def test_a_condition_offered_by_one_experiment_only_is_skipped_for_the_others(tmp_path):
+def test_condition_of_one_experiment_is_skipped_for_the_others(tmp_path):
     write_tiny_winogender(tmp_path)
     (tmp_path / "law_school").mkdir()
     (tmp_path / "law_school" / "law_data.csv").write_text(
         ",race,sex,LSAT,UGPA\n0,Black,1,40,3.1\n1,white,2,41,3.2\n", encoding="utf-8"
     )
     names = ["winogender", "law_school"]
-    planned = plan(tmp_path, tiny_stimuli(), names, ["Q", "Match stats"])
+    planned = plan_evaluation(tmp_path, tiny_stimuli(), names, ["Q", "Match stats"])
     assert [cell.name for cell in planned.cells] == [
         "winogender Q",
         "winogender Match stats",
@@ -319,14 +316,14 @@ def test_a_condition_offered_by_one_experiment_only_is_skipped_for_the_others(tm
     ]
 
 
-def test_unknown_conditions_and_experiments_are_refused_with_those_there_are(tmp_path):
+def test_unknown_conditions_and_experiments_are_refused_with_a_list(tmp_path):
     with pytest.raises(InputError, match=r"'Q\+CoT'.*Q, Q\+IF, Q\+IF\+CoT, Match stats"):
-        make_plan(tmp_path / "data", ["Q", "Q+CoT"])
+        tiny_plan(tmp_path / "data", ["Q", "Q+CoT"])
     with pytest.raises(InputError, match=r"stereoset.*bbq, winogender, law_school"):
-        plan(tmp_path, tiny_stimuli(), ["stereoset"], ["Q"])
+        plan_evaluation(tmp_path, tiny_stimuli(), ["stereoset"], ["Q"])
 
 
-def test_a_prompt_too_long_names_the_item(tmp_path, cells):
+def test_prompt_beyond_the_context_names_the_item(tmp_path, cells):
     with pytest.raises(InputError, match=r"winogender Q, item doctor/1: .* context holds 12"):
         measure(cells, tiny_model(context=12), tiny_tokenizer(), tmp_path / "out")
     chain = EvaluationPlan([cells.cells[2]])
@@ -345,22 +342,22 @@ def test_nan_logits_name_the_cell_and_leave_no_file(tmp_path, cells):
 
 
 def test_probabilities_are_null_when_no_option_is_possible(tmp_path):
-    from selfcorrect.evaluate.measuring.measure import _Asked, _row
+    from selfcorrect.evaluate.measuring.measure import _Draw, _row
 
     item = Item("i", "c", "k", 1.0, {}, (" a", " b"), {"fact": 1})
-    asked = _Asked(Question(item, "01", item.options, []), 0, [])
-    row = _row(asked, [-math.inf, -math.inf])
+    draw = _Draw(Question(item, "01", item.options, []), 0, [])
+    row = _row(draw, [-math.inf, -math.inf])
     assert row["probabilities"] is None and row["mass"] == 0.0
-    tiny = _row(asked, [-2000.0, -2000.0])  # mass underflows, the shares do not
+    tiny = _row(draw, [-2000.0, -2000.0])  # mass underflows, the shares do not
     assert tiny["probabilities"] == [0.5, 0.5]
 
 
-def test_a_model_in_training_mode_is_refused(tmp_path, cells):
-    with pytest.raises(ValueError, match="eval mode"):
+def test_model_in_training_mode_is_refused(tmp_path, cells):
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         measure(cells, tiny_model().train(), tiny_tokenizer(), tmp_path)
 
 
-def test_progress_counts_every_prompt(tmp_path, cells):
+def test_progress_counts_items(tmp_path, cells):
     calls: list[tuple[str, int, int]] = []
     measure(
         EvaluationPlan(cells.cells[:1]),
@@ -373,25 +370,25 @@ def test_progress_counts_every_prompt(tmp_path, cells):
 
 
 class Stopped(BaseException):
-    """Ends an evaluation as Ctrl-C does."""
+    """End an evaluation as Ctrl-C does."""
 
 
 @pytest.mark.parametrize("condition", ["Q", "Q+IF+CoT"])
-def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path, cells, monkeypatch, condition):
-    monkeypatch.setattr(measuring, "_SLICE", 2)  # six items in three slices
-    one = EvaluationPlan([cell for cell in cells.cells if cell.condition == condition])
+def test_interrupted_evaluation_resumes_bitwise(tmp_path, cells, monkeypatch, condition):
+    monkeypatch.setattr(measuring, "_SLICE_ITEMS", 2)  # six items in three slices
+    plan = EvaluationPlan([cell for cell in cells.cells if cell.condition == condition])
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    whole = measure(one, model, tokenizer, tmp_path / "whole")
+    whole = measure(plan, model, tokenizer, tmp_path / "whole")
 
     def stop(name: str, done: int, total: int) -> None:
         if done == 4:
             raise Stopped
 
     with pytest.raises(Stopped):
-        measure(one, model, tokenizer, tmp_path / "out", stop)
+        measure(plan, model, tokenizer, tmp_path / "out", stop)
     assert not (tmp_path / "out" / whole[0].name).exists()
     again: list[int] = []
-    measure(one, model, tokenizer, tmp_path / "out", lambda *call: again.append(call[1]))
+    measure(plan, model, tokenizer, tmp_path / "out", lambda *call: again.append(call[1]))
     assert again == [4, 6]
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
         path.name: path.read_bytes() for path in whole
@@ -399,9 +396,9 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path, cells, monkeypatch,
 
 
 @pytest.mark.parametrize("limit", [("_PART_ITEMS", 2), ("_PART_SECONDS", 0.0)])
-def test_parts_are_ours_whole_and_in_step_or_not_used(tmp_path, cells, monkeypatch, limit):
-    monkeypatch.setattr(measuring, "_SLICE", 2)
-    # As a killed process leaves them: parts are kept by number of items, or by time.
+def test_unusable_parts_are_not_resumed_from(tmp_path, cells, monkeypatch, limit):
+    monkeypatch.setattr(measuring, "_SLICE_ITEMS", 2)
+    # Parts are written after a number of items, or after a time, as a killed process leaves them.
     monkeypatch.setattr(measuring, *limit)
     pair = EvaluationPlan([cells.cells[0], cells.cells[1]])
     tokenizer = tiny_tokenizer()
@@ -451,7 +448,7 @@ def test_parts_are_ours_whole_and_in_step_or_not_used(tmp_path, cells, monkeypat
     }
 
 
-def test_damaged_files_are_an_input_error(tmp_path):
+def test_damaged_cell_file_is_an_input_error(tmp_path):
     path = tmp_path / "winogender.Q.parquet"
     path.write_bytes(b"PAR1 no")
     with pytest.raises(InputError, match="damaged"):
@@ -465,51 +462,45 @@ def test_damaged_files_are_an_input_error(tmp_path):
 # --- loading -----------------------------------------------------------------------------------
 
 
-def save(folder: Path, model) -> Path:
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def test_missing_folders_never_become_hub_lookups(tmp_path, monkeypatch):
+def test_missing_folder_never_becomes_a_hub_lookup(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for path in ("./none", "/none/there", "runs/none", "a/b/c", "none/", "~/none"):
-        with pytest.raises(InputError, match="no such model folder"):
+        with pytest.raises(InputError, match="model folder not found"):
             load_model(path)
-    with pytest.raises(InputError, match=r"runs: no config\.json here"):
+    with pytest.raises(InputError, match=r"runs: .*no config\.json"):
         load_model("runs")
     (tmp_path / "file.txt").write_text("")
-    with pytest.raises(InputError, match="a file"):
+    with pytest.raises(InputError, match=r"not a model; give"):
         load_model(tmp_path / "file.txt")
 
 
 def test_pickled_weights_are_refused(tmp_path):
-    folder = save(tmp_path / "model", tiny_model())
+    folder = save_model(tmp_path / "model", tiny_model())
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="safetensors"):
         load_model(folder)
 
 
-def test_damaged_weights_are_one_clear_line(tmp_path):
-    folder = save(tmp_path / "model", tiny_model())
+def test_damaged_weights_are_a_one_line_error(tmp_path):
+    folder = save_model(tmp_path / "model", tiny_model())
     (folder / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(InputError, match="cannot load the model") as caught:
         load_model(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    folder = save(tmp_path / "model", tiny_model(vocabulary=20))
-    with pytest.raises(InputError, match="do not belong together"):
+def test_tokenizer_of_another_model_is_refused(tmp_path):
+    folder = save_model(tmp_path / "model", tiny_model(vocabulary=20))
+    with pytest.raises(InputError, match="use the model's own tokenizer"):
         load_model(folder)
 
 
-def test_an_adapter_finds_its_base_beside_it_after_a_move(tmp_path):
+def test_moved_adapter_finds_its_base_beside_it(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    base = save(tmp_path / "here" / "base", tiny_model())
+    base = save_model(tmp_path / "here" / "base", tiny_model())
     model, _ = load_model(base)
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     adapter = tmp_path / "here" / "ppo" / "checkpoint-1"

@@ -1,4 +1,4 @@
-"""Which weights they are, and one checkpoint after another in the same module."""
+"""Digests of weights, and loading one checkpoint after another into the same module."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.evaluate.scoring.weights import CheckpointLoader, files_digest, weights_digest
 from selfcorrect.recipes.foundation.errors import InputError
-from tests.support.tiny_models import tiny_model, tiny_tokenizer
+from tests.support.tiny_models import save_model, tiny_model
 
 torch.set_num_threads(1)
 
@@ -24,8 +24,7 @@ def logits(model) -> torch.Tensor:
 
 
 def save(folder: Path, model) -> Path:
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_model(folder, model)
     (folder / "checkpoint.json").write_text(json.dumps({"step": folder.name}))  # differs anyway
     return folder
 
@@ -44,7 +43,7 @@ def adapter(base: Path, seed: int):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma", "gpt_neox"])
-def test_swapped_weights_are_those_of_a_fresh_model(tmp_path, architecture):
+def test_swapped_weights_equal_those_of_a_fresh_model(tmp_path, architecture):
     folders = [save(tmp_path / str(s), tiny_model(architecture, seed=s)) for s in range(3)]
     loader = CheckpointLoader("cpu")
     first, tokenizer = loader.load(folders[0])
@@ -69,7 +68,7 @@ def test_adapters_are_swapped_over_one_base(tmp_path):
     assert not torch.equal(logits(model), before)
 
 
-def test_what_does_not_fit_is_loaded_anew_and_errors_stay_errors(tmp_path):
+def test_checkpoint_that_does_not_fit_is_loaded_fresh(tmp_path):
     one = save(tmp_path / "one", tiny_model())
     wider = save(tmp_path / "wider", tiny_model(context=99))  # another config
     loader = CheckpointLoader("cpu")
@@ -87,7 +86,7 @@ def test_what_does_not_fit_is_loaded_anew_and_errors_stay_errors(tmp_path):
     assert loader.num_swapped == 0
 
 
-def test_the_digest_covers_every_byte_of_weights_and_what_an_adapter_needs(tmp_path):
+def test_digest_covers_weights_adapter_settings_and_base(tmp_path):
     base = save(tmp_path / "base", tiny_model())
     assert files_digest(base) == files_digest(shutil.copytree(base, tmp_path / "copy"))
     assert files_digest("a/b", "v1") != files_digest("a/b", "v2")

@@ -189,7 +189,7 @@ def test_a_full_disk_while_measuring_or_reporting_leaves_what_was_there(
 def test_a_disk_that_fills_up_within_a_cell_keeps_the_parts_that_are_whole(
     recipe: Recipe, whole: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("selfcorrect.evaluate.measuring.measure._SLICE", 4)
+    monkeypatch.setattr("selfcorrect.evaluate.measuring.measure._SLICE_ITEMS", 4)
     monkeypatch.setattr("selfcorrect.evaluate.measuring.measure._PART_ITEMS", 4)
     run = shutil.copytree(whole, disk.place / "small")
     folder = run / "tiny" / "seed-0" / "ppo" / "checkpoint-2"
