@@ -1,9 +1,10 @@
-"""Writes what `selfcorrect plan` says into the comments of the shipped ladders.
+"""Write the estimates of `selfcorrect plan` into the comments of the shipped ladders.
 
-    python scripts/study/ladder_headers.py          after a change to a recipe or to the plan
+    python scripts/study/ladder_headers.py
 
-A recipe that wants it has the line `# plan: OPTIONS`, the options of `selfcorrect plan`, and then
-`# end of plan`; what stands between is replaced.
+Run it after a change to a recipe or to the estimate. A recipe with such a comment has the line
+`# plan: OPTIONS`, with options of `selfcorrect plan`, and the line `# end of plan`; the lines
+between them are replaced.
 """
 
 import shlex
@@ -12,17 +13,18 @@ from pathlib import Path
 from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.load import load_recipe, shipped_recipes
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.scripts.commands.plan import device_hours, disk_of, gigabytes, hours, plan_ladder
-from selfcorrect.train.planning.devices import CPU_CORE, GPUS, ModelPlan, does_not_fit
+from selfcorrect.scripts.commands.plan import gigabytes, hours
+from selfcorrect.train.planning.devices import CPU_CORE, GPUS
+from selfcorrect.train.planning.estimate import disk_of_ladder, estimate_ladder, oversized_stages
 from selfcorrect.train.planning.feedback import HH_RLHF, FeedbackFacts, feedback_facts
-from selfcorrect.train.planning.memory import Engine
+from selfcorrect.train.planning.memory import Parallelism
 
 BEGIN, END = "# plan: ", "# end of plan"
 UTILISATION = 0.3
 
 
 def options_of(text: str) -> dict[str, str] | None:
-    """The options behind `# plan:`; None where a recipe has no such line."""
+    """Return the options of a recipe's `# plan:` line; None if it has no such line."""
     line = next((line for line in text.splitlines() if line.startswith(BEGIN)), None)
     if line is None:
         return None
@@ -33,64 +35,60 @@ def options_of(text: str) -> dict[str, str] | None:
 
 
 def header(recipe: Recipe, options: dict[str, str]) -> list[str]:
-    """The comment's lines: machine, memory, hours and disk of every model, and in all."""
+    """Return the comment's lines: memory, hours and disk of each model, and their sums."""
     device = GPUS.get(options["device"], CPU_CORE)
-    engine = Engine(int(options.get("processes", 1)), int(options.get("zero", 0)), device.gpu)
-    plans = plan_ladder(recipe, facts_anywhere(recipe), engine)
+    parallelism = Parallelism(
+        int(options.get("processes", 1)), int(options.get("zero", 0)), device.gpu
+    )
+    ladder = estimate_ladder(recipe, portable_facts(recipe), parallelism)
     rows = [("model", "training, GB", "evaluation, GB", "training", "evaluation", "disk, GB")]
-    total = paid = 0.0
-    for plan in plans:
-        spent = plan.hours(device, UTILISATION)
-        total += sum(spent.values())
-        paid += device_hours(plan, spent)
-        short = {stage.stage for stage in does_not_fit(plan, device)}
-        needs = {stage.stage: stage.total for stage in plan.footprints}
-        measuring = needs.pop("evaluation", None)
-        most = max(needs, key=lambda stage: needs[stage])
+    total = device_hours = 0.0
+    for model in ladder:
+        by_stage = model.hours(device, UTILISATION)
+        total += sum(by_stage.values())
+        device_hours += model.device_hours(device, UTILISATION)
+        oversized = {stage.stage for stage in oversized_stages(model, device)}
+        bytes_of = {stage.stage: stage.total for stage in model.footprints}
+        evaluation = bytes_of.pop("evaluation", None)
+        largest = max(bytes_of, key=lambda stage: bytes_of[stage])
         rows.append(
             (
-                plan.name,
-                f"{gigabytes(needs[most])} ({most}){' !' * (most in short)}",
-                "in ppo"
-                if measuring is None
-                else gigabytes(measuring) + " !" * ("evaluation" in short),
-                hours(sum(spent.values()) - spent["evaluation"]),
-                hours(spent["evaluation"]),
-                gigabytes(plan.disk.kept),
+                model.name,
+                f"{gigabytes(bytes_of[largest])} ({largest}){' !' * (largest in oversized)}",
+                "in policy"
+                if evaluation is None
+                else gigabytes(evaluation) + " !" * ("evaluation" in oversized),
+                hours(sum(by_stage.values()) - by_stage["evaluation"]),
+                hours(by_stage["evaluation"]),
+                gigabytes(model.disk.kept),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    return [f"#   {line}" for line in [*lines, *_sums(recipe, plans, total, paid, device.name)]]
-
-
-def _sums(
-    recipe: Recipe, plans: list[ModelPlan], total: float, paid: float, device: str
-) -> list[str]:
     seeds = len(recipe.seeds)
-    kept, working = disk_of(recipe, plans)
-    lines = [
-        f"In all {hours(seeds * total)} one model after the other, {hours(seeds * paid)} of one "
-        f"{device}, at {UTILISATION:.0%} of its peak;",
+    kept, working = disk_of_ladder(recipe, ladder)
+    lines += [
+        f"In all {hours(seeds * total)} one model after the other, {hours(seeds * device_hours)} "
+        f"of one {device.name}, at {UTILISATION:.0%} of its peak;",
         f"disk {gigabytes(kept)} GB, and {gigabytes(working)} GB more while training.",
     ]
-    if any(does_not_fit(plan, GPUS.get(device, CPU_CORE)) for plan in plans):
+    if any(oversized_stages(model, device) for model in ladder):
         lines.append("! needs more than a device has: see `selfcorrect plan` with these options")
-    return lines
+    return [f"#   {line}" for line in lines]
 
 
-def facts_anywhere(recipe: Recipe) -> FeedbackFacts:
-    """The feedback as if it were not here: a header must not depend on whose machine writes it."""
-    given = recipe.data.preferences
-    if recipe.data.society is not None or given is None or given.limit is None:
+def portable_facts(recipe: Recipe) -> FeedbackFacts:
+    """Return the facts of the feedback as on a machine without it, so that headers are the same."""
+    preferences = recipe.data.preferences
+    if recipe.data.society is not None or preferences is None or preferences.limit is None:
         return feedback_facts(recipe.data)
-    return FeedbackFacts(given.limit, given.limit, HH_RLHF, "limit")
+    return FeedbackFacts(preferences.limit, preferences.limit, HH_RLHF, "limit")
 
 
 def renewed(path: Path) -> str | None:
-    """A recipe's text with a fresh header; None where it has none."""
+    """Return a recipe's text with a fresh header; None if it has none."""
     text = path.read_text(encoding="utf-8")
     options = options_of(text)
     if options is None:
@@ -103,7 +101,7 @@ def renewed(path: Path) -> str | None:
 
 
 def main() -> None:
-    """Renew the header of every shipped recipe that has one."""
+    """Renew the header of every shipped recipe that has one, and print the changed files."""
     for path in shipped_recipes():
         text = renewed(path)
         if text is not None and text != path.read_text(encoding="utf-8"):

@@ -1,11 +1,11 @@
-"""The paper's whole grid on paper: GPUs, memory, hours and disk for its eight sizes.
+"""Estimate the paper's whole grid: GPUs, memory, hours and disk for its eight sizes.
 
     python scripts/study/paper_grid.py > table.md
 
-The paper names its sizes but not their shapes, its feedback but not its batches. Shapes here are
-stand-ins of the GPT-NeoX kind with as many parameters; 1000 PPO steps of 256 prompts, all weights
-trained, ZeRO-3 on the fewest GPUs (a power of two) that hold a model; every checkpoint measured on
-the whole of BBQ, Winogender and the law-school data in all of the paper's conditions.
+The paper states its models' sizes but not their shapes, nor its batch sizes. Shapes here are
+stand-ins of the GPT-NeoX kind with as many parameters: 1000 PPO steps of 256 prompts, all weights
+trained, ZeRO-3 on the fewest GPUs (a power of two) that hold a model, and every checkpoint measured
+on all of BBQ, Winogender and the law-school data in all of the paper's conditions.
 """
 
 import argparse
@@ -14,9 +14,10 @@ from typing import Any
 from selfcorrect.recipes.load import check_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.commands.plan import count, gigabytes
-from selfcorrect.train.planning.devices import GPUS, Device, ModelPlan, does_not_fit, plan_model
+from selfcorrect.train.planning.devices import GPUS, Device
+from selfcorrect.train.planning.estimate import ModelEstimate, estimate_model, oversized_stages
 from selfcorrect.train.planning.feedback import HH_RLHF, FeedbackFacts
-from selfcorrect.train.planning.memory import Engine
+from selfcorrect.train.planning.memory import Parallelism
 from selfcorrect.train.planning.model_shape import ModelShape, shape_of
 
 # size: hidden size, layers
@@ -31,7 +32,7 @@ UTILISATION = 0.3
 
 
 def grid_shape(hidden: int, layers: int) -> ModelShape:
-    """A stand-in: heads of 128 and an MLP four times as wide."""
+    """Return a stand-in shape: heads of 128, and an MLP four times as wide."""
     fields = {
         "model_type": "gpt_neox", "hidden_size": hidden, "num_hidden_layers": layers,
         "num_attention_heads": hidden // 128, "intermediate_size": 4 * hidden, "vocab_size": 50304,
@@ -42,7 +43,7 @@ def grid_shape(hidden: int, layers: int) -> ModelShape:
 def grid_recipe(
     processes: int, gathers: bool, limit: int | None, conditions: list[str] | None
 ) -> Recipe:
-    """One model's run on that many GPUs; the rollout batch is the same on any number."""
+    """Return one model's recipe on that many GPUs, with the same rollout batch on any number."""
     trainer: dict[str, Any] = {
         "per_device_train_batch_size": ROWS,
         "steps_per_generation": max(1, ROLLOUT // (ROWS * processes)),
@@ -57,62 +58,66 @@ def grid_recipe(
         "models": [{"name": "m", "path": "none"}],
         "data": {"preferences": {"path": "none"}},
         "reward": {"trainer": reward},
-        "ppo": {"steps": 1000, "checkpoints": STEPS, "trainer": trainer},
+        "policy": {"steps": 1000, "checkpoints": STEPS, "trainer": trainer},
         "evaluate": {"attach": "off", "limit": limit, "conditions": conditions},
     }
     return check_recipe(content, "paper")
 
 
-def smallest(shape: ModelShape, device: Device, **asked: Any) -> ModelPlan:
-    """The plan on the fewest GPUs whose memory holds training; evaluation is planned apart.
+def smallest(shape: ModelShape, device: Device, **evaluate: Any) -> ModelEstimate:
+    """Return the estimate on the fewest GPUs whose memory holds training.
 
-    ZeRO-3 puts the policy together for sampling where at most twice as many GPUs hold it.
+    ZeRO-3 gathers the policy for sampling if at most twice as many GPUs hold it whole.
     """
-    fitting: list[ModelPlan] = []
+    fitting: list[ModelEstimate] = []
     for processes in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         for gathers in (True, False):
-            engine = Engine(processes, 3 if processes > 1 else 0)
-            recipe = grid_recipe(processes, gathers=gathers, **asked)
-            plan = plan_model(recipe, "m", shape, FACTS, engine)
-            if all(stage.stage == "evaluation" for stage in does_not_fit(plan, device)):
-                fitting.append(plan)
-    fewest = fitting[0].engine.processes
-    near = [plan for plan in fitting if plan.gathers and plan.engine.processes <= 2 * fewest]
-    return (near or fitting)[0]
+            parallelism = Parallelism(processes, 3 if processes > 1 else 0)
+            recipe = grid_recipe(processes, gathers=gathers, **evaluate)
+            estimate = estimate_model(recipe, "m", shape, FACTS, parallelism)
+            if all(stage.stage == "evaluation" for stage in oversized_stages(estimate, device)):
+                fitting.append(estimate)
+    fewest = fitting[0].parallelism.processes
+    gathering = [e for e in fitting if e.gathers and e.parallelism.processes <= 2 * fewest]
+    return (gathering or fitting)[0]
 
 
 def main() -> None:
-    """Print the grid as a Markdown table, on one kind of GPU."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print the grid as a Markdown table, for one kind of GPU."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=GPUS, default="h100")
-    parser.add_argument("--limit", type=int, help="items an experiment; default: all")
+    parser.add_argument("--limit", type=int, help="items per experiment; default: all")
     parser.add_argument("--conditions", help="comma-separated; default: all of the paper's")
-    given = parser.parse_args()
-    device = GPUS[given.device]
-    asked = given.conditions.split(",") if given.conditions else None
+    arguments = parser.parse_args()
+    device = GPUS[arguments.device]
+    conditions = arguments.conditions.split(",") if arguments.conditions else None
     print(
         "| size | stand-in | GPUs | policy whole for sampling | GB a GPU | reward, h | PPO, h "
         "| GPU-hours of training | evaluation, GPU-hours | evaluation / training FLOPs | disk, GB |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    training = measuring = disk = 0.0
-    for name, (hidden, layers) in SIZES.items():
-        plan = smallest(grid_shape(hidden, layers), device, limit=given.limit, conditions=asked)
-        spent = plan.hours(device, UTILISATION)
-        work = {one.stage: one for one in plan.works}
-        most = max(s.total for s in plan.footprints if s.stage != "evaluation")
-        hours = (spent["reward"] + spent["ppo"]) * plan.engine.processes
-        share = work["evaluation"].flops / (work["reward"].flops + work["ppo"].flops)
-        training, measuring = training + hours, measuring + spent["evaluation"]
-        disk += plan.disk.kept
+    training = evaluation = disk = 0.0
+    for name, sizes in SIZES.items():
+        estimate = smallest(
+            grid_shape(*sizes), device, limit=arguments.limit, conditions=conditions
+        )
+        hours = estimate.hours(device, UTILISATION)
+        work = {stage.stage: stage for stage in estimate.work}
+        largest = max(s.total for s in estimate.footprints if s.stage != "evaluation")
+        gpus = estimate.parallelism.processes
+        gpu_hours = (hours["reward"] + hours["policy"]) * gpus
+        share = work["evaluation"].flops / (work["reward"].flops + work["policy"].flops)
+        training, evaluation = training + gpu_hours, evaluation + hours["evaluation"]
+        disk += estimate.disk.kept
         print(
-            f"| {name} | {count(plan.shape.parameters)} | {plan.engine.processes} "
-            f"| {'yes' if plan.gathers else 'no'} "
-            f"| {gigabytes(most)} | {spent['reward']:.1f} | {spent['ppo']:.1f} | {hours:,.0f} "
-            f"| {spent['evaluation']:,.0f} | {share:.2f} | {gigabytes(plan.disk.kept)} |"
+            f"| {name} | {count(estimate.shape.parameters)} | {gpus} "
+            f"| {'yes' if estimate.gathers else 'no'} "
+            f"| {gigabytes(largest)} | {hours['reward']:.1f} | {hours['policy']:.1f} "
+            f"| {gpu_hours:,.0f} | {hours['evaluation']:,.0f} | {share:.2f} "
+            f"| {gigabytes(estimate.disk.kept)} |"
         )
     tokens = count(work["evaluation"].tokens / len(STEPS))
-    print(f"| all | | | | | | | {training:,.0f} | {measuring:,.0f} | | {gigabytes(disk)} |")
+    print(f"| all | | | | | | | {training:,.0f} | {evaluation:,.0f} | | {gigabytes(disk)} |")
     print(f"\n{tokens} tokens a checkpoint and model are read or written in evaluation.")
 
 

@@ -1,4 +1,4 @@
-"""How much feedback a recipe has, and how long it is, without loading a library for data."""
+"""Number and lengths of a recipe's feedback, without loading a data library."""
 
 import gzip
 import json
@@ -18,58 +18,58 @@ from selfcorrect.recipes.society.world import World, make_world
 from selfcorrect.train.planning.settings import Lengths
 
 # Tokens of HH-RLHF harmless-base (test split, 2,312 pairs) by SmolLM2's tokenizer, measured on
-# 2026-11-23: prompts 149 on average and 880 at most, whole dialogues 195 and 1024. What stands in
-# for data that are not here.
+# 2026-11-23: prompts 149 on average and 880 at most, whole dialogues 195 and 1024. Used for data
+# that are not on this machine.
 HH_RLHF = Lengths(149.0, 880, 46.0, 144)
-LETTERS_A_TOKEN = 4.5  # of the same texts and tokenizer
-LOOKED_AT = 1000  # rows of which lengths are taken
+LETTERS_PER_TOKEN = 4.5  # of the same texts and tokenizer
+MEASURED_ROWS = 1000  # rows whose lengths are taken
 
 
 @dataclass(frozen=True)
 class FeedbackFacts:
-    """Rows of the feedback, their lengths in tokens, and how those are known.
+    """Rows of the feedback, their lengths in tokens, and the source of those lengths.
 
-    `corpus` is the number of tokens of the pretraining corpus, 0 where there is none; `words` the
-    size of the society's vocabulary, None elsewhere.
+    `corpus` is the number of tokens of the pretraining corpus, 0 where there is none; `vocabulary`
+    the number of words of the society's tokenizer, None for other data.
     """
 
     pairs: int
     prompts: int
     lengths: Lengths
-    known_by: str
+    source: str
     corpus: int = 0
-    words: int | None = None
+    vocabulary: int | None = None
 
 
 def feedback_facts(data: Data) -> FeedbackFacts:
-    """Of the society, of local JSON lines, or of a set that only its `limit` says the size of.
+    """Return the facts of the society, of local JSON lines, or of a data set with a `limit`.
 
-    Raises InputError where the number of rows cannot be known.
+    Raises InputError where the number of rows is unknown.
     """
     if data.society is not None:
-        return _society(make_world(data.society))
+        return _society_facts(make_world(data.society))
     assert data.preferences is not None
     rows = _local_rows(data.preferences)
     if rows is None:
-        pairs = _limit_alone(data.preferences, "preferences")
-        lengths, known_by = HH_RLHF, "rows by limit, lengths as of HH-RLHF's test split"
+        pairs = _limit(data.preferences, "preferences")
+        lengths, source = HH_RLHF, "rows by limit, lengths as in HH-RLHF's test split"
     else:
-        found = [_pair_letters(row) for row in islice(rows, LOOKED_AT)]
-        pairs = len(found) + sum(1 for _ in rows)
+        letters = [_pair_letters(row) for row in islice(rows, MEASURED_ROWS)]
+        pairs = len(letters) + sum(1 for _ in rows)
         pairs = min(pairs, data.preferences.limit or pairs)
-        lengths, known_by = _lengths(found), f"{LETTERS_A_TOKEN} letters taken as a token"
+        lengths, source = _lengths(letters), f"at {LETTERS_PER_TOKEN} letters per token"
     prompts = pairs
     if data.prompts is not None:
-        own = _local_rows(data.prompts)
-        count = sum(1 for _ in own) if own else _limit_alone(data.prompts, "prompts")
+        rows = _local_rows(data.prompts)
+        count = sum(1 for _ in rows) if rows else _limit(data.prompts, "prompts")
         prompts = min(count, data.prompts.limit or count)
-    return FeedbackFacts(pairs, prompts, lengths, known_by)
+    return FeedbackFacts(pairs, prompts, lengths, source)
 
 
-def _limit_alone(source: Source, key: str) -> int:
+def _limit(source: Source, key: str) -> int:
     if source.limit is None:
         raise InputError(
-            f"data.{key}: {source.path} is not here, so its rows cannot be counted; "
+            f"data.{key}: {source.path} is not on this machine, so its rows cannot be counted; "
             f"set data.{key}.limit, or give a .jsonl or .jsonl.gz file"
         )
     return source.limit
@@ -90,18 +90,18 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                     continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise InputError(f"{path}: line {number}: a row is an object")
+                    raise InputError(f"{path}: line {number}: a row must be an object")
                 yield row
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: cannot be read as JSON lines ({error})") from None
 
 
 def _pair_letters(row: dict[str, Any]) -> tuple[int, int]:
-    """Letters of a pair's prompt, and of its longer answer."""
+    """Return the letters of a pair's prompt, and of its longer answer."""
     texts = [_text(row.get(side)) for side in ("chosen", "rejected")]
-    shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(*texts, strict=False)))
-    asked = len(_text(row.get("prompt")))
-    return max(asked, shared), max(max(map(len, texts)) - shared, 1)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False)))
+    prompt = len(_text(row.get("prompt")))
+    return max(prompt, shared), max(max(map(len, texts)) - shared, 1)
 
 
 def _text(value: Any) -> str:
@@ -113,24 +113,26 @@ def _text(value: Any) -> str:
 def _lengths(letters: list[tuple[int, int]]) -> Lengths:
     if not letters:
         raise InputError("data.preferences: the file has no rows")
-    asked, answered = ([n / LETTERS_A_TOKEN for n in side] for side in zip(*letters, strict=True))
-    return Lengths(fmean(asked), round(max(asked)), fmean(answered), round(max(answered)))
+    prompts, answers = (
+        [n / LETTERS_PER_TOKEN for n in side] for side in zip(*letters, strict=True)
+    )
+    return Lengths(fmean(prompts), round(max(prompts)), fmean(answers), round(max(answers)))
 
 
-def _society(world: World) -> FeedbackFacts:
-    """One token a word; a speaker's name and its colon are one each."""
+def _society_facts(world: World) -> FeedbackFacts:
+    """Count one token per word; a speaker's name and its colon are one each."""
     settings = world.settings
-    asked, answered = [], []
-    for pair in society_feedback.preferences(world, min(settings.pairs, LOOKED_AT)):
-        asked.append(sum(len(m["content"].split()) + 2 for m in pair.messages) + 2)
-        answered.append(1 + max(len(pair.chosen.split()), len(pair.rejected.split())))
-    documents = list(mixed_documents(world, LOOKED_AT))
+    prompts, answers = [], []
+    for pair in society_feedback.preferences(world, min(settings.pairs, MEASURED_ROWS)):
+        prompts.append(sum(len(m["content"].split()) + 2 for m in pair.messages) + 2)
+        answers.append(1 + max(len(pair.chosen.split()), len(pair.rejected.split())))
+    documents = mixed_documents(world, MEASURED_ROWS)
     words = fmean(sum(len(s.text.split()) for s in document) for document in documents)
     corpus = settings.corpus.documents + settings.corpus.stereotypes_first
     return FeedbackFacts(
         settings.pairs,
         settings.prompts,
-        Lengths(fmean(asked), max(asked), fmean(answered), max(answered)),
+        Lengths(fmean(prompts), max(prompts), fmean(answers), max(answers)),
         "the society's own texts",
         round(corpus * words),
         len(vocabulary(world)),

@@ -1,4 +1,4 @@
-"""Shapes of the models that the shipped ladders name, so that they can be planned without the hub.
+"""Shapes of the shipped ladders' models, so that their memory is estimated without the hub.
 
 Facts of each model's published config.json, https://huggingface.co/<name>/blob/main/config.json,
 looked up on 2026-11-23 and compared with the parameter counts their authors publish: Pythia's table

@@ -1,4 +1,4 @@
-"""What planning needs to know of a model: its matrices, from its configuration alone."""
+"""A model's shape and parameter counts, from its configuration alone."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from selfcorrect.train.planning.known_models import KNOWN_MODELS
 GATED = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 MODEL_TYPES = (*GATED, "gpt_neox", "gpt2")
 
-# Where a configuration leaves a field out, transformers' own default stands.
+# transformers' defaults for fields that a configuration leaves out
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
               "num_attention_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False},
@@ -32,8 +32,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None, "n_positions": 1024,
              "vocab_size": 50257, "tie_word_embeddings": True},
 }  # fmt: skip
-# Configurations may use another name for the same thing (transformers' attribute maps).
-OTHER_NAMES = {
+# transformers' attribute maps: other names for the same field
+ATTRIBUTE_MAP = {
     "gpt2": {"hidden_size": "n_embd", "num_hidden_layers": "n_layer",
              "num_attention_heads": "n_head", "max_position_embeddings": "n_positions",
              "intermediate_size": "n_inner"},
@@ -41,11 +41,19 @@ OTHER_NAMES = {
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: its rank, and the matrices it adapts."""
+
+    rank: int
+    targets: frozenset[str]
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder-only transformer.
 
-    `queries` is heads x head size, `keys` the same for key-value heads, `head` the size of one;
-    `positions` counts learned position embeddings (0 where positions are rotary).
+    `queries` is heads x head size, `keys` the same for key-value heads, `head` the size of one
+    head; `positions` counts learned position embeddings (0: positions are rotary).
     """
 
     model_type: str
@@ -61,7 +69,7 @@ class ModelShape:
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Input and output size of each linear map in a layer, by its name in transformers."""
+        """Input and output size of each linear map in a layer, by transformers' name."""
         h, q, k, i = self.hidden, self.queries, self.keys, self.intermediate
         if self.model_type == "gpt_neox":
             return {"query_key_value": (h, 3 * h), "dense": (h, h),
@@ -94,10 +102,10 @@ class ModelShape:
 
     @property
     def backbone(self) -> int:
-        """Parameters without the language-model head: a critic's or a reward model's trunk."""
+        """Parameters without the LM head: the trunk of a critic or a reward model."""
         norm = self.hidden * (2 if self.model_type in ("gpt_neox", "gpt2") else 1)
-        places = self.positions * self.hidden
-        return self.embedding + places + self.layers * self.layer + norm
+        positions = self.positions * self.hidden
+        return self.embedding + positions + self.layers * self.layer + norm
 
     @property
     def parameters(self) -> int:
@@ -106,36 +114,38 @@ class ModelShape:
 
     @property
     def largest_matrix(self) -> int:
-        """The largest single weight."""
+        """Size of the largest single weight."""
         return max(self.embedding, *(a * b for a, b in self.matrices.values()))
 
-    def adapter(self, rank: int, targets: set[str]) -> int:
-        """Parameters of a LoRA adapter of this rank on the matrices in `targets`."""
-        sizes = [sum(size) for name, size in self.matrices.items() if name in targets]
-        return self.layers * rank * sum(sizes)
+    def trainable(self, adapter: Adapter | None, parameters: int | None = None) -> int:
+        """Return how many parameters training changes: the adapter's, or `parameters` (all)."""
+        if adapter is None:
+            return self.parameters if parameters is None else parameters
+        sizes = [sum(size) for name, size in self.matrices.items() if name in adapter.targets]
+        return self.layers * adapter.rank * sum(sizes)
 
 
 def shape_of(fields: dict[str, Any], where: str, vocabulary: int | None = None) -> ModelShape:
-    """The shape that a configuration's fields describe; `vocabulary` is used where none stands.
+    """Return the shape that a configuration describes; `vocabulary` is used where it has none.
 
-    Raises InputError for a model type whose layers are not known here, and for a field that is
-    no whole number.
+    Raises InputError for a model type whose layers are not known here, and for a size that is not
+    a positive integer.
     """
     model_type = fields.get("model_type")
     if model_type not in MODEL_TYPES:
         raise InputError(
-            f"{where}: plan does not know the layers of a {model_type!r} model; "
-            f"it knows {', '.join(MODEL_TYPES)}"
+            f"{where}: the memory of a {model_type!r} model cannot be estimated; "
+            f"supported: {', '.join(MODEL_TYPES)}"
         )
-    own_names = OTHER_NAMES.get(model_type, {})
-    known = {**DEFAULTS[model_type], **({"vocab_size": vocabulary} if vocabulary else {})}
-    known |= {own_names.get(key, key): value for key, value in fields.items()}
+    renamed = ATTRIBUTE_MAP.get(model_type, {})
+    values = {**DEFAULTS[model_type], **({"vocab_size": vocabulary} if vocabulary else {})}
+    values |= {renamed.get(key, key): value for key, value in fields.items()}
 
-    def number(key: str, otherwise: int | None = None) -> int:
-        value = known.get(own_names.get(key, key))
-        value = otherwise if value is None else value
+    def number(key: str, default: int | None = None) -> int:
+        value = values.get(renamed.get(key, key))
+        value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{where}: {key} is {value!r}; plan needs a whole number above 0")
+            raise InputError(f"{where}: {key} is {value!r}; it must be a positive integer")
         return value
 
     hidden, heads = number("hidden_size"), number("num_attention_heads")
@@ -149,16 +159,17 @@ def shape_of(fields: dict[str, Any], where: str, vocabulary: int | None = None) 
         head,
         number("intermediate_size", 4 * hidden),
         number("vocab_size"),
-        bool(known["tie_word_embeddings"]),
+        bool(values["tie_word_embeddings"]),
         number("max_position_embeddings") if model_type == "gpt2" else 0,
     )
 
 
 def model_shape(model: Model, key: str, vocabulary: int | None = None) -> ModelShape:
-    """A recipe's model: from `scratch`, a folder, the table of known models, or the hub.
+    """Return the shape of a recipe's model, without reading weights.
 
-    No weights are read. `vocabulary` is that of the society's tokenizer, for models from scratch.
-    Raises InputError, in one line that begins with `key`.
+    The configuration comes from `scratch`, a folder, the table of known models, or the hub.
+    `vocabulary` is the size of the society's tokenizer, for models from scratch. Raises InputError
+    that starts with `key`.
     """
     if model.scratch is not None:
         return shape_of(model.scratch, f"{key}.scratch", vocabulary)
@@ -177,9 +188,7 @@ def model_shape(model: Model, key: str, vocabulary: int | None = None) -> ModelS
         return shape_of(KNOWN_MODELS[model.path], key)
     if folder.is_dir():
         missing = model.gguf_file or "config.json"
-        raise InputError(
-            f"{key}.path: {folder}: no {missing} there, so there is nothing to plan by"
-        )
+        raise InputError(f"{key}.path: {folder}: has no {missing}; give a complete model folder")
     if model.path.startswith((".", "/", "~")) or model.path.count("/") > 1:
         raise InputError(f"{key}.path: no model folder {model.path}")
     return shape_of(_through_transformers(model, key), f"{key}.path: {model.path}")
@@ -193,12 +202,12 @@ def _text_fields(fields: Any) -> dict[str, Any]:
 
 
 def _through_transformers(model: Model, key: str) -> dict[str, Any]:
-    """A configuration from the hub, its cache, or the head of a GGUF file."""
+    """Read a configuration from the hub, its cache, or the header of a GGUF file."""
     from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    options: dict[str, Any] = {"trust_remote_code": False}  # planning runs nobody's code
+    options: dict[str, Any] = {"trust_remote_code": False}  # an estimate runs nobody's code
     if model.revision:
         options["revision"] = model.revision
     if model.gguf_file is not None:
@@ -208,7 +217,7 @@ def _through_transformers(model: Model, key: str) -> dict[str, Any]:
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{key}.path: {model.path}: its configuration can be had neither from the hub nor from "
-            f"its cache ({reason[:120]}); give a folder with its config.json"
+            f"{key}.path: {model.path}: its configuration is neither on the hub nor in the cache "
+            f"({reason[:120]}); give a folder with its config.json"
         ) from None
     return config.get_text_config().to_dict()

@@ -1,22 +1,24 @@
-"""From a recipe to what planning reckons with: batch sizes, lengths, precision, adapters."""
+"""From a recipe to what the estimate needs: batch sizes, lengths, precision, adapters."""
 
 from dataclasses import dataclass
 from typing import Any
 
+from selfcorrect.evaluate.scoring.limits import BATCH_TOKENS
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.train.planning.memory import Adapter, Batch, Engine, Footprint
-from selfcorrect.train.planning.model_shape import ModelShape
+from selfcorrect.train.planning.memory import Batch, Footprint, Parallelism
+from selfcorrect.train.planning.model_shape import Adapter, ModelShape
 from selfcorrect.train.planning.stage_memory import (
     Rollout,
-    evaluation,
-    fine_tuning,
-    ppo,
-    pretraining,
-    reward_fitting,
+    evaluation_footprint,
+    fine_tuning_footprint,
+    measuring_footprint,
+    pretraining_footprint,
+    reward_footprint,
+    rollout_footprint,
 )
 
-# What the libraries and the stages take where the recipe says nothing; tests compare both.
+# Defaults of the libraries and stages for keys that a recipe leaves out; tests compare them.
 TRAINER_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
@@ -28,12 +30,13 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_cpu": False,
     "optim": "adamw_torch_fused",
 }
-PPO_DEFAULTS: dict[str, Any] = {
+POLICY_DEFAULTS: dict[str, Any] = {
     **TRAINER_DEFAULTS,
     "num_iterations": 4,
     "max_completion_length": 512,
     "steps_per_generation": None,
     "generation_batch_size": None,
+    "num_generations": 8,  # GRPO's; PPO has 1
     "beta": 0.05,
     "critic": "auto",
     "ds3_gather_for_generation": True,
@@ -52,7 +55,7 @@ LORA_TARGETS = {
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the feedback's prompts and answers: on average, and at most."""
+    """Mean and maximum tokens of the feedback's prompts and answers."""
 
     prompt: float
     longest_prompt: int
@@ -61,34 +64,33 @@ class Lengths:
 
 
 class Settings:
-    """A stage's `trainer:` keys over the defaults; `section` names them in errors."""
+    """A stage's `trainer:` keys on top of the defaults; `section` names them in errors."""
 
     def __init__(self, section: str, given: dict[str, Any], defaults: dict[str, Any]) -> None:
         self.section = section
         self.values = {**defaults, **given}
         if not str(self.values["optim"]).startswith("adamw_torch"):
             raise InputError(
-                f"{section}.optim: plan knows the memory of adamw_torch and adamw_torch_fused "
-                f"only, not of {self.values['optim']!r}"
+                f"{section}.optim: the memory of {self.values['optim']!r} cannot be estimated; "
+                "supported: adamw_torch and adamw_torch_fused"
             )
 
     def number(self, key: str) -> int:
-        """A whole number above 0."""
+        """Return the value of a key that must be a positive integer."""
         value = self.values[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{self.section}.{key}: {value!r} is no whole number above 0")
+            raise InputError(f"{self.section}.{key} is {value!r}; it must be a positive integer")
         return value
 
-    def bf16(self, engine: Engine, otherwise: bool) -> bool:
-        """Whether matrix products are in bfloat16; `otherwise` where the recipe says nothing."""
+    def bf16(self, parallelism: Parallelism, default: bool) -> bool:
+        """Return whether matrix products are in bfloat16."""
         given = self.values["bf16"]
-        return bool(
-            engine.gpu and not self.values["use_cpu"] and (otherwise if given is None else given)
-        )
+        on_gpu = parallelism.gpu and not self.values["use_cpu"]
+        return bool(on_gpu and (default if given is None else given))
 
     @property
     def checkpointing(self) -> bool:
-        """Whether activations are computed again instead of kept."""
+        """Whether activations are recomputed instead of kept."""
         return bool(self.values["gradient_checkpointing"])
 
     @property
@@ -96,25 +98,31 @@ class Settings:
         """Whether an update adds up several micro-batches."""
         return self.number("gradient_accumulation_steps") > 1
 
+    @property
+    def rows_per_update(self) -> int:
+        """Rows of one optimizer update on one device."""
+        batch = self.number("per_device_train_batch_size")
+        return batch * self.number("gradient_accumulation_steps")
+
 
 def base_settings(recipe: Recipe) -> Settings:
-    """Of pretraining or fine-tuning."""
+    """Return the settings of pretraining or fine-tuning."""
     given = recipe.base.trainer if recipe.base is not None else {}
     return Settings("base.trainer", given, TRAINER_DEFAULTS)
 
 
 def reward_settings(recipe: Recipe) -> Settings:
-    """Of the reward model."""
+    """Return the reward model's settings."""
     return Settings("reward.trainer", recipe.reward.trainer, TRAINER_DEFAULTS)
 
 
-def ppo_settings(recipe: Recipe) -> Settings:
-    """Of PPO."""
-    return Settings("ppo.trainer", recipe.ppo.trainer, PPO_DEFAULTS)
+def policy_settings(recipe: Recipe) -> Settings:
+    """Return the policy's settings."""
+    return Settings("policy.trainer", recipe.policy.trainer, POLICY_DEFAULTS)
 
 
 def adapter_of(section: str, lora: dict[str, Any] | None, shape: ModelShape) -> Adapter | None:
-    """The adapter that a recipe's `lora:` keys describe; None for full fine-tuning.
+    """Return the adapter that a recipe's `lora:` keys describe; None for full fine-tuning.
 
     Raises InputError for targets that the model does not have, or that are given as a pattern.
     """
@@ -122,64 +130,93 @@ def adapter_of(section: str, lora: dict[str, Any] | None, shape: ModelShape) -> 
         return None
     rank = lora.get("r", LORA_RANK)
     if not isinstance(rank, int) or rank < 1:
-        raise InputError(f"{section}.r: {rank!r} is no whole number above 0")
+        raise InputError(f"{section}.r is {rank!r}; it must be a positive integer")
     targets = lora.get("target_modules") or LORA_TARGETS.get(shape.model_type)
     if targets == "all-linear":
         return Adapter(rank, frozenset(shape.matrices))
     if not isinstance(targets, list):
-        raise InputError(f"{section}.target_modules: plan needs a list of names, or all-linear")
-    found = {
+        raise InputError(f"{section}.target_modules: give a list of names, or all-linear")
+    matrices = {
         name
         for name in shape.matrices
         if any(name == target or name.endswith(f".{target}") for target in targets)
     }
-    if not found:
+    if not matrices:
         raise InputError(
             f"{section}.target_modules: a {shape.model_type} model has none of "
             f"{', '.join(map(str, targets))}; it has {', '.join(shape.matrices)}"
         )
-    return Adapter(rank, frozenset(found))
+    return Adapter(rank, frozenset(matrices))
 
 
-def steps_per_generation(settings: Settings, engine: Engine) -> int:
-    """Micro-batches that a rollout batch is learned from, as TRL works it out."""
+def steps_per_generation(settings: Settings, parallelism: Parallelism) -> int:
+    """Return the micro-batches that a rollout batch is divided into, as TRL computes them."""
     rows = settings.number("per_device_train_batch_size")
     if settings.values["generation_batch_size"] is not None:
-        whole = settings.number("generation_batch_size")
-        if whole % (rows * engine.processes):
+        rollout = settings.number("generation_batch_size")
+        if rollout % (rows * parallelism.processes):
             raise InputError(
-                f"ppo.trainer.generation_batch_size: {whole} is no multiple of "
-                f"per_device_train_batch_size {rows} times {engine.processes} processes"
+                f"policy.trainer.generation_batch_size: {rollout} is not a multiple of "
+                f"per_device_train_batch_size {rows} times {parallelism.processes} processes"
             )
-        return whole // (rows * engine.processes)
+        return rollout // (rows * parallelism.processes)
     if settings.values["steps_per_generation"] is not None:
         return settings.number("steps_per_generation")
     return settings.number("gradient_accumulation_steps")
 
 
-def rollout_of(recipe: Recipe, shape: ModelShape, lengths: Lengths, engine: Engine) -> Rollout:
-    """The sizes of a PPO step on one device."""
-    settings = ppo_settings(recipe)
-    rows = settings.number("per_device_train_batch_size")
-    completion = settings.number("max_completion_length")
-    adapter = adapter_of("ppo.lora", recipe.ppo.lora, shape)
-    critic = settings.values["critic"]
+def updates_per_step(settings: Settings, parallelism: Parallelism) -> int:
+    """Return the optimizer updates of one step, the same for PPO, GRPO and fine-tuning."""
+    accumulation = settings.number("gradient_accumulation_steps")
+    minibatches = steps_per_generation(settings, parallelism) // accumulation
+    return settings.number("num_iterations") * minibatches
+
+
+def critic_of(recipe: Recipe, settings: Settings, adapter: Adapter | None) -> str | None:
+    """Return where PPO's values come from: shared, separate or lora; None for other methods."""
+    if recipe.policy.method != "ppo":
+        return None
+    critic: str = settings.values["critic"]
     if critic == "auto":
         critic = "separate" if adapter is None else "lora"
     if critic not in ("shared", "separate", "lora") or (critic == "lora" and adapter is None):
         raise InputError(
-            f"ppo.trainer.critic: {critic!r}; auto, shared, separate, or with ppo.lora lora"
+            f"policy.trainer.critic is {critic!r}; allowed: auto, shared, separate, and lora if "
+            "policy.lora is set"
         )
+    return critic
+
+
+def rollout_of(
+    recipe: Recipe, shape: ModelShape, lengths: Lengths, parallelism: Parallelism
+) -> Rollout:
+    """Return the sizes of a step of PPO or GRPO on one device."""
+    settings = policy_settings(recipe)
+    rows = settings.number("per_device_train_batch_size")
+    completion = settings.number("max_completion_length")
+    length = lengths.longest_prompt + completion
+    sampled = rows * steps_per_generation(settings, parallelism)
+    adapter = adapter_of("policy.lora", recipe.policy.lora, shape)
+    critic = critic_of(recipe, settings, adapter)
+    scored = completion
+    if critic is None:
+        group = settings.number("num_generations")
+        if sampled % group:
+            raise InputError(
+                f"policy.trainer.num_generations: {group} does not divide the rollout batch of "
+                f"{sampled} completions; change it, or steps_per_generation"
+            )
+        scored = completion if parallelism.gpu else length  # as in _text_batch
     batch = Batch(
         rows,
-        lengths.longest_prompt + completion,
-        rows * completion,
-        settings.bf16(engine, otherwise=True),
+        length,
+        rows * scored,
+        settings.bf16(parallelism, default=True),
         settings.checkpointing,
         settings.accumulates,
     )
     return Rollout(
-        rows * steps_per_generation(settings, engine),
+        sampled,
         lengths.longest_prompt,
         completion,
         batch,
@@ -191,48 +228,68 @@ def rollout_of(recipe: Recipe, shape: ModelShape, lengths: Lengths, engine: Engi
 
 
 def stage_footprints(
-    recipe: Recipe, shape: ModelShape, lengths: Lengths, engine: Engine
+    recipe: Recipe, shape: ModelShape, lengths: Lengths, parallelism: Parallelism
 ) -> list[Footprint]:
-    """Memory of the recipe's stages, in their order, at the worst moment of each."""
-    found = []
+    """Return the memory of the recipe's stages in their order, each at its worst moment."""
+    footprints = []
     if recipe.base is not None:
-        found.append(_base(recipe, shape, lengths, engine))
+        footprints.append(_base(recipe, shape, lengths, parallelism))
     if recipe.reward.path is None:
-        settings = reward_settings(recipe)
-        batch = _text_batch(settings, lengths, engine, answers=2)
+        batch = _text_batch(reward_settings(recipe), lengths, parallelism, answers=2)
         adapter = adapter_of("reward.lora", recipe.reward.lora, shape)
-        found.append(reward_fitting(shape, adapter, batch, engine))
+        footprints.append(reward_footprint(shape, adapter, batch, parallelism))
     inline = recipe.evaluate.attach == "inline"
-    rollout = rollout_of(recipe, shape, lengths, engine)
-    found.append(ppo(shape, rollout, engine, measures=inline))
+    if recipe.policy.method == "sft":
+        footprints.append(_fine_tuned_policy(recipe, shape, lengths, parallelism, inline))
+    else:
+        rollout = rollout_of(recipe, shape, lengths, parallelism)
+        footprints.append(rollout_footprint(shape, rollout, parallelism, inline))
     if not inline:
         length = 256 + recipe.evaluate.max_new_tokens
-        rows = max(1, (32768 if engine.gpu else 4096) // length)
-        found.append(evaluation(shape, engine, rows, length))
-    return found
+        rows = max(1, BATCH_TOKENS["gpu" if parallelism.gpu else "cpu"] // length)
+        footprints.append(evaluation_footprint(shape, parallelism, rows, length))
+    return footprints
 
 
-def _base(recipe: Recipe, shape: ModelShape, lengths: Lengths, engine: Engine) -> Footprint:
+def _base(
+    recipe: Recipe, shape: ModelShape, lengths: Lengths, parallelism: Parallelism
+) -> Footprint:
     assert recipe.base is not None
     settings = base_settings(recipe)
-    bf16 = settings.bf16(engine, otherwise=False)
-    if recipe.base.method == "pretrain":
-        whole = Batch(
-            1,
-            recipe.base.batch_tokens,
-            bf16=bf16,
-            checkpointing=settings.checkpointing,
-            accumulates=settings.accumulates,
-        )
-        return pretraining(shape, whole, engine)
-    return fine_tuning(shape, _text_batch(settings, lengths, engine, answers=1), engine)
+    if recipe.base.method == "sft":
+        batch = _text_batch(settings, lengths, parallelism, answers=1)
+        return fine_tuning_footprint("base", shape, None, batch, parallelism)
+    batch = Batch(
+        1,
+        recipe.base.batch_tokens,
+        bf16=settings.bf16(parallelism, default=False),
+        checkpointing=settings.checkpointing,
+        accumulates=settings.accumulates,
+    )
+    return pretraining_footprint(shape, batch, parallelism)
 
 
-def _text_batch(settings: Settings, lengths: Lengths, engine: Engine, answers: int) -> Batch:
-    """A micro-batch of prompts with `answers` answers to each, as long as the longest may be."""
+def _fine_tuned_policy(
+    recipe: Recipe, shape: ModelShape, lengths: Lengths, parallelism: Parallelism, inline: bool
+) -> Footprint:
+    """Return the footprint of `policy.method: sft`, which samples nothing and loads one model."""
+    batch = _text_batch(policy_settings(recipe), lengths, parallelism, answers=1)
+    adapter = adapter_of("policy.lora", recipe.policy.lora, shape)
+    learning = fine_tuning_footprint("policy", shape, adapter, batch, parallelism)
+    if not inline:
+        return learning
+    resident = {part: learning.parts[part] for part in ("weights", "optimizer")}
+    measuring = measuring_footprint(shape, resident, parallelism)
+    return max(learning, measuring, key=lambda moment: moment.total)
+
+
+def _text_batch(
+    settings: Settings, lengths: Lengths, parallelism: Parallelism, answers: int
+) -> Batch:
+    """Return a micro-batch of prompts with `answers` answers each, all of the maximum length."""
     rows = answers * settings.number("per_device_train_batch_size")
     length = min(lengths.longest_prompt + lengths.longest_answer, settings.number("max_length"))
-    bf16 = settings.bf16(engine, otherwise=False)
-    # Without a GPU's kernel TRL computes the LM head at every position (planning/memory.py: head).
-    scored = rows * (min(lengths.longest_answer, length) if engine.gpu else length)
+    bf16 = settings.bf16(parallelism, default=False)
+    # Without a GPU's kernel TRL computes the LM head at every position (memory.lm_head_bytes).
+    scored = rows * (min(lengths.longest_answer, length) if parallelism.gpu else length)
     return Batch(rows, length, scored, bf16, settings.checkpointing, settings.accumulates)

@@ -1,69 +1,67 @@
-"""Memory of each stage of a recipe: base, reward, PPO with all its models, and evaluation."""
+"""Memory of each stage of a recipe: base, reward, policy with all its models, and evaluation."""
 
 from dataclasses import dataclass, replace
 
+from selfcorrect.evaluate.scoring.limits import BATCH_TOKENS, LARGEST_LOGITS, PACK_TOKENS
 from selfcorrect.train.planning.memory import (
-    Adapter,
     Batch,
-    Engine,
     Footprint,
-    activations,
-    at_the_peak,
-    backward_buffers,
-    frozen,
-    gathered,
-    head,
-    key_values,
-    passing,
-    rows_a_pass,
-    trained,
+    Parallelism,
+    activation_bytes,
+    backward_buffer_bytes,
+    forward_buffer_bytes,
+    frozen_bytes,
+    gathered_bytes,
+    gradient_bytes_at_peak,
+    kv_cache_bytes,
+    lm_head_bytes,
+    training_bytes,
 )
-from selfcorrect.train.planning.model_shape import ModelShape
-
-MEASURING_TOKENS = {True: 32768, False: 4096}  # evaluate/scoring/packed.py, on a GPU and on a CPU
-PACK_TOKENS = 512  # of evaluate/scoring/packed.py
-LARGEST_LOGITS = 2**26  # of evaluate/scoring/forwards.py
+from selfcorrect.train.planning.model_shape import Adapter, ModelShape
+from selfcorrect.train.ppo.limits import rows_per_pass
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sizes of a PPO step on one device, from the recipe's `ppo.trainer`.
+    """Sizes of one step of PPO or GRPO on one device, from the recipe's `policy.trainer`.
 
-    `rows` are sampled together, `batch` is one forward and backward pass over prompt and
-    completion. `critic` is shared, separate or lora; `gathers` says whether ZeRO-3 puts the whole
-    policy together to generate.
+    `rows` completions are sampled together; `batch` is one forward and backward pass over prompts
+    and completions. `critic` is shared, separate or lora, None for GRPO; `gathers`: ZeRO-3 gathers
+    the whole policy to generate.
     """
 
     rows: int
     prompt: int
     completion: int
     batch: Batch
-    critic: str
+    critic: str | None
     reference: bool
     adapter: Adapter | None
     gathers: bool = True
 
 
-def pretraining(shape: ModelShape, batch: Batch, engine: Engine) -> Footprint:
-    """From scratch: all logits at once, several times over in the weighted loss."""
-    found = _training("base", shape, None, batch, engine)
-    # logits, their copy without the last place, log-softmax, and two gradients of that size
-    found.parts["logits"] = 5 * 4.0 * batch.tokens * shape.vocabulary
-    return found
+def pretraining_footprint(shape: ModelShape, batch: Batch, parallelism: Parallelism) -> Footprint:
+    """Return the footprint of pretraining: all logits at once, copied by the weighted loss."""
+    footprint = _training("base", shape, None, batch, parallelism)
+    # logits, their copy without the last position, log-softmax, and two gradients of that size
+    footprint.parts["logits"] = 5 * 4.0 * batch.tokens * shape.vocabulary
+    return footprint
 
 
-def fine_tuning(shape: ModelShape, batch: Batch, engine: Engine) -> Footprint:
-    """TRL's SFTTrainer, whose LM head is tiled."""
-    found = _training("base", shape, None, batch, engine)
-    found.parts["logits"] = head(shape, batch, engine, learns=True)
-    return found
-
-
-def reward_fitting(
-    shape: ModelShape, adapter: Adapter | None, batch: Batch, engine: Engine
+def fine_tuning_footprint(
+    stage: str, shape: ModelShape, adapter: Adapter | None, batch: Batch, parallelism: Parallelism
 ) -> Footprint:
-    """TRL's RewardTrainer: both answers of a pair in one pass, no LM head."""
-    return _training("reward", shape, adapter, batch, engine, with_head=False)
+    """Return the footprint of TRL's SFTTrainer, whose LM head is tiled."""
+    footprint = _training(stage, shape, adapter, batch, parallelism)
+    footprint.parts["logits"] = lm_head_bytes(shape, batch, parallelism, adapter is None)
+    return footprint
+
+
+def reward_footprint(
+    shape: ModelShape, adapter: Adapter | None, batch: Batch, parallelism: Parallelism
+) -> Footprint:
+    """Return the footprint of TRL's RewardTrainer: both answers of a pair in one pass."""
+    return _training("reward", shape, adapter, batch, parallelism, with_head=False)
 
 
 def _training(
@@ -71,134 +69,149 @@ def _training(
     shape: ModelShape,
     adapter: Adapter | None,
     batch: Batch,
-    engine: Engine,
+    parallelism: Parallelism,
     with_head: bool = True,
 ) -> Footprint:
     parameters = shape.parameters if with_head else shape.backbone
-    trainable = parameters if adapter is None else shape.adapter(adapter.rank, set(adapter.targets))
-    weights, gradients, optimizer = trained(parameters, trainable, engine, batch.bf16)
-    kept = activations(shape, adapter, batch, engine) + backward_buffers(shape, batch)
+    trainable = shape.trainable(adapter, parameters)
+    weights, gradients, optimizer = training_bytes(parameters, trainable, parallelism, batch.bf16)
+    kept = activation_bytes(shape, adapter, batch, parallelism)
+    kept += backward_buffer_bytes(shape, batch)
     return Footprint(
         stage,
         "learning",
         {
-            "weights": weights + gathered(shape, engine, batch.bf16),
-            "gradients": at_the_peak(gradients, kept, batch, engine),
+            "weights": weights + gathered_bytes(shape, parallelism, batch.bf16),
+            "gradients": gradient_bytes_at_peak(gradients, kept, batch, parallelism),
             "optimizer": optimizer,
             "activations": kept,
         },
     )
 
 
-def ppo(shape: ModelShape, rollout: Rollout, engine: Engine, measures: bool) -> Footprint:
-    """PPO's worst moment: sampling a rollout batch, scoring it, learning from it, or measuring."""
-    moments = [_generating(shape, rollout, engine), _learning(shape, rollout, engine)]
-    if measures:
-        moments.append(_measuring(shape, rollout, engine))
+def rollout_footprint(
+    shape: ModelShape, rollout: Rollout, parallelism: Parallelism, inline: bool
+) -> Footprint:
+    """Return the worst moment of PPO or GRPO: sampling, learning, or measuring `inline`."""
+    moments = [_generating(shape, rollout, parallelism), _learning(shape, rollout, parallelism)]
+    if inline:
+        resident = resident_parts(shape, rollout, parallelism)
+        moments.append(measuring_footprint(shape, resident, parallelism))
     return max(moments, key=lambda moment: moment.total)
 
 
-def resident(shape: ModelShape, rollout: Rollout, engine: Engine) -> dict[str, float]:
-    """What stays in memory all through PPO; gradients and a copy under autocast come on top."""
-    bf16 = rollout.batch.bf16
-    adapter = rollout.adapter
-    own = shape.parameters if adapter is None else shape.adapter(adapter.rank, set(adapter.targets))
-    # Frozen and trained alike: what is in use is one module to the engine.
-    base = 0 if adapter is None else shape.parameters
-    weights, _, optimizer = trained(base + own, own, engine, bf16 and engine.zero > 0)
+def resident_parts(
+    shape: ModelShape, rollout: Rollout, parallelism: Parallelism
+) -> dict[str, float]:
+    """Return what stays in memory through all of PPO or GRPO, in bytes.
+
+    Gradients, and the copies that autocast makes, come on top while learning.
+    """
+    bf16, adapter = rollout.batch.bf16, rollout.adapter
+    copies = bf16 and parallelism.zero > 0
+    trainable = shape.trainable(adapter)
+    base = 0 if adapter is None else shape.parameters  # frozen weights are in the same module
+    weights, _, optimizer = training_bytes(base + trainable, trainable, parallelism, copies)
     parts = {"weights": weights, "optimizer": optimizer}
-    critic, trains = _critic(shape, rollout)
-    critic_weights, _, critic_optimizer = trained(critic, trains, engine, bf16 and engine.zero > 0)
+    critic = critic_parameters(shape, rollout.critic, adapter)
+    critic_weights, _, critic_optimizer = training_bytes(critic, critic, parallelism, copies)
     parts["critic"] = critic_weights + critic_optimizer
-    whole = rollout.reference and adapter is None
-    parts["reference"] = frozen(shape.parameters, engine, bf16) if whole else 0.0
-    parts["reward model"] = frozen(shape.backbone, engine, bf16)
+    has_copy = rollout.reference and adapter is None  # else the reference is the policy's base
+    parts["reference"] = frozen_bytes(shape.parameters, parallelism, bf16) if has_copy else 0.0
+    parts["reward model"] = frozen_bytes(shape.backbone, parallelism, bf16)
     return parts
 
 
-def _critic(shape: ModelShape, rollout: Rollout) -> tuple[float, float]:
-    """The critic's own parameters, and how many of them learn."""
-    if rollout.critic == "shared":
-        return shape.hidden, shape.hidden
-    if rollout.critic == "lora":
-        assert rollout.adapter is not None
-        own = shape.adapter(rollout.adapter.rank, set(rollout.adapter.targets))
-        return own, own
-    return shape.backbone, shape.backbone
+def critic_parameters(shape: ModelShape, critic: str | None, adapter: Adapter | None) -> int:
+    """Return the critic's own parameters, all of which are trained."""
+    if critic == "lora":
+        return shape.trainable(adapter)
+    return {None: 0, "shared": shape.hidden, "separate": shape.backbone}[critic]
 
 
-def _learning(shape: ModelShape, rollout: Rollout, engine: Engine) -> Footprint:
-    batch = rollout.batch
-    parts = resident(shape, rollout, engine)
-    adapter = rollout.adapter
-    own = shape.parameters if adapter is None else shape.adapter(adapter.rank, set(adapter.targets))
-    critic, critic_trains = _critic(shape, rollout)
-    if batch.bf16 and engine.zero == 0:  # autocast's copies
+def _learning(shape: ModelShape, rollout: Rollout, parallelism: Parallelism) -> Footprint:
+    batch, adapter = rollout.batch, rollout.adapter
+    parts = resident_parts(shape, rollout, parallelism)
+    trainable = shape.trainable(adapter)
+    critic = critic_parameters(shape, rollout.critic, adapter)
+    if batch.bf16 and parallelism.zero == 0:  # autocast's copies
         parts["weights"] += 2.0 * shape.parameters
         parts["critic"] += 2.0 * critic
-    parts["weights"] += gathered(shape, engine, batch.bf16)
-    kept = activations(shape, adapter, batch, engine)
+    parts["weights"] += gathered_bytes(shape, parallelism, batch.bf16)
+    kept = activation_bytes(shape, adapter, batch, parallelism)
     parts["activations"] = kept
-    gradients = trained(own, own, engine, batch.bf16)[1]
-    parts["gradients"] = at_the_peak(gradients, kept, batch, engine)
-    gradients = trained(critic, critic_trains, engine, batch.bf16)[1]
+    gradients = training_bytes(trainable, trainable, parallelism, batch.bf16)[1]
+    parts["gradients"] = gradient_bytes_at_peak(gradients, kept, batch, parallelism)
+    gradients = training_bytes(critic, critic, parallelism, batch.bf16)[1]
     kept = 0.0
-    if rollout.critic != "shared":
-        mode = adapter if rollout.critic == "lora" else None
-        kept = activations(shape, mode, batch, engine)
-    late = at_the_peak(gradients, kept, batch, engine)
-    parts["critic"] += kept + late
-    # The critic goes backward first, and the LM head's tiles take the place of what it frees.
-    freed = max(0.0, kept + late - gradients)
-    one_pass = _one_pass(shape, rollout, engine)
-    parts["activations"] += backward_buffers(shape, one_pass)
-    parts["logits"] = max(0.0, head(shape, one_pass, engine, learns=adapter is None) - freed)
-    return Footprint("ppo", "learning", parts)
+    if rollout.critic in ("separate", "lora"):
+        critic_adapter = adapter if rollout.critic == "lora" else None
+        kept = activation_bytes(shape, critic_adapter, batch, parallelism)
+    critic_gradients = gradient_bytes_at_peak(gradients, kept, batch, parallelism)
+    parts["critic"] += kept + critic_gradients
+    # The critic's backward pass comes first; the LM head's tiles then reuse what it frees.
+    freed = max(0.0, kept + critic_gradients - gradients)
+    one_pass = batch if rollout.critic is None else _one_pass(shape, rollout, parallelism)
+    parts["activations"] += backward_buffer_bytes(shape, one_pass)
+    logits = lm_head_bytes(shape, one_pass, parallelism, adapter is None)
+    parts["logits"] = max(0.0, logits - freed)
+    return Footprint("policy", "learning", parts)
 
 
-def _one_pass(shape: ModelShape, rollout: Rollout, engine: Engine) -> Batch:
-    rows = rows_a_pass(shape, rollout.batch, engine)
-    return replace(rollout.batch, rows=rows, scored=rows * rollout.completion)
+def _one_pass(shape: ModelShape, rollout: Rollout, parallelism: Parallelism) -> Batch:
+    """Return the part of PPO's micro-batch that shares a pass: on one CPU process a few rows."""
+    batch = rollout.batch
+    rows = batch.rows
+    if not parallelism.gpu and parallelism.processes == 1:
+        weights = shape.parameters - shape.embedding
+        rows = min(rows, rows_per_pass(weights, batch.length, batch.checkpointing))
+    return replace(batch, rows=rows, scored=rows * rollout.completion)
 
 
-def _generating(shape: ModelShape, rollout: Rollout, engine: Engine) -> Footprint:
+def _generating(shape: ModelShape, rollout: Rollout, parallelism: Parallelism) -> Footprint:
     bf16 = rollout.batch.bf16
-    parts = resident(shape, rollout, engine)
-    if engine.zero == 3 and rollout.gathers:
+    parts = resident_parts(shape, rollout, parallelism)
+    if parallelism.zero == 3 and rollout.gathers:
         parts["weights"] += 2.0 * shape.parameters
         if rollout.critic == "separate":
             parts["critic"] += 2.0 * shape.backbone
     else:
-        parts["weights"] += gathered(shape, engine, bf16)
+        parts["weights"] += gathered_bytes(shape, parallelism, bf16)
     tokens = rollout.rows * (rollout.prompt + rollout.completion)
-    parts["KV cache"] = key_values(shape, tokens, bf16)
+    parts["KV cache"] = kv_cache_bytes(shape, tokens, bf16)
     prompts = replace(rollout.batch, rows=rollout.rows, length=rollout.prompt)
-    parts["activations"] = passing(shape, prompts)
-    parts["logits"] = 4 * 4.0 * rollout.rows * shape.vocabulary  # and what sampling makes of them
-    return Footprint("ppo", "generating", parts)
+    parts["activations"] = forward_buffer_bytes(shape, prompts)
+    parts["logits"] = 4 * 4.0 * rollout.rows * shape.vocabulary  # and sampling's copies of them
+    return Footprint("policy", "generating", parts)
 
 
-def _measuring(shape: ModelShape, rollout: Rollout, engine: Engine) -> Footprint:
-    found = Footprint("ppo", "measuring", resident(shape, rollout, engine))
-    found.parts["activations"], found.parts["logits"] = _scoring(shape, engine)
-    return found
+def measuring_footprint(
+    shape: ModelShape, resident: dict[str, float], parallelism: Parallelism
+) -> Footprint:
+    """Return the footprint of evaluation within training, beside `resident` bytes by purpose."""
+    activations, logits = _scoring_bytes(shape, parallelism)
+    return Footprint(
+        "policy", "measuring", resident | {"activations": activations, "logits": logits}
+    )
 
 
-def _scoring(shape: ModelShape, engine: Engine) -> tuple[float, float]:
-    """Bytes of one packed forward: what passes through it with its mask, and its logits."""
-    tokens = MEASURING_TOKENS[engine.gpu]
-    forward = passing(shape, Batch(tokens // PACK_TOKENS, PACK_TOKENS))
+def _scoring_bytes(shape: ModelShape, parallelism: Parallelism) -> tuple[float, float]:
+    """Return bytes of one packed forward pass: its buffers with the mask, and its logits."""
+    tokens = BATCH_TOKENS["gpu" if parallelism.gpu else "cpu"]
+    forward = forward_buffer_bytes(shape, Batch(tokens // PACK_TOKENS, PACK_TOKENS))
     mask = 2 * 4.0 * tokens * PACK_TOKENS
-    wanted = tokens // 8  # one place in eight at most is asked for, on BBQ
-    return forward + mask, 4.0 * min(LARGEST_LOGITS, wanted * shape.vocabulary)
+    scored = tokens // 8  # on BBQ a probability is needed at one position in eight at most
+    return forward + mask, 4.0 * min(LARGEST_LOGITS, scored * shape.vocabulary)
 
 
-def evaluation(shape: ModelShape, engine: Engine, rows: int, length: int) -> Footprint:
-    """Measuring a saved checkpoint by itself, in float32."""
-    forward, logits = _scoring(shape, engine)
-    sampling = key_values(shape, rows * length, False) + 24.0 * rows * shape.vocabulary
+def evaluation_footprint(
+    shape: ModelShape, parallelism: Parallelism, rows: int, length: int
+) -> Footprint:
+    """Return the footprint of measuring a saved checkpoint in float32, `rows` sampled together."""
+    forward, logits = _scoring_bytes(shape, parallelism)
+    sampling = kv_cache_bytes(shape, rows * length, False) + 24.0 * rows * shape.vocabulary
     parts = {"weights": 4.0 * shape.parameters, "activations": forward, "logits": logits}
     if sampling > forward + logits:
-        parts |= {"activations": 0.0, "KV cache": key_values(shape, rows * length, False)}
+        parts |= {"activations": 0.0, "KV cache": kv_cache_bytes(shape, rows * length, False)}
         parts["logits"] = 24.0 * rows * shape.vocabulary  # float64 noise for every word
     return Footprint("evaluation", "measuring", parts)

@@ -39,8 +39,8 @@ def test_a_ladder_is_known_offline_and_keeps_the_papers_steps(path: Path) -> Non
     for model in recipe.models:
         assert model.path in KNOWN_MODELS
     if path.stem != "smollm2-135m-cpu":
-        assert recipe.ppo.checkpoints == PAPER_STEPS
-        assert (recipe.ppo.lora is not None) == path.stem.endswith("-lora")
+        assert recipe.policy.checkpoints == PAPER_STEPS
+        assert (recipe.policy.lora is not None) == path.stem.endswith("-lora")
 
 
 @pytest.mark.parametrize("path", LADDERS, ids=lambda path: path.stem)
@@ -49,16 +49,16 @@ def test_the_libraries_take_a_ladders_settings(path: Path) -> None:
     from trl import RewardConfig
 
     from selfcorrect.train.stages.arguments import build, lora_config
-    from selfcorrect.train.stages.policy import ppo_arguments
+    from selfcorrect.train.stages.policy import policy_arguments
 
     recipe = load_recipe(str(path))
     # bfloat16 on a machine without a GPU is refused by transformers, not by the recipe.
     trainer = {key: value for key, value in recipe.reward.trainer.items() if key != "bf16"}
     build(RewardConfig, "reward.trainer", trainer, {"bf16": False}, {"output_dir": "nowhere"})
-    arguments = ppo_arguments(recipe.ppo, Path("nowhere"), 0)
+    arguments = policy_arguments(recipe.policy, Path("nowhere"), 0)
     assert arguments.updates_per_rollout >= 1
     for section, lora, task in (
-        ("ppo.lora", recipe.ppo.lora, "CAUSAL_LM"),
+        ("policy.lora", recipe.policy.lora, "CAUSAL_LM"),
         ("reward.lora", recipe.reward.lora, "SEQ_CLS"),
     ):
         if lora is not None:

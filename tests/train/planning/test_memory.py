@@ -1,0 +1,122 @@
+"""Memory of a training step: against autograd, DeepSpeed's estimators, and numbers by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from selfcorrect.train.planning.memory import (
+    Batch,
+    Parallelism,
+    activation_bytes,
+    gradient_bytes_at_peak,
+    kv_cache_bytes,
+    saved_per_token,
+    training_bytes,
+)
+from selfcorrect.train.planning.model_shape import GATED, MODEL_TYPES, Adapter, shape_of
+from selfcorrect.train.planning.settings import LORA_TARGETS
+from tests.support.estimates import LLAMA
+
+SMALL = {
+    "gpt2": {"n_embd": 64, "n_inner": 160, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+             "attn_pdrop": 0.0, "vocab_size": 50},
+    "gpt_neox": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
+                 "vocab_size": 50},
+    **{kind: {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50} for kind in GATED},
+}  # fmt: skip
+
+
+def kept_by_autograd(fields: dict[str, Any], layers: int, lora: list[str] | str | None) -> float:
+    """Return bytes that autograd keeps of a model's trunk, without its weights."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = {**fields, "n_layer": layers, "num_hidden_layers": layers}
+    kind = given.pop("model_type")
+    given.pop("num_hidden_layers" if kind == "gpt2" else "n_layer")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given)).base_model
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.0, target_modules=lora))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages, alive = {}, []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        alive.append(tensor)
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train()(input_ids=torch.ones(2, 48, dtype=torch.long), use_cache=False)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("lora", [None, "all-linear", "some"])
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_activations_match_autograd(kind: str, lora: str | None) -> None:
+    fields = {"model_type": kind, **SMALL[kind]}
+    shape = shape_of(fields, kind)
+    names: Any = lora
+    if lora == "some":
+        names = LORA_TARGETS.get(kind, ["q_proj", "v_proj"])
+    targets = set(shape.matrices) if lora == "all-linear" else set(names or ())
+    targets |= {name for name in shape.matrices if name.rpartition(".")[2] in targets}
+    adapter = Adapter(4, frozenset(targets & set(shape.matrices))) if lora else None
+    five, two = (kept_by_autograd(fields, layers, names) for layers in (5, 2))
+    per_layer = (five - two) / 3 / (2 * 48) / 4
+    assert sum(saved_per_token(shape, adapter)) == pytest.approx(per_layer, rel=0.02)
+
+
+def test_checkpointing_keeps_layer_inputs_and_one_layer() -> None:
+    shape = shape_of({**LLAMA, "num_hidden_layers": 10}, "llama")
+    parallelism = Parallelism(gpu=False)
+    kept = activation_bytes(shape, None, Batch(1, 100, checkpointing=True), parallelism)
+    norms, rest = saved_per_token(shape, None)
+    assert kept == 100 * 4 * (10 * 8 + norms + rest + 3 * 8)
+    assert kept < activation_bytes(shape, None, Batch(1, 100), parallelism) / 3
+
+
+def test_key_values_by_hand() -> None:
+    shape = shape_of(LLAMA, "llama")  # one key-value head of 4, 2 layers, keys and values
+    assert kv_cache_bytes(shape, 10, bf16=False) == 4 * 10 * 4 * 2 * 2
+
+
+@pytest.mark.parametrize("processes", [2, 8])
+@pytest.mark.parametrize("billions", [1.5, 72.7])
+def test_zero_bytes_match_deepspeed_estimators(billions: float, processes: int) -> None:
+    """Stage 2 to the byte; for stage 3 DeepSpeed counts 18 bytes, without the 16-bit gradients."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    parameters = int(billions * 1e9)
+    two = estimate_zero2_model_states_mem_needs(parameters, processes, 1, cpu_offload=False)[1]
+    three = estimate_zero3_model_states_mem_needs(
+        parameters, 0, processes, 1, cpu_offload=False, cpu_offload_params=False
+    )[1]
+    ours = [
+        sum(training_bytes(parameters, parameters, Parallelism(processes, z), bf16=True))
+        for z in (2, 3)
+    ]
+    assert ours[0] == pytest.approx(two, rel=1e-6)
+    assert ours[1] == pytest.approx(three + 2 * parameters / processes, rel=1e-6)
+
+
+def test_training_bytes_by_hand() -> None:
+    one, eight = Parallelism(1, 0), Parallelism(8, 0)
+    assert training_bytes(100, 100, one, bf16=False) == (400, 400, 800)
+    assert training_bytes(100, 100, one, bf16=True) == (600, 400, 800)  # autocast's copy
+    assert training_bytes(100, 100, eight, bf16=False) == (400, 800, 800)  # DDP's buckets
+    assert training_bytes(100, 100, Parallelism(8, 1), bf16=True) == (200, 250, 150)
+    assert training_bytes(100, 10, Parallelism(8, 3), bf16=True) == (25, 2.5 + 5, 15)
+
+
+def test_gradients_replace_freed_activations() -> None:
+    parallelism = Parallelism()
+    assert gradient_bytes_at_peak(100, 70, Batch(1, 1), parallelism) == 30
+    assert gradient_bytes_at_peak(100, 170, Batch(1, 1), parallelism) == 0
+    assert gradient_bytes_at_peak(100, 70, Batch(1, 1, accumulates=True), parallelism) == 100
+    assert gradient_bytes_at_peak(100, 70, Batch(1, 1), Parallelism(2, 0)) == 100
