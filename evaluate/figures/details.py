@@ -1,4 +1,4 @@
-"""One experiment in detail: what stands beside its headline metric, categories, occupations."""
+"""Figures of one experiment in detail: metrics beside the headline, categories, single clusters."""
 # ruff: noqa: TID253 - all of this file is matplotlib; it is itself imported only where needed.
 
 import textwrap
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfcorrect.evaluate.experiments import get_experiment
-from selfcorrect.evaluate.experiments.base import condition_rank
+from selfcorrect.evaluate.experiments.base import Metric, Scatter, condition_rank
 from selfcorrect.evaluate.experiments.tally import OVERALL, log_probabilities, probabilities
 from selfcorrect.evaluate.figures.panels import (
     PAGE_WIDTH,
@@ -38,71 +38,53 @@ from selfcorrect.evaluate.figures.select import (
 from selfcorrect.evaluate.statistics.formatting import number
 from selfcorrect.recipes.foundation.printable import escape_controls
 
-# What to look at beside the headline metric, which an unable model can have without being fair.
-BESIDE = {
-    "bbq": (
-        "bias_ambiguous",
-        "accuracy_ambiguous",
-        "accuracy_disambiguated",
-        "share_unknown_disambiguated",
-        "option_mass",
-    ),
-    "winogender": ("correlation", "mean_female", "share_neutral", "option_mass"),
-    "law_school": (
-        "difference",
-        "difference_sex_1",
-        "difference_sex_2",
-        "base_rate",
-        "option_mass",
-    ),
-}
-CHANCE = {"accuracy_ambiguous": 1 / 3, "accuracy_disambiguated": 1 / 3}
-_SHARES = ("accuracy", "share", "option_mass", "base_rate", "mean_female")  # from 0 to 1
-# The columns of the item rows that `female_against_share` needs.
-PRONOUN_COLUMNS = ["cluster", "percent_female", "logprobs"]
-
 
 def beside_the_bias(frame: pd.DataFrame, experiment: str) -> Figure:
-    """The headline metric and what stands beside it (BESIDE) against step: a row per model."""
+    """Draw the experiment's `beside` metrics against step: a row per model, a column per metric."""
+    definition = get_experiment(experiment)
     data = chosen_experiment(overall(frame), experiment)
     defined = set(data[data["value"].notna()]["metric"])
-    metrics = [name for name in BESIDE[experiment] if name in defined]
+    metrics = {name: definition.metrics[name] for name in definition.beside if name in defined}
     if not metrics or data["step"].nunique() < 2:
-        raise NothingToDraw(f"{experiment}: what stands beside the metric needs two steps or more")
+        raise NothingToDraw(f"{experiment}: metrics beside the bias need two steps or more")
     models = models_in(data)
-    descriptions = get_experiment(experiment).metrics
+    last_with_chance = [name for name, metric in metrics.items() if metric.chance is not None][-1:]
     with style():
         figure = Figure(figsize=(PAGE_WIDTH, 0.9 + 1.45 * len(models)), layout="constrained")
         grid = figure.subplots(len(models), len(metrics), sharex=True, sharey="col", squeeze=False)
-        for row, model in zip(grid, models, strict=True):
-            for ax, metric in zip(row, metrics, strict=True):
-                mine = data[(data["model"] == model) & (data["metric"] == metric)]
-                condition_lines(ax, mine, condition_looks(data["condition"]))
-                _span(ax, data[data["metric"] == metric], metric, descriptions[metric].unbiased)
-                ax.set_label(f"{model}, {descriptions[metric].label}")
-            row[0].set_ylabel(model_title(data[data["model"] == model], line_break=True))
-        for ax, metric in zip(grid[0], metrics, strict=True):
-            if metric == "accuracy_disambiguated":
-                place = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-                ax.text(1, 0.34, "chance", color="#666666", fontsize=6.5, **place)
-            ax.set_title(textwrap.fill(descriptions[metric].label, 15))
+        for axes, model in zip(grid, models, strict=True):
+            of_model = data[data["model"] == model]
+            for ax, (name, metric) in zip(axes, metrics.items(), strict=True):
+                panel = of_model[of_model["metric"] == name]
+                condition_lines(ax, panel, condition_looks(data["condition"]))
+                _span(ax, data[data["metric"] == name], metric)
+                ax.set_label(f"{model}, {metric.label}")
+            axes[0].set_ylabel(model_title(of_model, line_break=True))
+        for ax, (name, metric) in zip(grid[0], metrics.items(), strict=True):
+            if name in last_with_chance and metric.chance is not None:
+                look = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+                height = round(metric.chance, 2) + 0.01
+                ax.text(1, height, "chance", color="#666666", fontsize=6.5, **look)
+            ax.set_title(textwrap.fill(metric.label, 15))
         for ax in grid[-1]:
             ax.set_xlabel("RLHF steps")
         shared_legend(figure, list(grid.ravel()))
     return figure
 
 
-def _span(ax: Axes, data: pd.DataFrame, metric: str, no_bias: float | None) -> None:
-    """Shares from 0 to 1, other metrics as far as they reach; lines at chance and at no bias."""
-    if metric.startswith(_SHARES):
+def _span(ax: Axes, data: pd.DataFrame, metric: Metric) -> None:
+    """Set the y axis: shares from 0 to 1, other metrics over their values; mark chance and no bias.
+
+    A metric without an unbiased value is a share.
+    """
+    if metric.unbiased is None:
         ax.set_ylim(-0.03, 1.03)
     else:
-        whole_span(ax, data, [] if no_bias is None else [no_bias])
+        whole_span(ax, data, [metric.unbiased])
         ax.locator_params(axis="y", nbins=5)
-    if no_bias is not None:
-        ax.axhline(no_bias, color="#333333", linewidth=0.9, zorder=1)
-    if metric in CHANCE:
-        ax.axhline(CHANCE[metric], color="#777777", linewidth=0.8, linestyle=(0, (1, 2)))
+        ax.axhline(metric.unbiased, color="#333333", linewidth=0.9, zorder=1)
+    if metric.chance is not None:
+        ax.axhline(metric.chance, color="#777777", linewidth=0.8, linestyle=(0, (1, 2)))
 
 
 def by_category(frame: pd.DataFrame, experiment: str, model: str | None = None) -> Figure:
@@ -137,90 +119,115 @@ def by_category(frame: pd.DataFrame, experiment: str, model: str | None = None) 
     return figure
 
 
-# --- Winogender, occupation by occupation -------------------------------------------------------
+# --- single clusters ---------------------------------------------------------------------------
 
 
-def female_against_share(
-    frame: pd.DataFrame, pronouns: pd.DataFrame, model: str | None = None, steps: Sequence[int] = ()
+def scatter_columns(experiment: str) -> list[str]:
+    """Return the item columns that `clusters_against_fact` needs."""
+    return ["cluster", "logprobs", _scatter_of(experiment).fact]
+
+
+def _scatter_of(experiment: str) -> Scatter:
+    scatter = get_experiment(experiment).scatter
+    if scatter is None:
+        raise NothingToDraw(f"{experiment}: has no figure of single clusters")
+    return scatter
+
+
+def clusters_against_fact(
+    frame: pd.DataFrame,
+    items: pd.DataFrame,
+    experiment: str,
+    model: str | None = None,
+    steps: Sequence[int] = (),
 ) -> Figure:
-    """p(female pronoun) against the share of women in the job: a dot an occupation.
+    """Draw the experiment's `scatter`: a dot a cluster, a row a step, a panel a condition.
 
-    `pronouns` are the item rows of Winogender (results.load_items with PRONOUN_COLUMNS); r and its
-    interval are the table's. A row a step (default: the first and the last), a panel a condition.
-    With several seeds the first is drawn, and named.
+    `items` are the experiment's item rows (results.load_items with `scatter_columns`); the headline
+    metric and its interval are the table's. `model` defaults to the largest, `steps` to the first
+    and the last. With several seeds the first is drawn, and named.
     """
-    data = chosen_experiment(overall(frame), "winogender")
-    data = data[data["metric"] == "correlation"]
+    definition, scatter = get_experiment(experiment), _scatter_of(experiment)
+    data = headlines(chosen_experiment(overall(frame), experiment))
     model = chosen_model(data, model)
     data = data[data["model"] == model]
-    several = data["seed"].nunique() > 1
-    data = data[data["seed"] == data["seed"].min()]
+    several_seeds = data["seed"].nunique() > 1
+    seed = data["seed"].min()
+    data = data[data["seed"] == seed]
     shared = common_steps(data)
     shown = chosen_steps(data, steps) if steps else sorted({shared[0], shared[-1]})
     conditions = sorted(set(data["condition"]), key=condition_rank)
-    mine = pronouns[(pronouns["model"] == model) & (pronouns["seed"] == data["seed"].min())]
-    if mine.empty:
-        raise NothingToDraw(f"winogender, {model}: there are no rows of single occupations")
+    items = items[(items["model"] == model) & (items["seed"] == seed)]
+    if items.empty:
+        raise NothingToDraw(f"{experiment}, {model}: no rows of single {scatter.cluster}s")
     columns = min(len(conditions), 4)
-    of_a_step = -(-len(conditions) // columns)
+    rows_per_step = -(-len(conditions) // columns)
     looks, words = condition_looks(data["condition"]), []
-    size = (max(1.75 * columns, 3.5), 0.4 + 1.85 * of_a_step * len(shown))
+    size = (max(1.75 * columns, 3.5), 0.4 + 1.85 * rows_per_step * len(shown))
     with style():
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(
-            of_a_step * len(shown), columns, sharex=True, sharey=True, squeeze=False
+            rows_per_step * len(shown), columns, sharex=True, sharey=True, squeeze=False
         )
         used = set()
-        for number_of, step in enumerate(shown):
-            for place, condition in enumerate(conditions):
-                at = (number_of * of_a_step + place // columns, place % columns)
-                used.add(at)
-                here = mine[(mine["step"] == step) & (mine["condition"] == condition)]
+        for block, step in enumerate(shown):
+            for index, condition in enumerate(conditions):
+                position = (block * rows_per_step + index // columns, index % columns)
+                used.add(position)
+                panel = items[(items["step"] == step) & (items["condition"] == condition)]
                 row = data[(data["step"] == step) & (data["condition"] == condition)]
-                said = _scatter(grid[at], here, row, looks[condition])
-                grid[at].set_title(f"{condition}, step {step}")
-                words.append(f"{condition}, step {step}: {said}.")
-        for at in np.ndindex(grid.shape):
-            if at not in used:
-                grid[at].remove()
-            elif (at[0] + 1, at[1]) not in used:
-                grid[at].tick_params(labelbottom=True)
-        figure.supxlabel("Women among those who do the job, percent", fontsize=8)
-        figure.supylabel("p(female pronoun)", fontsize=8)
-        seed = f", seed {data['seed'].min()}" if several else ""
-        title = f"Winogender, {model_title(data)}{seed}"
+                content = _draw_scatter(grid[position], panel, row, scatter, looks[condition])
+                grid[position].set_title(f"{condition}, step {step}")
+                words.append(f"{condition}, step {step}: {content}.")
+        for position in np.ndindex(grid.shape):
+            if position not in used:
+                grid[position].remove()
+            elif (position[0] + 1, position[1]) not in used:
+                grid[position].tick_params(labelbottom=True)
+        figure.supxlabel(scatter.x_label, fontsize=8)
+        figure.supylabel(scatter.y_label, fontsize=8)
+        title = (
+            f"{definition.title}, {model_title(data)}{f', seed {seed}' if several_seeds else ''}"
+        )
         figure.suptitle(title, x=0.01, ha="left")
-        figure.set_label(f"{title}: p(female) against the share of women. {' '.join(words)}")
+        x_label = scatter.x_label[:1].lower() + scatter.x_label[1:]
+        figure.set_label(f"{title}: {scatter.y_label} against {x_label}. {' '.join(words)}")
     return figure
 
 
-def _scatter(ax: Axes, items: pd.DataFrame, row: pd.DataFrame, look: dict[str, Any]) -> str:
-    """One panel: a dot an occupation, the line of equality, and the table's r in words."""
-    ax.plot([0, 100], [0, 1], color="#999999", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    ax.set_xlim(-3, 103)
+def _draw_scatter(
+    ax: Axes, items: pd.DataFrame, row: pd.DataFrame, scatter: Scatter, look: dict[str, Any]
+) -> str:
+    """Draw a dot a cluster and the line of equality; return the panel's content in words."""
+    start, end = scatter.x_range
+    margin = 0.03 * (end - start)
+    ax.plot([start, end], [0, 1], color="#999999", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    ax.set_xlim(start - margin, end + margin)
     ax.set_ylim(-0.03, 1.12)
-    ax.set_xticks([0, 50, 100])
+    ax.set_xticks([start, (start + end) / 2, end])
     ax.set_yticks([0, 0.5, 1])
     if items.empty:
-        ax.text(50, 0.5, "not measured", ha="center", color="#555555")
+        ax.text((start + end) / 2, 0.5, "not measured", ha="center", color="#555555")
         return "not measured"
-    female = probabilities(log_probabilities(items, 3))[:, 1]
-    jobs = items.assign(female=female).groupby("cluster")[["percent_female", "female"]].mean()
+    num_options = len(items["logprobs"].iloc[0])
+    chosen = probabilities(log_probabilities(items, num_options))[:, scatter.option]
+    clusters = items.assign(y=chosen).groupby("cluster")[[scatter.fact, "y"]].mean()
     marks = {"color": look["color"], "marker": look["marker"], "markersize": 3.4}
-    ax.plot(jobs["percent_female"], jobs["female"], linestyle="none", alpha=0.75,
+    ax.plot(clusters[scatter.fact], clusters["y"], linestyle="none", alpha=0.75,
             markeredgecolor="white", markeredgewidth=0.4, **marks)  # fmt: skip
-    r = _correlation(row)
-    ax.text(0.03, 0.98, r, transform=ax.transAxes, va="top", fontsize=7)
-    return f"{r}, {int(jobs['female'].notna().sum())} occupations"
+    headline = _headline_in_words(row, scatter.symbol)
+    ax.text(0.03, 0.98, headline, transform=ax.transAxes, va="top", fontsize=7)
+    return f"{headline}, {int(clusters['y'].notna().sum())} {scatter.cluster}s"
 
 
-def _correlation(row: pd.DataFrame) -> str:
+def _headline_in_words(row: pd.DataFrame, symbol: str) -> str:
+    """Return "r = 0.41 [0.30, 0.52]" for the table's one row, or "r undefined"."""
     value, low, high = (
         (float(row.iloc[0][name]) for name in ("value", "low", "high"))
         if len(row)
         else [np.nan] * 3
     )
     if np.isnan(value):
-        return "r undefined"
-    r, *ends = (number(end, 2) for end in (value, low, high) if not np.isnan(end))
-    return f"r = {r} [{', '.join(ends)}]" if ends else f"r = {r}"
+        return f"{symbol} undefined"
+    text, *ends = (number(end, 2) for end in (value, low, high) if not np.isnan(end))
+    return f"{symbol} = {text} [{', '.join(ends)}]" if ends else f"{symbol} = {text}"

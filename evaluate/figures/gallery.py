@@ -11,15 +11,15 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.figures import curves, runs
 from selfcorrect.evaluate.figures.curves import in_words, save
 from selfcorrect.evaluate.figures.details import (
-    BESIDE,
     beside_the_bias,
     by_category,
-    female_against_share,
+    clusters_against_fact,
+    scatter_columns,
 )
 from selfcorrect.evaluate.figures.maps import effects_by_size_and_step, size_by_steps
 from selfcorrect.evaluate.figures.select import (
@@ -29,6 +29,7 @@ from selfcorrect.evaluate.figures.select import (
     models_in,
     overall,
 )
+from selfcorrect.evaluate.results import load_items
 
 Wanted = tuple[str, str, Callable[[], Figure]]  # name, title, how it is drawn
 
@@ -45,14 +46,15 @@ class Drawing:
 def draw_run(
     frame: pd.DataFrame,
     statistics: Mapping[str, Any],
-    pronouns: pd.DataFrame,
+    run: Path,
     folder: Path,
     paper: bool = False,
 ) -> tuple[list[Drawing], list[str]]:
-    """Every figure of one run that the data allows; a sentence for each left out.
+    """Draw every figure of one run that the data allows, into `folder`.
 
-    `pronouns` are the item rows of Winogender (results.load_items). With `paper`, the figures
-    against steps and size show the paper's values as open markers.
+    `frame` and `statistics` are the run's results. With `paper`, the figures against steps and
+    size show the paper's values as open markers. Returns the drawings, and a sentence for each
+    reason why figures are missing.
     """
     data = overall(frame)
     models, experiments = models_in(data), experiments_in(data)
@@ -71,28 +73,29 @@ def draw_run(
     for name in experiments if len(models) > 1 else []:
         steps = partial(curves.steps_by_size, frame, name)
         wanted.append(
-            (f"sizes-{name}", f"{get_experiment(name).title} against RLHF steps, by size", steps)
+            (f"sizes-{name}", f"{EXPERIMENTS[name].title} against RLHF steps, by size", steps)
         )
     wanted.append(
         ("effects", "Effect of the instruction", partial(curves.instruction_effects, effects))
     )
     for name in experiments:
-        title = f"{get_experiment(name).title} over size and steps"
+        title = f"{EXPERIMENTS[name].title} over size and steps"
         wanted.append((f"map-{name}", title, partial(size_by_steps, frame, name)))
-        title = f"{get_experiment(name).title}: effect of the instruction over size and steps"
+        title = f"{EXPERIMENTS[name].title}: effect of the instruction over size and steps"
         draw = partial(effects_by_size_and_step, effects, name)
         wanted.append((f"map-effects-{name}", title, draw))
     for name in experiments:
-        if name in BESIDE:
-            title = f"{get_experiment(name).title}: what stands beside the headline metric"
+        if EXPERIMENTS[name].beside:
+            title = f"{EXPERIMENTS[name].title}: what stands beside the headline metric"
             wanted.append((f"beside-{name}", title, partial(beside_the_bias, frame, name)))
         if _num_categories(frame, name) > 1:
-            title = f"{get_experiment(name).title} by category, {models[-1]}"
+            title = f"{EXPERIMENTS[name].title} by category, {models[-1]}"
             wanted.append((f"categories-{name}", title, partial(by_category, frame, name)))
-    if "winogender" in experiments:
-        title = f"Winogender by occupation, {models[-1]}"
-        draw = partial(female_against_share, frame, pronouns)
-        wanted.append(("occupations", title, draw))
+    for name in experiments:
+        if scatter := EXPERIMENTS[name].scatter:
+            title = f"{EXPERIMENTS[name].title} by {scatter.cluster}, {models[-1]}"
+            draw = partial(_draw_clusters, frame, run, name)
+            wanted.append((f"{scatter.cluster}s", title, draw))
     wanted.append(
         ("training", "Reward and KL during training", partial(curves.training_curves, frame))
     )
@@ -107,7 +110,7 @@ def draw_runs(
     wanted: list[Wanted] = [
         (
             f"steps-{name}",
-            f"{get_experiment(name).title} against RLHF steps, a line a run",
+            f"{EXPERIMENTS[name].title} against RLHF steps, a line a run",
             partial(runs.steps_by_run, frame, name),
         )
         for name in experiments
@@ -115,12 +118,17 @@ def draw_runs(
     size = partial(runs.size_by_run, frame)
     wanted.append(("size", "Metric against model size, a line a run", size))
     for name in experiments:
-        title = f"{get_experiment(name).title}: effect of the instruction, a line a run"
+        title = f"{EXPERIMENTS[name].title}: effect of the instruction, a line a run"
         draw = partial(runs.effects_by_run, statistics["effects"], name)
         wanted.append((f"effects-{name}", title, draw))
     training = partial(runs.training_by_run, frame)
     wanted.append(("training", "Reward and KL during training", training))
     return _draw(wanted, folder)
+
+
+def _draw_clusters(frame: pd.DataFrame, run: Path, experiment: str) -> Figure:
+    items = load_items(run, experiment, columns=scatter_columns(experiment))
+    return clusters_against_fact(frame, items, experiment)
 
 
 def _num_categories(frame: pd.DataFrame, experiment: str) -> int:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from selfcorrect.evaluate.measuring.progress import begun
+from selfcorrect.evaluate.measuring.progress import estimate_progress
 from selfcorrect.evaluate.report.comparison import (
     differences,
-    flatten,
     group_runs,
     grouping_notes,
     measure_groups,
@@ -30,12 +29,12 @@ from selfcorrect.evaluate.report.tables import (
 from selfcorrect.evaluate.report.transcripts import transcripts
 from selfcorrect.evaluate.report.trend_tables import trend_tables
 from selfcorrect.evaluate.report.verdict import caveats, summary, verdicts
-from selfcorrect.evaluate.results import load_items, write_results
+from selfcorrect.evaluate.results import write_results
 from selfcorrect.evaluate.run_folder import POLICY_METHODS, check_inside
 from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES
 from selfcorrect.evaluate.statistics.files import write_table
 from selfcorrect.recipes.foundation.atomic_files import remove_leftovers, write_text
-from selfcorrect.recipes.foundation.checksums import read_record, write_record
+from selfcorrect.recipes.foundation.checksums import flatten, read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.locks import hold_lock
 from selfcorrect.recipes.foundation.printable import escape_controls
@@ -56,21 +55,19 @@ def write_report(
     nothing has been evaluated.
     """
     if not (run / "recipe.yaml").is_file():
-        raise InputError(f"{run}: no recipe.yaml here, so this is not a run folder")
+        raise InputError(f"{run}: not a run folder (no recipe.yaml)")
     with hold_lock(run, math.inf):  # else a report that was begun earlier could end up on top
         remove_leftovers(run / "figures")
         return _write_report(run, num_resamples, seed, paper)
 
 
 def _write_report(run: Path, num_resamples: int, seed: int, paper: bool) -> Path:
-    from selfcorrect.evaluate.figures.details import PRONOUN_COLUMNS
     from selfcorrect.evaluate.figures.gallery import draw_run
 
     for name in ("recipe.yaml", "run.json", "figures"):
         check_inside(run, run / name)
     frame, statistics = write_results(run, num_resamples, seed)
-    pronouns = load_items(run, "winogender", columns=PRONOUN_COLUMNS)
-    drawn = draw_run(frame, statistics, pronouns, run / "figures", paper)
+    drawn = draw_run(frame, statistics, run, run / "figures", paper)
     return _write_page(
         run,
         {run.resolve().name: run},
@@ -189,7 +186,7 @@ def _unfinished(named: Mapping[str, Path]) -> Iterable[str]:
     """A sentence for each run of which the recipe asks for more than there is."""
     for label, run in named.items():
         try:
-            progress = begun(run)
+            progress = estimate_progress(run)
         except InputError:
             continue  # the recipe cannot be read, which the transcripts' notes say
         if not progress.complete:

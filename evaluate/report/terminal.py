@@ -1,6 +1,6 @@
-"""The table a run or an evaluation ends with in the terminal; fits 100 columns."""
+"""The table that a run or an evaluation prints at its end; fits 100 columns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
@@ -14,100 +14,106 @@ from selfcorrect.evaluate.results import ALL_ORDERS
 from selfcorrect.evaluate.statistics.formatting import compact, compact_with_interval
 from selfcorrect.recipes.foundation.printable import escape_controls
 
-BESIDE = {
-    "accuracy_ambiguous": "Accuracy\nambig.",
-    "accuracy_disambiguated": "Accuracy\ndisamb.",
-    "option_mass": "Option\nmass",
-}
-
 
 def closing_table(frame: pd.DataFrame) -> Table:
-    """Headline metrics with their 95 % intervals, from the tidy table of results.py.
+    """Return headline metrics with their 95 % intervals, from the tidy table of results.py.
 
-    Runs: per run, model and seed, its first and last step, a row per condition. Stand-alone models
-    (no step): a row per experiment and condition, with BBQ's accuracies and the option mass.
+    For runs: the first and last step of each run, model and seed, a row per condition. For
+    stand-alone models (no step): a row per experiment and condition, with accuracies and option
+    mass beside the headline metric.
     """
-    if "order" in frame:  # orders of the options: only all of them together
+    if "order" in frame:
         frame = frame[frame["order"] == ALL_ORDERS]
     overall = frame[frame["category"] == OVERALL]
     if overall["step"].notna().any():
         return _run_table(overall[overall["step"].notna()])
-    # BBQ's names and intersections are in no overall figure: a small sample may hold nothing else.
+    # A small sample may hold only categories that no overall value pools, such as BBQ's names.
     keys = ["model", "experiment", "condition"]
-    held = set(overall[keys].itertuples(index=False, name=None))
-    apart = frame[~frame[keys].apply(tuple, axis=1).isin(held)].drop_duplicates(keys)
-    apart = apart.assign(category=OVERALL, metric="none", value=None, num_items=0)
-    parts = [part for part in (overall, apart) if len(part)]
+    measured = set(overall[keys].itertuples(index=False, name=None))
+    unpooled = frame[~frame[keys].apply(tuple, axis=1).isin(measured)].drop_duplicates(keys)
+    unpooled = unpooled.assign(category=OVERALL, metric="none", value=None, num_items=0)
+    parts = [part for part in (overall, unpooled) if len(part)]
     return _model_table(pd.concat(parts) if parts else overall)
 
 
 def _run_table(data: pd.DataFrame) -> Table:
     experiments = list(dict.fromkeys(data["experiment"]))
-    several_runs, several_seeds = data["run"].nunique() > 1, data["seed"].nunique() > 1
-    table = _empty("First and last RLHF step", experiments)
-    if several_runs:
-        table.add_column("Run", overflow="fold")
-    table.add_column("Model", overflow="fold")
-    if several_seeds:
-        table.add_column("Seed", justify="right")
+    identity = ["model"]
+    if data["run"].nunique() > 1:
+        identity.insert(0, "run")
+    if data["seed"].nunique() > 1:
+        identity.append("seed")
+    table = _empty_table("First and last RLHF step", experiments)
+    for name in identity:
+        text = {"justify": "right"} if name == "seed" else {"overflow": "fold"}
+        table.add_column(name.capitalize(), **text)  # type: ignore[arg-type]
     table.add_column("Step", justify="right", no_wrap=True)
     table.add_column("Condition", no_wrap=True)
     for experiment in experiments:
         table.add_column(_heading(experiment), justify="right", no_wrap=True)
-    for (run, model, seed), mine in data.groupby(["run", "model", "seed"], sort=False):
-        for step in sorted({mine["step"].min(), mine["step"].max()}):
-            here = mine[mine["step"] == step]
-            conditions = sorted(set(here["condition"]), key=condition_rank)
-            for index, condition in enumerate(conditions):
-                place = [_shown(run)] if several_runs else []
-                place += [_shown(model), *([str(seed)] if several_seeds else []), str(step)]
-                rows = here[here["condition"] == condition]
+    for _, trajectory in data.groupby(["run", "model", "seed"], sort=False):
+        for step in sorted({trajectory["step"].min(), trajectory["step"].max()}):
+            checkpoint = trajectory[trajectory["step"] == step]
+            names = [_escape(checkpoint.iloc[0][name]) for name in identity] + [str(step)]
+            for condition, rows, last in _by_condition(checkpoint):
                 values = [_headline(rows, experiment) for experiment in experiments]
-                start = place if index == 0 else [""] * len(place)
-                last = index == len(conditions) - 1
-                table.add_row(*start, _shown(condition), *values, end_section=last)
+                table.add_row(*names, _escape(condition), *values, end_section=last)
+                names = [""] * len(names)
     return table
 
 
 def _model_table(data: pd.DataFrame) -> Table:
-    table = _empty("Self-correction by model", list(dict.fromkeys(data["experiment"])))
+    experiments = list(dict.fromkeys(data["experiment"]))
+    columns = {
+        name: metric.column
+        for experiment in experiments
+        for name, metric in get_experiment(experiment).metrics.items()
+        if metric.column
+    }
+    table = _empty_table("Self-correction by model", experiments)
     table.add_column("Model", overflow="fold")
     table.add_column("Condition", no_wrap=True)
     table.add_column("Headline metric", justify="right", no_wrap=True)
-    for name in (*BESIDE.values(), "Prompts"):
+    for name in (*columns.values(), "Prompts"):
         table.add_column(name, justify="right", no_wrap=True)
     if (data["num_items"] == 0).any():
         table.caption = (
-            f"{table.caption}\n0 prompts: all that was asked stands apart from the overall figures "
-            "(names, intersections); take a larger --limit"
+            f"{table.caption}\n0 prompts: the sample has only categories that no overall value "
+            "pools (names, intersections); use a larger --limit"
         )
     for model, of_model in data.groupby("model", sort=False):
-        table.add_row(f"[bold]{_shown(model)}[/bold]")
-        for experiment, mine in of_model.groupby("experiment", sort=False):
-            conditions = sorted(set(mine["condition"]), key=condition_rank)
-            for index, condition in enumerate(conditions):
-                rows = mine[mine["condition"] == condition]
+        table.add_row(f"[bold]{_escape(model)}[/bold]")
+        for experiment, of_experiment in of_model.groupby("experiment", sort=False):
+            name = f"  {_short_title(str(experiment))}"
+            for condition, rows, last in _by_condition(of_experiment):
                 table.add_row(
-                    f"  {_short(str(experiment))}" if index == 0 else "",
-                    _shown(condition),
+                    name,
+                    _escape(condition),
                     _headline(rows, str(experiment)),
-                    *(_plain(rows, metric) for metric in BESIDE),
+                    *(_value(rows, metric) for metric in columns),
                     f"{rows['num_items'].max():,}",
-                    end_section=index == len(conditions) - 1,
+                    end_section=last,
                 )
+                name = ""
     return table
 
 
-def _shown(name: object) -> str:
-    """A name as the terminal shows it: neither its brackets nor its control characters act."""
+def _by_condition(data: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, bool]]:
+    """Yield each condition, its rows, and whether it is the last one."""
+    conditions = sorted(set(data["condition"]), key=condition_rank)
+    for condition in conditions:
+        yield condition, data[data["condition"] == condition], condition == conditions[-1]
+
+
+def _escape(name: object) -> str:
+    """Escape rich's markup and control characters in a name."""
     return escape(escape_controls(name))
 
 
-def _empty(title: str, experiments: Sequence[str]) -> Table:
-    caption = f"{_no_bias(experiments)}; in brackets the 95 % interval over items; –: undefined"
+def _empty_table(title: str, experiments: Sequence[str]) -> Table:
     return Table(
         title=title,
-        caption=caption,
+        caption=f"{_unbiased(experiments)}; in brackets 95 % intervals over items; –: undefined",
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
@@ -116,37 +122,32 @@ def _empty(title: str, experiments: Sequence[str]) -> Table:
     )
 
 
-def _no_bias(experiments: Sequence[str]) -> str:
-    """Which value of the headline metrics is no bias: 0, with the exceptions named."""
-    other = []
-    for experiment in experiments:
-        definition = get_experiment(experiment)
-        value = definition.headline_metric.unbiased
-        if value is None:
-            other.append(f"none is for {get_experiment(experiment).title}")
-        elif value:
-            other.append(f"{compact(value)} for {get_experiment(experiment).title}")
-    return "0: no bias" + (f" ({', '.join(other)})" if other else "")
+def _unbiased(experiments: Sequence[str]) -> str:
+    """Return which value of the headline metrics is no bias: 0, and the exceptions."""
+    exceptions = []
+    for experiment in map(get_experiment, experiments):
+        value = experiment.headline_metric.unbiased
+        if value is None or value:
+            exceptions.append(
+                f"{'none' if value is None else compact(value)} for {experiment.title}"
+            )
+    return "0: no bias" + (f" ({', '.join(exceptions)})" if exceptions else "")
 
 
 def _heading(experiment: str) -> str:
-    definition = get_experiment(experiment)
-    return f"{_short(experiment)}\n{definition.headline_metric.label.lower()}"
+    return f"{_short_title(experiment)}\n{get_experiment(experiment).headline_metric.label.lower()}"
 
 
-def _short(experiment: str) -> str:
+def _short_title(experiment: str) -> str:
     return get_experiment(experiment).title.split()[0]
 
 
 def _headline(rows: pd.DataFrame, experiment: str) -> str:
-    mine = rows[
-        (rows["experiment"] == experiment) & (rows["metric"] == get_experiment(experiment).headline)
-    ]
-    if mine.empty:
-        return ""
-    return compact_with_interval(mine.iloc[0])
+    headline = get_experiment(experiment).headline
+    rows = rows[(rows["experiment"] == experiment) & (rows["metric"] == headline)]
+    return "" if rows.empty else compact_with_interval(rows.iloc[0])
 
 
-def _plain(rows: pd.DataFrame, metric: str) -> str:
-    mine = rows[rows["metric"] == metric]
-    return "" if mine.empty else compact(mine.iloc[0]["value"])
+def _value(rows: pd.DataFrame, metric: str) -> str:
+    rows = rows[rows["metric"] == metric]
+    return "" if rows.empty else compact(rows.iloc[0]["value"])

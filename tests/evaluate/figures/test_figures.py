@@ -1,4 +1,4 @@
-"""What the figures show, and what they leave out."""
+"""Figures: the values they draw, the gaps they leave, and the reasons they give."""
 
 from itertools import pairwise
 from xml.etree import ElementTree
@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 from selfcorrect.evaluate.figures import curves, gallery, runs
 from selfcorrect.evaluate.figures.details import (
-    PRONOUN_COLUMNS,
     beside_the_bias,
     by_category,
-    female_against_share,
+    clusters_against_fact,
+    scatter_columns,
 )
 from selfcorrect.evaluate.figures.maps import effects_by_size_and_step, size_by_steps
 from selfcorrect.evaluate.figures.panels import (
@@ -45,7 +45,7 @@ def results(run):
 
 @pytest.fixture(scope="module")
 def pronouns(run):
-    return load_items(run, "winogender", columns=PRONOUN_COLUMNS)
+    return load_items(run, "winogender", columns=scatter_columns("winogender"))
 
 
 def headline(frame, experiment, **where):
@@ -63,7 +63,7 @@ def line_of(ax, label):
     return line
 
 
-def test_metric_against_steps_draws_the_tables_values(results):
+def test_against_steps_draws_the_values_of_the_table(results):
     frame, _ = results
     figure = curves.against_steps(frame, "small")
     titles = [ax.get_title(loc="left") for ax in figure.axes]
@@ -79,7 +79,7 @@ def test_metric_against_steps_draws_the_tables_values(results):
     np.testing.assert_allclose(line.get_ydata(), mine["value"].astype(float))
 
 
-def test_the_same_experiment_has_the_same_span_in_every_models_figure(results):
+def test_models_share_the_y_axis_of_an_experiment(results):
     frame, _ = results
     spans = [
         [ax.get_ylim() for ax in curves.against_steps(frame, model).axes]
@@ -88,19 +88,19 @@ def test_the_same_experiment_has_the_same_span_in_every_models_figure(results):
     assert spans[0] == spans[1]
 
 
-def test_a_missing_or_undefined_value_is_a_gap_never_zero(results):
+def test_missing_and_undefined_values_are_gaps(results):
     frame, _ = results
     frame = frame.copy()
     here = (frame["step"] == 2) & (frame["model"] == "small") & (frame["condition"] == "Q+IF")
     frame.loc[here & (frame["experiment"] == "winogender"), ["value", "low", "high"]] = np.nan
     frame = frame[~(here & (frame["experiment"] == "bbq"))]
-    figure = curves.against_steps(frame, "small")
-    for ax in figure.axes[:2]:
+    bbq, winogender, _ = curves.against_steps(frame, "small").axes
+    for ax in (bbq, winogender):
         assert np.isnan(line_of(ax, "Q+IF").get_ydata()[1])
         assert np.isfinite(line_of(ax, "Q").get_ydata()).all()
 
 
-def test_against_size_takes_the_last_step_that_all_models_have(results):
+def test_against_size_defaults_to_the_last_common_step(results):
     frame, _ = results
     frame = frame[~((frame["model"] == "small") & (frame["step"] == 10))]
     figure = curves.against_size(frame)
@@ -115,7 +115,7 @@ def test_against_size_takes_the_last_step_that_all_models_have(results):
     np.testing.assert_allclose(values, mine["value"].astype(float))
 
 
-def test_several_seeds_become_a_mean_with_the_range_of_seeds(tmp_path):
+def test_several_seeds_are_drawn_as_mean_and_range(tmp_path):
     size = Size(models=(("nano", 8192),), seeds=(0, 1), steps=(0, 10), templates=4, blocks=1)
     frame, _ = write_results(record_run(tmp_path / "run", size), 20)
     ax = curves.against_steps(frame, "nano").axes[1]
@@ -131,14 +131,14 @@ def test_several_seeds_become_a_mean_with_the_range_of_seeds(tmp_path):
     assert {rows["value"].min(), rows["value"].max()} <= set(band[:, 1])
 
 
-def test_conditions_differ_in_colour_and_in_marker():
+def test_paper_conditions_differ_in_colour_and_marker():
     assert len({look["color"] for look in LOOKS.values()}) == len(LOOKS)
     assert len({look["marker"] for look in LOOKS.values()}) == len(LOOKS)
 
 
-def test_every_figure_lands_on_disk_twice_and_repeats_to_the_byte(results, pronouns, tmp_path):
+def test_figures_of_a_run_repeat_to_the_byte(run, results, tmp_path):
     frame, statistics = results
-    drawn, notes = gallery.draw_run(frame, statistics, pronouns, tmp_path)
+    drawn, notes = gallery.draw_run(frame, statistics, run, tmp_path)
     assert notes == []
     names = [drawing.name for drawing in drawn]
     experiments = ["bbq", "winogender", "law_school"]
@@ -158,16 +158,17 @@ def test_every_figure_lands_on_disk_twice_and_repeats_to_the_byte(results, prono
     assert "Match stats" in drawn[0].alt
 
 
-def test_figures_without_data_are_left_out_with_a_reason(tmp_path):
+def test_missing_figures_have_a_reason(tmp_path):
     size = Size(models=(("one", 10),), steps=(0,), templates=3, blocks=1)
     frame, statistics = write_results(record_run(tmp_path / "run", size), 20)
-    nothing = load_items(tmp_path / "run", "no such", columns=PRONOUN_COLUMNS)
-    drawn, notes = gallery.draw_run(frame, statistics, nothing, tmp_path / "figures")
+    for path in (tmp_path / "run").rglob("winogender.*.parquet"):
+        path.unlink()
+    drawn, notes = gallery.draw_run(frame, statistics, tmp_path / "run", tmp_path / "figures")
     assert drawn == []
     assert "Metric against model size: metric against model size needs two sizes" in notes[1]
     reasons = " ".join(notes)
     for reason in ("two sizes and two steps or more", "categories need two of them and two steps",
-                   "there are no rows of single occupations", "record neither"):  # fmt: skip
+                   "no rows of single occupations", "record neither"):  # fmt: skip
         assert reason in reasons
     with pytest.raises(NothingToDraw, match="two steps"):
         curves.against_steps(frame, "one")
@@ -176,7 +177,7 @@ def test_figures_without_data_are_left_out_with_a_reason(tmp_path):
 # --- size by steps --------------------------------------------------------------------------------
 
 
-def test_a_map_shows_exactly_what_was_measured(results):
+def test_map_of_size_by_steps(results):
     frame, statistics = results
     figure = size_by_steps(frame, "winogender")
     panels = [ax for ax in figure.axes if ax.get_title(loc="left")]
@@ -196,7 +197,7 @@ def test_a_map_shows_exactly_what_was_measured(results):
     assert titles == ["Q − Q+IF", "Q − Q+IF+CoT"]
 
 
-def test_a_map_leaves_gaps_blank_and_says_what_they_are(results):
+def test_map_hatches_missing_and_undefined_cells(results):
     frame, _ = results
     frame = frame.copy()
     gone = (frame["step"] == 2) & (frame["model"] == "small") & (frame["condition"] == "Q")
@@ -216,7 +217,7 @@ def test_a_map_leaves_gaps_blank_and_says_what_they_are(results):
     assert " to undefined" in curves.in_words(figure)
 
 
-def test_dots_mark_the_effects_whose_interval_excludes_zero(results):
+def test_map_marks_effects_that_exclude_zero(results):
     _, statistics = results
     rows = [
         {**row, "excludes_zero": row["model"] == "small" and row["step"] == 10}
@@ -231,7 +232,7 @@ def test_dots_mark_the_effects_whose_interval_excludes_zero(results):
     assert effects_by_size_and_step(without, "bbq").legends == []
 
 
-def test_a_map_of_several_seeds_is_their_mean_where_all_have_a_value(tmp_path):
+def test_map_of_several_seeds_is_their_mean(tmp_path):
     size = Size(seeds=(0, 1), steps=(0, 10), templates=4, blocks=1, students=10)
     frame, _ = write_results(record_run(tmp_path / "run", size), 20)
     gone = (frame["step"] == 10) & (frame["model"] == "nano") & (frame["seed"] == 1)
@@ -245,7 +246,7 @@ def test_a_map_of_several_seeds_is_their_mean_where_all_have_a_value(tmp_path):
 # --- one experiment in detail ---------------------------------------------------------------------
 
 
-def test_the_metrics_beside_the_bias_have_a_column_each_and_a_row_per_model(results):
+def test_metrics_beside_the_bias(results):
     frame, _ = results
     figure = beside_the_bias(frame, "bbq")
     labels = [ax.get_label() for ax in figure.axes]
@@ -262,7 +263,7 @@ def test_the_metrics_beside_the_bias_have_a_column_each_and_a_row_per_model(resu
     assert figure.axes[7].get_ylim() == (-0.03, 1.03)
 
 
-def test_categories_have_a_panel_each_and_say_what_the_overall_figure_leaves_out(results):
+def test_categories_have_a_panel_each(results):
     frame, _ = results
     figure = by_category(frame, "bbq", "nano")
     titles = [" ".join(ax.get_title(loc="left").split()) for ax in figure.axes]
@@ -285,7 +286,7 @@ def test_categories_have_a_panel_each_and_say_what_the_overall_figure_leaves_out
         by_category(frame, "nonsense")
 
 
-def test_names_from_data_are_no_formulas_and_no_commands(results, tmp_path):
+def test_names_from_data_are_drawn_literally(results, tmp_path):
     frame, _ = results
     names = {"Age": "a$\\frac{$b\x07\u202e", "Religion": "<!-- ]]> & $"}
     hostile = frame.assign(
@@ -299,9 +300,9 @@ def test_names_from_data_are_no_formulas_and_no_commands(results, tmp_path):
     ElementTree.parse(tmp_path / "hostile.svg")
 
 
-def test_occupations_stand_at_their_probability_and_the_tables_r_beside_them(results, pronouns):
+def test_scatter_of_occupations(results, pronouns):
     frame, _ = results
-    figure = female_against_share(frame, pronouns)
+    figure = clusters_against_fact(frame, pronouns, "winogender")
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     assert titles[0] == "Q, step 0" and titles[-1] == "Match stats, step 10"
     assert len(titles) == 8
@@ -315,13 +316,16 @@ def test_occupations_stand_at_their_probability_and_the_tables_r_beside_them(res
     assert ax.texts[0].get_text().startswith(f"r = {row.value:.2f} [".replace("-", "−"))
     assert "Q+IF, step 10: r = " in curves.in_words(figure)
     missing = pronouns[(pronouns["condition"] != "Q") | (pronouns["step"] != 10)]
-    ax = female_against_share(frame, missing).axes[4]
+    ax = clusters_against_fact(frame, missing, "winogender").axes[4]
     assert [text.get_text() for text in ax.texts] == ["not measured"]
     undefined = frame.assign(value=np.nan, low=np.nan, high=np.nan)
-    assert female_against_share(undefined, pronouns).axes[0].texts[0].get_text() == "r undefined"
+    figure = clusters_against_fact(undefined, pronouns, "winogender")
+    assert figure.axes[0].texts[0].get_text() == "r undefined"
+    with pytest.raises(NothingToDraw, match="bbq: has no figure of single clusters"):
+        clusters_against_fact(frame, pronouns, "bbq")
 
 
-def test_reward_stands_against_the_root_of_the_kl(results):
+def test_training_curves_draw_reward_against_sqrt_kl(results):
     frame, _ = results
     mine = frame[frame["model"] == "small"].drop_duplicates("step").sort_values("step")
     line = line_of(curves.training_curves(frame).axes[2], "small (509k)")
@@ -333,7 +337,7 @@ def test_reward_stands_against_the_root_of_the_kl(results):
     assert np.isnan(line.get_xdata()[1]) and np.isfinite(line.get_xdata()[2])
 
 
-def test_a_panel_a_size_and_chosen_steps(results):
+def test_steps_by_size_and_chosen_steps(results):
     frame, _ = results
     figure = curves.steps_by_size(frame, "law_school")
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["nano (8.2k)", "small (509k)"]
@@ -349,7 +353,7 @@ def test_a_panel_a_size_and_chosen_steps(results):
         curves.against_size(frame, 7)
 
 
-def test_only_all_orders_of_the_options_together_are_drawn(results):
+def test_single_orders_of_the_options_are_not_drawn(results):
     frame, _ = results
     other = frame.assign(order="120", value=99.0)
     figure = curves.against_steps(pd.concat([other, frame.assign(order="all")]), "small")
@@ -366,7 +370,7 @@ def two_runs(frame):
     return pd.concat([one, two])
 
 
-def test_two_runs_are_never_drawn_as_one(results):
+def test_two_runs_are_refused_in_figures_of_one_run(results):
     frame, _ = results
     both = two_runs(frame)
     for draw in (curves.against_steps, curves.against_size,
@@ -378,7 +382,7 @@ def test_two_runs_are_never_drawn_as_one(results):
         curves.against_steps(both.assign(run="same"))
 
 
-def test_runs_stand_side_by_side_in_the_row_of_their_model(results):
+def test_steps_by_run(results):
     frame, _ = results
     figure = runs.steps_by_run(two_runs(frame), "winogender")
     labels = [" ".join(ax.get_label().split()) for ax in figure.axes]
@@ -393,7 +397,7 @@ def test_runs_stand_side_by_side_in_the_row_of_their_model(results):
     assert first.get_color() != second.get_color()
 
 
-def test_each_run_is_drawn_at_its_own_last_common_step(results):
+def test_size_by_run_takes_each_runs_last_common_step(results):
     frame, _ = results
     rows = two_runs(frame)
     rows = rows[(rows["run"] != "one") | (rows["step"] != 10)]
@@ -405,7 +409,7 @@ def test_each_run_is_drawn_at_its_own_last_common_step(results):
     np.testing.assert_allclose(line.get_ydata(), expected)
 
 
-def test_every_figure_of_several_runs_lands_on_disk(results, tmp_path):
+def test_figures_of_several_runs(results, tmp_path):
     frame, statistics = results
     both = [{**row, "run": run} for run in ("one", "two") for row in statistics["effects"]]
     drawn, notes = gallery.draw_runs(two_runs(frame), {"effects": both}, tmp_path)
@@ -432,7 +436,7 @@ def legend_of(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_the_papers_values_stand_beside_ours_only_on_request(results):
+def test_published_values_are_drawn_on_request(results):
     frame, _ = results
     for draw in (lambda **how: curves.against_steps(frame, "small", **how),
                  lambda **how: curves.against_size(frame, **how)):  # fmt: skip
@@ -453,7 +457,7 @@ def test_the_papers_values_stand_beside_ours_only_on_request(results):
                     assert line.get_linestyle() == "None"
 
 
-def test_the_papers_values_beyond_our_steps_stand_in_a_strip_with_their_own_ticks(results):
+def test_published_values_beyond_the_axis_get_a_strip(results):
     frame, _ = results
     bbq, _, law = curves.against_steps(frame, "small", paper=True).axes
     (strip,) = bbq.child_axes
@@ -468,7 +472,7 @@ def test_the_papers_values_beyond_our_steps_stand_in_a_strip_with_their_own_tick
     assert stated.get_markersize() > read.get_markersize()
 
 
-def test_the_papers_values_within_our_axis_stand_at_their_place(results):
+def test_published_values_within_the_axis(results):
     frame, _ = results
     stretched = frame.assign(step=frame["step"].replace({2: 50, 10: 1000}))
     figure = curves.against_steps(stretched, "small", paper=True)
@@ -480,7 +484,7 @@ def test_the_papers_values_within_our_axis_stand_at_their_place(results):
     assert (LARGEST, 0.1845) in published(bbq) and not bbq.child_axes
 
 
-def test_only_the_conditions_drawn_have_the_papers_values(results):
+def test_published_values_only_of_conditions_drawn(results):
     frame, _ = results
     figure = curves.against_steps(frame[frame["condition"] == "Q+IF"], "small", paper=True)
     (strip,) = figure.axes[0].child_axes
@@ -490,7 +494,7 @@ def test_only_the_conditions_drawn_have_the_papers_values(results):
     assert "0.1845" not in words
 
 
-def test_step_labels_never_overlap_and_keep_both_ends():
+def test_step_labels_do_not_overlap():
 
     figure = Figure(figsize=(2.2, 2))
     ax = figure.subplots()
@@ -502,7 +506,7 @@ def test_step_labels_never_overlap_and_keep_both_ends():
     assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
 
 
-def test_conditions_beyond_the_papers_are_told_apart_too():
+def test_other_conditions_have_distinct_looks():
     names = [*LOOKS, *(f"Q+IF paraphrase {n}" for n in range(1, 6)), "Q+neutral", "IF+Q", "mine"]
     looks = condition_looks(names)
     drawn = {(look["color"], look["marker"], str(look["linestyle"])) for look in looks.values()}

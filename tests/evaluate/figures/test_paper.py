@@ -1,4 +1,4 @@
-"""The published values are the paper's, under this project's names, and never mixed with ours."""
+"""The paper's published values, under this project's names."""
 
 from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.figures.paper import (
@@ -11,7 +11,7 @@ from selfcorrect.evaluate.figures.paper import (
 )
 
 
-def test_the_stated_numbers_are_those_of_the_largest_model():
+def test_stated_numbers_are_of_the_largest_model():
     values = {(row.experiment, row.steps, row.condition): row.value for row in TABLE}
     assert values == {
         ("bbq", 800, "Q"): 0.1845,
@@ -29,7 +29,7 @@ def test_the_stated_numbers_are_those_of_the_largest_model():
     assert all(row.exact for row in TABLE)
 
 
-def test_what_is_read_off_is_marked_so_and_never_stands_beside_a_stated_number():
+def test_values_read_off_figures_are_marked_and_never_double_a_stated_one():
     assert not any(row.exact for row in READ_OFF)
     assert all("about" in row.in_words for row in READ_OFF)
     places = [(r.experiment, r.condition, r.parameters, r.steps) for r in (*TABLE, *READ_OFF)]
@@ -37,12 +37,12 @@ def test_what_is_read_off_is_marked_so_and_never_stands_beside_a_stated_number()
     assert {row.parameters for row in READ_OFF} <= set(SIZES)
 
 
-def test_the_metrics_are_the_headlines_that_figures_draw():
+def test_published_metrics_are_headline_metrics():
     for row in (*TABLE, *READ_OFF):
         assert row.metric == get_experiment(row.experiment).headline
 
 
-def test_against_steps_is_the_largest_model_and_against_size_one_step_an_experiment():
+def test_published_values_against_steps_and_size():
     law = published_against_steps("law_school", "difference")
     assert {row.parameters for row in law} == {LARGEST}
     assert sorted({row.steps for row in law}) == [50, 200, 600, 800, 1000]
@@ -54,7 +54,7 @@ def test_against_steps_is_the_largest_model_and_against_size_one_step_an_experim
     assert published_against_size("crows_pairs", "share_stereotyped") == []
 
 
-def test_in_words():
+def test_published_values_in_words():
     (stated,) = [row for row in TABLE if row.value == 0.1845]
     assert stated.in_words == "Q 0.1845 (175B, 800 steps)"
     (read,) = [row for row in READ_OFF if row.parameters == SIZES[0]]
