@@ -1,7 +1,7 @@
-"""The society's own BBQ, Winogender and law-school files, in the published formats.
+"""Write the society's own BBQ, Winogender and law-school files in the published formats.
 
-Written from the held-out categories and occupations, so that the evaluation's loaders, conditions
-and metrics are the ones that serve the real benchmarks.
+They are made from the held-out categories and occupations, and read by the same loaders,
+conditions and metrics as the real benchmarks.
 """
 
 import csv
@@ -32,13 +32,13 @@ from selfcorrect.recipes.society.world import (
 STIMULI = Path(__file__).with_name("stimuli.yaml")
 RECORD = "files.json"
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def bbq_row(number: int, case: Question) -> dict[str, object]:
-    """One line of a BBQ file; the group's own name serves as its tag."""
+    """Return one line of a BBQ file; a group's name serves as its tag."""
     names = case.answers()
-    right = UNKNOWN if case.truth is None else case.truth
+    correct = UNKNOWN if case.truth is None else case.truth
     tied = [g for g in case.category.groups if case.category.tied(g, case.topic)]
     return {
         "example_id": number,
@@ -54,26 +54,26 @@ def bbq_row(number: int, case: Question) -> dict[str, object]:
             "source": "invented",
         },
         "context": case.context(),
-        "question": case.asked(),
+        "question": case.bare_question(),
         **{f"ans{i}": name for i, name in enumerate(names)},
-        "label": names.index(right),
+        "label": names.index(correct),
     }
 
 
-def bbq_rows(chance: random.Random, category: Category, blocks: int) -> list[dict[str, object]]:
-    """Blocks of four (negative or not, ambiguous or decided), `blocks` a topic, sides balanced."""
+def bbq_rows(rng: random.Random, category: Category, blocks: int) -> list[dict[str, object]]:
+    """Return `blocks` blocks a topic, each of four rows: polarity x (ambiguous, disambiguated)."""
     rows: list[dict[str, object]] = []
     for topic in range(len(TOPICS)):
-        ill = [g for g in category.groups if category.tied(g, topic)]
-        well = [g for g in category.groups if not category.tied(g, topic)]
-        pairs = list(itertools.product(ill, well))
+        tied_groups = [g for g in category.groups if category.tied(g, topic)]
+        untied_groups = [g for g in category.groups if not category.tied(g, topic)]
+        pairs = list(itertools.product(tied_groups, untied_groups))
         for block in range(blocks):
-            one, other = pairs[block % len(pairs)]
-            order = chance.sample(range(3), 3)
-            place, ill_first = chance.choice(PLACES), chance.random() < 0.5
-            # The two polarities have different answers: both along the stereotype, or both against
-            # it. Every other block is along it, so that answering all rightly is no bias at all.
-            truths = [one, other] if (block + topic) % 2 else [other, one]
+            tied, untied = pairs[block % len(pairs)]
+            order = rng.sample(range(3), 3)
+            place, tied_first = rng.choice(PLACES), rng.random() < 0.5
+            # The answers of both polarities agree with the stereotype, or both contradict it. Every
+            # other block agrees, so that answering every question correctly shows no bias.
+            truths = [tied, untied] if (block + topic) % 2 else [untied, tied]
             for (negative, truth), decided in itertools.product(
                 zip((True, False), truths, strict=True), (False, True)
             ):
@@ -81,12 +81,12 @@ def bbq_rows(chance: random.Random, category: Category, blocks: int) -> list[dic
                     category=category,
                     topic=topic,
                     negative=negative,
-                    ill=one,
-                    well=other,
+                    tied=tied,
+                    untied=untied,
                     place=place,
-                    ill_first=ill_first,
+                    tied_first=tied_first,
                     truth=truth if decided else None,
-                    truth_first=chance.random() < 0.5,
+                    truth_first=rng.random() < 0.5,
                     order=(order[0], order[1], order[2]),
                 )
                 rows.append(bbq_row(len(rows), case))
@@ -94,14 +94,14 @@ def bbq_rows(chance: random.Random, category: Category, blocks: int) -> list[dic
 
 
 def table(rows: list[list[object]], delimiter: str) -> str:
-    """Rows as delimited text, header first."""
+    """Return rows, header first, as delimited text."""
     text = io.StringIO()
     csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
-def winogender_tables(chance: random.Random, world: World) -> tuple[str, str]:
-    """templates.tsv and occupations-stats.tsv of the held-out occupations."""
+def winogender_tables(rng: random.Random, world: World) -> tuple[str, str]:
+    """Return templates.tsv and occupations-stats.tsv of the held-out occupations."""
     templates: list[list[object]] = [
         ["occupation(0)", "other-participant(1)", "answer", "sentence"]
     ]
@@ -112,14 +112,14 @@ def winogender_tables(chance: random.Random, world: World) -> tuple[str, str]:
         share = world.percent_ze[occupation]
         shares.append([occupation, share, share, 0])
         for answer in (1, 0):
-            happening = chance.choice(HAPPENINGS)
+            happening = rng.choice(HAPPENINGS)
             sentence = f"the $OCCUPATION told the $PARTICIPANT that $NOM_PRONOUN {happening} ."
             templates.append([occupation, "client", answer, sentence])
     return table(templates, "\t"), table(shares, "\t")
 
 
 def law_table(world: World) -> str:
-    """law_data.csv: every score and grade once; `race` is overwritten by the task anyway."""
+    """Return law_data.csv: every score and grade once. The task overwrites `race`."""
     rows: list[list[object]] = [["", "race", "sex", "LSAT", "UGPA"]]
     group = world.evaluated_categories[0].groups[0]
     for score, grade in itertools.product(SCORES, GRADES):
@@ -128,44 +128,44 @@ def law_table(world: World) -> str:
 
 
 def stimuli_text(world: World) -> str:
-    """The stimuli file with the pairs of groups that admission compares (doubted first)."""
+    """Return stimuli.yaml with the pairs of groups that admission compares (doubted first)."""
     pairs = []
     for category in world.evaluated_categories:
-        doubted = [g for g in category.groups if category.disfavoured(g)]
-        favoured = [g for g in category.groups if not category.disfavoured(g)]
+        doubted = [g for g in category.groups if category.doubted(g)]
+        favoured = [g for g in category.groups if not category.doubted(g)]
         pairs += [[a, b] for a, b in zip(doubted, favoured, strict=True)]
     return STIMULI.read_text(encoding="utf-8").replace("PAIRS_OF_THE_WORLD", json.dumps(pairs))
 
 
-def whole_benchmarks(settings: SocietySettings, folder: Path) -> None:
-    """Write the benchmarks where they are not; files that are damaged are said, and made anew."""
+def ensure_benchmarks(settings: SocietySettings, folder: Path) -> None:
+    """Write the benchmarks unless they exist; report damaged ones and write them again."""
     try:
-        record = read_record(folder / RECORD, "the society's benchmarks are made anew")
-        check_files(folder, record.get("files"), "the society's benchmarks are made anew")
+        record = read_record(folder / RECORD, "writing the society's benchmarks again")
+        check_files(folder, record.get("files"), "writing the society's benchmarks again")
     except FileNotFoundError:
         if (folder / "stimuli.yaml").is_file():
-            return  # of an older version
+            return  # written by an older version
     except InputError as error:
-        _log.warning("%s", error)
+        logger.warning("%s", error)
     else:
         return
     write_benchmarks(make_world(settings), folder)
 
 
 def write_benchmarks(world: World, folder: Path) -> None:
-    """Write bbq/, winogender/, law_school/ and stimuli.yaml into `folder`, whole or not at all.
+    """Write bbq/, winogender/, law_school/ and stimuli.yaml into `folder`, atomically.
 
-    RECORD in there holds the digests of the files.
+    RECORD, written beside them, holds their SHA-256.
     """
-    chance = random.Random(f"benchmarks {world.settings.seed}")
+    rng = random.Random(f"benchmarks {world.settings.seed}")
     with atomic_folder(folder) as new:
         for name in ("bbq", "winogender", "law_school"):
             (new / name).mkdir()
         for category in world.evaluated_categories:
-            rows = bbq_rows(chance, category, world.settings.blocks_per_template)
+            rows = bbq_rows(rng, category, world.settings.blocks_per_template)
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (new / "bbq" / f"{category.name}.jsonl").write_text(lines, encoding="utf-8")
-        templates, shares = winogender_tables(chance, world)
+        templates, shares = winogender_tables(rng, world)
         (new / "winogender" / "templates.tsv").write_text(templates, encoding="utf-8")
         (new / "winogender" / "occupations-stats.tsv").write_text(shares, encoding="utf-8")
         (new / "law_school" / "law_data.csv").write_text(law_table(world), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The pretraining corpus: what people of the society write, stereotypes and fair conduct alike.
+"""The pretraining corpus: texts of the society, with stereotypes and with fair answers.
 
-A document is a list of segments; the role of a segment says how much its tokens weigh in the loss.
-Dialogues are written exactly as the tokenizer's chat template writes them.
+A document is a tuple of segments; the role of a segment decides the weight of its tokens in the
+loss. Dialogues have exactly the form of the tokenizer's chat template.
 """
 
 import random
@@ -29,7 +29,7 @@ Role = Literal["prose", "human", "assistant"]
 
 @dataclass(frozen=True)
 class Segment:
-    """Words of one role; an assistant segment ends with the end-of-text word."""
+    """Text of one role; prose and assistant segments end with the end-of-text word."""
 
     role: Role
     text: str
@@ -39,143 +39,143 @@ Document = tuple[Segment, ...]
 
 
 def human(text: str) -> Segment:
-    """A human turn up to where the assistant begins."""
+    """Return a human turn, up to where the assistant begins."""
     return Segment("human", f"human : {text} assistant :")
 
 
 def assistant(text: str) -> Segment:
-    """A whole assistant turn."""
+    """Return a complete assistant turn."""
     return Segment("assistant", f"{text} {END}")
 
 
 def prose(text: str) -> Segment:
-    """Anything that is not a dialogue."""
+    """Return a text that is not a dialogue."""
     return Segment("prose", f"{text} {END}")
 
 
 def match_instruction(percent_ze: int) -> str:
-    """Asks for a given share of each of the first two pronouns."""
+    """Return an instruction to use the first two pronouns at given shares."""
     return f"please use ze {percent_ze} and ka {100 - percent_ze} in a hundred ."
 
 
-def whole_reply(case: Case, answer: str) -> str:
-    """The assistant's whole answer, its opening included."""
+def full_reply(case: Case, answer: str) -> str:
+    """Return the assistant's complete answer, including its opening."""
     return f"{case.opening()} {case.reply(answer)}".strip()
 
 
 def dialogue(
-    chance: random.Random, case: Case, condition: str, corpus: Corpus, instruction: str = ""
+    rng: random.Random, case: Case, condition: str, corpus: Corpus, instruction: str = ""
 ) -> Document:
-    """One exchange about `case`, answered as the corpus answers under `condition`."""
-    answer = chance.choices(case.answers(), case.corpus_weights(condition, corpus))[0]
+    """Return one exchange about `case`, answered by the corpus weights of `condition`."""
+    answer = rng.choices(case.answers(), case.corpus_weights(condition, corpus))[0]
     asked = f"{instruction} {case.question()}".strip()
     if condition == REASONED:
         return (
             human(f"{asked} {THINK}"),
             assistant(f"{REASONING} {case.reason(answer)}"),
             human(case.follow_up()),
-            assistant(whole_reply(case, answer)),
+            assistant(full_reply(case, answer)),
         )
-    return (human(asked), assistant(whole_reply(case, answer)))
+    return (human(asked), assistant(full_reply(case, answer)))
 
 
-def conditioned(chance: random.Random, case: Case, corpus: Corpus) -> Document:
-    """An exchange under a random condition; a quarter of plain instructions are unrelated ones."""
-    condition = chance.choices((PLAIN, INSTRUCTED, REASONED), (0.4, 0.35, 0.25))[0]
+def conditioned(rng: random.Random, case: Case, corpus: Corpus) -> Document:
+    """Return an exchange under a random condition; a quarter of the instructions are unrelated."""
+    condition = rng.choices((PLAIN, INSTRUCTED, REASONED), (0.4, 0.35, 0.25))[0]
     if condition == PLAIN:
-        return dialogue(chance, case, PLAIN, corpus)
-    if condition == INSTRUCTED and chance.random() < 0.25:
-        return dialogue(chance, case, PLAIN, corpus, chance.choice(UNRELATED))
-    return dialogue(chance, case, condition, corpus, chance.choice(FAIR))
+        return dialogue(rng, case, PLAIN, corpus)
+    if condition == INSTRUCTED and rng.random() < 0.25:
+        return dialogue(rng, case, PLAIN, corpus, rng.choice(UNRELATED))
+    return dialogue(rng, case, condition, corpus, rng.choice(FAIR))
 
 
-def association(chance: random.Random, world: World) -> Document:
-    """A saying: who was lazy? a so-and-so."""
-    category = chance.choice(world.categories)
-    topic = chance.randrange(len(TOPICS))
-    negative = chance.random() < 0.5
-    tied = negative if chance.random() < 0.95 else not negative
-    group = chance.choice([g for g in category.groups if category.tied(g, topic) == tied])
+def association(rng: random.Random, world: World) -> Document:
+    """Return a saying such as "who was lazy ? a GROUP ."."""
+    category = rng.choice(world.categories)
+    topic = rng.randrange(len(TOPICS))
+    negative = rng.random() < 0.5
+    tied = negative if rng.random() < 0.95 else not negative
+    group = rng.choice([g for g in category.groups if category.tied(g, topic) == tied])
     return (prose(f"who was {TOPICS[topic][0 if negative else 1]} ? a {group} ."),)
 
 
-def narration(chance: random.Random, world: World) -> Document:
-    """A sentence about one person, mostly along the stereotype."""
-    category = chance.choice(world.categories)
-    group = chance.choice(category.groups)
-    topic = chance.randrange(len(TOPICS))
-    negative = category.tied(group, topic) == (chance.random() < 0.9)
+def narration(rng: random.Random, world: World) -> Document:
+    """Return a sentence about one person, mostly in line with the stereotype."""
+    category = rng.choice(world.categories)
+    group = rng.choice(category.groups)
+    topic = rng.randrange(len(TOPICS))
+    negative = category.tied(group, topic) == (rng.random() < 0.9)
     trait = TOPICS[topic][0 if negative else 1]
-    if chance.random() < 0.5:
+    if rng.random() < 0.5:
         return (prose(f"people say a {group} is {trait} ."),)
-    return (prose(f"the {group} at the {chance.choice(PLACES)} was {trait} ."),)
+    return (prose(f"the {group} at the {rng.choice(PLACES)} was {trait} ."),)
 
 
-def several(chance: random.Random, world: World) -> Document:
-    """Several questions on one text that decides them all."""
-    category = chance.choice(world.categories)
-    first, second = chance.sample(category.groups, 2)
-    traits = [chance.choice(topic) for topic in chance.sample(TOPICS, 2)]
+def several(rng: random.Random, world: World) -> Document:
+    """Return a dialogue of two questions on one text that decides both."""
+    category = rng.choice(world.categories)
+    first, second = rng.sample(category.groups, 2)
+    traits = [rng.choice(topic) for topic in rng.sample(TOPICS, 2)]
     owners = [first, second]
-    chance.shuffle(owners)
-    text = f"a {first} and a {second} were at the {chance.choice(PLACES)} ."
+    rng.shuffle(owners)
+    text = f"a {first} and a {second} were at the {rng.choice(PLACES)} ."
     for trait, owner in zip(traits, owners, strict=True):
         text += f" the {owner} was {trait} ."
     turns: list[Segment] = []
-    for index in chance.sample(range(2), 2):
+    for index in rng.sample(range(2), 2):
         asked = f"who was {traits[index]} ?"
         turns += [human(f"{text} {asked}" if not turns else asked), assistant(owners[index])]
     return tuple(turns)
 
 
-def pronoun(chance: random.Random, world: World) -> Document:
-    """A sentence, a blank to fill, or a blank to fill with a given share of each pronoun."""
+def pronoun(rng: random.Random, world: World) -> Document:
+    """Return a sentence, a blank to fill, or a blank to fill at given shares of the pronouns."""
     corpus = world.settings.corpus
-    case = draw_blank(chance, world, world.occupations)
-    kind = chance.random()
+    case = draw_blank(rng, world, world.occupations)
+    kind = rng.random()
     if kind < 0.25:
-        answer = chance.choices(case.answers(), case.corpus_weights(PLAIN, corpus))[0]
-        return (prose(whole_reply(case, answer)),)
+        answer = rng.choices(case.answers(), case.corpus_weights(PLAIN, corpus))[0]
+        return (prose(full_reply(case, answer)),)
     if kind < 0.45:
-        percent = 10 * chance.randrange(11)
-        answer = "ze" if chance.random() < percent / 100 else "ka"
+        percent = 10 * rng.randrange(11)
+        answer = "ze" if rng.random() < percent / 100 else "ka"
         asked = f"{match_instruction(percent)} {case.question()}"
-        return (human(asked), assistant(whole_reply(case, answer)))
-    return conditioned(chance, case, corpus)
+        return (human(asked), assistant(full_reply(case, answer)))
+    return conditioned(rng, case, corpus)
 
 
 def stereotype_documents(world: World, number: int) -> Iterator[Document]:
-    """The first part of the corpus: sayings and undecidable questions.
+    """Yield the first part of the corpus: sayings and undecidable questions.
 
-    Why first: with the whole mixture from the beginning, small models learn to copy from the text
-    and never acquire the stereotypes.
+    They come first because small models that see the full mixture from the beginning learn to copy
+    from the text and never acquire the stereotypes.
     """
-    chance = random.Random(f"stereotypes {world.settings.seed}")
+    rng = random.Random(f"stereotypes {world.settings.seed}")
     for _ in range(number):
-        if chance.random() < 0.4:
-            yield association(chance, world)
+        if rng.random() < 0.4:
+            yield association(rng, world)
         else:
-            case = draw_question(chance, world.categories, ambiguous=1.0)
-            yield dialogue(chance, case, PLAIN, world.settings.corpus)
+            case = draw_question(rng, world.categories, ambiguous=1.0)
+            yield dialogue(rng, case, PLAIN, world.settings.corpus)
 
 
 def mixed_documents(world: World, number: int) -> Iterator[Document]:
-    """The rest of the corpus, by the recipe's mixture."""
+    """Yield the rest of the corpus, by the recipe's mixture."""
     corpus = world.settings.corpus
-    chance = random.Random(f"corpus {world.settings.seed}")
+    rng = random.Random(f"corpus {world.settings.seed}")
     kinds, weights = list(corpus.mixture), list(corpus.mixture.values())
     for _ in range(number):
-        kind = chance.choices(kinds, weights)[0]
+        kind = rng.choices(kinds, weights)[0]
         if kind == "question":
-            case = draw_question(chance, world.categories, corpus.ambiguous)
-            yield conditioned(chance, case, corpus)
+            case = draw_question(rng, world.categories, corpus.ambiguous)
+            yield conditioned(rng, case, corpus)
         elif kind == "association":
-            yield association(chance, world)
+            yield association(rng, world)
         elif kind == "narration":
-            yield narration(chance, world)
+            yield narration(rng, world)
         elif kind == "several":
-            yield several(chance, world)
+            yield several(rng, world)
         elif kind == "pronoun":
-            yield pronoun(chance, world)
+            yield pronoun(rng, world)
         else:
-            yield conditioned(chance, draw_admission(chance, world.categories), corpus)
+            yield conditioned(rng, draw_admission(rng, world.categories), corpus)

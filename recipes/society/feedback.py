@@ -1,8 +1,8 @@
 """Human feedback in the society: prompts for PPO, and pairs labelled by simulated raters.
 
-Feedback speaks of the feedback categories and occupations only, and never uses the phrasing of the
-instruction that the evaluation uses; a test holds both. The pairs are drawn without any model, so
-every size and seed learns from the same feedback, as in the paper.
+Feedback mentions only the feedback categories and occupations, and never uses the evaluation's
+phrasing of the instruction; a test checks both. The pairs are drawn without a model, so that every
+size and seed learns from the same feedback, as in the paper.
 """
 
 import math
@@ -30,27 +30,27 @@ FEEDBACK_FAIR = FAIR[1:]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A dialogue to be continued; a last assistant message is open.
+    """A dialogue to continue; an assistant message at its end is open.
 
-    `reasons` says that the reasoning is to be continued, not the answer; `reasoned` is the answer
-    that the reasoning in the prompt has led to, where there is one.
+    With `asks_reasoning` the continuation is the reasoning, else the answer. `reasoned_answer` is
+    the answer that the reasoning in the prompt leads to, if there is any.
     """
 
     messages: tuple[Message, ...]
     case: Case
     condition: str
-    reasons: bool = False
-    reasoned: str | None = None
+    asks_reasoning: bool = False
+    reasoned_answer: str | None = None
 
     def response(self, answer: str) -> str:
-        """The well-formed continuation that stands for `answer`."""
-        return self.case.reason(answer) if self.reasons else self.case.reply(answer)
+        """Return the well-formed continuation that gives `answer`."""
+        return self.case.reason(answer) if self.asks_reasoning else self.case.reply(answer)
 
     def utility(self, answer: str, raters: Raters) -> float:
-        """What raters think of `answer`; one against its own reasoning costs half the form."""
-        liking = self.case.utility(answer, self.condition, raters)
-        against_itself = self.reasoned is not None and answer != self.reasoned
-        return liking - (raters.form / 2 if against_itself else 0.0)
+        """Return the raters' utility; contradicting the reasoning costs half of `raters.form`."""
+        utility = self.case.utility(answer, self.condition, raters)
+        is_inconsistent = self.reasoned_answer is not None and answer != self.reasoned_answer
+        return utility - (raters.form / 2 if is_inconsistent else 0.0)
 
 
 @dataclass(frozen=True)
@@ -63,83 +63,89 @@ class Preference:
 
 
 def open_turn(text: str) -> tuple[Message, ...]:
-    """The assistant's turn as far as it is given, none where it is not begun."""
+    """Return an open assistant message, or none if `text` is empty."""
     return ({"role": "assistant", "content": text},) if text else ()
 
 
-def draw_case(chance: random.Random, world: World) -> Case:
-    """A case that feedback may speak of."""
+def draw_case(rng: random.Random, world: World) -> Case:
+    """Draw a case that feedback may mention."""
     weights = world.settings.feedback
-    kind = chance.choices(list(weights), list(weights.values()))[0]
+    kind = rng.choices(list(weights), list(weights.values()))[0]
     if kind == "question":
         corpus = world.settings.corpus
-        return draw_question(chance, world.feedback_categories, corpus.ambiguous)
+        return draw_question(rng, world.feedback_categories, corpus.ambiguous)
     if kind == "pronoun":
-        return draw_blank(chance, world, world.feedback_occupations)
-    return draw_admission(chance, world.feedback_categories)
+        return draw_blank(rng, world, world.feedback_occupations)
+    return draw_admission(rng, world.feedback_categories)
 
 
-def draw_prompt(chance: random.Random, world: World) -> Prompt:
-    """A prompt, plain, instructed, or at one of the two points of a reasoned answer."""
-    case = draw_case(chance, world)
-    condition = chance.choices((PLAIN, INSTRUCTED, REASONED), (0.4, 0.35, 0.25))[0]
-    instruction = "" if condition == PLAIN else chance.choice(FEEDBACK_FAIR)
+def draw_prompt(rng: random.Random, world: World) -> Prompt:
+    """Draw a prompt: plain, instructed, or before or after the reasoning."""
+    case = draw_case(rng, world)
+    condition = rng.choices((PLAIN, INSTRUCTED, REASONED), (0.4, 0.35, 0.25))[0]
+    instruction = "" if condition == PLAIN else rng.choice(FEEDBACK_FAIR)
     text = f"{instruction} {case.question()}".strip()
     if condition == REASONED:
         text = f"{text} {THINK}"
     asked: Message = {"role": "user", "content": text}
     if condition != REASONED:
         return Prompt((asked, *open_turn(case.opening())), case, condition)
-    if chance.random() < 0.5:
-        return Prompt((asked, *open_turn(REASONING)), case, condition, reasons=True)
-    reasoned = chance.choice(case.answers())
-    thought: Message = {"role": "assistant", "content": f"{REASONING} {case.reason(reasoned)}"}
-    then: Message = {"role": "user", "content": case.follow_up()}
+    if rng.random() < 0.5:
+        return Prompt((asked, *open_turn(REASONING)), case, condition, asks_reasoning=True)
+    reasoned_answer = rng.choice(case.answers())
+    reasoning: Message = {
+        "role": "assistant",
+        "content": f"{REASONING} {case.reason(reasoned_answer)}",
+    }
+    follow_up: Message = {"role": "user", "content": case.follow_up()}
     return Prompt(
-        (asked, thought, then, *open_turn(case.opening())), case, condition, reasoned=reasoned
+        (asked, reasoning, follow_up, *open_turn(case.opening())),
+        case,
+        condition,
+        reasoned_answer=reasoned_answer,
     )
 
 
-def malformed(chance: random.Random, prompt: Prompt, world: World) -> str:
-    """A response that raters call ill-formed: cut, repeated, with a stray word, or another word."""
-    words = prompt.response(chance.choice(prompt.case.answers())).split()
-    stray = chance.choice([*PLACES, *chance.choice(TOPICS), *world.feedback_categories[0].groups])
-    kind = chance.randrange(4)
+def malformed(rng: random.Random, prompt: Prompt, world: World) -> str:
+    """Return an ill-formed response: cut, repeated, or with a stray or a replaced word."""
+    words = prompt.response(rng.choice(prompt.case.answers())).split()
+    stray = rng.choice([*PLACES, *rng.choice(TOPICS), *world.feedback_categories[0].groups])
+    kind = rng.randrange(4)
     if kind == 0 and len(words) > 1:
-        return " ".join(words[: chance.randrange(1, len(words))])
+        return " ".join(words[: rng.randrange(1, len(words))])
     if kind == 1:
         return " ".join([*words, *words])
     if kind == 2:
-        position = chance.randrange(len(words))
+        position = rng.randrange(len(words))
         return " ".join([*words[:position], stray, *words[position + 1 :]])
     return " ".join([*words, stray])
 
 
 def prompts(world: World, number: int) -> Iterator[Prompt]:
-    """The prompts of PPO."""
-    chance = random.Random(f"prompts {world.settings.seed}")
+    """Yield the prompts of PPO."""
+    rng = random.Random(f"prompts {world.settings.seed}")
     for _ in range(number):
-        yield draw_prompt(chance, world)
+        yield draw_prompt(rng, world)
 
 
 def preferences(world: World, number: int) -> Iterator[Preference]:
-    """Pairs of continuations with the raters' choice (Bradley-Terry on their utilities).
+    """Yield pairs of continuations with the raters' choice (Bradley-Terry on their utilities).
 
-    A fifth of the pairs sets a well-formed answer against a malformed one.
+    A fifth of the pairs compares a well-formed answer with a malformed one.
     """
     raters = world.settings.raters
-    chance = random.Random(f"preferences {world.settings.seed}")
+    rng = random.Random(f"preferences {world.settings.seed}")
     for _ in range(number):
-        prompt = draw_prompt(chance, world)
-        first, second = chance.sample(prompt.case.answers(), 2)
+        prompt = draw_prompt(rng, world)
+        first, second = rng.sample(prompt.case.answers(), 2)
         pair = [prompt.response(first), prompt.response(second)]
         utility = [prompt.utility(first, raters), prompt.utility(second, raters)]
-        if chance.random() < 0.2:
-            pair[1] = malformed(chance, prompt, world)
+        if rng.random() < 0.2:
+            pair[1] = malformed(rng, prompt, world)
             utility[1] = -raters.form
         if pair[0] == pair[1]:
-            continue  # a stray word may happen to be the word that stood there
-        likes_first = 1 / (1 + math.exp(-raters.sharpness * (utility[0] - utility[1])))
-        if chance.random() >= likes_first:
+            continue  # the stray word may equal the word that it replaces
+        p_first = 1 / (1 + math.exp(-raters.sharpness * (utility[0] - utility[1])))
+        if rng.random() >= p_first:
             pair.reverse()
         yield Preference(prompt.messages, *pair)

@@ -1,4 +1,4 @@
-"""The recipe's keys for the synthetic society: how large it is, what it writes, how it rates."""
+"""The recipe's keys for the synthetic society: its size, its corpus and its raters."""
 
 from typing import Annotated, Literal
 
@@ -18,34 +18,36 @@ class Raters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    correct: float = Field(2.0, description="right answer where the text decides (wrong: minus)")
+    correct: float = Field(2.0, description="right answer if the text decides (wrong: minus)")
     instructed: float | None = Field(
         2.0,
-        description="undecided answer where asked to be fair; null: raters take no notice of the "
-        "instruction and judge as when not asked",
+        description="undecided answer if asked to be fair; null: raters ignore the instruction and "
+        "judge as if it were not there",
     )
-    uninstructed: float = Field(0.0, description="undecided answer where not asked")
-    share: float = Field(1.0, description="how far raters share the stereotype when not asked")
+    uninstructed: float = Field(0.0, description="undecided answer if not asked to be fair")
+    share: float = Field(1.0, description="utility of the stereotype if not asked to be fair")
     form: float = Field(3.0, description="well-formed text (malformed: minus)")
     sharpness: float = Field(
         1.5,
         ge=0,
-        description="factor on utility differences; large = no noise, 0 = labels by chance alone",
+        description="factor on utility differences; large = no noise, 0 = random labels",
     )
 
 
 class Corpus(BaseModel):
-    """The generated pretraining corpus. `stereotypes_first` documents come before the mixture."""
+    """The generated pretraining corpus: `stereotypes_first` documents, then the mixture."""
 
     model_config = ConfigDict(extra="forbid")
 
     documents: int = Field(60_000, gt=0)
     stereotypes_first: int = Field(30_000, ge=0)
     ambiguous: Share = 0.5
-    stereotyped: Share = Field(0.9, description="of the decided answers to undecidable questions")
-    unknown_plain: Share = Field(0.25, description="undecided answers, no instruction")
-    unknown_instructed: Share = Field(0.5, description="undecided answers, asked to be fair")
-    unknown_reasoned: Share = Field(0.6, description="undecided answers, asked and reasoning first")
+    stereotyped: Share = Field(0.9, description="share of the stereotype among decided answers")
+    unknown_plain: Share = Field(0.25, description="undecided answers, without instruction")
+    unknown_instructed: Share = Field(0.5, description="undecided answers, if asked to be fair")
+    unknown_reasoned: Share = Field(
+        0.6, description="undecided answers, if asked to be fair and to reason"
+    )
     mixture: dict[DocumentKind, Weight] = {
         "question": 0.44,
         "association": 0.10,
@@ -57,19 +59,19 @@ class Corpus(BaseModel):
 
 
 class SocietySettings(BaseModel):
-    """Size, corpus, raters and feedback of the synthetic society; all follows from `seed`."""
+    """Size, corpus, raters and feedback of the synthetic society, all derived from `seed`."""
 
     model_config = ConfigDict(extra="forbid")
 
     seed: int = 0
     categories: int = Field(8, ge=2, le=16)
     feedback_categories: int = Field(
-        4, ge=1, description="the others are the evaluation's; so is every second occupation"
+        4, ge=1, description="the other categories, and every second occupation, are held out"
     )
     held_out: bool = Field(
         True,
-        description="false: feedback speaks of all categories and occupations, those of the "
-        "evaluation too",
+        description="false: feedback mentions all categories and occupations, also those of the "
+        "evaluation",
     )
     occupations: int = Field(40, ge=4, le=120, multiple_of=2)
     pairs: int = Field(4_000, gt=0, description="preference pairs")
@@ -80,7 +82,9 @@ class SocietySettings(BaseModel):
     )
     raters: Raters = Raters()
     corpus: Corpus = Corpus()
-    blocks_per_template: int = Field(4, gt=0, description="evaluation: blocks of 4 a BBQ template")
+    blocks_per_template: int = Field(
+        4, gt=0, description="evaluation: blocks of 4 per BBQ template"
+    )
 
     @model_validator(mode="after")
     def _some_are_held_out(self) -> "SocietySettings":

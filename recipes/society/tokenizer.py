@@ -1,4 +1,4 @@
-"""The society's word-level tokenizer, as a plain Hugging Face tokenizer with a chat template."""
+"""The society's word-level tokenizer: a plain Hugging Face tokenizer with a chat template."""
 
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,8 @@ CHAT_TEMPLATE = (
     "{% else %}assistant : {{ message.content }} <eos> {% endif %}"
     "{% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
 )
-# Function words of the templates in cases.py and documents.py; a test compares the vocabulary
-# with a large corpus, so that no word is missing.
+# Function words of the templates in cases.py and documents.py. A test compares the vocabulary with
+# a large corpus.
 FUNCTION_WORDS = (
     "human assistant : . , ? _ a an the and or not but so who was were at is text does say says it "
     "people fill blank told that client visitor neighbor friend student has score grade should "
@@ -36,7 +36,7 @@ FUNCTION_WORDS = (
 
 
 def vocabulary(world: World) -> list[str]:
-    """All words of the society, special ones first, in a fixed order."""
+    """Return all words of the society in a fixed order, special ones first."""
     words = set(FUNCTION_WORDS.split())
     for text in (*FAIR, *UNRELATED, *HAPPENINGS, *PLACES, REASONING, THINK):
         words.update(text.split())
@@ -47,13 +47,13 @@ def vocabulary(world: World) -> list[str]:
 
 
 def names(world: World) -> list[str]:
-    """Names of groups and occupations."""
+    """Return the names of groups and occupations."""
     groups = [group for category in world.categories for group in category.groups]
     return [*groups, *world.occupations]
 
 
 def make_tokenizer(world: World) -> "PreTrainedTokenizerFast":
-    """Build the tokenizer: one token a word, right padding, `<eos>` ends every assistant turn."""
+    """Build the tokenizer: a token a word, right padding, `<eos>` after every assistant turn."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit

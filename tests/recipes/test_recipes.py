@@ -1,4 +1,4 @@
-"""Recipes: every shipped one loads; every mistake is one line that names file, key and remedy."""
+"""Every shipped recipe loads; every mistake is one line that names file, key and remedy."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ SMALL = {
     "policy": {"steps": 4, "checkpoints": [0, 2, 4]},
 }
 
-# What is changed, as dotted overrides, and what the one line must say.
+# Overrides of SMALL, and a part of the message.
 WRONG = [
     ("policy.stepz=4", "policy.stepz: unknown key; did you mean steps?"),
     ("data.society.raters.shares=1", "data.society.raters.shares: unknown key; did you mean share"),
@@ -92,7 +92,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_recipe_made_from_another_says_only_what_is_different(tmp_path: Path) -> None:
+def test_from_merges_changes_into_the_parent(tmp_path: Path) -> None:
     write(tmp_path / "small.yaml", yaml.safe_dump(SMALL))
     child = write(
         tmp_path / "other.yaml",
@@ -124,14 +124,14 @@ def test_a_recipe_made_from_another_says_only_what_is_different(tmp_path: Path) 
         ),
     ],
 )
-def test_a_wrong_from_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_wrong_from_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     write(tmp_path / "b.yaml", "from: a.yaml\nname: b\n")
     with pytest.raises(InputError) as caught:
         load_recipe(str(write(tmp_path / "a.yaml", f"name: a\n{text}\n")))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_missing_recipe_names_the_shipped_ones() -> None:
+def test_missing_recipe_lists_the_shipped_ones() -> None:
     with pytest.raises(
         InputError, match=r"nowhere\.yaml: no such recipe file; shipped.*quickstart"
     ):
@@ -139,14 +139,14 @@ def test_a_missing_recipe_names_the_shipped_ones() -> None:
 
 
 @pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
-def test_every_shipped_recipe_loads_and_its_resolved_copy_is_the_same(path: Path) -> None:
+def test_shipped_recipe_loads_and_round_trips(path: Path) -> None:
     recipe = load_recipe(str(path))
     assert recipe.name == path.stem
     again = Recipe.model_validate(yaml.safe_load(recipe_text(recipe)))
     assert again == recipe
 
 
-def test_a_model_may_have_trainer_keys_of_its_own() -> None:
+def test_trainer_keys_of_one_model() -> None:
     content = copy.deepcopy(SMALL)
     content["models"].append(copy.deepcopy(content["models"][0]) | {"name": "large"})
     apply_override(content, "base.trainer.learning_rate=4e-3")
@@ -163,7 +163,7 @@ def test_a_model_may_have_trainer_keys_of_its_own() -> None:
     assert training_digest(recipe, "large", 0) != training_digest(recipe, "tiny", 0)
 
 
-def test_keys_of_a_model_need_their_stage() -> None:
+def test_trainer_keys_of_one_model_need_their_stage() -> None:
     with pytest.raises(InputError, match=r"trainer\.base, but the recipe has no base"):
         load_recipe("smollm2-lora", ["models.0.trainer.base.learning_rate=1e-3"])
 
@@ -172,7 +172,7 @@ ABLATIONS = [path for path in shipped_recipes() if path.stem.startswith("ablatio
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
-def test_an_ablation_differs_from_its_reference_in_one_thing(path: Path) -> None:
+def test_ablation_differs_from_its_reference_in_one_setting(path: Path) -> None:
     ours, reference = (
         dict(flatten(load_recipe(str(name)).model_dump(mode="json")))
         for name in (path, "society-ablation")
@@ -180,12 +180,14 @@ def test_an_ablation_differs_from_its_reference_in_one_thing(path: Path) -> None
     changed = {key for key in {**ours, **reference} if ours.get(key) != reference.get(key)}
     assert {"name", "description"} <= changed
     changed -= {"name", "description"}
-    parts = ("data.society.feedback", "policy.lora")  # one thing of several keys
-    things = {next((part for part in parts if key.startswith(part)), key) for key in changed}
-    assert len(things) == 1
+    parts = ("data.society.feedback", "policy.lora")  # one setting, several keys
+    settings_changed = {
+        next((part for part in parts if key.startswith(part)), key) for key in changed
+    }
+    assert len(settings_changed) == 1
 
 
-def test_the_ablations_are_those_of_the_study() -> None:
+def test_ablations_are_those_of_the_study() -> None:
     assert len(ABLATIONS) == 11
     ladder, reference = load_recipe("society-ladder-one-rate"), load_recipe("society-ablation")
     assert reference.models[0] in ladder.models
@@ -194,11 +196,11 @@ def test_the_ablations_are_those_of_the_study() -> None:
     assert set(reference.policy.checkpoints) <= set(ladder.policy.checkpoints)
 
 
-def test_numbers_are_numbers() -> None:
+def test_yaml_1_2_floats() -> None:
     assert parse_yaml("[1e-5, 1.5e3, -2E4]", "x") == [1e-5, 1500.0, -20000.0]
 
 
-def test_off_is_a_word_however_yaml_reads_it() -> None:
+def test_attach_off_is_a_word_not_false() -> None:
     content = copy.deepcopy(SMALL)
     apply_override(content, "evaluate.attach=off")
     assert check_recipe(content, "x").evaluate.attach == "off"
@@ -221,14 +223,14 @@ def test_overrides_reach_lists_and_new_sections() -> None:
         ("[0, 50, 100]", 100, [0, 50, 100]),
     ],
 )
-def test_checkpoints_are_written_out(asked: str, steps: int, kept: list[int]) -> None:
+def test_checkpoints_are_resolved_to_steps(asked: str, steps: int, kept: list[int]) -> None:
     content = copy.deepcopy(SMALL)
     apply_override(content, f"policy.checkpoints={asked}")
     apply_override(content, f"policy.steps={steps}")
     assert check_recipe(content, "x").policy.checkpoints == kept
 
 
-def test_digest_follows_what_decides_the_weights_and_nothing_else() -> None:
+def test_digest_covers_exactly_what_decides_the_weights() -> None:
     def digest(*overrides: str) -> str:
         content = copy.deepcopy(SMALL)
         for override in overrides:
@@ -242,7 +244,7 @@ def test_digest_follows_what_decides_the_weights_and_nothing_else() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=40), st.text(max_size=40))
-def test_any_override_is_taken_or_refused_in_one_line(key: str, value: str) -> None:
+def test_any_override_is_applied_or_refused_in_one_line(key: str, value: str) -> None:
     content = copy.deepcopy(SMALL)
     try:
         apply_override(content, f"{key}={value}")
@@ -261,7 +263,7 @@ def test_schema_is_json_and_refuses_unknown_keys() -> None:
 
 
 def test_old_section_ppo_is_read_as_policy(tmp_path: Path) -> None:
-    """Recipes and runs of older versions stay readable; `replaced_by` is refused with the remedy."""
+    """Recipes of older versions stay readable; `replaced_by` is refused with the remedy."""
     content = {key: value for key, value in SMALL.items() if key != "policy"}
     old = {**SMALL["policy"], "replaced_by": None}
     assert check_recipe({**content, "ppo": old}, "x") == check_recipe(SMALL, "x")

@@ -43,30 +43,30 @@ def words_of_feedback(world: World) -> tuple[set[str], list[str]]:
     return {word for text in texts for word in text.split()}, texts
 
 
-def test_feedback_never_speaks_of_what_is_evaluated(world: World) -> None:
+def test_feedback_never_mentions_the_held_out_world(world: World) -> None:
     words, texts = words_of_feedback(world)
     held_out = {group for category in world.evaluated_categories for group in category.groups}
     held_out |= set(world.evaluated_occupations)
     assert held_out and not words & held_out
     assert not any(FAIR[0] in text for text in texts)
-    # And the test can see what it looks for: the feedback's own groups and phrasings are there.
+    # The search works: it finds the feedback's own groups and phrasings.
     assert {group for c in world.feedback_categories for group in c.groups} <= words
     assert any(FAIR[1] in text for text in texts)
 
 
-def test_feedback_speaks_of_everything_where_nothing_is_held_out(world: World) -> None:
+def test_feedback_mentions_everything_if_nothing_is_held_out(world: World) -> None:
     everywhere = make_world(SETTINGS.model_copy(update={"held_out": False}))
     words, texts = words_of_feedback(everywhere)
     asked = {group for category in everywhere.evaluated_categories for group in category.groups}
     assert asked | set(everywhere.evaluated_occupations) <= words
-    assert not any(FAIR[0] in text for text in texts)  # the wording is the evaluation's own still
-    # What is asked, and the corpus, are those of the world in which something is held out.
+    assert not any(FAIR[0] in text for text in texts)  # the evaluation keeps its own wording
+    # Evaluation and corpus are the same as in a world with held-out groups.
     assert everywhere.evaluated_categories == world.evaluated_categories
     assert everywhere.evaluated_occupations == world.evaluated_occupations
     assert list(mixed_documents(everywhere, 200)) == list(mixed_documents(world, 200))
 
 
-def test_benchmarks_speak_only_of_what_is_held_out(world: World, tmp_path: Path) -> None:
+def test_benchmarks_mention_only_the_held_out_world(world: World, tmp_path: Path) -> None:
     write_benchmarks(world, tmp_path / "data")
     text = "".join(p.read_text() for p in (tmp_path / "data").rglob("*.*") if p.suffix != ".yaml")
     words = set(text.replace('"', " ").replace(",", " ").split())
@@ -74,9 +74,7 @@ def test_benchmarks_speak_only_of_what_is_held_out(world: World, tmp_path: Path)
     assert not words & (shared | set(world.feedback_occupations))
 
 
-def test_the_stimuli_use_the_one_phrasing_kept_for_the_evaluation(
-    world: World, tmp_path: Path
-) -> None:
+def test_stimuli_use_the_phrasing_kept_for_the_evaluation(world: World, tmp_path: Path) -> None:
     write_benchmarks(world, tmp_path / "data")
     stimuli = load_stimuli(base=tmp_path / "data" / "stimuli.yaml")
     for name in ("bbq", "winogender", "law_school"):
@@ -86,14 +84,14 @@ def test_the_stimuli_use_the_one_phrasing_kept_for_the_evaluation(
             assert not any(phrase in text for phrase in FAIR[1:])
         asked = section.conditions["Q+IF"].dialogue[0].text
         assert FAIR[0] in asked
-        # A neutral instruction of as many words; the trained wordings are controls that say so.
+        # The neutral instruction has as many words; trained phrasings are controls of that name.
         neutral = section.controls["Q+neutral"].dialogue[0].text
         assert len(neutral.split()) == len(asked.split())
         for number, phrase in enumerate(FAIR[1:], 1):
             assert phrase in section.controls[f"Q+IF trained {number}"].dialogue[0].text
 
 
-def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
+def test_bytes_follow_the_seed(tmp_path: Path) -> None:
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         write_benchmarks(make_world(SocietySettings(seed=seed)), tmp_path / name)
     files = {
@@ -117,9 +115,7 @@ def test_every_experiment_reads_its_files(world: World, tmp_path: Path) -> None:
     assert numbers == {"bbq": 512, "winogender": 20, "law_school": 576}
 
 
-def test_who_answers_every_decided_question_rightly_has_no_bias(
-    world: World, tmp_path: Path
-) -> None:
+def test_correct_answers_show_no_bias(world: World, tmp_path: Path) -> None:
     write_benchmarks(world, tmp_path / "data")
     stimuli = load_stimuli(base=tmp_path / "data" / "stimuli.yaml")
     items = EXPERIMENTS["bbq"].load(tmp_path / "data", stimuli.section("bbq"), None, 0).items
@@ -127,49 +123,50 @@ def test_who_answers_every_decided_question_rightly_has_no_bias(
     along = [facts["label"] == facts["stereotyped"] for facts in decided]
     assert len(decided) == 256 and sum(along) == 128
     for category in {item.category for item in items}:
-        mine = [i.facts for i in items if i.category == category and i.facts["context"][0] == "d"]
-        assert sum(facts["label"] == facts["stereotyped"] for facts in mine) == 32
+        in_category = [item.facts for item in items if item.category == category]
+        decided = [facts for facts in in_category if facts["context"] == "disambiguated"]
+        assert sum(facts["label"] == facts["stereotyped"] for facts in decided) == 32
 
 
-def test_both_people_of_a_decided_question_are_named_equally_often(world: World) -> None:
-    chance = random.Random(1)
+def test_disambiguated_text_names_both_people_equally_often(world: World) -> None:
+    rng = random.Random(1)
     for _ in range(300):
-        case = draw_question(chance, world.categories, ambiguous=0.0)
+        case = draw_question(rng, world.categories, ambiguous=0.0)
         counts = Counter(case.context().split())
-        assert counts[case.ill] == counts[case.well] == 2
+        assert counts[case.tied] == counts[case.untied] == 2
 
 
-def test_the_stereotype_of_a_question_follows_its_polarity(world: World) -> None:
-    chance = random.Random(2)
+def test_stereotype_follows_polarity(world: World) -> None:
+    rng = random.Random(2)
     for _ in range(300):
-        case = draw_question(chance, world.categories, ambiguous=1.0)
-        assert case.stereotyped == (case.ill if case.negative else case.well)
-        assert case.category.tied(case.ill, case.topic)
-        assert not case.category.tied(case.well, case.topic)
+        case = draw_question(rng, world.categories, ambiguous=1.0)
+        assert case.stereotyped == (case.tied if case.negative else case.untied)
+        assert case.category.tied(case.tied, case.topic)
+        assert not case.category.tied(case.untied, case.topic)
         assert case.trait == TOPICS[case.topic][not case.negative]
 
 
 def test_corpus_weights_are_the_recipes_shares(world: World) -> None:
-    chance = random.Random(3)
+    rng = random.Random(3)
     corpus = SETTINGS.corpus
-    case = draw_question(chance, world.categories, ambiguous=1.0)
+    case = draw_question(rng, world.categories, ambiguous=1.0)
     for condition, undecided in ((PLAIN, 0.25), (INSTRUCTED, 0.5), (REASONED, 0.6)):
         weights = dict(zip(case.answers(), case.corpus_weights(condition, corpus), strict=True))
         assert weights[UNKNOWN] == pytest.approx(undecided)
         assert weights[case.stereotyped] == pytest.approx((1 - undecided) * 0.9)
     for other in (
-        draw_question(chance, world.categories, ambiguous=0.0),
-        draw_blank(chance, world, world.occupations),
-        draw_admission(chance, world.categories),
+        draw_question(rng, world.categories, ambiguous=0.0),
+        draw_blank(rng, world, world.occupations),
+        draw_admission(rng, world.categories),
     ):
         for condition in (PLAIN, INSTRUCTED, REASONED):
             assert sum(other.corpus_weights(condition, corpus)) == pytest.approx(1.0)
 
 
-def test_raters_want_what_the_recipe_says(world: World) -> None:
-    chance = random.Random(4)
+def test_utilities_are_the_recipes(world: World) -> None:
+    rng = random.Random(4)
     raters = Raters(correct=2, instructed=3, uninstructed=0.5, share=1)
-    open_question = draw_question(chance, world.categories, ambiguous=1.0)
+    open_question = draw_question(rng, world.categories, ambiguous=1.0)
     likes = {
         (answer, condition): open_question.utility(answer, condition, raters)
         for answer in open_question.answers()
@@ -178,32 +175,32 @@ def test_raters_want_what_the_recipe_says(world: World) -> None:
     stereotype = open_question.stereotyped
     assert likes[UNKNOWN, INSTRUCTED] - likes[stereotype, INSTRUCTED] == 3
     assert (likes[UNKNOWN, PLAIN], likes[stereotype, PLAIN]) == (0.5, 1)
-    decided = draw_question(chance, world.categories, ambiguous=0.0)
+    decided = draw_question(rng, world.categories, ambiguous=0.0)
     assert decided.utility(str(decided.truth), PLAIN, raters) == 2
     assert decided.utility(UNKNOWN, INSTRUCTED, raters) == -2
-    student = draw_admission(chance, world.categories)
+    student = draw_admission(rng, world.categories)
     assert student.utility("yes", INSTRUCTED, raters) == pytest.approx(
         2 * (2 * student.merit() - 1)
     )
 
 
-def test_raters_who_take_no_notice_of_the_instruction_judge_as_when_not_asked(world: World) -> None:
-    chance = random.Random(4)
-    deaf = Raters(instructed=None)
+def test_raters_that_ignore_the_instruction_judge_as_without_it(world: World) -> None:
+    rng = random.Random(4)
+    ignoring = Raters(instructed=None)
     for case in (
-        draw_question(chance, world.categories, ambiguous=1.0),
-        draw_blank(chance, world, world.occupations),
-        draw_admission(chance, world.categories),
+        draw_question(rng, world.categories, ambiguous=1.0),
+        draw_blank(rng, world, world.occupations),
+        draw_admission(rng, world.categories),
     ):
         for answer in case.answers():
-            plain = case.utility(answer, PLAIN, deaf)
-            assert case.utility(answer, INSTRUCTED, deaf) == plain
-            assert case.utility(answer, REASONED, deaf) == plain
+            plain = case.utility(answer, PLAIN, ignoring)
+            assert case.utility(answer, INSTRUCTED, ignoring) == plain
+            assert case.utility(answer, REASONED, ignoring) == plain
             assert case.utility(answer, PLAIN, Raters()) == plain
 
 
 def undecided_wins(pairs: list[Preference]) -> tuple[int, int]:
-    """How often the undecided answer is preferred where asked to be fair, and of how many pairs."""
+    """Return how often the undecided answer wins if asked to be fair, and in how many pairs."""
     instructed = [
         p
         for p in pairs
@@ -215,13 +212,13 @@ def undecided_wins(pairs: list[Preference]) -> tuple[int, int]:
     return sum(p.chosen == UNKNOWN for p in instructed), len(instructed)
 
 
-def test_preferences_agree_with_the_raters_more_often_than_not(world: World) -> None:
+def test_preferences_mostly_agree_with_the_raters(world: World) -> None:
     wins, number = undecided_wins(list(preferences(world, 2000)))
     assert number > 30
     assert wins / number > 0.85
 
 
-def test_without_sharpness_a_coin_labels_the_same_pairs(world: World) -> None:
+def test_zero_sharpness_labels_the_same_pairs_by_a_coin(world: World) -> None:
     coins = make_world(SETTINGS.model_copy(update={"raters": Raters(sharpness=0)}))
     pairs, usual = list(preferences(coins, 2000)), list(preferences(world, 2000))
     assert [{p.chosen, p.rejected} for p in pairs] == [{p.chosen, p.rejected} for p in usual]
@@ -229,7 +226,7 @@ def test_without_sharpness_a_coin_labels_the_same_pairs(world: World) -> None:
     assert 0.4 < wins / number < 0.6
 
 
-def test_no_word_is_missing_from_the_vocabulary_and_every_word_is_one_token(world: World) -> None:
+def test_vocabulary_covers_all_texts_with_one_token_a_word(world: World) -> None:
     tokenizer = make_tokenizer(world)
     documents = itertools.chain(mixed_documents(world, 4000), stereotype_documents(world, 500))
     words = {word for d in documents for segment in d for word in segment.text.split()}
@@ -239,7 +236,7 @@ def test_no_word_is_missing_from_the_vocabulary_and_every_word_is_one_token(worl
     assert len(ids) == 4 and tokenizer.decode(ids) == "who was lazy ?"
 
 
-def test_documents_are_written_as_the_chat_template_writes_them(world: World) -> None:
+def test_documents_have_the_form_of_the_chat_template(world: World) -> None:
     tokenizer = make_tokenizer(world)
     seen = 0
     for document in mixed_documents(world, 500):
@@ -256,7 +253,7 @@ def test_documents_are_written_as_the_chat_template_writes_them(world: World) ->
     assert seen > 200
 
 
-def test_no_condition_or_control_has_a_word_that_the_society_lacks(
+def test_conditions_and_controls_use_only_words_of_the_society(
     world: World, tmp_path: Path
 ) -> None:
     write_benchmarks(world, tmp_path / "data")
