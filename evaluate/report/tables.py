@@ -175,11 +175,12 @@ def category_tables(statistics: Mapping[str, Any]) -> list[Table]:
             for category in categories
         ]
         label = definition.headline_metric.label
+        pooled = definition.overall_categories(categories)
         tables.append(
             Table(
                 name=f"categories-{experiment}",
                 title=f"{get_experiment(experiment).title}: categories at the last step",
-                note=f"The overall figure pools {', '.join(definition.overall_categories(categories))}.",
+                note=f"The overall value pools {', '.join(pooled)}.",
                 columns=[*place.columns, "Condition", "Category", label],
                 rows=rows,
             )
