@@ -116,10 +116,11 @@ def _current(
     phases: dict[str, float], tokens: list[int],
 ) -> Any:  # fmt: skip
     from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     from selfcorrect.train.ppo import PPOConfig, PPOTrainer, RewardModelScorer
+    from selfcorrect.train.ppo.rewards import load_reward_model
 
     settings: dict[str, Any] = {
         **_settings(folder, steps * UPDATES),
@@ -134,7 +135,7 @@ def _current(
 
         lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    rater = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    rater = load_reward_model(folder / "reward")
     base: Any = PPOTrainer
     if algorithm == "ppo":
         own = str(folder / "reward") if variant == "separate" else None

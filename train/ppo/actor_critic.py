@@ -1,9 +1,10 @@
 """A GRPOTrainer whose policy carries a critic: building it, optimising, saving and resuming it.
 
 The plumbing under trainer.py, which holds the algorithm. Overrides call TRL's method and add to it;
-tests/train/ppo/test_trl_contract.py pins the methods that are relied on.
+tests/train/ppo/test_trl_contract.py pins the methods that they rely on.
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,22 @@ from selfcorrect.evaluate.scoring.load_model import refuse_pickles
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.train.ppo import resume
 from selfcorrect.train.ppo.config import PPOConfig
-from selfcorrect.train.ppo.critic import (
-    build_critic,
-    critic_kind,
-    language_model_of,
-    load_reward_model,
+from selfcorrect.train.ppo.critic import build_critic, critic_kind, language_model_of
+from selfcorrect.train.ppo.forward import (
+    CompletionPass,
+    TokenOutputs,
+    hidden_critic,
+    patch_forward,
 )
-from selfcorrect.train.ppo.forward import CompletionPass, attach, hidden_critic
 from selfcorrect.train.ppo.limits import rows_per_pass
-from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded
+from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded, load_reward_model
 from selfcorrect.train.trainers.callbacks import CompleteStates
+from selfcorrect.train.trainers.epoch_sampler import EpochSampler
 from selfcorrect.train.trainers.guarded import GuardedTrainer
 
 
 class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
-    """GRPOTrainer with a critic in the policy's forward pass; a subclass says what they learn."""
+    """GRPOTrainer with a critic in the policy's forward pass; PPOTrainer adds the algorithm."""
 
     args: PPOConfig
     beta: float
@@ -60,8 +62,8 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
 
         self.language_model = language_model_of(self.accelerator.unwrap_model(self.model))
         self._num_weights = self.language_model.num_parameters(exclude_embeddings=True)
-        tuned = (m for m in self.language_model.modules() if isinstance(m, BaseTunerLayer))
-        self._tuned_layer = next(tuned, None)
+        tuner_layers = (m for m in self.language_model.modules() if isinstance(m, BaseTunerLayer))
+        self._tuner_layer = next(tuner_layers, None)
         self.critic_kind = critic_kind(args, self.model)
         set_seed(args.seed)  # every process must build the same critic
         with refuse_pickles(args.critic_path or path):
@@ -70,54 +72,70 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
             disable_dropout_in_model(self.critic)
         if not self.is_deepspeed_enabled:
             self.critic.to(self.accelerator.device)
-        set_seed(args.seed, device_specific=True)  # and sample completions of its own
-        attach(self.language_model, self.critic)
+        set_seed(args.seed, device_specific=True)  # each process must sample other completions
+        patch_forward(self.language_model, self.critic)
         if self.ref_model is not None:
-            attach(self.accelerator.unwrap_model(self.ref_model), None)
+            patch_forward(self.accelerator.unwrap_model(self.ref_model), None)
 
         self.add_callback(CompleteStates())
 
-        self._values: Tensor | None = None  # of the newest pass of the policy
         self._has_two_rates = False
         self.kl_coef = args.beta
         self.last_kl: float | None = None
         self.last_score: float | None = None
 
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _record(self, metrics: Mapping[str, float | None]) -> None:
+        """Add values to TRL's metrics, which are averaged at the next log."""
+        for name, value in metrics.items():
+            self._metrics[self._mode][name].append(torch.nan if value is None else value)
+
+    def _sum(self, sums: Tensor) -> Tensor:
+        """Sum over all processes."""
+        return self.accelerator.reduce(sums, reduction="sum")
+
     # ---- forward ---------------------------------------------------------------------------------
 
-    def _get_per_token_logps_and_entropies(
+    def _forward_completions(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int,
-        *args: Any, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        """TRL's log-probabilities, computed on real tokens at true positions; values kept aside."""
-        of_policy = not (model is self.ref_model or self._adapter_is_reference())
-        call: dict[str, Any] = {"with_values": True} if of_policy else {}
-        if of_policy and self.critic_warms_up:
+        batch_size: int | None = None, **options: Any,
+    ) -> TokenOutputs:  # fmt: skip
+        """Run policy and critic, or the reference, through TRL's loop over micro-batches.
+
+        Padding is removed and positions are true. `input_ids` are prompts and completions, of
+        which the last `logits_to_keep` columns are completions.
+        """
+        is_policy = not (model is self.ref_model or self._adapter_is_reference())
+        call: dict[str, Any] = {"with_values": True} if is_policy else {}
+        if is_policy and self.critic_warms_up:
             call["detach_trunk"] = True
-        if self._passes_are_split and not kwargs.get("compute_aux_loss"):
-            most = kwargs.get("batch_size") or len(input_ids)
-            tokens_a_row = attention_mask.sum().item() / len(attention_mask)
-            rows = rows_per_pass(self._num_weights, tokens_a_row, self.args.gradient_checkpointing)
-            kwargs["batch_size"] = min(most, rows)
-        scoring = CompletionPass(model, logits_to_keep, **call)
-        order = attention_mask.sum(dim=1).argsort(stable=True)  # batches of like length
-        back = order.argsort()
+        if self._sizes_passes and not options.get("compute_aux_loss"):
+            tokens_per_row = attention_mask.sum().item() / len(attention_mask)
+            rows = rows_per_pass(
+                self._num_weights, tokens_per_row, self.args.gradient_checkpointing
+            )
+            batch_size = min(batch_size or len(input_ids), rows)
+        completion_pass = CompletionPass(model, logits_to_keep, **call)
+        order = attention_mask.sum(dim=1).argsort(stable=True)  # micro-batches of similar length
+        inverse = order.argsort()
         log_probs, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
-            scoring, input_ids[order], attention_mask[order], logits_to_keep, *args, **kwargs
+            completion_pass, input_ids[order], attention_mask[order], logits_to_keep,
+            batch_size=batch_size, **options,
+        )  # fmt: skip
+        return TokenOutputs(
+            log_probs[inverse],
+            entropies[inverse] if entropies is not None else None,
+            torch.cat(completion_pass.values)[inverse].float() if is_policy else None,
+            aux_loss,
         )
-        if of_policy:
-            self._values = torch.cat(scoring.values)[back]
-        return log_probs[back], entropies[back] if entropies is not None else None, aux_loss
 
     @property
-    def _passes_are_split(self) -> bool:
-        """Whether a few rows of like length share a forward pass, and others have their own."""
+    def _sizes_passes(self) -> bool:
+        """Whether rows are split into passes by their length; ranks must make equally many."""
         return self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
-
-    def _take_values(self) -> Tensor | None:
-        """Values (rows, tokens) of the policy's newest pass, handed out once."""
-        values, self._values = self._values, None
-        return None if values is None else values.float()
 
     @property
     def critic_warms_up(self) -> bool:
@@ -126,11 +144,11 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
         return step < self.args.critic_warmup_steps
 
     def _adapter_is_reference(self) -> bool:
-        layer = self._tuned_layer
+        layer = self._tuner_layer
         return layer is not None and (layer.disable_adapters or "ref" in layer.active_adapters)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        """Completions of tokenised prompts; raises InputError for an empty or too long one."""
+        """Sample completions of tokenised prompts; raise InputError for one that does not fit."""
         config = self.language_model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         longest = max(len(ids) for ids in prompt_ids)
@@ -145,9 +163,91 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _generate(self, prompts: list[Any]) -> Any:
-        # vLLM takes the weights of every parameter it finds; ZeRO-3 needs the critic to stay.
+        # vLLM would copy the critic's weights too; under ZeRO-3 the critic must stay.
         with hidden_critic(self.language_model) if self.use_vllm else nullcontext():
             return super()._generate(prompts)
+
+    # ---- TRL's optional terms of the policy loss -------------------------------------------------
+
+    def _policy_weights(
+        self, inputs: dict[str, Any], outputs: TokenOutputs, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mask of the tokens that the policy learns from, and their weights.
+
+        Both are `mask` unless one of TRL's settings is on: `top_entropy_quantile`,
+        `off_policy_mask_threshold`, or importance ratios for completions sampled by vLLM.
+        """
+        if self.top_entropy_quantile < 1.0:
+            quantile = 1 - self.top_entropy_quantile
+            active = mask * self.get_high_entropy_mask(outputs.entropies, mask, quantile)
+        else:
+            active = mask
+        weights = active
+        if self.off_policy_mask_threshold is not None:
+            old_log_probs = inputs["old_per_token_logps"]
+            weights = weights * self.get_off_policy_mask(
+                advantages=inputs["advantages"],
+                per_token_logps=outputs.log_probs,
+                sampling_per_token_logps=inputs.get("sampling_per_token_logps", old_log_probs),
+                mask=mask,
+                off_policy_threshold=self.off_policy_mask_threshold,
+            )
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            weights = weights * inputs["importance_sampling_ratio"]
+        return active, weights
+
+    def _add_optional_terms(self, loss: Tensor, outputs: TokenOutputs, active: Tensor) -> Tensor:
+        """Subtract TRL's entropy bonus and add the experts' balancing loss, if these are on."""
+        if self._entropy_bonus_enabled:
+            mean_loss = self.accelerator.gather(loss.detach()).nanmean().item()
+            self._record({"policy_loss": mean_loss})
+            loss = loss - self._entropy_bonus(outputs.entropies, active)
+        if self.aux_loss_enabled:
+            aux_loss = outputs.aux_loss
+            loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulation
+            mean_loss = self.accelerator.gather_for_metrics(aux_loss).mean().item()
+            self._record({"aux_loss": mean_loss})
+        return loss
+
+    def _entropy_bonus(self, entropies: Tensor, active: Tensor) -> Tensor:
+        """Return `entropy_coef` times the mean entropy; adapt the coefficient if TRL is asked to.
+
+        The adapted coefficient acts only while the last update's entropy is below its target.
+        """
+        is_training = self._mode == "train"
+        sums = torch.stack([(entropies * active).sum(), active.sum()])
+        mean = sums[0] / sums[1].clamp(min=1.0) / self._accumulation
+        coefficient = self.entropy_coef
+        if self.use_adaptive_entropy:
+            if self._last_world_entropy > self.args.entropy_target:
+                coefficient = 0.0
+            if is_training:
+                self._adapt_entropy_coefficient(sums.detach())
+        if is_training and self.accelerator.sync_gradients:
+            self._record({"entropy_coef": self.entropy_coef})
+        return coefficient * mean
+
+    def _adapt_entropy_coefficient(self, sums: Tensor) -> None:
+        """Move TRL's coefficient by a step at the end of an update; `sums` are a micro-batch's."""
+        window = self._entropy_window_stats
+        self._entropy_window_stats = sums if window is None else window + sums
+        if not self.accelerator.sync_gradients:
+            return
+        total, count = self._sum(self._entropy_window_stats)
+        self._entropy_window_stats = None
+        self._last_world_entropy = (total / count.clamp(min=1.0)).item()
+        args = self.args
+        if self._last_world_entropy <= args.entropy_target:
+            raised = self.entropy_coef + args.entropy_coef_delta
+            self.entropy_coef = min(raised, args.entropy_coef_max)
+        else:
+            lowered = self.entropy_coef - args.entropy_coef_delta
+            self.entropy_coef = max(lowered, args.entropy_coef_min)
+
+    @property
+    def _accumulation(self) -> float:
+        """Micro-batches whose gradients add up to an update; 1 in evaluation."""
+        return self.current_gradient_accumulation_steps if self._mode == "train" else 1.0
 
     # ---- optimise --------------------------------------------------------------------------------
 
@@ -156,14 +256,14 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
         return self.args.critic_learning_rate not in (None, self.args.learning_rate)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """transformers' optimizer, in which the critic may have a learning rate of its own."""
-        given = self.optimizer is not None
+        """Create transformers' optimizer; the critic may have a learning rate of its own."""
+        is_given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if not self._wants_two_rates or self._has_two_rates:
             return optimizer
-        if given:
+        if is_given:
             raise InputError(
-                "ppo: critic_learning_rate cannot be used with an optimizer given from outside; "
+                "ppo: critic_learning_rate cannot be used with an optimizer passed to the trainer; "
                 "remove one of the two"
             )
         rate = self.args.critic_learning_rate
@@ -178,30 +278,30 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip policy and critic apart, so that neither's gradient shrinks the other's."""
+        """Clip policy and critic separately, so that neither gradient shrinks the other."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._clip_grad_norm(model)
         critic = [p for p in self.critic.parameters() if p.requires_grad]
-        known = {id(p) for p in critic}
-        policy = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+        critic_ids = {id(p) for p in critic}
+        policy = [p for p in model.parameters() if p.requires_grad and id(p) not in critic_ids]
         norm = self.accelerator.clip_grad_norm_(policy, self.args.max_grad_norm)  # unscales both
         critic_norm = nn.utils.clip_grad_norm_(critic, self.args.max_grad_norm)
         self.check_gradient(norm)
         self.check_gradient(critic_norm)
-        self._metrics["train"]["value/grad_norm"].append(float(critic_norm))
+        self._record({"value/grad_norm": float(critic_norm)})
         return norm
 
     # ---- save and resume -------------------------------------------------------------------------
 
     def save_policy(self, folder: str | Path) -> None:
-        """Save the policy alone, with its tokenizer, as `from_pretrained` reads it: no critic.
+        """Save the policy and its tokenizer for `from_pretrained`, without the critic.
 
-        A policy that trains an adapter is saved as the adapter. Call it on every process.
+        A policy that trains an adapter is saved as the adapter. Call this on every process.
         """
         state = None
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            whole = self.accelerator.get_state_dict(self.model_wrapped)
-            state = {n: t for n, t in (whole or {}).items() if not resume.is_critic_name(n)}
+            gathered = self.accelerator.get_state_dict(self.model_wrapped)
+            state = resume.without_critic(gathered or {})
         if not self.args.should_save:
             return
         policy = self.accelerator.unwrap_model(self.model)
@@ -214,14 +314,14 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
         folder = output_dir if output_dir is not None else self.args.output_dir
         critic = resume.critic_tensors(self.critic, state_dict)
         if state_dict is not None:
-            state_dict = {n: t for n, t in state_dict.items() if not resume.is_critic_name(n)}
+            state_dict = resume.without_critic(state_dict)
         with hidden_critic(self.language_model):
             super()._save(folder, state_dict)
         if self.args.should_save and critic:
             resume.save_critic(Path(folder), critic)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Before transformers deletes older checkpoints: a kill must always leave a whole one.
+        # Before transformers deletes older checkpoints: a kill must always leave an intact one.
         super()._save_optimizer_and_scheduler(output_dir)
         folder = Path(output_dir)
         if self._step % self.args.micro_steps_per_rollout:
@@ -234,7 +334,7 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
             })  # fmt: skip
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        resume.check(Path(resume_from_checkpoint))
+        resume.check_intact(Path(resume_from_checkpoint))
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         with hidden_critic(self.language_model):
@@ -257,7 +357,7 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         return EpochSampler(super()._get_train_sampler(dataset))
 
-    # ---- check and place -------------------------------------------------------------------------
+    # ---- check and place inputs ------------------------------------------------------------------
 
     def _check_inputs(self) -> None:
         if isinstance(self.processing_class, ProcessorMixin):
@@ -266,21 +366,22 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
             raise InputError("ppo: the tokenizer has no end token; set eos_token")
         columns = getattr(self.train_dataset, "column_names", None)
         if columns and "prompt" not in columns and self.environment_factories is None:
-            raise InputError(f"ppo: the prompt set has no column prompt, only {', '.join(columns)}")
-        unique = self.args.generation_batch_size // self.args.num_generations
-        prompts = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else unique
-        if prompts < unique:
             raise InputError(
-                f"ppo: {prompts} prompts are too few for a rollout batch of {unique}; add "
+                f"ppo: the prompt set has no column prompt, only {', '.join(columns)}; rename one"
+            )
+        needed = self.args.generation_batch_size // self.args.num_generations
+        prompts = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else needed
+        if prompts < needed:
+            raise InputError(
+                f"ppo: {prompts} prompts are too few for a rollout batch of {needed}; add "
                 "prompts, or lower per_device_train_batch_size or steps_per_generation"
             )
-
         plugin = self.accelerator.state.deepspeed_plugin
         if self._wants_two_rates and plugin is not None and "optimizer" in plugin.deepspeed_config:
-            raise InputError(
+            raise InputError(  # transformers would not call create_optimizer
                 "ppo: critic_learning_rate cannot be used with an optimizer in the DeepSpeed JSON; "
                 "remove one of the two"
-            )  # transformers would not ask create_optimizer then
+            )
 
     def _place_reward_models(self, rewards: list[Any]) -> None:
         for scorer in (reward for reward in rewards if isinstance(reward, RewardModelScorer)):
@@ -290,30 +391,12 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
                 scorer.model.to(self.accelerator.device)
 
 
-class EpochSampler(Sampler):
-    """TRL's sampler, whose order follows from the epoch alone, so that a resumed run finds it."""
-
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
-
-    def set_epoch(self, epoch: int) -> None:
-        if self.sampler.shuffle:
-            self.sampler.generator.manual_seed((self.sampler.seed or 0) + epoch)
-
-    def __iter__(self) -> Any:
-        return iter(self.sampler)
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-
 def _as_reward(reward: Any, tokenizer: Any, args: PPOConfig) -> Reward:
-    """A reward function; classifiers and folders of classifiers become a RewardModelScorer."""
+    """Return a reward function; wrap a classifier, or a folder of one, in a RewardModelScorer."""
     if not isinstance(reward, str | Path | PreTrainedModel):
         return reward
     path = reward.config.name_or_path if isinstance(reward, PreTrainedModel) else str(reward)
-    if not isinstance(reward, PreTrainedModel):
-        reward = load_reward_model(path, torch.float32)
-    own = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    model = reward if isinstance(reward, PreTrainedModel) else load_reward_model(path)
+    reward_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     template = args.chat_template_kwargs or {}
-    return RewardModelScorer(reward, own, tokenizer, template, name=Path(path).name)
+    return RewardModelScorer(model, reward_tokenizer, tokenizer, template, name=Path(path).name)

@@ -1,4 +1,4 @@
-"""The critic: a backbone or the policy's trunk, a linear head, and where both start from."""
+"""The critic: a linear head on the policy's trunk or on a backbone, and its initial weights."""
 
 import copy
 import json
@@ -8,26 +8,22 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import AutoPeftModelForSequenceClassification, load_peft_weights
-from safetensors import SafetensorError
+from peft import load_peft_weights
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from selfcorrect.evaluate.scoring.load_model import refuse_pickles
+from selfcorrect.evaluate.scoring.load_model import ADAPTER, refuse_pickles
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.train.ppo.config import PPOConfig
+from selfcorrect.train.ppo.rewards import load_reward_model
 
-# What two adapters must share before the weights of one fit into the other.
+# Settings that two adapters must share for the weights of one to fit into the other.
 ADAPTER_SHAPE = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules")
 
 
 class Critic(nn.Module):
-    """Values of states, a state being a prompt and the completion so far.
+    """Values of states; a state is a prompt and the completion so far.
 
     `backbone` is None for a critic that reads the policy's trunk. The head computes in float32.
     """
@@ -40,15 +36,15 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Values (rows, tokens) of hidden states (rows, tokens, hidden_size)."""
+        """Return values (rows, tokens) of hidden states (rows, tokens, hidden_size)."""
         with torch.autocast(hidden.device.type, enabled=False):
             weight, bias = self.head.weight.float(), self.head.bias.float()
             return nn.functional.linear(hidden.float(), weight, bias).squeeze(-1)
 
     def start_head(self, score: nn.Linear, shift: float, scale: float) -> None:
-        """Copy the reward model's head, normalisation folded in: V = (score - shift) / scale."""
+        """Copy the reward model's head with the normalisation: V = (score - shift) / scale."""
         parts = [p for p in (score.weight, score.bias) if p is not None]
-        with _whole(parts), torch.no_grad():
+        with _gathered(parts), torch.no_grad():
             self.head.weight.copy_(score.weight / scale)
             self.head.bias.fill_(-shift / scale)
             if score.bias is not None:
@@ -56,7 +52,7 @@ class Critic(nn.Module):
 
 
 def critic_kind(args: PPOConfig, policy: nn.Module) -> str:
-    """The critic that "auto" stands for; raises InputError where the policy does not allow it."""
+    """Resolve "auto"; raise InputError if the policy does not allow the critic."""
     if args.critic == "auto":
         return "lora" if is_peft_model(policy) else "separate"
     if args.critic == "lora" and not is_peft_model(policy):
@@ -68,22 +64,22 @@ def critic_kind(args: PPOConfig, policy: nn.Module) -> str:
 
 
 def build_critic(kind: str, policy: nn.Module, args: PPOConfig) -> Critic:
-    """A critic of the given kind, started from `args.critic_path` where there is one."""
+    """Build a critic of the given kind, initialised from `args.critic_path` if that is set."""
     language_model = language_model_of(policy)
     hidden_size = language_model.config.get_text_config().hidden_size
     if kind == "shared":
         return Critic(hidden_size)
     if kind == "lora":
-        critic = Critic(hidden_size, twin_over_frozen(language_model.base_model))
+        critic = Critic(hidden_size, copy_trainable(language_model.base_model))
         if args.critic_path is not None:
             _start_from_adapter(critic, policy, Path(args.critic_path), args)
         return critic
     if args.critic_path is None:
         path = language_model.config.name_or_path
-        twin = AutoModelForCausalLM.from_pretrained(
+        policy_copy = AutoModelForCausalLM.from_pretrained(
             path, dtype=language_model.dtype, trust_remote_code=args.trust_remote_code
         )
-        return Critic(hidden_size, twin.base_model)
+        return Critic(hidden_size, policy_copy.base_model)
     reward_model = load_reward_model(args.critic_path, language_model.dtype)
     critic = Critic(reward_model.config.get_text_config().hidden_size, reward_model.base_model)
     critic.start_head(
@@ -93,39 +89,15 @@ def build_critic(kind: str, policy: nn.Module, args: PPOConfig) -> Critic:
 
 
 def language_model_of(policy: nn.Module) -> PreTrainedModel:
-    """The causal language model itself, inside its adapter wrapper if it has one."""
+    """Return the causal language model, without the adapter wrapper if there is one."""
     return policy.get_base_model() if is_peft_model(policy) else policy
 
 
-def twin_over_frozen(module: nn.Module) -> nn.Module:
-    """A copy of the module tree with its own trainable tensors over the very same frozen ones."""
+def copy_trainable(module: nn.Module) -> nn.Module:
+    """Copy the module tree and its trainable tensors; share the frozen ones and the buffers."""
     frozen = [p for p in module.parameters() if not p.requires_grad]
     shared = {id(t): t for t in [*frozen, *module.buffers()]}
     return copy.deepcopy(module, shared)
-
-
-def load_reward_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A sequence classifier with one output, an adapter merged into its base.
-
-    Raises InputError where there is no model, or a model without a trained score head.
-    """
-    safe = {"use_safetensors": True, "trust_remote_code": False}
-    try:
-        with refuse_pickles(path):
-            if (Path(path) / "adapter_config.json").is_file():
-                load = AutoPeftModelForSequenceClassification.from_pretrained
-                return load(path, num_labels=1, dtype=dtype, **safe).merge_and_unload()
-            load = AutoModelForSequenceClassification.from_pretrained
-            model, report = load(path, num_labels=1, dtype=dtype, output_loading_info=True, **safe)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"ppo: no reward model at {path} ({reason})") from None
-    if report["missing_keys"]:
-        raise InputError(
-            f"ppo: {path} is no reward model: it lacks {sorted(report['missing_keys'])[0]}; "
-            "train one with num_labels=1"
-        )
-    return model
 
 
 def _score_head(reward_model: PreTrainedModel, path: str) -> nn.Linear:
@@ -133,59 +105,59 @@ def _score_head(reward_model: PreTrainedModel, path: str) -> nn.Linear:
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise InputError(
             f"ppo: critic_path {path}: {type(reward_model).__name__} has no linear "
-            "`score` head with one output; use a reward model that has"
+            "`score` head with one output; use a reward model that has one"
         )
     return head
 
 
 def _start_from_adapter(critic: Critic, policy: nn.Module, path: Path, args: PPOConfig) -> None:
     """Load the reward model's adapter and head into a critic over the same frozen base."""
-    file = path / "adapter_config.json"
+    file = path / ADAPTER
     if not file.is_file():
         raise InputError(
-            f"ppo: critic_path {path} holds no adapter, which critic: lora starts from; "
+            f"ppo: critic_path {path} holds no adapter, but critic: lora needs one; "
             "set critic: separate or remove critic_path"
         )
-    theirs = json.loads(file.read_text(encoding="utf-8"))
-    ours = policy.peft_config["default"].to_dict()
+    adapter = json.loads(file.read_text(encoding="utf-8"))
+    policy_adapter = policy.peft_config["default"].to_dict()
     for key in ADAPTER_SHAPE:
-        if _plain(theirs.get(key)) != _plain(ours.get(key)):
+        if _as_json(adapter.get(key)) != _as_json(policy_adapter.get(key)):
             raise InputError(
-                f"{file}: {key} is {theirs.get(key)} and the policy's is "
-                f"{_plain(ours.get(key))}; make them equal or set critic: separate"
+                f"{file}: {key} is {adapter.get(key)}, but the policy's is "
+                f"{_as_json(policy_adapter.get(key))}; make them equal or set critic: separate"
             )
     with refuse_pickles(path):
         weights = load_peft_weights(str(path), device="cpu")
     prefix = f"base_model.model.{language_model_of(policy).base_model_prefix}."
-    slots = {
+    trainable = {
         name.removeprefix("backbone.").replace(".default", ""): p
         for name, p in critic.named_parameters()
         if name.startswith("backbone.") and p.requires_grad
     }
-    found = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+    saved = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
     heads = [t for name, t in weights.items() if name.endswith("score.weight")]
-    if found.keys() != slots.keys() or len(heads) != 1:
+    if saved.keys() != trainable.keys() or len(heads) != 1:
         raise InputError(
-            f"{path}: its tensors are not those of the policy's adapter and one score "
+            f"{path}: the tensors are not those of the policy's adapter and one score "
             "head; set critic: separate or remove critic_path"
         )
     with torch.no_grad():
-        for name, slot in slots.items():
-            slot.copy_(found[name])
+        for name, parameter in trainable.items():
+            parameter.copy_(saved[name])
     score = nn.Linear(heads[0].size(1), 1, bias=False)
     score.weight = nn.Parameter(heads[0].float())
     critic.start_head(score, args.score_shift, args.score_scale)
 
 
-def _plain(value: Any) -> Any:
-    """JSON's view of a setting: sets and lists sorted, enumerations as their values."""
+def _as_json(value: Any) -> Any:
+    """Return a setting as JSON holds it: sets and lists sorted, enumerations as their values."""
     if isinstance(value, set | list | tuple):
         return sorted(value)
     return getattr(value, "value", value)
 
 
-def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Gather parameters that ZeRO-3 has split; does nothing elsewhere."""
+def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Gather parameters that ZeRO-3 has split; do nothing otherwise."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
     import deepspeed

@@ -5,7 +5,7 @@ import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,31 +13,42 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from selfcorrect.train.ppo.critic import Critic
+from selfcorrect.train.ppo.sparse_modules import only_positions, select_positions
 
 CRITIC = "critic"
+IGNORED = -100  # label of tokens that are not scored
 
 
 @dataclass
 class ActorCriticOutput(FusedCausalLMOutput):
     """TRL's per-token output, and `state_values` (rows, tokens): V before each token is sampled.
 
-    (Not `values`: the output is also a dict, whose `values()` DistributedDataParallel calls.)
+    Not `values`: the output is also a dict, whose `values()` DistributedDataParallel calls.
     """
 
     state_values: Tensor | None = None
 
 
-def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
-    """Teach a model that has TRL's fused head to score completions, with values if it has a critic.
+class TokenOutputs(NamedTuple):
+    """Outputs (rows, tokens) for the tokens of completions; no values from the reference."""
 
-    `model(input_ids, labels, scored_only=True)` returns flat tensors (1, n) for the n tokens whose
-    label is not -100, row by row: neither the LM head nor the critic's head works on prompts and
-    padding. The critic becomes a submodule, reached through the model's own forward:
-    DistributedDataParallel and ZeRO then see one module, one forward and one backward.
+    log_probs: Tensor
+    entropies: Tensor | None
+    values: Tensor | None
+    aux_loss: Tensor | None  # () of a mixture of experts
+
+
+def patch_forward(language_model: PreTrainedModel, critic: Critic | None) -> None:
+    """Make a model with TRL's fused head score completions only, with values if it has a critic.
+
+    `model(input_ids, labels, scored_only=True)` then returns flat tensors (1, n) for the n tokens
+    with a label, row by row: neither the LM head nor the critic's head runs on prompts and padding.
+    The critic becomes a submodule, reached through the model's own forward, so that
+    DistributedDataParallel and ZeRO see one module, one forward and one backward.
     """
     if critic is not None:
         language_model.add_module(CRITIC, critic)
-    plain_forward = language_model.forward
+    original_forward = language_model.forward
 
     @functools.wraps(type(language_model).forward)  # `generate` reads the signature
     def forward(
@@ -49,101 +60,50 @@ def attach(language_model: PreTrainedModel, critic: Critic | None) -> None:
         **kwargs: Any,
     ) -> Any:
         if not scored_only:
-            return plain_forward(*args, **kwargs)
-        labels = kwargs.pop("labels")
-        following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        scored = following != -100
-        places = torch.nonzero(scored.flatten()).squeeze(1)  # of the states that predict them
-        up_to_them = scored.flip(1).cumsum(1).flip(1) > 0  # behind a row's last one is padding
-        real = torch.nonzero(up_to_them.flatten()).squeeze(1)
+            return original_forward(*args, **kwargs)
+        next_labels = nn.functional.pad(kwargs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+        predicts = next_labels != IGNORED
+        predicting = torch.nonzero(predicts.flatten()).squeeze(1)
+        precedes = predicts.flip(1).cumsum(1).flip(1) > 0  # a predicting position, or is one
+        attended = torch.nonzero(precedes.flatten()).squeeze(1)
         states: list[Tensor] = []
 
         def keep_predicting(module: nn.Module, inputs: Any, output: Any) -> Any:
-            output.last_hidden_state = _states_at(places, output.last_hidden_state)
+            output.last_hidden_state = select_positions(output.last_hidden_state, predicting)
             states.append(output.last_hidden_state)
             return output
 
         hook = self.base_model.register_forward_hook(keep_predicting)
-        only: AbstractContextManager[None] = token_work_at(places, self.base_model, before=real)
+        sparse: AbstractContextManager[None] = only_positions(
+            predicting, self.base_model, attended=attended
+        )
         if kwargs.get("output_router_logits"):
-            only = nullcontext()  # experts are balanced over whole rows
+            sparse = nullcontext()  # experts are balanced over complete rows
         try:
-            with only:
-                answer = plain_forward(
-                    *args, shift_labels=following.flatten()[places][None], **kwargs
+            with sparse:
+                scored = original_forward(
+                    *args, shift_labels=next_labels.flatten()[predicting][None], **kwargs
                 )
         finally:
             hook.remove()
-        output = ActorCriticOutput(**answer)
+        output = ActorCriticOutput(**scored)
         if with_values:
             hidden = states[0].detach() if detach_trunk else states[0]
             critic = getattr(self, CRITIC)
             if critic.backbone is not None:
                 inputs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
-                with token_work_at(places, critic.backbone, before=real):
+                with only_positions(predicting, critic.backbone, attended=attended):
                     hidden = critic.backbone(**inputs, use_cache=False).last_hidden_state
-                hidden = _states_at(places, hidden)
+                hidden = select_positions(hidden, predicting)
             output.state_values = critic(hidden)
         return output
 
     language_model.forward = types.MethodType(forward, language_model)
 
 
-def _states_at(places: Tensor, hidden: Tensor) -> Tensor:
-    """States (1, places, size) out of hidden states (rows, tokens, size)."""
-    return hidden.flatten(0, 1).index_select(0, places)[None]
-
-
-@contextmanager
-def token_work_at(
-    read: Tensor, backbone: PreTrainedModel, *, before: Tensor | None = None
-) -> Iterator[None]:
-    """Inside, what works on each token by itself does so on chosen ones alone; others get zeros.
-
-    Nobody else's state changes by it. `read` are the places, of rows x tokens flattened, whose last
-    states are read: the last layer's feed-forward network, queries and projection of what attention
-    brings work on no others. `before` are those that the feed-forward networks below work on: every
-    token that attention carries to a place that is read (default: all tokens). Layers in which none
-    of these is found by its name, and checkpointed ones, which would be computed again without
-    this, do all of it.
-    """
-    stacks = [m for m in backbone.children() if isinstance(m, nn.ModuleList) and len(m)]
-    *below, last = stacks[0] if len(stacks) == 1 else [None]
-    attention = getattr(last, "self_attn", None)
-    wanted = [(getattr(last, "mlp", None), read)]
-    wanted += [(getattr(attention, name, None), read) for name in ("q_proj", "o_proj")]
-    if before is not None:
-        wanted += [(getattr(layer, "mlp", None), before) for layer in below]
-    if getattr(last, "gradient_checkpointing", False):
-        wanted = []
-    hooks = [hook for module, places in wanted if module for hook in _work_at(places, module)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _work_at(places: Tensor, part: nn.Module) -> list[Any]:
-    """Hooks that hand `part` the states at `places`, and put its answers back there."""
-    shapes: list[torch.Size] = []
-
-    def choose(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        shapes.append(inputs[0].shape)
-        return (_states_at(places, inputs[0]),)
-
-    def put_back(module: nn.Module, inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):  # experts' routing beside it
-            return (put_back(module, inputs, output[0]), *output[1:])
-        shape = (*shapes[-1][:2], output.size(-1))
-        return output.new_zeros(shape).flatten(0, 1).index_copy(0, places, output[0]).view(shape)
-
-    return [part.register_forward_pre_hook(choose), part.register_forward_hook(put_back)]
-
-
 @contextmanager
 def hidden_critic(language_model: PreTrainedModel) -> Iterator[None]:
-    """Take the critic out of the module tree for a while: nobody saves, loads or syncs it."""
+    """Take the critic out of the module tree in the block, so that it is not saved or synced."""
     critic = language_model._modules.pop(CRITIC)
     try:
         yield
@@ -152,49 +112,49 @@ def hidden_critic(language_model: PreTrainedModel) -> Iterator[None]:
 
 
 class CompletionPass:
-    """Stands in for the model where TRL scores completions: no padding between, values kept aside.
+    """Stand-in for the model in TRL's scoring loop: removes padding and collects the values.
 
     TRL's rows are a left-padded prompt and a right-padded completion, as wide as the whole rollout
-    batch. Here each row's tokens move to the front, and columns that are then padding in every row
-    are cut. Causal attention cannot see the padding behind a row, so no mask is needed, and each
-    token stands at its true position, which matters where positions are absolute (GPT-2; TRL passes
-    none). What comes back is laid out as TRL expects it.
+    batch. Each row's tokens move to the front, and columns that are padding in every row are cut.
+    Causal attention cannot see the padding after a row, so no mask is needed, and each token is at
+    its true position, which matters for absolute positions (GPT-2; TRL passes none). The output is
+    laid out as TRL expects it.
     """
 
-    def __init__(self, model: nn.Module, width: int, **call: Any) -> None:
+    def __init__(self, model: nn.Module, num_columns: int, **options: Any) -> None:
         self.model = model
-        self.width = width
-        self.call = call
-        self.values: list[Tensor] = []
+        self.num_columns = num_columns  # of the completions
+        self.options = options
+        self.values: list[Tensor] = []  # of each micro-batch, (rows, columns)
 
     def __call__(
         self, *, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **extra: Any
     ) -> ActorCriticOutput:
-        """One micro-batch; all arguments as TRL passes them."""
-        order = _real_first(attention_mask)
+        """Score one micro-batch; the arguments are those that TRL passes to a model."""
+        columns = _real_first(attention_mask)
         if "output_router_logits" in extra:  # experts are balanced over real tokens
-            extra["attention_mask"] = attention_mask.gather(1, order)
+            extra["attention_mask"] = attention_mask.gather(1, columns)
         output = self.model(
-            input_ids=input_ids.gather(1, order),
-            labels=labels.gather(1, order),
+            input_ids=input_ids.gather(1, columns),
+            labels=labels.gather(1, columns),
             scored_only=True,
-            **self.call,
+            **self.options,
             **extra,
         )
-        scored = labels[:, -self.width :] != -100
+        is_scored = labels[:, -self.num_columns :] != IGNORED
 
-        def laid_out(flat: Tensor) -> Tensor:
-            return flat.new_zeros(scored.shape).masked_scatter(scored, flat)
+        def lay_out(flat: Tensor) -> Tensor:
+            return flat.new_zeros(is_scored.shape).masked_scatter(is_scored, flat)
 
-        output.log_probs = laid_out(output.log_probs)
+        output.log_probs = lay_out(output.log_probs)
         if output.entropy is not None:
-            output.entropy = laid_out(output.entropy)
+            output.entropy = lay_out(output.entropy)
         if output.state_values is not None:
-            self.values.append(laid_out(output.state_values))
+            self.values.append(lay_out(output.state_values))
         return output
 
 
 def _real_first(attention_mask: Tensor) -> Tensor:
-    """Columns (rows, longest row) that put each row's real tokens first, in their order."""
+    """Return column indices (rows, longest row) that put each row's real tokens first, in order."""
     longest = int(attention_mask.sum(dim=1).max())
     return attention_mask.argsort(dim=1, descending=True, stable=True)[:, : max(longest, 1)]

@@ -1,11 +1,10 @@
-"""What PPO adds to a Hugging Face checkpoint, and how it comes back: nothing here is a pickle.
+"""PPO's part of a Hugging Face checkpoint: how it is saved and loaded, without pickles.
 
 <checkpoint>/critic/critic.safetensors   the critic's own tensors
-<checkpoint>/ppo.json                    KL coefficient, place within the rollout, newest figures
-<checkpoint>/rollout-<rank>.safetensors  a rollout batch that is only partly used
+<checkpoint>/ppo.json                    KL coefficient, position in the rollout, newest metrics
+<checkpoint>/rollout-<rank>.safetensors  a rollout batch that is partly used
 """
 
-import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selfcorrect.recipes.foundation.atomic_files import atomic_file
 from selfcorrect.recipes.foundation.checksums import read_record, write_record
@@ -23,55 +21,37 @@ from selfcorrect.train.ppo.forward import CRITIC
 from selfcorrect.train.trainers.state import check_state
 
 STATE = "ppo.json"
-TRAINER_STATE = "trainer_state.json"
+OLDER = "resume from an older checkpoint"
+SAME_SETTINGS = "resume with the batch settings of the run's start"
 
-_log = logging.getLogger(__name__)
-
-Minibatch = dict[str, Tensor]
-
-
-def newest_resumable(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a trainer's output folder, for `resume_from_checkpoint`.
-
-    transformers writes trainer_state.json last, so a checkpoint whose writing was cut short is
-    known by its absence and passed over; so is one that is damaged, which is said.
-    """
-    found = []
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            check(path)
-            step = read_record(path / TRAINER_STATE, "it is passed over")["global_step"]
-        except InputError as error:
-            _log.warning("%s", error)
-            continue
-        except (OSError, KeyError):
-            continue
-        if isinstance(step, int):
-            found.append((step, path))
-    return max(found)[1] if found else None
+MicroBatch = dict[str, Tensor]
 
 
-def check(checkpoint: Path) -> None:
-    """Raises InputError for a checkpoint that is not as it was written; others' are not known."""
+def check_intact(checkpoint: Path) -> None:
+    """Raise InputError for a damaged checkpoint; one without checksums is not checked."""
     with suppress(FileNotFoundError):
-        check_state(checkpoint, "resume from an older one")
+        check_state(checkpoint, OLDER)
 
 
-def is_critic_name(name: str) -> bool:
-    """Whether a parameter of the whole model belongs to its critic."""
+def without_critic(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a complete model without those of its critic."""
+    return {name: t for name, t in state.items() if not _is_critic(name)}
+
+
+def _is_critic(name: str) -> bool:
     return f".{CRITIC}." in f".{name}"
 
 
 def critic_tensors(critic: Critic, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """The critic's own tensors; those it shares with the policy's frozen base are left out.
+    """Return the critic's tensors without those it shares with the policy's frozen base.
 
-    `gathered` is the whole model's state where processes hold parts of it.
+    `gathered` is the state of the complete model if processes hold parts of it.
     """
     if gathered is None:
         state = critic.state_dict()
     else:
         marker = f".{CRITIC}."
-        state = {f".{n}".split(marker, 1)[1]: t for n, t in gathered.items() if is_critic_name(n)}
+        state = {f".{n}".split(marker, 1)[1]: t for n, t in gathered.items() if _is_critic(n)}
     frozen = {name for name, p in critic.named_parameters() if not p.requires_grad}
     return {name: t for name, t in state.items() if name not in frozen}
 
@@ -83,76 +63,72 @@ def save_critic(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def load_critic(folder: Path, critic: Critic) -> None:
-    """Load critic/critic.safetensors; raises InputError where it is missing or another critic's."""
+    """Load critic/critic.safetensors; raise InputError if it is missing or of another critic."""
     path = folder / CRITIC / "critic.safetensors"
     if not path.is_file():
-        raise InputError(f"{path}: missing, so this checkpoint cannot be resumed by PPO")
-    tensors = _tensors(path)
+        raise InputError(f"{path}: missing, so PPO cannot resume from this checkpoint; {OLDER}")
+    tensors = _read_tensors(path)
     if tensors.keys() != critic_tensors(critic, None).keys():
         raise InputError(
-            f"{path}: holds another kind of critic; resume with the `critic` setting "
-            "that the run was started with"
+            f"{path}: holds another kind of critic; resume with the `critic` setting of the run's "
+            "start"
         )
     try:
         critic.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: is of another model ({reason})") from None
+        raise InputError(f"{path}: belongs to another model ({reason}); {OLDER}") from None
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: damaged ({error}); resume from an older checkpoint") from None
+        raise InputError(f"{path}: damaged ({error}); {OLDER}") from None
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write ppo.json."""
+    """Write ppo.json into a checkpoint."""
     write_record(folder / STATE, state)
 
 
 def load_state(folder: Path, global_step: int, accumulation: int) -> dict[str, Any]:
-    """Read ppo.json; raises InputError when the batch settings are not those it was made with."""
+    """Read ppo.json; raise InputError if the batch settings have changed since."""
     path = folder / STATE
     if not path.is_file():
-        raise InputError(f"{path}: missing, so this checkpoint cannot be resumed by PPO")
-    state = read_record(path, "resume from an older checkpoint")
+        raise InputError(f"{path}: missing, so PPO cannot resume from this checkpoint; {OLDER}")
+    state = read_record(path, OLDER)
     if not {"micro_step", "kl_coef", "last_kl", "last_score"} <= state.keys():
-        raise InputError(f"{path}: damaged, keys are missing; resume from an older checkpoint")
+        raise InputError(f"{path}: damaged, keys are missing; {OLDER}")
     if state["micro_step"] != global_step * accumulation:
         raise InputError(
-            f"{path}: written with another gradient_accumulation_steps; resume with "
-            "the batch settings that the run was started with"
+            f"{path}: written with another gradient_accumulation_steps; {SAME_SETTINGS}"
         )
     return state
 
 
-def save_rollout(folder: Path, rank: int, minibatches: list[Minibatch]) -> None:
+def save_rollout(folder: Path, rank: int, micro_batches: list[MicroBatch]) -> None:
     """Write this process's rollout batch."""
     tensors = {
         f"{i}.{name}": tensor.contiguous().cpu()
-        for i, minibatch in enumerate(minibatches)
-        for name, tensor in minibatch.items()
+        for i, micro_batch in enumerate(micro_batches)
+        for name, tensor in micro_batch.items()
     }
     with atomic_file(folder / f"rollout-{rank}.safetensors") as path:
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
 
 
-def load_rollout(folder: Path, rank: int, count: int, device: Any) -> list[Minibatch]:
+def load_rollout(folder: Path, rank: int, count: int, device: Any) -> list[MicroBatch]:
     """Read this process's rollout batch of `count` micro-batches."""
     path = folder / f"rollout-{rank}.safetensors"
     if not path.is_file():
         raise InputError(f"{path}: missing; resume with as many processes as the run had")
-    minibatches: list[Minibatch] = [{} for _ in range(count)]
-    for key, tensor in _tensors(path).items():
+    micro_batches: list[MicroBatch] = [{} for _ in range(count)]
+    for key, tensor in _read_tensors(path).items():
         index, _, name = key.partition(".")
         if not index.isdecimal():
-            raise InputError(f"{path}: damaged ({key!r}); resume from an older checkpoint")
+            raise InputError(f"{path}: damaged ({key!r}); {OLDER}")
         if int(index) >= count:
-            raise InputError(
-                f"{path}: written with another steps_per_generation; resume with the "
-                "batch settings that the run was started with"
-            )
-        minibatches[int(index)][name] = tensor.to(device)
-    return minibatches
+            raise InputError(f"{path}: written with another steps_per_generation; {SAME_SETTINGS}")
+        micro_batches[int(index)][name] = tensor.to(device)
+    return micro_batches

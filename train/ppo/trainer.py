@@ -1,9 +1,37 @@
 """Proximal policy optimisation of a language model against rewards, on TRL's GRPOTrainer.
 
-Everything GRPO and PPO share is inherited: prompts, generation, chat templates, references,
-adapters, distribution, logging. What PPO adds is below, in the order of a PPO step: sample a
-rollout batch, turn scores into advantages, minimise the clipped policy and value losses over
-minibatches. actor_critic.py holds the plumbing underneath.
+TRL samples, distributes, logs and saves. PPO's part is below, in the order of a step: sample a
+rollout batch, turn scores into advantages, minimise the clipped losses over minibatches.
+actor_critic.py holds the plumbing, losses.py the arithmetic.
+
+```mermaid
+sequenceDiagram
+    participant T as TRL and transformers
+    participant P as PPOTrainer
+    participant L as losses.py
+    T->>P: _prepare_inputs (at the start of a PPO step)
+    P->>T: _prepare_inputs
+    T->>P: _generate_and_score_completions
+    P->>T: _generate_and_score_completions
+    Note over T: sample completions
+    T->>P: _get_per_token_logps_and_entropies
+    Note over P: policy: log-probabilities and values; reference: log-probabilities
+    T->>P: _calculate_rewards
+    P-->>T: scores of the reward functions
+    T-->>P: rollout batch
+    P->>L: shaped_score, kl_per_token, advantages_and_returns, whiten
+    P-->>T: rollout batch with old values, returns and per-token advantages
+    loop num_iterations epochs x minibatches x micro-batches
+        T->>P: _prepare_inputs (reshuffles the rows in each epoch)
+        T->>P: training_step, then _compute_loss
+        Note over P: _forward_completions: log-probabilities and values
+        P->>L: clipped_policy_loss, clipped_value_loss
+        P-->>T: policy loss + vf_coef * value loss
+        Note over T: backward
+    end
+    T->>P: _clip_grad_norm (after each minibatch; policy and critic apart)
+    Note over T: optimizer update
+```
 """
 
 import math
@@ -12,29 +40,33 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from trl.trainer.utils import nanmax, nanmin
 
 from selfcorrect.recipes.foundation.errors import RunFailure
 from selfcorrect.train.ppo import losses
 from selfcorrect.train.ppo.actor_critic import ActorCriticTrainer
 from selfcorrect.train.ppo.config import PPOConfig
-from selfcorrect.train.ppo.timing import PhaseClock
+from selfcorrect.train.ppo.forward import TokenOutputs
+from selfcorrect.train.ppo.timing import PhaseTimer
 
-# The columns of a rollout batch that PPO learns from.
-LEARNED_FROM = (
+# Columns of a rollout batch that `_compute_loss` reads, besides advantages and returns.
+KEPT_COLUMNS = (
     "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_items_in_batch",
     "old_per_token_logps", "importance_sampling_ratio", "sampling_per_token_logps", "tool_mask",
+    "old_values",
 )  # fmt: skip
 
 
 class PPOTrainer(ActorCriticTrainer):
     """GRPOTrainer with a critic, generalised advantages and a KL penalty in the reward.
 
-    Takes what GRPOTrainer takes. `args` is a PPOConfig; rewards are functions of TRL's signature,
-    or sequence classifiers (objects or folders), which `RewardModelScorer` then scores. A model
-    made in memory must have been saved: the reference is read from `model.config.name_or_path`.
+    It takes what GRPOTrainer takes. `args` is a PPOConfig. Rewards are functions of TRL's
+    signature, or sequence classifiers (objects or folders), which `RewardModelScorer` then scores.
+    A model made in memory must be saved first: the reference is read from
+    `model.config.name_or_path`.
 
-    Raises InputError where settings and models do not fit, RunFailure when a reward is not a finite
-    number, when the loss or the KL is not finite, or when the KL exceeds `max_kl`.
+    Raises InputError if settings and models do not fit, RunFailure if a reward, the loss or the KL
+    is not finite, or if the KL exceeds `max_kl`.
     """
 
     _tag_names: ClassVar = ["trl", "ppo"]
@@ -43,11 +75,14 @@ class PPOTrainer(ActorCriticTrainer):
 
     def __init__(self, model: Any, reward_funcs: Any, args: PPOConfig, **kwargs: Any) -> None:
         super().__init__(model, reward_funcs, args, **kwargs)
-        self._scores: Tensor | None = None  # of the newest rollout batch, all processes
-        self._clock = PhaseClock()
-        self.add_callback(self._clock)
+        # TRL calls the two methods that compute these while it makes a rollout batch, and has no
+        # room for them in it. `_sample_rollout` clears both before and puts them into the batch.
+        self._rollout_values: Tensor | None = None  # (rows, tokens) of this process
+        self._rollout_scores: Tensor | None = None  # (rows, reward functions) of all processes
+        self._timer = PhaseTimer()
+        self.add_callback(self._timer)
 
-    # ---- where training stands -----------------------------------------------------------------
+    # ---- progress --------------------------------------------------------------------------------
 
     @property
     def ppo_step(self) -> int:
@@ -56,7 +91,7 @@ class PPOTrainer(ActorCriticTrainer):
 
     @property
     def step_label(self) -> str:
-        """Which step is under way, for messages."""
+        """Current PPO step, for messages."""
         return f"ppo step {self.ppo_step + 1}"
 
     @property
@@ -73,223 +108,273 @@ class PPOTrainer(ActorCriticTrainer):
     # ---- 1. sample a rollout batch and turn its scores into advantages ---------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollout batch, with values, returns and per-token advantages in it."""
+        """Return TRL's rollout batch with old values, returns and per-token advantages."""
         with self._timed("score"):
-            return self._rollout(inputs)
+            batch = self._sample_rollout(inputs)
+            mask = _sampled_mask(batch)
+            ended = self._ended(batch["completion_ids"], mask)
+            kl_rewards, kl = self._kl_rewards(batch, mask)
+            rewards = self._add_scores(kl_rewards, batch["scores"], ended, mask)
+            mean_kl, episodes = self._log_rollout(batch["scores"], rewards, kl, ended)
+            if self._mode == "train":
+                self._check_kl(mean_kl)
+                self._adapt_kl_coefficient(mean_kl, episodes)
+            advantages, returns = self._advantages(rewards, batch["old_values"], mask)
+            kept = {name: batch[name] for name in KEPT_COLUMNS if name in batch}
+            return {**kept, "advantages": advantages, "returns": returns}
 
-    def _rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        mode = "train" if self.model.training else "eval"
-        self._take_values()
+    def _sample_rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return TRL's rollout batch with `old_values` (rows, tokens) and raw `scores` (rows,)."""
+        self._rollout_values = self._rollout_scores = None
         batch = super()._generate_and_score_completions(inputs)
-        if "old_per_token_logps" not in batch:  # TRL can do without; PPO needs the values too
-            batch["old_per_token_logps"] = self._old_policy(batch)
-        values = self._take_values()
-        mask = _sampled(batch)
+        if self._rollout_values is None:  # TRL skips the policy's pass if every ratio will be 1
+            with torch.no_grad():
+                size = self.args.per_device_train_batch_size
+                outputs = self._forward_batch(self.model, batch, batch_size=size)
+            batch["old_per_token_logps"], self._rollout_values = outputs.log_probs, outputs.values
+        weights = self.reward_weights.to(self._rollout_scores.device)
+        scores = (self._rollout_scores * weights).sum(dim=1)  # of all processes
+        start = self.accelerator.process_index * len(inputs)
+        batch["scores"] = scores[start : start + len(inputs)]
+        batch["old_values"] = self._rollout_values
+        return batch
 
-        rows = slice(self.accelerator.process_index * len(inputs), None)
-        raw = (self._scores * self.reward_weights.to(mask.device)).sum(dim=1)[rows][: len(inputs)]
-        last = losses.last_token(mask)
-        ended = self._ended(batch["completion_ids"], last)
-        args = self.args
-        score = losses.shaped_score(
-            raw,
-            ended,
-            args.score_shift,
-            args.score_scale,
-            args.score_clip,
-            args.missing_eos_penalty,
-        )
-        rewards, kl = self._kl_penalty(batch, mask)
-        rewards[torch.arange(len(rewards), device=mask.device), last] += score * mask.any(dim=1)
-        self._log_rollout(mode, raw, rewards, kl, ended)
-        if args.whiten_rewards:
-            rewards = losses.whiten(rewards, mask, self._sum, keep_mean=True)
-        advantages, targets = losses.advantages_and_returns(
-            rewards, values, mask, args.gamma, args.lam
-        )
-        explained = losses.explained_variance(values, targets, mask, self._sum)
-        self._note(mode, {"value/explained_variance": explained})
-        if args.whiten_advantages:
-            advantages = losses.whiten(advantages, mask, self._sum)
-
-        kept = {name: batch[name] for name in LEARNED_FROM if name in batch}
-        return {**kept, "advantages": advantages, "old_values": values, "returns": targets}
-
-    def _kl_penalty(self, batch: dict[str, Any], mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The KL penalty as rewards (rows, tokens), and the KL (rows,) of each completion."""
-        policy = batch["old_per_token_logps"].float()
-        if self.beta == 0:
-            return torch.zeros_like(policy), None
-        reference = batch["ref_per_token_logps"].float()
-        penalty = losses.kl_per_token(policy, reference, self.args.kl_estimator)
-        return -self.kl_coef * penalty * mask, ((policy - reference) * mask).sum(dim=1)
-
-    def _log_rollout(
-        self, mode: str, raw: Tensor, rewards: Tensor, kl: Tensor | None, ended: Tensor
-    ) -> None:
-        count = torch.tensor(float(len(raw)), device=raw.device)
-        sums = [count, raw.sum(), raw.square().sum(), rewards.sum(), ended.float().sum()]
-        sums.append(kl.sum() if kl is not None else torch.zeros_like(count))
-        count, score, square, rlhf, ends, total_kl = self._sum(torch.stack(sums)).tolist()
-        self._note(mode, {
-            "objective/score": score / count,
-            "objective/score_std": max(square / count - (score / count) ** 2, 0.0) ** 0.5,
-            "objective/rlhf_reward": rlhf / count,
-            "completions/ended_by_eos": ends / count,
-        })  # fmt: skip
-        mean_kl = total_kl / count
-        if kl is not None:
-            self._note(mode, {"objective/kl": mean_kl, "objective/kl_coef": self.kl_coef})
-        if mode != "train":
-            return
-        self.last_score = score / count
-        self.last_kl = mean_kl if kl is not None else None
-        self._stop_if_lost(mean_kl)
-        if self.args.kl_target is not None:
-            self.kl_coef = losses.adapted_coefficient(
-                self.kl_coef, mean_kl, self.args.kl_target, int(count), self.args.kl_horizon
-            )
-
-    def _stop_if_lost(self, kl: float) -> None:
-        where = self.step_label
-        if not math.isfinite(kl):
-            raise RunFailure(f"{where}: the KL to the reference is {kl}; lower learning_rate")
-        if self.args.max_kl is not None and kl > self.args.max_kl:
-            raise RunFailure(
-                f"{where}: the KL to the reference is {kl:.1f} nats, above max_kl "
-                f"{self.args.max_kl}; raise beta, lower learning_rate or raise max_kl"
-            )
-
-    def _old_policy(self, batch: dict[str, Any]) -> Tensor:
-        """Log-probabilities of the rollout batch under the policy that sampled it; values too."""
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        width = batch["completion_ids"].size(1)
-        with torch.no_grad():
-            return self._get_per_token_logps_and_entropies(
-                self.model, ids, mask, width, batch_size=self.args.per_device_train_batch_size
-            )[0]
-
-    def _ended(self, completion_ids: Tensor, last: Tensor) -> Tensor:
-        """Whether each row's last token ends a completion."""
-        ends = torch.tensor(self.eos_token_ids, device=completion_ids.device)
-        return torch.isin(completion_ids.gather(1, last[:, None]).squeeze(1), ends)
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run TRL's passes over a rollout batch, and keep the policy's values for that batch."""
+        outputs = self._forward_completions(model, *args, **kwargs)
+        if outputs.values is not None:
+            self._rollout_values = outputs.values
+        return outputs.log_probs, outputs.entropies, outputs.aux_loss
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        """TRL's rewards (rows of all processes, functions), kept for the advantages."""
-        self._scores = super()._calculate_rewards(*args, **kwargs)
-        return self._scores
+        """Return TRL's rewards (rows of all processes, functions), and keep them for that batch."""
+        self._rollout_scores = super()._calculate_rewards(*args, **kwargs)
+        return self._rollout_scores
 
     def _generate(self, prompts: list[Any]) -> Any:
         with self._timed("generate"):
             return super()._generate(prompts)
 
+    def _ended(self, completion_ids: Tensor, mask: Tensor) -> Tensor:
+        """Return whether each row's last sampled token is an end token."""
+        end_ids = torch.tensor(self.eos_token_ids, device=completion_ids.device)
+        last_ids = completion_ids.gather(1, losses.last_sampled(mask)[:, None]).squeeze(1)
+        return torch.isin(last_ids, end_ids)
+
+    def _kl_rewards(self, batch: dict[str, Any], mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the KL penalty as rewards (rows, tokens), and each completion's KL (rows,)."""
+        policy = batch["old_per_token_logps"].float()
+        if self.beta == 0:
+            return torch.zeros_like(policy), None
+        reference = batch["ref_per_token_logps"].float()
+        kl = losses.kl_per_token(policy, reference, self.args.kl_estimator)
+        return -self.kl_coef * kl * mask, ((policy - reference) * mask).sum(dim=1)
+
+    def _add_scores(self, rewards: Tensor, scores: Tensor, ended: Tensor, mask: Tensor) -> Tensor:
+        """Add each row's shaped score to the reward of its last sampled token."""
+        args = self.args
+        shaped = losses.shaped_score(
+            scores, ended, args.score_shift, args.score_scale, args.score_clip,
+            args.missing_eos_penalty,
+        )  # fmt: skip
+        rows = torch.arange(len(rewards), device=rewards.device)
+        rewards[rows, losses.last_sampled(mask)] += shaped * mask.any(dim=1)
+        return rewards
+
+    def _check_kl(self, kl: float) -> None:
+        if not math.isfinite(kl):
+            raise RunFailure(
+                f"{self.step_label}: the KL to the reference is {kl}; lower learning_rate"
+            )
+        if self.args.max_kl is not None and kl > self.args.max_kl:
+            raise RunFailure(
+                f"{self.step_label}: the KL to the reference is {kl:.1f} nats, above max_kl "
+                f"{self.args.max_kl}; raise beta, lower learning_rate or raise max_kl"
+            )
+
+    def _adapt_kl_coefficient(self, kl: float, episodes: int) -> None:
+        if self.args.kl_target is not None:
+            self.kl_coef = losses.adapted_coefficient(
+                self.kl_coef, kl, self.args.kl_target, episodes, self.args.kl_horizon
+            )
+
+    def _advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return advantages and returns (rows, tokens), whitened as the settings say."""
+        args = self.args
+        if args.whiten_rewards:
+            rewards = losses.whiten(rewards, mask, self._sum, keep_mean=True)
+        advantages, returns = losses.advantages_and_returns(
+            rewards, values, mask, args.gamma, args.lam
+        )
+        explained = losses.explained_variance(values, returns, mask, self._sum)
+        self._record({"value/explained_variance": explained})
+        if args.whiten_advantages:
+            advantages = losses.whiten(advantages, mask, self._sum)
+        return advantages, returns
+
     # ---- 2. learn from minibatches ---------------------------------------------------------------
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """The next micro-batch; every PPO epoch deals the rollout batch anew."""
+        """Return the next micro-batch; reshuffle the rollout batch at the start of each epoch."""
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training or self._step % self.args.steps_per_generation:
             return inputs
-        window = self.args.gradient_accumulation_steps
-        self._buffered_inputs = _dealt_anew(self._buffered_inputs, window)
+        accumulation = self.args.gradient_accumulation_steps
+        self._buffered_inputs = _reshuffled(self._buffered_inputs, accumulation)
         return self._buffered_inputs[0]
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Clipped policy loss plus `vf_coef` times the clipped value loss, means over tokens."""
-        mode = "train" if self.model.training else "eval"
-        beta, self.beta = self.beta, 0.0  # the KL penalty is in the reward, not in the loss
-        try:
-            policy_loss = super()._compute_loss(model, inputs)
-        finally:
-            self.beta = beta
-        values = self._take_values()
-        mask = _sampled(inputs)
-        errors, clipped = losses.value_errors(
-            values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
+        """Return the clipped policy loss plus `vf_coef` times the clipped value loss.
+
+        Each is a mean over the tokens of an update, of which `inputs` are one micro-batch.
+        """
+        mask = _sampled_mask(inputs)
+        outputs = self._forward_batch(
+            model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )
-        value_loss = (errors * mask).sum() / self._tokens_per_update(mode, inputs)
-        # Over the tokens of a pass on average: then a PPO step's mean is that over its tokens,
-        # however they are dealt out to passes and processes.
-        passes = self.args.steps_per_generation if mode == "train" else 1
-        count = inputs["num_items_in_batch"].clamp(min=1.0) / passes
-        sums = torch.stack([(errors * mask).sum(), (clipped * mask).sum()]).detach()
-        error, clips = (self._sum(sums) / count).tolist()
-        self._note(mode, {"value/loss": error, "value/clip_fraction": clips})
+        policy_errors, clipped_low, clipped_high = losses.clipped_policy_loss(
+            outputs.log_probs, inputs["old_per_token_logps"], inputs["advantages"], mask,
+            self.epsilon_low, self.epsilon_high, self.args.delta,
+        )  # fmt: skip
+        value_errors, clipped_values = losses.clipped_value_loss(
+            outputs.values, inputs["old_values"], inputs["returns"], mask, self.args.cliprange_value
+        )
+        active, weights = self._policy_weights(inputs, outputs, mask)
+        tokens = self._tokens_per_update(inputs)
+        policy_loss = (policy_errors * weights).sum() / tokens
+        value_loss = value_errors.sum() / tokens
+
+        policy_loss = self._add_optional_terms(policy_loss, outputs, active)
         if self.critic_warms_up:
             policy_loss = 0.0 * policy_loss
+        self._log_policy(outputs.entropies, clipped_low, clipped_high, mask)
+        self._log_values(value_errors, clipped_values, inputs)
         return policy_loss + self.args.vf_coef * value_loss
 
-    def _tokens_per_update(self, mode: str, inputs: dict[str, Any]) -> Tensor:
-        """Tokens of an update and process on average, as TRL's "dapo" loss counts them."""
+    def _forward_batch(self, model: Any, batch: dict[str, Any], **options: Any) -> TokenOutputs:
+        """Run policy and critic over the rows of a rollout batch or micro-batch."""
+        input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        num_columns = batch["completion_ids"].size(1)
+        return self._forward_completions(model, input_ids, attention_mask, num_columns, **options)
+
+    def _tokens_per_update(self, inputs: dict[str, Any]) -> Tensor:
+        """Return the average number of tokens per update and process, as TRL's "dapo" loss."""
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if mode == "eval":
+        if self._mode == "eval":
             return tokens
         return tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
-        """A forward and backward pass; raises RunFailure before a loss that is not finite acts."""
-        with self._clock.phase("train"):
+        """Run a forward and backward pass; raise RunFailure if the loss is not finite."""
+        with self._timer.phase("train"):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        with self._clock.phase("train"):
+        with self._timer.phase("train"):
             return super()._clip_grad_norm(model)
 
     # ---- logging ---------------------------------------------------------------------------------
 
+    def _log_rollout(
+        self, scores: Tensor, rewards: Tensor, kl: Tensor | None, ended: Tensor
+    ) -> tuple[float, int]:
+        """Record metrics of a rollout batch; return its mean KL and size over all processes."""
+        count = torch.tensor(float(len(scores)), device=scores.device)
+        sums = [count, scores.sum(), scores.square().sum(), rewards.sum(), ended.float().sum()]
+        sums.append(kl.sum() if kl is not None else torch.zeros_like(count))
+        count, score, square, reward, ends, total_kl = self._sum(torch.stack(sums)).tolist()
+        mean_score, mean_kl = score / count, total_kl / count
+        self._record({
+            "objective/score": mean_score,
+            "objective/score_std": max(square / count - mean_score**2, 0.0) ** 0.5,
+            "objective/rlhf_reward": reward / count,
+            "completions/ended_by_eos": ends / count,
+        })  # fmt: skip
+        if kl is not None:
+            self._record({"objective/kl": mean_kl, "objective/kl_coef": self.kl_coef})
+        if self._mode == "train":
+            self.last_score = mean_score
+            self.last_kl = mean_kl if kl is not None else None
+        return mean_kl, int(count)
+
+    def _log_policy(
+        self, entropies: Tensor, clipped_low: Tensor, clipped_high: Tensor, mask: Tensor
+    ) -> None:
+        """Record entropy and clip fractions of a micro-batch under TRL's names."""
+        clipped = clipped_low + clipped_high
+        sums = [entropies * mask, clipped_low, clipped_high, clipped, mask]
+        *sums, count = self._sum(torch.stack([each.sum() for each in sums]).detach())
+        entropy, low, high, region = (torch.stack(sums) / count.clamp(min=1.0)).tolist()
+        of_rows = torch.stack([clipped_low, clipped_high]).sum(-1) / mask.sum(-1)
+        low_of_rows, high_of_rows = self.accelerator.gather(of_rows.T).T
+        self._record({
+            "entropy": entropy,
+            "clip_ratio/low_mean": low,
+            "clip_ratio/high_mean": high,
+            "clip_ratio/region_mean": region,
+            "clip_ratio/low_min": nanmin(low_of_rows).item(),
+            "clip_ratio/high_max": nanmax(high_of_rows).item(),
+        })  # fmt: skip
+
+    def _log_values(
+        self, value_errors: Tensor, clipped_values: Tensor, inputs: dict[str, Any]
+    ) -> None:
+        """Record value loss and clip fraction of a micro-batch.
+
+        The divisor is the average number of tokens per micro-batch, so that the mean over a PPO
+        step is the mean over its tokens, however they are split into micro-batches and processes.
+        """
+        passes = self.args.steps_per_generation if self._mode == "train" else 1
+        count = inputs["num_items_in_batch"].clamp(min=1.0) / passes
+        sums = torch.stack([value_errors.sum(), clipped_values.sum()]).detach()
+        loss, clip_fraction = (self._sum(sums) / count).tolist()
+        self._record({"value/loss": loss, "value/clip_fraction": clip_fraction})
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's metrics and PPO's.
 
-        Times are wall seconds since the last log; tokens a second are of whole PPO steps, prompts
-        and completions of all processes together.
+        Times are wall seconds since the last log. Tokens per second are those of complete PPO
+        steps: prompts and completions of all processes together.
         """
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode].pop("frac_reward_zero_std", None)  # groups of one tell nothing
-        if mode == "train" and "loss" in logs:
-            self._note(mode, {"ppo_step": self.ppo_step, "episodes": self.episodes})
-            seconds = self._clock.since_last_log()
-            self._note(mode, {f"time/{phase}": spent for phase, spent in seconds.items()})
+        self._metrics[self._mode].pop("frac_reward_zero_std", None)  # groups have one row
+        if self._mode == "train" and "loss" in logs:
+            self._record({"ppo_step": self.ppo_step, "episodes": self.episodes})
+            seconds = self._timer.since_last_log()
+            self._record({f"time/{phase}": spent for phase, spent in seconds.items()})
             if self._step % self.args.micro_steps_per_rollout == 0:
-                rate = self._clock.tokens_per_second(self.tokens)
-                self._note(mode, {"tokens_per_second": rate} if rate is not None else {})
+                rate = self._timer.tokens_per_second(self.tokens)
+                self._record({"tokens_per_second": rate} if rate is not None else {})
         super().log(logs, start_time)
 
-    def _note(self, mode: str, figures: dict[str, float | None]) -> None:
-        for name, figure in figures.items():
-            self._metrics[mode][name].append(math.nan if figure is None else figure)
-
     def _timed(self, phase: str) -> AbstractContextManager[None]:
-        """Times a part of the rollout; in evaluation it is not timed."""
-        return self._clock.phase(phase) if self.model.training else nullcontext()
-
-    def _sum(self, sums: Tensor) -> Tensor:
-        """Sums over all processes."""
-        return self.accelerator.reduce(sums, reduction="sum")
+        """Time a part of the rollout, in training only."""
+        return self._timer.phase(phase) if self.model.training else nullcontext()
 
 
-def _sampled(batch: dict[str, Any]) -> Tensor:
-    """1.0 on completion tokens that the policy sampled, else 0.0."""
+def _sampled_mask(batch: dict[str, Any]) -> Tensor:
+    """Return 1.0 on completion tokens that the policy sampled, else 0.0."""
     mask = batch["completion_mask"]
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).float()
 
 
-def _dealt_anew(micro_batches: list[dict[str, Tensor]], window: int) -> list[dict[str, Tensor]]:
-    """The same rows in micro-batches of the same size, in a fresh random order.
+def _reshuffled(
+    micro_batches: list[dict[str, Tensor]], accumulation: int
+) -> list[dict[str, Tensor]]:
+    """Return the same rows in micro-batches of the same size, in a new random order.
 
-    Within a minibatch, which is `window` micro-batches whose gradients are summed, rows are sorted
-    by length: that changes no update, and short rows are not computed at the width of long ones.
+    A minibatch is `accumulation` micro-batches whose gradients are summed. Its rows are sorted by
+    length: that changes no update, and short rows are not padded to the length of long ones.
     """
     names = [name for name, column in micro_batches[0].items() if column.dim() > 0]
     columns = {name: torch.cat([batch[name] for batch in micro_batches]) for name in names}
     lengths = columns["prompt_mask"].sum(dim=1) + columns["completion_mask"].sum(dim=1)
     size = len(lengths) // len(micro_batches)
-    order = torch.randperm(len(lengths)).to(lengths.device)
-    hands = [hand[lengths[hand].argsort(stable=True)] for hand in order.split(size * window)]
-    dealt = torch.cat(hands).split(size)
+    minibatches = torch.randperm(len(lengths)).to(lengths.device).split(size * accumulation)
+    order = torch.cat([rows[lengths[rows].argsort(stable=True)] for rows in minibatches])
     return [
         {**batch, **{name: columns[name][rows] for name in names}}
-        for batch, rows in zip(micro_batches, dealt, strict=True)
+        for batch, rows in zip(micro_batches, order.split(size), strict=True)
     ]
