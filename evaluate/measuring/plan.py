@@ -1,4 +1,4 @@
-"""What is to be measured: items, conditions and orders, cell by cell, the same for every model."""
+"""Plan an evaluation: items, conditions and option orders, cell by cell, the same for any model."""
 
 import hashlib
 import json
@@ -15,23 +15,23 @@ from selfcorrect.evaluate.prompts.stimuli import Section, Turn, option_orders
 from selfcorrect.evaluate.scoring.engine import Sampling
 from selfcorrect.recipes.foundation.errors import InputError
 
-# Raised whenever the same plan would give other rows; files of another format are measured anew.
+# Bump when the same plan would produce different rows; older cells are then re-measured.
 FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One item with its options in one order: what is asked, and the continuations to score."""
+    """One item with its options in one order: the dialogue, and the continuations to score."""
 
     item: Item
-    order: str  # "120": the first place shows the file's option 1; "10,0,..." past ten options
+    order: str  # "120": the file's option 1 is shown first; "10,0,..." past ten options
     options: tuple[str, ...]
     turns: list[Turn]
 
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """One experiment under one condition; its questions are filled in when they are needed."""
+    """One experiment under one condition; questions are generated when they are needed."""
 
     experiment: str
     condition: str
@@ -39,30 +39,30 @@ class PlannedCell:
     loaded: LoadedItems
     permutations: int
     style: str
-    sampling: Sampling | None  # None where the model writes nothing by itself
+    sampling: Sampling | None  # None: no turn is sampled
 
     @property
     def name(self) -> str:
-        """For progress and messages."""
+        """The name in progress and messages."""
         return f"{self.experiment} {self.condition}"
 
     @property
     def file_name(self) -> str:
-        """See `cell_file_name`."""
+        """The name of the cell's file."""
         return cell_file_name(self.experiment, self.condition)
 
     @property
     def items(self) -> list[Item]:
-        """The items, in the order of the results."""
+        """The items, in the order of the file's rows."""
         return self.loaded.items
 
     @property
     def left_out(self) -> dict[str, int]:
-        """How many items are left out of a metric, by reason."""
+        """The number of items left out of a metric, by reason."""
         return self.loaded.left_out
 
     def questions(self, part: slice = slice(None)) -> Iterator[Question]:
-        """The questions of some items, each item in all orders that are asked for."""
+        """Yield the questions of some items, each item in all planned option orders."""
         permutations = self.permutations if self.section.shows_options else 1
         for item in self.items[part]:
             for order in option_orders(len(item.options), permutations):
@@ -75,14 +75,14 @@ class PlannedCell:
 
     @cached_property
     def settings_digest(self) -> str:
-        """SHA-256 of all that decides what is asked: items, wording, orders, style, sampling."""
+        """SHA-256 of everything that decides the rows: items, wording, orders, style, sampling."""
         settings = {
             "format": FORMAT,
             "experiment": self.experiment,
             "condition": self.condition,
             "wording": self.section.condition(self.condition).model_dump(
                 mode="json",
-                exclude={"judged"},  # decides what is made of the rows, not what is asked
+                exclude={"judged"},  # affects statistics, not the rows
             ),
             "section": self.section.model_dump(
                 mode="json", exclude={"texts", "conditions", "controls"}
@@ -96,13 +96,13 @@ class PlannedCell:
 
 
 def cell_file_name(experiment: str, condition: str) -> str:
-    """The name of a cell's file; the condition's own spelling stands in its metadata."""
+    """Return the name of a cell's file; its metadata hold the condition's exact spelling."""
     return f"{experiment}.{re.sub(r'[^A-Za-z0-9+-]', '_', condition)}.parquet"
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """The cells to measure: the same plan serves any number of models."""
+    """The cells to measure, for any number of models."""
 
     cells: list[PlannedCell]
 
@@ -127,29 +127,29 @@ def plan_evaluation(
     permutations: int = 1,
     style: str = "auto",
 ) -> EvaluationPlan:
-    """Load the items, experiment by experiment, and say under which conditions they are asked.
+    """Load the items of each experiment, and return the cells to measure.
 
-    `conditions` None means all that are offered, without the controls. A condition that one
-    experiment does not offer is skipped for it. `limit` and `seed` choose the items (see each
-    experiment's `load`); `seed` also drives the samples, `samples` of them per question.
-    `permutations` (1, 3 or 6) says in how many orders options are shown (`option_orders`).
-    `style` is "auto", "chat", "plain" (`dialogue.render`) or the path of a chat template.
+    `conditions` None means all conditions, without controls. A condition that an experiment lacks
+    is skipped for it. `limit` and `seed` select the items (see `Experiment.load`); `seed` also
+    seeds the samples, of which each question gets `samples`. `permutations` (1, 3 or 6) selects
+    the orders in which options are shown (`option_orders`). `style` is "auto", "chat", "plain"
+    (`dialogue.render`) or the path of a chat template.
 
-    Raises InputError for unknown experiments, for a condition that none of them offers, and for
-    whatever is wrong with the data.
+    Raises InputError for unknown experiments, for a condition that no experiment has, and for
+    unusable data.
     """
     from selfcorrect.evaluate.experiments import EXPERIMENTS
 
     sections = {name: stimuli.section(name) for name in experiments}
-    offered = _offered(sections, conditions)
+    chosen = _chosen_conditions(sections, conditions)
     sampling = Sampling(max_new_tokens, temperature, seed, samples)
     style = read_style(style)
     cells = []
     for name, section in sections.items():
         if not (data_dir / name).is_dir():
             raise InputError(
-                f"{data_dir / name}: no such folder; put the files of {name} there "
-                f"(published ones: `selfcorrect data fetch {name}`)"
+                f"{data_dir / name}: folder not found; put the files of {name} there "
+                f"(published files: `selfcorrect data fetch {name}`)"
             )
         loaded = EXPERIMENTS[name].load(data_dir, section, limit, seed)
         cells += [
@@ -162,32 +162,36 @@ def plan_evaluation(
                 style,
                 sampling if section.num_samples(condition) else None,
             )
-            for condition in offered[name]
+            for condition in chosen[name]
         ]
     _check_file_names(cells)
     return EvaluationPlan(cells)
 
 
-def _offered(sections: dict[str, Section], asked: Sequence[str] | None) -> dict[str, list[str]]:
-    """Each experiment's conditions among those asked for; InputError for one that none has."""
-    if asked is None:
+def _chosen_conditions(
+    sections: dict[str, Section], conditions: Sequence[str] | None
+) -> dict[str, list[str]]:
+    """Return the conditions to ask per experiment; InputError for one that no experiment has."""
+    if conditions is None:
         return {name: list(section.conditions) for name, section in sections.items()}
     known = {name: [*section.conditions, *section.controls] for name, section in sections.items()}
-    for condition in asked:
+    for condition in conditions:
         if not any(condition in names for names in known.values()):
-            every = ", ".join(dict.fromkeys(c for names in known.values() for c in names))
-            raise InputError(f"condition {condition!r}: {', '.join(sections)} have only {every}")
+            available = ", ".join(dict.fromkeys(c for names in known.values() for c in names))
+            raise InputError(
+                f"unknown condition {condition!r}; {', '.join(sections)} have {available}"
+            )
     return {
-        name: [condition for condition in dict.fromkeys(asked) if condition in names]
+        name: [condition for condition in dict.fromkeys(conditions) if condition in names]
         for name, names in known.items()
     }
 
 
 def _check_file_names(cells: Sequence[PlannedCell]) -> None:
-    seen: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for cell in cells:
-        other = seen.setdefault(cell.file_name, cell.name)
-        if other != cell.name:
+        owner = owners.setdefault(cell.file_name, cell.name)
+        if owner != cell.name:
             raise InputError(
-                f"conditions {other!r} and {cell.name!r} share {cell.file_name}; rename"
+                f"conditions {owner!r} and {cell.name!r} would share {cell.file_name}; rename one"
             )

@@ -1,1 +1,1 @@
-"""Items, conditions and dialogues: what a model is asked, and as which tokens."""
+"""Items, conditions and dialogues, and the tokens that a model gets of them."""

@@ -1,4 +1,4 @@
-"""Dialogues as text: a list of turns, the last one open, written the way a model expects it."""
+"""Render dialogues, lists of turns of which the last is open, as the text a model expects."""
 
 import signal
 import threading
@@ -19,35 +19,34 @@ _NAMES = {"human": "Human", "assistant": "Assistant"}
 _HUMAN_AGAIN = "\n\nHuman:"
 LONGEST_PROMPT = 4_000_000  # characters; no context holds a tenth of it
 TEMPLATE_SECONDS = 10.0
-_MARK = "\ue000open\ue000"  # stands in for the open text; no template and no item holds it
+_MARK = "\ue000open\ue000"  # replaces the open text; occurs in no template and no item
 
 
 def read_style(style: str) -> str:
-    """A style as `render` takes it: one of STYLES, or the text of the Jinja file named."""
+    """Return a style for `render`: one of STYLES, or the text of the Jinja file that it names."""
     if style in STYLES:
         return style
     path = Path(style)
     if path.suffix not in (".jinja", ".jinja2"):
-        raise InputError(f"style {style!r}: give {', '.join(STYLES)}, or a chat template (*.jinja)")
+        raise InputError(f"style {style!r}: use {', '.join(STYLES)}, or a chat template (*.jinja)")
     template = read_text(path)
     if "messages" not in template:
-        raise InputError(f"{path}: not a chat template: it never speaks of `messages`")
+        raise InputError(f"{path}: not a chat template (it does not use `messages`)")
     return template
 
 
 def render(tokenizer: Any, turns: Sequence[Turn], style: str = "auto") -> str:
-    """The dialogue as one string that ends inside the last, open assistant turn.
+    """Return the dialogue as one string that ends inside the last, open assistant turn.
 
-    "chat" writes the tokenizer's chat template, "plain" the paper's `Human:` and `Assistant:`,
-    "auto" the template where there is one and plain text otherwise; any other style is itself a
-    chat template, as text. All special tokens stand in
-    the text, the beginning-of-text token of a plain dialogue included (where the tokenizer would
-    add one by itself), so the result is tokenised with `add_special_tokens=False`.
+    Style "chat" uses the tokenizer's chat template, "plain" the paper's `Human:` and `Assistant:`,
+    "auto" the template if there is one, else plain; any other style is the text of a chat template.
+    The string holds all special tokens, including the beginning-of-text token of a plain dialogue
+    if the tokenizer would add one, so tokenise it with `add_special_tokens=False`.
 
-    Raises InputError when a template is demanded and there is none, or when it refuses the turns.
+    Raises InputError if the chat template is missing, or if it refuses the turns.
     """
     if not turns or turns[-1].role != "assistant":
-        raise ValueError("a dialogue to render ends in an open assistant turn")
+        raise ValueError("the last turn of a dialogue must be the open assistant turn")
     resolved = style_of(tokenizer, style)
     if resolved == "plain":
         return _render_plain(tokenizer, turns[:-1], turns[-1].text)
@@ -56,23 +55,23 @@ def render(tokenizer: Any, turns: Sequence[Turn], style: str = "auto") -> str:
 
 
 def style_of(tokenizer: Any, style: str = "auto") -> str:
-    """What "auto" means for this tokenizer; InputError for a missing chat template."""
+    """Resolve "auto" for this tokenizer; InputError for a missing chat template."""
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if style == "auto":
         return "chat" if has_template else "plain"
     if style == "chat" and not has_template:
         name = getattr(tokenizer, "name_or_path", "") or "the model"
-        raise InputError(f"{name}: its tokenizer has no chat template; use the plain style")
+        raise InputError(f"{name}: the tokenizer has no chat template; use the plain style")
     return style
 
 
 def stop_text(tokenizer: Any, style: str = "auto") -> str | None:
-    """What ends a sample besides an end token: in plain text, the model taking the human's turn."""
+    """Return the string that ends a sample: in plain style, the start of the human's next turn."""
     return _HUMAN_AGAIN if style_of(tokenizer, style) == "plain" else None
 
 
 def before_sample(turns: Sequence[Turn]) -> list[Turn]:
-    """The dialogue up to where the model next writes; without such a place, all of it."""
+    """Return the dialogue up to the next text that the model samples, or all of it."""
     for index, turn in enumerate(turns):
         if turn.text.endswith(SAMPLE):
             return [*turns[:index], Turn(turn.role, turn.text.removesuffix(SAMPLE))]
@@ -80,14 +79,15 @@ def before_sample(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def with_sample(tokenizer: Any, turns: Sequence[Turn], sample: str) -> list[Turn]:
-    """The dialogue with the model's own text in the first place that waits for one.
+    """Return the dialogue with the model's sample filled in at the first marker.
 
-    What the tokenizer would read as special tokens is taken out of `sample`, wherever it came
-    from: a sample must not be able to end its turn, or open the next. Trailing space goes too.
+    Special tokens are removed from `sample`, so that a sample can neither end its turn nor open
+    the next one. Trailing space is removed too.
     """
     special = _special_tokens(tokenizer)
-    while found := [token for token in special if token in sample]:  # taking one out can join two
-        for token in found:
+    # Removing a token can create another from the parts around it.
+    while present := [token for token in special if token in sample]:
+        for token in present:
             sample = sample.replace(token, "")
     filled = list(turns)
     for index, turn in enumerate(turns):
@@ -103,19 +103,19 @@ def _special_tokens(tokenizer: Any) -> set[str]:
 
 
 def _render_chat(tokenizer: Any, closed: Sequence[Turn], opened: str, template: str | None) -> str:
-    """The template's prompt for a new assistant turn, then the open text.
+    """Return the template's prompt for a new assistant turn, and the open text after it.
 
-    Templates end that prompt with or without the white space that they write before a turn's
-    content. So the content's true place is looked up by rendering a marked turn. A template that
-    adds more to the prompt than to a finished turn (a reasoning tag) keeps what it adds.
+    Templates end that prompt with or without the white space that precedes a turn's content, so
+    a marked turn is rendered to find where content starts. If a template adds more to the prompt
+    than to a finished turn (a reasoning tag), the addition is kept.
     """
     prompt = _apply(tokenizer, closed, template, add_generation_prompt=True)
     if not opened:
         return prompt
     marked = [*closed, Turn("assistant", _MARK)]
     finished = _apply(tokenizer, marked, template, add_generation_prompt=False)
-    before, found, _ = finished.partition(_MARK)
-    return (before if found and before.startswith(prompt) else prompt) + opened
+    before, mark, _ = finished.partition(_MARK)
+    return (before if mark and before.startswith(prompt) else prompt) + opened
 
 
 def _apply(
@@ -131,12 +131,12 @@ def _apply(
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-    except Exception as error:  # a template is a stranger's program: it may raise anything
+    except Exception as error:  # templates are untrusted programs, which may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{name}: the chat template refuses this dialogue ({reason})") from None
     if len(text) > LONGEST_PROMPT:
         raise InputError(
-            f"{name}: the chat template makes {len(text):,} characters of one dialogue, more than "
+            f"{name}: the chat template renders a dialogue of {len(text):,} characters, more than "
             f"the limit of {LONGEST_PROMPT:,}; use another template, or --style plain"
         )
     return text
@@ -144,7 +144,7 @@ def _apply(
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError inside after so long, in a main thread; a timer set before goes on."""
+    """Raise TimeoutError in the block after `seconds`, in a main thread; keep an earlier timer."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -174,7 +174,7 @@ def _render_plain(tokenizer: Any, closed: Sequence[Turn], opened: str) -> str:
 
 
 def _beginning(tokenizer: Any) -> str:
-    """The beginning-of-text token, if the tokenizer puts one before every text."""
+    """Return the beginning-of-text token if the tokenizer puts one before every text, else ""."""
     begin: str | None = tokenizer.bos_token
     if begin and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         return begin

@@ -1,4 +1,4 @@
-"""The items of an experiment: what is asked, which answers are scored, what the metrics need."""
+"""The items of an experiment: their wording, options, and the facts that metrics need."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ Fact = str | int | float | None
 class Item:
     """One question with its possible answers, before any condition is applied.
 
-    `cluster` names what is resampled for error bars (a BBQ template, an occupation, a student), and
-    lies in one `category`. `weight` is how many equal units of the population the item stands for.
-    `fields` fill the placeholders of the stimuli. `options` are the exact continuations of the open
-    assistant turn that are scored, leading space included where there is one. `facts` are what the
-    metrics need; each becomes a column of the results.
+    `cluster` names the unit that is resampled for error bars (a BBQ template, an occupation, a
+    student); a cluster lies in one `category`. `weight` is the number of equal population units
+    that the item represents. `fields` fill the placeholders of the stimuli. `options` are the exact
+    continuations of the open assistant turn that are scored, with a leading space if there is one.
+    `facts` are for the metrics; each becomes a column of the results.
     """
 
     id: str
@@ -33,45 +33,45 @@ class Item:
 
 @dataclass(frozen=True)
 class LoadedItems:
-    """The items to be scored, and how many are left out of a metric for which reason."""
+    """The items to score, and the number left out of a metric by reason."""
 
     items: list[Item]
     left_out: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over every item, and over what is left out."""
+        """SHA-256 over all items and `left_out`."""
         digest = hashlib.sha256(json.dumps(self.left_out, sort_keys=True).encode())
-        names = [known.name for known in fields(Item)]
+        names = [item_field.name for item_field in fields(Item)]
         encode = json.JSONEncoder(sort_keys=True).encode
-        for item in self.items:  # `asdict` would copy every value: five times as slow
+        for item in self.items:  # `asdict` copies every value, which is five times as slow
             digest.update(encode({name: getattr(item, name) for name in names}).encode())
         return digest.hexdigest()
 
     @cached_property
     def fact_types(self) -> dict[str, set[type]]:
         """The types of each fact's values over all items, in the order of the facts."""
-        found: dict[str, set[type]] = {}
+        types: dict[str, set[type]] = {}
         for item in self.items:
             for name, value in item.facts.items():
-                found.setdefault(name, set()).add(type(value))
-        return found
+                types.setdefault(name, set()).add(type(value))
+        return types
 
 
-def systematic_sample(sizes: Sequence[int] | np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """How often each unit falls into a systematic sample of `wanted` draws.
+def systematic_sample(sizes: Sequence[int] | np.ndarray, num_draws: int, seed: int) -> np.ndarray:
+    """Return how often each unit is drawn in a systematic sample of `num_draws`.
 
-    Units lie end to end on a line, each as long as its size, and `wanted` points at equal distances
-    from one random start are thrown on it: a unit's expected share of the sample is its share of
-    the total, and any run of neighbouring units gets its proportional number of draws to within
-    one. So the order of the units is the stratification. With `wanted` at or above the total, every
-    unit is drawn as often as its size: the whole population.
+    Units lie end to end on a line, each as long as its size, and points at equal distances from a
+    random start select them. A unit's expected share of the sample is its share of the total, and
+    any run of neighbouring units gets its proportional number of draws to within one: the order of
+    the units is the stratification. If `num_draws` reaches the total, every unit is drawn as often
+    as its size, which is the whole population.
     """
     sizes = np.asarray(sizes, dtype=np.int64)
     total = int(sizes.sum())
-    if wanted >= total:
+    if num_draws >= total:
         return sizes.copy()
     start = np.random.default_rng(seed).random()
-    points = (start + np.arange(wanted)) * (total / wanted)
+    points = (start + np.arange(num_draws)) * (total / num_draws)
     drawn = np.searchsorted(np.cumsum(sizes), points, side="right")
     return np.bincount(drawn, minlength=len(sizes))

@@ -1,4 +1,4 @@
-"""Stimuli: what an experiment asks under each condition, as data that is checked and filled in."""
+"""Stimuli: the dialogues of an experiment's conditions, validated, and filled in per item."""
 
 import itertools
 import re
@@ -25,9 +25,9 @@ _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a dialogue; the last turn is the assistant's, left open for what is scored.
+    """One turn of a dialogue; the last is the assistant's, which the scored options continue.
 
-    After `turns` has filled it, `text` can still end in `SAMPLE`: there the model writes its own.
+    If `text` ends in `SAMPLE`, the model samples the rest of the turn.
     """
 
     role: Literal["system", "human", "assistant"]
@@ -37,7 +37,7 @@ class Turn:
 def _read_turn(value: Any) -> Any:
     if isinstance(value, Turn):
         return value
-    shape = "a turn is {human: text}, {assistant: text} or, first of all, {system: text}"
+    shape = "a turn is {human: text}, {assistant: text} or, as the first turn, {system: text}"
     if not isinstance(value, dict) or len(value) != 1:
         raise ValueError(shape)
     ((role, text),) = value.items()
@@ -47,9 +47,9 @@ def _read_turn(value: Any) -> Any:
 
 
 def _read_names(value: Any) -> Any:
-    # YAML reads an unquoted yes or no as true or false; say so instead of scoring "True".
+    # YAML reads an unquoted yes or no as true or false, which would be scored as "True".
     if isinstance(value, list) and any(isinstance(word, bool) for word in value):
-        raise ValueError('put quotes around the words "yes" and "no"')
+        raise ValueError('put quotes around "yes" and "no", which YAML reads as true and false')
     return value
 
 
@@ -88,15 +88,15 @@ Conditions = dict[Word, Annotated[Condition, BeforeValidator(_read_condition)]]
 
 
 class Section(BaseModel):
-    """What the stimuli of every experiment share; each experiment's own `Stimuli` is one.
+    """The keys that the stimuli of all experiments share; each experiment has a subclass.
 
-    `texts` are pieces of wording by name, for use as placeholders in dialogues and in later texts.
+    `texts` are named pieces of wording, for use as placeholders in dialogues and later texts.
     `controls` are conditions that are asked only when they are named.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    placeholders: ClassVar[frozenset[str]]  # what the experiment's items fill in
-    shows_options: ClassVar[bool] = False  # whether prompts list them, so that order matters
+    placeholders: ClassVar[frozenset[str]]  # filled from an item's fields
+    shows_options: ClassVar[bool] = False  # whether prompts list the options, so that order matters
 
     texts: dict[Word, str] = Field(default_factory=dict)
     conditions: Annotated[Conditions, Field(min_length=1)]
@@ -108,9 +108,7 @@ class Section(BaseModel):
         expanded: dict[str, str] = {}
         for name, text in texts.items():
             if name in cls.placeholders:
-                raise ValueError(
-                    f"{name}: the items have a placeholder of this name; choose another"
-                )
+                raise ValueError(f"{name}: items have a placeholder of this name; choose another")
             _check_placeholders(name, text, {*cls.placeholders, *expanded})
             expanded[name] = _fill(text, expanded)
         return expanded
@@ -126,45 +124,49 @@ class Section(BaseModel):
             dialogue = [Turn(turn.role, _fill(turn.text, texts)) for turn in condition.dialogue]
             _check_dialogue(name, dialogue, cls.placeholders)
             if condition.answer is not None and not cls.shows_options:
-                raise ValueError(f"{name}: answer is for experiments whose prompts show options")
+                raise ValueError(
+                    f"{name}: remove `answer`: the prompts of this experiment show no options"
+                )
             expanded[name] = condition.model_copy(update={"dialogue": dialogue})
         return expanded
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> "Section":
-        if twice := sorted(set(self.conditions) & set(self.controls)):
-            raise ValueError(f"controls: {twice[0]} is a condition already")
+        if shared := sorted(set(self.conditions) & set(self.controls)):
+            raise ValueError(f"controls: {shared[0]} is also a condition; rename one")
         return self
 
     def condition(self, name: str) -> Condition:
-        """A condition or control; raises InputError for a name that is neither."""
-        found = self.conditions.get(name) or self.controls.get(name)
-        if found is None:
+        """Return a condition or control; raise InputError for an unknown name."""
+        condition = self.conditions.get(name) or self.controls.get(name)
+        if condition is None:
             known = ", ".join([*self.conditions, *self.controls])
-            raise InputError(f"condition {name!r}: not in the stimuli, which have {known}")
-        return found
+            raise InputError(f"unknown condition {name!r}; the stimuli have {known}")
+        return condition
 
     def turns(self, condition: str, item: Item, order: Sequence[int] | None = None) -> list[Turn]:
-        """The dialogue of `condition` for `item`; raises InputError for an unknown condition.
+        """Return the dialogue of `condition` for `item`; InputError for an unknown condition.
 
-        `order` says which of the file's options each place shows, None as the file has them.
-        Values are put in as they are, so their own braces are safe. Only the marker of the model's
-        own text inside a value is refused, since nobody could tell it from the template's.
+        `order` lists the indices of the options as shown; None keeps the file's order. Values may
+        contain braces. Only the marker of sampled text is refused in a value, since it could not be
+        told from the template's.
         """
         dialogue = self.condition(condition).dialogue
         values = self._values(item, order)
         if any(SAMPLE in value for value in values.values()):
-            raise InputError(f"item {item.id}: its text holds {SAMPLE}, the marker of a sample")
+            raise InputError(
+                f"item {item.id}: its text contains {SAMPLE}, which marks sampled text; reword it"
+            )
         return [Turn(turn.role, _fill(turn.text, values)) for turn in dialogue]
 
     def continuations(
         self, condition: str, item: Item, order: Sequence[int] | None = None
     ) -> tuple[str, ...]:
-        """The continuations to score, in the order shown."""
+        """Return the continuations to score, in the order shown."""
         return item.options if order is None else tuple(item.options[i] for i in order)
 
     def num_samples(self, condition: str) -> int:
-        """How many turns the model writes by itself under `condition` before it is scored."""
+        """Return the number of turns that the model samples under `condition`."""
         return sum(SAMPLE in turn.text for turn in self.condition(condition).dialogue)
 
     def _values(self, item: Item, order: Sequence[int] | None) -> Mapping[str, str]:
@@ -172,10 +174,10 @@ class Section(BaseModel):
 
 
 class ChoiceSection(Section):
-    """For experiments whose prompts show their options, which items hold as ans0, ans1, ...
+    """The keys of experiments whose prompts show options, which items hold as ans0, ans1, ...
 
     With `answer: letter` the labels are scored, with `answer: text` the option texts; a condition
-    can say otherwise for itself. The placeholder `{options}` is all of them with their labels.
+    can override it. The placeholder `{options}` lists all options with their labels.
     """
 
     shows_options: ClassVar[bool] = True
@@ -186,23 +188,23 @@ class ChoiceSection(Section):
     @model_validator(mode="after")
     def _check_labels(self) -> "ChoiceSection":
         if len(set(self.labels)) < len(self.labels):
-            raise ValueError("labels: two are the same")
-        asked = {self.answer, *(c.answer for c in {**self.conditions, **self.controls}.values())}
-        if "letter" in asked and not self.labels:
-            raise ValueError("labels: answer: letter needs them")
+            raise ValueError("labels: must be different from each other")
+        conditions = {**self.conditions, **self.controls}.values()
+        if "letter" in {self.answer, *(c.answer for c in conditions)} and not self.labels:
+            raise ValueError("labels: required by `answer: letter`")
         return self
 
     def continuations(
         self, condition: str, item: Item, order: Sequence[int] | None = None
     ) -> tuple[str, ...]:
-        """The options' texts, or as many labels, each after a space."""
+        """Return the options' texts, or as many labels, each after a space."""
         if (self.condition(condition).answer or self.answer) == "text":
             return super().continuations(condition, item, order)
         return tuple(f" {label}" for label in self._labels(item))
 
     def _values(self, item: Item, order: Sequence[int] | None) -> Mapping[str, str]:
-        places = range(len(item.options)) if order is None else order
-        answers = [item.fields[f"ans{index}"] for index in places]
+        indices = range(len(item.options)) if order is None else order
+        answers = [item.fields[f"ans{index}"] for index in indices]
         values = {**item.fields, **{f"ans{i}": answer for i, answer in enumerate(answers)}}
         if self.labels:
             shown = zip(self._labels(item), answers, strict=True)
@@ -212,49 +214,50 @@ class ChoiceSection(Section):
     def _labels(self, item: Item) -> tuple[str, ...]:
         if len(item.options) > len(self.labels):
             raise InputError(
-                f"item {item.id}: {len(item.options)} options, but the stimuli have "
+                f"item {item.id}: {len(item.options)} options, but the stimuli have only "
                 f"{len(self.labels)} labels; add labels, or use answer: text"
             )
         return self.labels[: len(item.options)]
 
 
 def usual_dialogues(between: str = "\n\n") -> dict[str, dict[str, list[dict[str, str]]]]:
-    """Conditions and controls, as a stimuli file gives them, over eight `texts` of one's own.
+    """Return the usual conditions and controls, as a stimuli file gives them, built from `texts`.
 
     The texts are task, instruction, neutral, inverted, thinking, neutral_thinking, final_question
-    and answer (the open turn); `between` stands between the task and what is asked besides.
+    and answer (the open turn); `between` separates the task from an instruction.
     """
 
-    def asked(*texts: str) -> dict[str, str]:
+    def human(*texts: str) -> dict[str, str]:
         return {"human": between.join(f"{{{text}}}" for text in texts)}
 
     opened = {"assistant": "{answer}"}
-    finally_ = [{"human": "{final_question}"}, opened]
+    ending = [{"human": "{final_question}"}, opened]
     return {
         "conditions": {
-            "Q": [asked("task"), opened],
-            "Q+IF": [asked("task", "instruction"), opened],
+            "Q": [human("task"), opened],
+            "Q+IF": [human("task", "instruction"), opened],
             "Q+IF+CoT": [
-                asked("task", "instruction"),
+                human("task", "instruction"),
                 {"assistant": "{thinking}{sample}"},
-                *finally_,
+                *ending,
             ],
         },
         "controls": {
-            "Q+neutral": [asked("task", "neutral"), opened],
-            "Q+inverted": [asked("task", "inverted"), opened],
-            "Q+CoT": [asked("task"), {"assistant": "{neutral_thinking}{sample}"}, *finally_],
-            "IF+Q": [asked("instruction", "task"), opened],
-            "system IF": [{"system": "{instruction}"}, asked("task"), opened],
+            "Q+neutral": [human("task", "neutral"), opened],
+            "Q+inverted": [human("task", "inverted"), opened],
+            "Q+CoT": [human("task"), {"assistant": "{neutral_thinking}{sample}"}, *ending],
+            "IF+Q": [human("instruction", "task"), opened],
+            "system IF": [{"system": "{instruction}"}, human("task"), opened],
         },
     }
 
 
 def option_orders(num_options: int, permutations: int) -> list[tuple[int, ...]]:
-    """The orders in which options are shown: 1 as published; 3 rotations, every option at every
-    place equally often; 6 rotations in both directions, which for three options is all of them.
+    """Return the orders in which n options are shown.
 
-    With n options "3" is n orders and "6" is 2n (2 for n = 2, where both directions are the same).
+    `permutations` 1 is the published order; 3 is its n rotations, with every option equally often
+    at every position; 6 adds the rotations of the reversed order: 2n orders, which are all orders
+    for three options (2 for n = 2, where both directions are the same).
     """
     plain = tuple(range(num_options))
     if permutations == 1:
@@ -265,34 +268,35 @@ def option_orders(num_options: int, permutations: int) -> list[tuple[int, ...]]:
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
-    """Put values into a template in one pass: braces inside a value are left alone."""
-    return _PLACEHOLDER.sub(lambda found: values.get(found[1], found[0]), template)
+    """Fill a template in one pass, so that braces inside a value are kept."""
+    return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
 
 
-def _check_placeholders(where: str, text: str, allowed: Iterable[str]) -> None:
+def _check_placeholders(name: str, text: str, allowed: Iterable[str]) -> None:
     unknown = sorted(set(_PLACEHOLDER.findall(text)) - set(allowed))
     if unknown:
-        known = ", ".join(sorted(f"{{{name}}}" for name in allowed))
-        raise ValueError(f"{where}: unknown placeholder {{{unknown[0]}}}; there are {known}")
+        known = ", ".join(sorted(f"{{{placeholder}}}" for placeholder in allowed))
+        raise ValueError(f"{name}: unknown placeholder {{{unknown[0]}}}; known: {known}")
 
 
 def _check_dialogue(name: str, dialogue: Sequence[Turn], allowed: frozenset[str]) -> None:
-    spoken = dialogue[1:] if dialogue[0].role == "system" else dialogue
-    if [turn.role for turn in spoken] != list(_expected_roles(len(spoken))):
+    turns = dialogue[1:] if dialogue[0].role == "system" else dialogue
+    if [turn.role for turn in turns] != list(_expected_roles(len(turns))):
         raise ValueError(
-            f"{name}: turns alternate, human first (or system before), the last is the assistant's"
+            f"{name}: turns must alternate (optional system, human, assistant, ...) and end with "
+            "the assistant's"
         )
     for turn in dialogue:
         sampled = turn.role == "assistant" and turn is not dialogue[-1]
         text = turn.text.removesuffix(SAMPLE) if sampled else turn.text
         if SAMPLE in text:
             raise ValueError(
-                f"{name}: {SAMPLE} stands at the end of an assistant turn, not the last"
+                f"{name}: {SAMPLE} is only allowed at the end of an assistant turn before the last"
             )
         _check_placeholders(name, text, allowed)
 
 
 def _expected_roles(num_turns: int) -> Iterator[str]:
-    """human, assistant, ...; an odd number cannot end with the assistant, so it never matches."""
+    """Return human, assistant, ...; of even length, so an odd number of turns never matches."""
     even = num_turns + num_turns % 2
     return itertools.islice(itertools.cycle(("human", "assistant")), max(2, even))

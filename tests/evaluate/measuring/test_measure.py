@@ -292,12 +292,12 @@ def test_custom_chat_template_is_used_and_checked(tmp_path):
     other = tiny_plan(tmp_path / "data", ["Q"])
     assert cells.settings_digest != other.settings_digest
     template.write_text("hello")
-    for style, said in [
-        (str(template), "never speaks of `messages`"),
+    for style, fragment in [
+        (str(template), "does not use `messages`"),
         (str(tmp_path / "none.jinja"), "cannot be read"),
-        ("chatty", r"style 'chatty': give auto, chat, plain"),
+        ("chatty", r"style 'chatty': use auto, chat, plain"),
     ]:
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=fragment):
             tiny_plan(tmp_path / "data", ["Q"], style=style)
 
 

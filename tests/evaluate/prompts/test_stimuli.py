@@ -1,8 +1,7 @@
-"""The stimuli: the paper's strings word for word, safe filling, and clear refusals."""
+"""The stimuli: the paper's wording, safe filling, and errors."""
 
 import copy
 import itertools
-from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +10,7 @@ from selfcorrect.evaluate.experiments.wording import PAPER, load_stimuli
 from selfcorrect.evaluate.prompts.items import Item, systematic_sample
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn, option_orders
 from selfcorrect.recipes.foundation.errors import InputError
+from tests.support import ROOT
 
 BBQ_FIELDS = {
     "context": "Two people met.",
@@ -79,7 +79,7 @@ def test_match_stats_states_both_percentages():
     assert opened == Turn("assistant", "The nurse said")
 
 
-def test_law_school_instruction_stands_between_the_two_paragraphs():
+def test_law_school_instruction_is_between_the_two_paragraphs():
     fields = {"race": "Black", "sex": "female", "lsat": "39", "gpa": "3.1"}
     law = section("law_school")
     plain = law.turns("Q", item(fields))[0].text.split("\n\n")
@@ -93,31 +93,31 @@ def test_law_school_instruction_stands_between_the_two_paragraphs():
     assert law.turns("Q", item(fields))[-1].text.endswith('my answer would be "')
 
 
-def test_open_turns_leave_the_space_to_the_option():
+def test_open_turns_end_without_a_space():
     asked = section("bbq")
     for condition in [*asked.conditions.values(), *asked.controls.values()]:
         opened = condition.dialogue[-1].text
         assert opened == opened.rstrip()
 
 
-def test_braces_in_values_are_left_alone():
+def test_braces_in_values_are_kept():
     fields = BBQ_FIELDS | {"context": "A {question} and {0} and } and {unheard}."}
     text = section("bbq").turns("Q", item(fields))[0].text
     assert text.startswith("A {question} and {0} and } and {unheard}. Who was late?")
 
 
-def test_a_value_cannot_pose_as_the_models_own_sample():
+def test_value_with_the_sample_marker_is_refused():
     with pytest.raises(InputError, match="item i"):
         section("bbq").turns("Q", item(BBQ_FIELDS | {"context": f"Now {SAMPLE}."}))
 
 
-def test_only_conditions_with_a_sample_say_so():
+def test_number_of_samples_per_condition():
     asked = section("winogender")
     assert [name for name in asked.conditions if asked.num_samples(name)] == ["Q+IF+CoT"]
     assert [asked.num_samples(f"Q+reviews {n}") for n in range(4)] == [1, 2, 3, 4]
 
 
-def test_unknown_condition_and_experiment_are_named():
+def test_unknown_condition_and_experiment_are_refused_with_a_list():
     with pytest.raises(InputError, match=r"'Q\+X'.*Q, Q\+IF, Q\+IF\+CoT"):
         section("bbq").turns("Q+X", item(BBQ_FIELDS))
     with pytest.raises(InputError, match=r"'bbk'.*bbq, winogender, law_school"):
@@ -136,7 +136,7 @@ def _set(*path_and_value):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "fragment"),
     [
         (_set("bbq", "labells", 1), "bbq.labells"),
         (_set("bbq", "texts", "question_text", "{contxt}?"), "unknown placeholder {contxt}"),
@@ -149,11 +149,11 @@ def _set(*path_and_value):
                 "Q",
                 {"answer": "text", "dialogue": [{"human": "x"}, {"assistant": ""}]},
             ),
-            "answer is for experiments whose prompts show",
+            "winogender.conditions: Q: remove `answer`",
         ),
         (_set("bbq", "conditions", "Q", [{"human": "x"}, {"system": "y"}]), "alternate"),
         (_set("bbq", "conditions", "Q", [{"human": "{lsat}"}, {"assistant": ""}]), "{lsat}"),
-        (_set("bbq", "conditions", "Q", [{"human": "only"}]), "the last is the assistant's"),
+        (_set("bbq", "conditions", "Q", [{"human": "only"}]), "end with the assistant's"),
         (_set("bbq", "conditions", "Q", []), "bbq.conditions.Q"),
         (
             _set("bbq", "conditions", "Q", [{"robot": "x"}]),
@@ -161,8 +161,8 @@ def _set(*path_and_value):
         ),
         (_set("bbq", "conditions", "Q", [{"human": "x"}, {"assistant": SAMPLE}]), SAMPLE),
         (_set("bbq", "conditions", "Q", [{"human": f"a{SAMPLE}"}, {"assistant": ""}]), SAMPLE),
-        (_set("bbq", "labels", ["(a)", "(a)", "(b)"]), "two are the same"),
-        (_set("bbq", "labels", []), "answer: letter needs them"),
+        (_set("bbq", "labels", ["(a)", "(a)", "(b)"]), "labels: must be different"),
+        (_set("bbq", "labels", []), "required by `answer: letter`"),
         (_set("bbq", "answer", "number"), "bbq.answer"),
         (_set("winogender", "pronouns", "nominative", ["he", "she"]), "pronouns.nominative"),
         (_set("law_school", "options", [True, False]), "quotes"),
@@ -171,8 +171,8 @@ def _set(*path_and_value):
         (_set("bbk", {}), "bbk: no such experiment"),
     ],
 )
-def test_wrong_stimuli_are_refused_in_one_line(tmp_path, change, said):
-    assert said in refusal(changed(tmp_path, change))
+def test_wrong_stimuli_are_refused_in_one_line(tmp_path, change, fragment):
+    assert fragment in refusal(changed(tmp_path, change))
 
 
 def test_unreadable_stimuli_are_refused_in_one_line(tmp_path):
@@ -198,7 +198,7 @@ def test_option_texts_need_no_labels(tmp_path):
 # --- own conditions on top of the paper's ------------------------------------------------------
 
 
-def test_an_own_file_adds_conditions_to_the_papers(tmp_path):
+def test_custom_file_adds_conditions_to_the_papers(tmp_path):
     own = {
         "bbq": {
             "texts": {"kindly": "Be kind, and {instruction}"},
@@ -217,7 +217,7 @@ def test_an_own_file_adds_conditions_to_the_papers(tmp_path):
     assert asked[1] == section("bbq").turns("Q", bbq_item())[1]
 
 
-def test_a_society_file_stands_alone_and_takes_additions(tmp_path):
+def test_society_file_replaces_the_papers_and_takes_additions(tmp_path):
     asked = [{"human": "{sentence}"}, {"assistant": ""}]
     base = tmp_path / "base.yaml"
     base.write_text(yaml.safe_dump({"winogender": {"pronouns": {}, "conditions": {"Q": asked}}}))
@@ -247,7 +247,7 @@ def test_controls_differ_from_each_other_and_from_the_conditions(experiment):
     assert all(name in every for name in ("Q+neutral", "Q+inverted", "Q+CoT", "IF+Q", "system IF"))
 
 
-def test_every_review_goes_on_from_the_round_before():
+def test_every_review_continues_the_round_before():
     asked = section("bbq")
     rounds = [asked.turns(f"Q+reviews {n}", bbq_item()) for n in range(4)]
     for shorter, longer in itertools.pairwise(rounds):
@@ -259,19 +259,19 @@ def test_every_review_goes_on_from_the_round_before():
 # --- orders of the options ---------------------------------------------------------------------
 
 
-def test_rotations_show_every_option_at_every_place_equally_often():
+def test_rotations_show_every_option_equally_often_at_every_position():
     assert option_orders(3, 1) == [(0, 1, 2)]
     for num_options, permutations in [(3, 3), (3, 6), (2, 3), (4, 6), (26, 3)]:
         orders = option_orders(num_options, permutations)
         assert orders[0] == tuple(range(num_options))
         assert len(set(orders)) == len(orders)
-        for place in range(num_options):
-            shown = [order[place] for order in orders]
+        for position in range(num_options):
+            shown = [order[position] for order in orders]
             assert {shown.count(i) for i in range(num_options)} == {len(orders) // num_options}
     assert len(option_orders(3, 6)) == 6
 
 
-def test_a_permuted_question_shows_and_scores_the_same_order():
+def test_permuted_question_shows_and_scores_the_same_order():
     asked, one = section("bbq"), bbq_item()
     text = asked.turns("Q", one, (1, 2, 0))[0].text
     assert text.endswith("(a) Not known (b) Bo (c) Ann.")
@@ -299,11 +299,13 @@ def np_mean(rows):
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
 
-def test_paper_strings_stand_in_the_data_file_alone():
+def test_paper_strings_are_in_the_data_file_only():
     sections = [section(name) for name in ("bbq", "winogender", "law_school")]
     quoted = [s.texts[key] for s in sections for key in ("instruction", "thinking")]
-    code = Path(PAPER).parent
-    for path in [*code.rglob("*.py"), *code.rglob("*.yaml"), *code.rglob("*.j2")]:
-        if path != PAPER:
-            text = path.read_text(encoding="utf-8")
-            assert not any(words in text for words in quoted), path
+    paths = [
+        path for kind in ("py", "yaml", "j2") for path in (ROOT / "evaluate").rglob(f"*.{kind}")
+    ]
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
+    assert all(words in " ".join(texts[PAPER].split()) for words in quoted)
+    copies = [path for path, text in texts.items() if any(words in text for words in quoted)]
+    assert not set(copies) - {PAPER}
