@@ -1,9 +1,9 @@
-"""From the parquet files of a run to one tidy table, its statistics, and its items.
+"""A run's results as one tidy table, its statistics, and its single items.
 
-`load` gives one row per metric of every cell (checkpoint x experiment x condition x category x
-order of options); `write_results` keeps that as results.parquet beside statistics.json. COLUMNS
-documents the table, docs/reference/statistics.md both. `items_dataset` reads what lies behind it,
-lazily.
+`load` returns a row per metric of every cell (checkpoint x experiment x condition) by category and
+order of options; `write_results` writes it as results.parquet, with statistics.json. COLUMNS
+documents the table, docs/reference/statistics.md documents both. `items_dataset` reads the scored
+items, lazily.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,7 @@ from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES, Draws
 from selfcorrect.evaluate.statistics.cells import (
     MeasuredCell,
+    evaluated_cells,
     measure_folder,
     measure_run,
     run_name,
@@ -39,7 +40,7 @@ from selfcorrect.recipes.foundation.errors import InputError
 
 ALL_ORDERS = "all"
 
-# What `items_dataset` puts before the columns of the evaluation files.
+# Columns that `items_dataset` adds before those of the evaluation files.
 ITEM_FACTS = [
     pa.field("run", pa.string()),
     pa.field("model", pa.string()),
@@ -52,9 +53,9 @@ ITEM_FACTS = [
 
 
 def load(*runs: Path, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> pd.DataFrame:
-    """The tidy table of one or several runs, computed from their evaluation files.
+    """Return the tidy table of one or several runs, computed from their evaluation files.
 
-    Raises InputError for a folder that is no run, and for a damaged file (with the remedy).
+    Raises InputError for a folder that is not a run, and for a damaged file.
     """
     draws = Draws(num_resamples, seed)
     return tidy([cell for run in runs for cell in measure_run(run, draws)])
@@ -63,7 +64,7 @@ def load(*runs: Path, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> pd.D
 def summarise(
     folder: Path, label: str, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> pd.DataFrame:
-    """The tidy table of one stand-alone model: a folder of <experiment>.<condition>.parquet.
+    """Return the tidy table of a stand-alone model: a folder of <experiment>.<condition>.parquet.
 
     `label` fills the column `model`; step, seed and parameters are null.
     """
@@ -79,23 +80,19 @@ def results_of(
     seed: int = 0,
     thresholds: Mapping[str, float] | None = None,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The tidy table of one or several runs, and what statistics.json holds, of all joined.
+    """Return the tidy table of one or several runs, and the content of statistics.json.
 
-    `thresholds` names, by experiment, the value of the headline metric to be reached, in place of
-    no bias. Raises InputError as `load`, and for a run of which nothing has been evaluated.
+    Several runs' lists are joined. `thresholds` overrides, by experiment, the unbiased value of the
+    headline metric. Raises InputError as `load`, and for a run without evaluations.
     """
     draws = Draws(num_resamples, seed)
     cells: list[MeasuredCell] = []
     joined: dict[str, Any] = {}
     for run in runs:
-        found = measure_run(run, draws)
-        if not found:
-            raise InputError(
-                f"{run}: no checkpoint has been evaluated; run `selfcorrect evaluate {run}`"
-            )
-        cells += found
-        one = statistics_of(found, find_checkpoints(run), num_resamples, seed, thresholds)
-        for name, content in one.items():
+        of_run = evaluated_cells(run, draws)
+        cells += of_run
+        statistics = statistics_of(of_run, find_checkpoints(run), num_resamples, seed, thresholds)
+        for name, content in statistics.items():
             if isinstance(content, list):
                 content = [*joined.get(name, []), *content]
             joined[name] = content
@@ -103,7 +100,7 @@ def results_of(
 
 
 def rows(statistics: Mapping[str, Any], name: str) -> pd.DataFrame:
-    """A list of statistics.json as a dataframe: effects, growth, changes, over_seeds, trends, ...
+    """Return a list of statistics.json (effects, growth, trends, ...) as a dataframe.
 
     Undefined is NaN; a threshold that is not reached is infinity.
     """
@@ -117,10 +114,9 @@ def rows(statistics: Mapping[str, Any], name: str) -> pd.DataFrame:
 def write_results(
     run: Path, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Write results.parquet and statistics.json into `run`, each whole or not at all.
+    """Write results.parquet and statistics.json into `run`, each atomically, and return both.
 
-    Raises InputError for a folder that is no run, a damaged file, or a run of which nothing has
-    been evaluated.
+    Raises InputError for a folder that is not a run, a damaged file, or a run without evaluations.
     """
     frame, statistics = results_of(run, num_resamples=num_resamples, seed=seed)
     made_from = {"made_from": checkpoints_digest(run)}
@@ -135,17 +131,17 @@ def write_results(
 def items_dataset(
     *runs: Path, experiment: str | None = None, condition: str | None = None
 ) -> ds.Dataset:
-    """Every prompt scored at every checkpoint, as a pyarrow dataset: no row is read yet.
+    """Return every scored prompt of every checkpoint as a pyarrow dataset, without reading rows.
 
-    Columns are ITEM_FACTS and those of the evaluation files; an experiment's own are null in the
-    others. A filter on the facts opens only the files it needs, and only columns that are asked for
-    are read: `items_dataset(run).to_table(columns=["item", "mass"], filter=field("step") == 40)`.
-    Raises InputError for a folder that is no run, a damaged file, or where nothing was evaluated.
+    Columns are ITEM_FACTS and those of the evaluation files; columns that an experiment lacks are
+    null. A filter on ITEM_FACTS opens only the files it needs, and only selected columns are read:
+    `items_dataset(run).to_table(columns=["item", "mass"], filter=field("step") == 40)`.
+    Raises InputError for a folder that is not a run, a damaged file, or if nothing was evaluated.
     """
     files = _item_files(runs, experiment, condition)
     if not files:
-        wanted = " under ".join(name for name in (experiment, condition) if name)
-        raise InputError(f"{', '.join(map(str, runs))}: nothing evaluated {wanted}".rstrip())
+        selection = " under ".join(name for name in (experiment, condition) if name)
+        raise InputError(f"{', '.join(map(str, runs))}: nothing evaluated {selection}".rstrip())
     return _dataset(files)
 
 
@@ -155,7 +151,7 @@ def load_items(
     condition: str | None = None,
     columns: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """One row per prompt scored at every checkpoint, in memory, with what was asked beside it.
+    """Return a row per scored prompt of every checkpoint, in memory.
 
     `columns` limits what is read from the files; a column that an experiment lacks is null. For
     many rows, `items_dataset` reads lazily.
@@ -165,10 +161,11 @@ def load_items(
     if not files:
         return pd.DataFrame(columns=facts)
     dataset = _dataset(files)
-    own = dataset.schema.names[len(ITEM_FACTS) :]
-    wanted = own if columns is None else [name for name in columns if name in own]
+    names = dataset.schema.names[len(ITEM_FACTS) :]
+    if columns is not None:
+        names = [name for name in columns if name in names]
     try:
-        return dataset.to_table(columns=[*facts, *wanted]).to_pandas()
+        return dataset.to_table(columns=[*facts, *names]).to_pandas()
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
@@ -179,9 +176,9 @@ def load_items(
 def write_items(
     path: Path, *runs: Path, experiment: str | None = None, condition: str | None = None
 ) -> int:
-    """Write the rows of `items_dataset` as one parquet file, batch by batch; returns their number.
+    """Write the rows of `items_dataset` to one parquet file, and return their number.
 
-    Plain types only (numbers, strings, lists of them): DuckDB and R's arrow read them.
+    The columns are numbers, strings and lists of them, which DuckDB and R's arrow can read.
     """
     dataset = items_dataset(*runs, experiment=experiment, condition=condition)
     number = 0
@@ -198,26 +195,26 @@ def write_items(
 def _item_files(
     runs: Sequence[Path], experiment: str | None, condition: str | None
 ) -> list[tuple[Path, list[Any]]]:
-    """The evaluation files, each with its ITEM_FACTS."""
+    """Return the evaluation files, each with its ITEM_FACTS."""
     files: list[tuple[Path, list[Any]]] = []
     for run in runs:
         for checkpoint in find_checkpoints(run):
             record = checkpoint.record
-            of_model = [run_name(run), record.model, record.parameters, record.seed, record.step]
+            facts = [run_name(run), record.model, record.parameters, record.seed, record.step]
             for path in sorted(checkpoint.evaluation.glob("*.parquet")):
                 settings = read_settings(path)
-                named = settings["experiment"], settings["condition"]
-                if experiment in (None, named[0]) and condition in (None, named[1]):
-                    files.append((path, [*of_model, *named]))
+                cell = settings["experiment"], settings["condition"]
+                if experiment in (None, cell[0]) and condition in (None, cell[1]):
+                    files.append((path, [*facts, *cell]))
     return files
 
 
 def _dataset(files: Sequence[tuple[Path, list[Any]]]) -> ds.Dataset:
     schemas = [pq.read_schema(path).remove_metadata() for path, _ in files]
-    own = pa.unify_schemas(schemas, promote_options="permissive")
+    columns = pa.unify_schemas(schemas, promote_options="permissive")
     return ds.FileSystemDataset.from_paths(
         [str(path) for path, _ in files],
-        schema=pa.schema([*ITEM_FACTS, *own]),
+        schema=pa.schema([*ITEM_FACTS, *columns]),
         format=ds.ParquetFileFormat(),
         filesystem=fs.LocalFileSystem(),
         partitions=[
@@ -231,13 +228,13 @@ def _dataset(files: Sequence[tuple[Path, list[Any]]]) -> ds.Dataset:
 
 
 def tidy(cells: Sequence[MeasuredCell]) -> pd.DataFrame:
-    """One row per cell, category, order and metric; see COLUMNS."""
-    found = []
+    """Return one row per cell, category, order and metric; see COLUMNS."""
+    rows = []
     for cell in cells:
         results = {ALL_ORDERS: (cell.bootstrap.estimates, cell.counts)} | {
-            order: (one.estimates, one.counts) for order, one in cell.by_order.items()
+            order: (result.estimates, result.counts) for order, result in cell.by_order.items()
         }
-        found += [
+        rows += [
             {
                 "run": cell.run,
                 "model": cell.model,
@@ -253,9 +250,9 @@ def tidy(cells: Sequence[MeasuredCell]) -> pd.DataFrame:
                 "num_items": counts[category][0],
                 "num_clusters": counts[category][1],
             }
-            for order, (of_category, counts) in results.items()
-            for category, estimates in of_category.items()
+            for order, (by_category, counts) in results.items()
+            for category, estimates in by_category.items()
             for metric, estimate in estimates.items()
         ]
-    frame = pd.DataFrame(found, columns=list(COLUMNS))
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
     return frame.astype({name: kind for name, (kind, _) in COLUMNS.items()})

@@ -1,4 +1,4 @@
-"""Several runs in one report: their names, which are seeds of one recipe, where they differ."""
+"""Several runs in one report: their labels, which are seeds of one recipe, where they differ."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,16 @@ import pandas as pd
 from selfcorrect.evaluate.results import statistics_of, tidy
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.statistics.bootstrap import Draws
-from selfcorrect.evaluate.statistics.cells import MeasuredCell, measure_run
+from selfcorrect.evaluate.statistics.cells import MeasuredCell, evaluated_cells
 from selfcorrect.recipes.foundation.checksums import flatten, read_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
 from selfcorrect.recipes.foundation.yaml_text import parse_yaml
 from selfcorrect.recipes.load import read_recipe_text
 
-# Keys of a recipe that change no answer of any checkpoint, beside the seeds: names, what is kept,
-# and how the machine is used.
-NO_DIFFERENCE = (
+# Keys that may differ between seeds of one recipe: none changes a checkpoint's answers, apart
+# from the seeds.
+IGNORED_KEYS = (
     "name",
     "description",
     "seeds",
@@ -34,71 +34,71 @@ NO_DIFFERENCE = (
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that are one experiment: one recipe but for the seeds, and no seed twice."""
+    """Runs of one recipe that differ in their seeds alone."""
 
     label: str
     runs: dict[str, Path]  # label -> folder
 
 
 def name_runs(runs: Sequence[Path]) -> dict[str, Path]:
-    """Each run under its folder's name, with as many parents as tell it from the others.
+    """Label each run by its folder's name, with as many parents as make the labels unique.
 
-    Raises InputError for a folder that is no run, and for one that is named twice.
+    Raises InputError for a folder that is not a run, and for a run that is given twice.
     """
-    whole = [run.resolve() for run in runs]
-    for run, path in zip(runs, whole, strict=True):
+    paths = [run.resolve() for run in runs]
+    for run, path in zip(runs, paths, strict=True):
         if not (path / "recipe.yaml").is_file():
             raise InputError(f"{run}: not a run folder (no recipe.yaml)")
-        if whole.count(path) > 1:
+        if paths.count(path) > 1:
             raise InputError(f"{run}: given twice")
-    names = [path.name for path in whole]
+    names = [path.name for path in paths]
     depth = 1
     while len(set(names)) < len(names):
         depth += 1
         names = [
             "/".join(path.parts[-depth:]) if names.count(name) > 1 else name
-            for name, path in zip(names, whole, strict=True)
+            for name, path in zip(names, paths, strict=True)
         ]
-    return dict(zip(map(escape_controls, names), whole, strict=True))
+    return dict(zip(map(escape_controls, names), paths, strict=True))
 
 
 def group_runs(named: Mapping[str, Path]) -> list[Group]:
-    """Runs whose recipes agree in all but NO_DIFFERENCE, as seeds of one; the others alone.
+    """Group runs whose recipes agree in all but IGNORED_KEYS, as seeds of one recipe.
 
-    A run that holds a model and seed of its group already stands alone: it would count twice.
+    A run with a model and seed that its group already has stays alone: it would count twice.
     """
     groups: list[tuple[str, set[tuple[str, int]], dict[str, Path]]] = []
     for label, run in named.items():
-        recipe = _same_in_all_seeds(run) or label  # unreadable: a group of its own
-        held = {(c.record.model, c.record.seed) for c in find_checkpoints(run)}
-        for other, there, runs in groups:
-            if other == recipe and not held & there:
-                there |= held
+        recipe = _recipe_without_seeds(run) or label  # unreadable: a group of its own
+        jobs = {(c.record.model, c.record.seed) for c in find_checkpoints(run)}
+        for group_recipe, group_jobs, runs in groups:
+            if group_recipe == recipe and not jobs & group_jobs:
+                group_jobs |= jobs
                 runs[label] = run
                 break
         else:
-            groups.append((recipe, held, {label: run}))
+            groups.append((recipe, jobs, {label: run}))
     return [Group(" + ".join(runs), runs) for _, _, runs in groups]
 
 
 def grouping_notes(groups: Sequence[Group]) -> list[str]:
-    """Sentences on which runs are taken together, and which are not though they look alike."""
+    """Return sentences on which runs are seeds of one recipe, and which repeat a training."""
     notes = [
-        f"{group.label} are taken as seeds of one model: their recipes agree in all but the seeds "
-        f"(and {', '.join(key for key in NO_DIFFERENCE if key != 'seeds')})."
+        f"{group.label} count as seeds of one recipe: their recipes agree in all but the seeds "
+        f"(and {', '.join(key for key in IGNORED_KEYS if key != 'seeds')})."
         for group in groups
         if len(group.runs) > 1
     ]
-    alike: dict[str, list[str]] = {}
+    labels_by_recipe: dict[str, list[str]] = {}
     for group in groups:
         for run in list(group.runs.values())[:1]:
-            recipe = _same_in_all_seeds(run)
+            recipe = _recipe_without_seeds(run)
             if recipe is not None:
-                alike.setdefault(recipe, []).append(group.label)
+                labels_by_recipe.setdefault(recipe, []).append(group.label)
     return notes + [
-        f"{', '.join(labels)} have the same recipe and share a seed: they are repetitions of one "
-        "training, and stand apart."
-        for labels in alike.values()
+        f"{', '.join(labels)} have the same recipe and share a seed: they repeat one training and "
+        "are shown separately."
+        for labels in labels_by_recipe.values()
         if len(labels) > 1
     ]
 
@@ -106,29 +106,24 @@ def grouping_notes(groups: Sequence[Group]) -> list[str]:
 def measure_groups(
     groups: Sequence[Group], num_resamples: int, seed: int
 ) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
-    """Each group's tidy table and statistics; `run` is the group's label.
+    """Return each group's tidy table and statistics, with the group's label as `run`.
 
-    All are resampled with the same draws. Raises InputError for a run of which nothing has been
-    evaluated, and for a damaged file.
+    All groups are resampled with the same draws. Raises InputError for a run without evaluations,
+    and for a damaged file.
     """
     draws = Draws(num_resamples, seed)
-    found = []
+    results = []
     for group in groups:
         cells: list[MeasuredCell] = []
         for run in group.runs.values():
-            mine = measure_run(run, draws)
-            if not mine:
-                raise InputError(
-                    f"{run}: no checkpoint has been evaluated; run `selfcorrect evaluate {run}`"
-                )
-            cells += [replace(cell, run=group.label) for cell in mine]
+            cells += [replace(cell, run=group.label) for cell in evaluated_cells(run, draws)]
         checkpoints = [c for run in group.runs.values() for c in find_checkpoints(run)]
-        found.append((tidy(cells), statistics_of(cells, checkpoints, num_resamples, seed)))
-    return found
+        results.append((tidy(cells), statistics_of(cells, checkpoints, num_resamples, seed)))
+    return results
 
 
 def merge_statistics(groups: Sequence[Group], parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One statistics.json of several: lists joined, and what is missing under the group's label."""
+    """Join the lists of several groups' statistics; `missing` names the group's label."""
     merged = dict(parts[0])
     for key, first in parts[0].items():
         if isinstance(first, list):
@@ -141,17 +136,17 @@ def merge_statistics(groups: Sequence[Group], parts: Sequence[Mapping[str, Any]]
     return merged
 
 
-# --- what the recipes say -----------------------------------------------------------------------
+# --- differences between recipes ----------------------------------------------------------------
 
 
 def differences(named: Mapping[str, Path], file: str) -> list[tuple[str, list[str]]]:
-    """The keys in which the runs' recipe.yaml or run.json differ, with what each run says.
+    """Return the keys in which the runs' recipe.yaml or run.json differ, with each run's value.
 
     A key that a run's file lacks is "not there".
     """
-    said = [dict(flatten(_content(run / file))) for run in named.values()]
-    keys = dict.fromkeys(key for content in said for key in content)
-    rows = [(key, [content.get(key, "not there") for content in said]) for key in keys]
+    contents = [dict(flatten(_content(run / file))) for run in named.values()]
+    keys = dict.fromkeys(key for content in contents for key in content)
+    rows = [(key, [content.get(key, "not there") for content in contents]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
@@ -171,17 +166,17 @@ def _content(path: Path) -> Any:
         return {}
 
 
-def _same_in_all_seeds(run: Path) -> str | None:
-    """The recipe without NO_DIFFERENCE, as text to compare; None where it cannot be read."""
+def _recipe_without_seeds(run: Path) -> str | None:
+    """Return the recipe without IGNORED_KEYS, as text to compare; None if it cannot be read."""
     content = _content(run / "recipe.yaml")
     if not isinstance(content, dict) or not content:
         return None
     kept = json.loads(json.dumps(content, default=str))
-    for key in NO_DIFFERENCE:
+    for key in IGNORED_KEYS:
         *parents, last = key.split(".")
-        place = kept
+        section = kept
         for parent in parents:
-            place = place.get(parent) if isinstance(place, dict) else None
-        if isinstance(place, dict):
-            place.pop(last, None)
+            section = section.get(parent) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.pop(last, None)
     return json.dumps(kept, sort_keys=True)

@@ -1,4 +1,4 @@
-"""The report's tables, each cell with the text it shows and the value it sorts by."""
+"""The report's tables: each cell has the text that it shows and the value that it sorts by."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ COMPARISONS = {"effects": "effect", "growth": "growth of the effect", "changes":
 
 @dataclass(frozen=True)
 class TableCell:
-    """What stands in a table cell, and what it sorts by (None: undefined, sorts last)."""
+    """A table cell's text and the value it sorts by (None: undefined, sorts last)."""
 
     text: str
     sort: str | float | None
@@ -22,7 +22,7 @@ class TableCell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the report; `meanings` explains columns whose name is not enough."""
+    """A table of the report; `meanings` explains its columns."""
 
     name: str
     title: str
@@ -33,10 +33,10 @@ class Table:
 
 
 def result_tables(statistics: Mapping[str, Any]) -> list[Table]:
-    """One table per experiment: a row per checkpoint and condition, a column per metric.
+    """Return a table per experiment: a row per checkpoint and condition, a column per metric.
 
-    The same metrics from probabilities instead of choices ("expected_"), and as means over
-    categories ("_mean"), fill a second table where an experiment has them.
+    Metrics from probabilities instead of choices ("expected_") and means over categories ("_mean")
+    are in a second table where an experiment has them.
     """
     tables = []
     for experiment in dict.fromkeys(cell["experiment"] for cell in statistics["cells"]):
@@ -46,7 +46,7 @@ def result_tables(statistics: Mapping[str, Any]) -> list[Table]:
         variants = [name for name in definition.metrics if _is_variant(name)]
         tables.append(_result_table(experiment, "every checkpoint and condition", cells, first))
         if variants:
-            title = "from probabilities, and means of categories"
+            title = "from probabilities, and means over categories"
             tables.append(_result_table(experiment, title, cells, variants, "-variants"))
     return tables
 
@@ -62,14 +62,14 @@ def _result_table(
     metrics: Sequence[str],
     suffix: str = "",
 ) -> Table:
-    """Metrics without any defined value have no column, but are named under the title."""
+    """Return the table; metrics without any defined value have no column but are named above it."""
     definition = get_experiment(experiment)
     values = [cell["metrics"][OVERALL] for cell in cells]
     measured = [name for name in metrics if any(name in value for value in values)]
     defined = [
         name
         for name in measured
-        if any((v.get(name) or {}).get("value") is not None for v in values)
+        if any((value.get(name) or {}).get("value") is not None for value in values)
     ]
     label = {name: definition.metrics[name].label for name in measured}
     note = [
@@ -77,11 +77,11 @@ def _result_table(
     ]
     if undefined := [label[name] for name in measured if name not in defined]:
         note.append(f"Undefined everywhere: {', '.join(undefined)}.")
-    # How often the model's own text ran into the length limit, where it wrote any.
+    # How many texts were cut off at the length limit, where the model wrote any.
     wrote = any(cell["num_texts"] for cell in cells) and not suffix
-    place = Place(cells)
+    checkpoint = CheckpointColumns(cells)
     rows = [
-        [*place.cells(cell), text_cell(cell["condition"]), count_cell(cell["num_items"])]
+        [*checkpoint.cells(cell), text_cell(cell["condition"]), count_cell(cell["num_items"])]
         + ([_cut_off(cell)] if wrote else [])
         + [estimate_cell(value.get(name), name == definition.headline) for name in defined]
         for cell, value in zip(cells, values, strict=True)
@@ -90,7 +90,7 @@ def _result_table(
         name=f"results-{experiment}{suffix}",
         title=f"{get_experiment(experiment).title}: {title}",
         note=" ".join(note),
-        columns=[*place.columns, "Condition", "Prompts"]
+        columns=[*checkpoint.names, "Condition", "Prompts"]
         + (["Texts cut off"] if wrote else [])
         + [label[name] for name in defined],
         rows=rows,
@@ -107,8 +107,8 @@ def _cut_off(cell: Mapping[str, Any]) -> TableCell:
 
 
 def comparison_table(statistics: Mapping[str, Any]) -> Table:
-    """Effects of the instruction, their growth and each condition's change, headline metrics."""
-    place = Place(statistics["cells"])
+    """Return headline metrics' effects, the growth of effects, and each condition's change."""
+    checkpoint = CheckpointColumns(statistics["cells"])
     rows = []
     for kind, name in COMPARISONS.items():
         for row in statistics[kind]:
@@ -121,7 +121,7 @@ def comparison_table(statistics: Mapping[str, Any]) -> Table:
                 [
                     text_cell(name),
                     text_cell(get_experiment(row["experiment"]).title),
-                    *place.run(row),
+                    *checkpoint.run(row),
                     text_cell(row["model"]),
                     count_cell(row["seed"]),
                     text_cell(row["condition"]),
@@ -137,11 +137,11 @@ def comparison_table(statistics: Mapping[str, Any]) -> Table:
         name="comparisons",
         title="Comparisons on the same items",
         note=f"Effect: {about['effect']}. Growth: {about['growth']}. Change: {about['change']}. "
-        "The intervals are those of single rows; the p-values are corrected for the number of rows "
-        "of a kind (Holm). Detectable: the smallest difference that so many items would show with "
-        f"an interval off zero in {about.get('power', 0.8):.0%} of cases.",
+        "Intervals are per row; p-values are corrected for the number of rows of a kind (Holm). "
+        "Detectable: the smallest true difference that this many items would show with an interval "
+        f"that excludes zero in {about.get('power', 0.8):.0%} of cases.",
         columns=[
-            "Comparison", "Experiment", *place.columns[: place.several], "Model", "Seed",
+            "Comparison", "Experiment", *checkpoint.run_column, "Model", "Seed",
             "Condition", "Step", "Difference [95 % interval]", "Excludes zero", "p, corrected",
             "Detectable",
         ],
@@ -150,7 +150,7 @@ def comparison_table(statistics: Mapping[str, Any]) -> Table:
 
 
 def category_tables(statistics: Mapping[str, Any]) -> list[Table]:
-    """The headline metric by category at each model's last step, where there are categories."""
+    """Return the headline metric by category at each model's last step, if there are categories."""
     tables = []
     for experiment in dict.fromkeys(cell["experiment"] for cell in statistics["cells"]):
         definition = get_experiment(experiment)
@@ -158,14 +158,14 @@ def category_tables(statistics: Mapping[str, Any]) -> list[Table]:
         categories = sorted({name for cell in cells for name in cell["metrics"]} - {OVERALL})
         if len(categories) < 2:
             continue
-        place = Place(cells)
+        checkpoint = CheckpointColumns(cells)
         last: dict[tuple[str, str, int], int] = {}
         for cell in cells:
-            who = cell["run"], cell["model"], cell["seed"]
-            last[who] = max(cell["step"], last.get(who, 0))
+            key = cell["run"], cell["model"], cell["seed"]
+            last[key] = max(cell["step"], last.get(key, 0))
         rows = [
             [
-                *place.cells(cell),
+                *checkpoint.cells(cell),
                 text_cell(cell["condition"]),
                 text_cell(category),
                 estimate_cell(cell["metrics"].get(category, {}).get(definition.headline), True),
@@ -181,7 +181,7 @@ def category_tables(statistics: Mapping[str, Any]) -> list[Table]:
                 name=f"categories-{experiment}",
                 title=f"{get_experiment(experiment).title}: categories at the last step",
                 note=f"The overall value pools {', '.join(pooled)}.",
-                columns=[*place.columns, "Condition", "Category", label],
+                columns=[*checkpoint.names, "Condition", "Category", label],
                 rows=rows,
             )
         )
@@ -191,11 +191,11 @@ def category_tables(statistics: Mapping[str, Any]) -> list[Table]:
 def difference_table(
     name: str, title: str, runs: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]
 ) -> Table:
-    """The keys in which files of several runs differ, a column a run."""
+    """Return the keys in which a file differs between runs, a column per run."""
     return Table(
         name=name,
         title=title,
-        note="" if rows else "They agree in every key.",
+        note="" if rows else "They are equal in every key.",
         columns=["Key", *map(escape_controls, runs)],
         rows=[[text_cell(key), *map(text_cell, values)] for key, values in rows],
     )
@@ -204,9 +204,9 @@ def difference_table(
 def left_out_table(
     statistics: Mapping[str, Any], feedback: Sequence[Mapping[str, int]] = ()
 ) -> Table:
-    """What was left out, and why: items that no metric could use, preference pairs, prompts.
+    """Return how many items, preference pairs and prompts were left out, by reason.
 
-    `feedback` holds what each reward model's and each policy's training left out, by reason.
+    `feedback` has these counts for each reward model's and each policy's training.
     """
     counts: dict[tuple[str, str], set[int]] = {}
     for cell in statistics["cells"]:
@@ -218,54 +218,55 @@ def left_out_table(
     return Table(
         name="left-out",
         title="Left out",
-        note=""
-        if counts
-        else "No file says that an item, a preference pair or a prompt was left out.",
+        note="" if counts else "No item, preference pair or prompt is recorded as left out.",
         columns=["Experiment or feedback", "Reason", "Items, pairs or prompts"],
         rows=[
             [
-                text_cell(where),
+                text_cell(source),
                 text_cell(reason),
-                TableCell(" or ".join(str(n) for n in sorted(found)), max(found)),
+                TableCell(" or ".join(map(str, sorted(numbers))), max(numbers)),
             ]
-            for (where, reason), found in counts.items()
+            for (source, reason), numbers in counts.items()
         ],
     )
 
 
-class Place:
-    """Which checkpoint a row speaks of; the run is named where there are several."""
+class CheckpointColumns:
+    """The columns that name a row's checkpoint; the run is named where there are several."""
 
     def __init__(self, cells: Sequence[Mapping[str, Any]]) -> None:
         self.several = len({cell["run"] for cell in cells}) > 1
-        self.columns = ["Run"] * self.several + ["Model", "Parameters", "Seed", "Step"]
+        self.run_column = ["Run"] if self.several else []
+        self.names = [*self.run_column, "Model", "Parameters", "Seed", "Step"]
 
     def run(self, row: Mapping[str, Any]) -> list[TableCell]:
+        """Return the cell that names the run, where there are several."""
         return [text_cell(row["run"])] if self.several else []
 
     def cells(self, row: Mapping[str, Any]) -> list[TableCell]:
+        """Return the cells of all columns."""
         counts = (count_cell(row[name]) for name in ("parameters", "seed", "step"))
         return [*self.run(row), text_cell(row["model"]), *counts]
 
 
 def text_cell(value: object) -> TableCell:
-    """Text as it can be shown, sorted without regard to case."""
+    """Return a cell of escaped text, sorted without regard to case."""
     text = escape_controls(value)
     return TableCell(text, text.lower())
 
 
 def count_cell(value: int | None) -> TableCell:
-    """A whole number; a dash for None."""
+    """Return a cell with a whole number; a dash for None."""
     return TableCell("–" if value is None else f"{value:,}", value)
 
 
 def estimate_cell(row: Mapping[str, Any] | None, interval: bool) -> TableCell:
-    """A value, with its interval if asked for."""
+    """Return a cell with a value, and its interval if asked for."""
     if row is None or row["value"] is None:
         return TableCell("undefined", None)
     return TableCell(with_interval(row) if interval else number(row["value"]), row["value"])
 
 
 def probability_cell(value: float | None) -> TableCell:
-    """A p-value; a dash for None."""
+    """Return a cell with a p-value; a dash for None."""
     return TableCell("–" if value is None else p_value(value), value)

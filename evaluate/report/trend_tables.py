@@ -1,11 +1,11 @@
-"""The report's tables on trends, on the step at which a threshold is reached, and on seeds."""
+"""The report's tables of trends, thresholds and comparisons over training seeds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.report.tables import (
-    Place,
+    CheckpointColumns,
     Table,
     TableCell,
     count_cell,
@@ -21,41 +21,41 @@ AGAINST = {
     "log10_parameters": "log10 parameters",
     "step_x_log10_parameters": "step × log10 parameters",
 }
-UNITS = {"items": "other items", "seeds": "other seeds"}
+UNITS = {"items": "items", "seeds": "training seeds"}
 
 
 def trend_tables(statistics: Mapping[str, Any]) -> list[Table]:
-    """Trends, thresholds and comparisons over seeds, of headline metrics; only those with rows."""
-    place = Place(statistics["cells"])
-    tables = [_trends(statistics, place), _thresholds(statistics, place)]
-    tables += [_over_seeds(statistics, place), _side_by_side(statistics, place)]
+    """Return the tables that have rows: trends, thresholds, comparisons over seeds."""
+    columns = CheckpointColumns(statistics["cells"])
+    make = (_trends, _thresholds, _over_seeds, _side_by_side)
+    tables = [table(statistics, columns) for table in make]
     return [table for table in tables if table.rows]
 
 
-def _trends(statistics: Mapping[str, Any], place: Place) -> Table:
-    found = _headlines(statistics.get("trends", []))
-    alone = [row for row in found if row["unit"] == "seeds" and row["num_seeds"] < 2]
-    shown = [row for row in found if row not in alone]
+def _trends(statistics: Mapping[str, Any], checkpoint: CheckpointColumns) -> Table:
+    trends = _headlines(statistics.get("trends", []))
+    single = [row for row in trends if row["unit"] == "seeds" and row["num_seeds"] < 2]
+    shown = [row for row in trends if row not in single]
     note = (
-        "The slope of a least-squares line: change a step, a √nat, or a tenfold number of "
-        "parameters. An effect is Q minus the condition, so its trend says whether the "
-        "instruction does more. Each interval is about what could have been different: the items, "
-        "or the training seeds. p-values are corrected (Holm) among trends of one kind."
+        "The slope of a least-squares line: change per step, √nat, or tenfold number of "
+        "parameters. An effect is Q minus the condition, so its trend shows whether the "
+        "instruction does more. An interval is over items or over training seeds. p-values are "
+        "corrected (Holm) among trends of one kind."
     )
-    if alone:
-        note += " Over seeds nothing can be said where there is one training seed."
+    if single:
+        note += " With one training seed there are no trends over seeds."
     return Table(
         name="trends",
         title="Trends with steps, KL and size",
         note=note,
-        columns=["Trend", "Against", "Experiment", *place.columns[: place.several], "Model", "Seed",
-                 "Condition", "Points", "Slope [95 % interval]", "About", "p, corrected"],
+        columns=["Trend", "Against", "Experiment", *checkpoint.run_column, "Model", "Seed",
+                 "Condition", "Points", "Slope [95 % interval]", "Over", "p, corrected"],
         rows=[
             [
                 text_cell(row["quantity"]),
                 text_cell(AGAINST.get(row["against"], row["against"])),
                 text_cell(get_experiment(row["experiment"]).title),
-                *place.run(row),
+                *checkpoint.run(row),
                 text_cell(row["model"] or "all sizes"),
                 TableCell("all" if row["seed"] is None else str(row["seed"]), row["seed"]),
                 text_cell(row["condition"]),
@@ -69,20 +69,19 @@ def _trends(statistics: Mapping[str, Any], place: Place) -> Table:
     )  # fmt: skip
 
 
-def _thresholds(statistics: Mapping[str, Any], place: Place) -> Table:
-    found = _headlines(statistics.get("thresholds", []))
+def _thresholds(statistics: Mapping[str, Any], checkpoint: CheckpointColumns) -> Table:
     return Table(
         name="thresholds",
         title="Step at which the threshold is reached",
-        note="The first crossing of the straight lines between kept steps; without a threshold of "
-        "one's own it is the value of no bias. Nothing is known beyond the last step. The interval "
-        "is over items; the share is that of the resamples that reach it.",
-        columns=["Experiment", *place.columns[:-1], "Last step", "Condition", "Threshold",
+        note="Where the metric, interpolated linearly between kept steps, first reaches the "
+        "threshold: the value without bias, unless another was given. Nothing is known beyond the "
+        "last step. The interval is over items; the share is that of resamples that reach it.",
+        columns=["Experiment", *checkpoint.names[:-1], "Last step", "Condition", "Threshold",
                  "Starts", "Reached at", "95 % interval", "Share that reaches it"],
         rows=[
             [
                 text_cell(get_experiment(row["experiment"]).title),
-                *place.cells({**row, "step": _whole(row.get("last"))}),
+                *checkpoint.cells({**row, "step": _rounded(row.get("last"))}),
                 text_cell(row["condition"]),
                 estimate_cell({"value": row["threshold"]}, False),
                 text_cell(row["starts"] or "–"),
@@ -90,24 +89,24 @@ def _thresholds(statistics: Mapping[str, Any], place: Place) -> Table:
                 _ends(row),
                 estimate_cell({"value": row["share_reached"]}, False),
             ]
-            for row in found
+            for row in _headlines(statistics.get("thresholds", []))
         ],
     )  # fmt: skip
 
 
-def _over_seeds(statistics: Mapping[str, Any], place: Place) -> Table:
+def _over_seeds(statistics: Mapping[str, Any], checkpoint: CheckpointColumns) -> Table:
     singular = {"effect": "effect", "growth": "growth of the effect", "change": "change"}
     return Table(
         name="over-seeds",
         title="Comparisons over training seeds",
-        note="Each training seed counts once: the interval is Student's over the seeds.",
-        columns=["Comparison", "Experiment", *place.columns[: place.several], "Model", "Seeds",
+        note="Each training seed is one observation; intervals are Student's over the seeds.",
+        columns=["Comparison", "Experiment", *checkpoint.run_column, "Model", "Seeds",
                  "Condition", "Step", "Difference [95 % interval]", "p, corrected"],
         rows=[
             [
                 text_cell(singular.get(row["kind"], row["kind"])),
                 text_cell(get_experiment(row["experiment"]).title),
-                *place.run(row),
+                *checkpoint.run(row),
                 text_cell(row["model"]),
                 count_cell(row["num_seeds"]),
                 text_cell(row["condition"]),
@@ -120,22 +119,21 @@ def _over_seeds(statistics: Mapping[str, Any], place: Place) -> Table:
     )  # fmt: skip
 
 
-def _side_by_side(statistics: Mapping[str, Any], place: Place) -> Table:
-    """From choices and from probabilities: what shows in the first alone may be a threshold's."""
+def _side_by_side(statistics: Mapping[str, Any], checkpoint: CheckpointColumns) -> Table:
     kinds = {"metric": "change", "effect": "growth of the effect"}
     return Table(
         name="side-by-side",
         title="From choices and from probabilities",
-        note="First to last step, the headline metric from the option chosen and the same from the "
-        "options' probabilities. A jump in the first alone can come from an option that was close "
-        "to being chosen before.",
-        columns=["Comparison", "Experiment", *place.columns[: place.several], "Model", "Seed",
+        note="Changes from the first to the last step, of the headline metric from the chosen "
+        "options and of the same metric from the options' probabilities. A jump in the first alone "
+        "can come from an option that was nearly chosen before.",
+        columns=["Comparison", "Experiment", *checkpoint.run_column, "Model", "Seed",
                  "Condition", "From choices", "From probabilities"],
         rows=[
             [
                 text_cell(kinds.get(row["quantity"], row["quantity"])),
                 text_cell(get_experiment(row["experiment"]).title),
-                *place.run(row),
+                *checkpoint.run(row),
                 text_cell(row["model"]),
                 count_cell(row["seed"]),
                 text_cell(row["condition"]),
@@ -157,7 +155,7 @@ def _part(row: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _slope(row: Mapping[str, Any]) -> TableCell:
-    """Three significant digits: a slope a step is small."""
+    """Return a slope with three significant digits, as slopes per step are small."""
     if row["value"] is None:
         return TableCell(f"undefined: {row['undefined_because']}", None)
     value, low, high = (significant(row[name]) for name in ("value", "low", "high"))
@@ -173,7 +171,7 @@ def _step(value: float | str | None, reason: str | None) -> TableCell:
     return TableCell(number(value).removesuffix(".000"), value)
 
 
-def _whole(step: float | None) -> int | None:
+def _rounded(step: float | None) -> int | None:
     return None if step is None else round(step)
 
 

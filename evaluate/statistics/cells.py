@@ -56,6 +56,16 @@ def measure_run(run: Path, draws: Draws) -> list[MeasuredCell]:
     return cells
 
 
+def evaluated_cells(run: Path, draws: Draws) -> list[MeasuredCell]:
+    """Return the cells of a run as `measure_run`; raises InputError where there are none."""
+    cells = measure_run(run, draws)
+    if not cells:
+        raise InputError(
+            f"{run}: no checkpoint has been evaluated; run `selfcorrect evaluate {run}`"
+        )
+    return cells
+
+
 def measure_folder(
     folder: Path, run: str, model: str, record: CheckpointRecord | None, draws: Draws
 ) -> list[MeasuredCell]:

@@ -28,15 +28,15 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "parameters": ("Int64", "number of parameters of the model"),
     "seed": ("Int64", "training seed"),
     "step": ("Int64", "PPO updates (rollout batches) behind the checkpoint"),
-    "episodes": ("Int64", "prompts answered in training up to the checkpoint"),
+    "episodes": ("Int64", "completions sampled in training up to the checkpoint"),
     "kl": ("float64", "mean sequence KL to the initial policy, nats, last rollout batch"),
     "reward": ("float64", "mean reward-model score of the last rollout batch"),
-    "experiment": ("str", "bbq, winogender, law_school or another of EXPERIMENTS"),
+    "experiment": ("str", "name of an experiment, such as bbq"),
     "condition": ("str", "Q, Q+IF, Q+IF+CoT, Match stats, a control, or one of your own"),
     "category": ("str", "a category of the benchmark, or 'overall'"),
     "order": (
         "str",
-        "order of the options as in '120'; 'all' together, the only one for one order",
+        "order of the options, such as '120'; 'all' for all orders together",
     ),
     "metric": ("str", "see `metrics` of the experiment's class"),
     "value": ("float64", "the metric over all items of the cell"),
@@ -50,47 +50,49 @@ COLUMNS: dict[str, tuple[str, str]] = {
 def write_table(path: Path, frame: pd.DataFrame, facts: Mapping[str, Any]) -> None:
     """Write a table as a parquet file with a checksum and with `facts` in its metadata."""
     table = pa.Table.from_pandas(frame, preserve_index=False)
-    own = {METADATA_KEY: json.dumps({"checksum": CHECKSUM_PLACEHOLDER, **facts}).encode()}
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **own})
+    metadata = {METADATA_KEY: json.dumps({"checksum": CHECKSUM_PLACEHOLDER, **facts}).encode()}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
     with atomic_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
         insert_file_checksum(temporary)
 
 
 def read_results(path: Path) -> pd.DataFrame:
-    """results.parquet, as `write_results` left it; InputError where it is damaged or another's."""
-    again = f"delete it and run `selfcorrect report {path.parent}` again"
+    """Load results.parquet; raises InputError if damaged or made from other checkpoints."""
     try:
         if not file_has_valid_checksum(path):
-            raise ValueError("not as it was written")
+            raise ValueError("checksum mismatch")
         table = pq.read_table(path)
         facts = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
         made_from = facts.get("made_from")
         frame = table.to_pandas()[list(COLUMNS)]
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}: damaged, or no table of results; {again}") from None
-    if made_from is not None and made_from != checkpoints_digest(path.parent):
-        raise InputError(f"{path}: was made from other checkpoints; {again}")
+        raise InputError(f"{path}: damaged, or not a results table; {_remedy(path)}") from None
+    _check_made_from(path, made_from)
     return frame
 
 
 def read_statistics(path: Path) -> dict[str, Any]:
-    """statistics.json, as `write_results` left it; InputError where it is damaged or another's."""
-    again = f"delete it and run `selfcorrect report {path.parent}` again"
+    """Load statistics.json; raises InputError if damaged or made from other checkpoints."""
     try:
-        found = read_record(path, again)
+        statistics = read_record(path, _remedy(path))
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: not there; run `selfcorrect report {path.parent}` first"
-        ) from None
-    made_from = found.pop("made_from", None)
-    if made_from is not None and made_from != checkpoints_digest(path.parent):
-        raise InputError(f"{path}: was made from other checkpoints; {again}")
-    return found
+        raise InputError(f"{path}: missing; run `selfcorrect report {path.parent}` first") from None
+    _check_made_from(path, statistics.pop("made_from", None))
+    return statistics
+
+
+def _remedy(path: Path) -> str:
+    return f"delete it and run `selfcorrect report {path.parent}` again"
+
+
+def _check_made_from(path: Path, digest: str | None) -> None:
+    if digest is not None and digest != checkpoints_digest(path.parent):
+        raise InputError(f"{path}: was made from other checkpoints; {_remedy(path)}")
 
 
 def checkpoints_digest(run: Path) -> str:
-    """SHA-256 over the records of a run's checkpoints, and so over what its results are of."""
+    """Return the SHA-256 over the records of a run's checkpoints, from which results are made."""
     digest = hashlib.sha256()
     for checkpoint in find_checkpoints(run):
         digest.update(checkpoint.record.model_dump_json().encode())
