@@ -1,108 +1,127 @@
-"""Every setting of PPO: the fields of TRL's GRPOConfig, and below them PPO's own."""
+"""Settings of PPO: the fields of TRL's GRPOConfig, and PPO's own."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import re
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Literal, TypeVar, get_args
 
 import torch
 from trl import GRPOConfig
 
 from selfcorrect.recipes.foundation.errors import InputError
 
-CRITICS = ("auto", "shared", "separate", "lora")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+CriticKind = Literal["auto", "shared", "separate", "lora"]
+KLEstimator = Literal["k1", "k2", "k3"]
+C = TypeVar("C", bound=GRPOConfig)
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _help_from_docstring(cls: type[C]) -> type[C]:
+    """Use the docstring's description of each attribute as its help text on a command line."""
+    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", cls.__doc__ or "", re.MULTILINE)
+    descriptions = {name: " ".join(text.split()) for name, text in entries}
+    for field in fields(cls):
+        if field.name in descriptions:
+            help_text = descriptions[field.name].replace("%", "%%")  # for argparse
+            field.metadata = MappingProxyType({"help": help_text})
+    return cls
 
 
+@_help_from_docstring
 @dataclass
 class PPOConfig(GRPOConfig):
-    """Settings of `PPOTrainer`: GRPOConfig's, some with PPO's defaults, and PPO's own.
+    """Settings of `PPOTrainer`: those of GRPOConfig, some with other defaults, and PPO's own.
 
     One PPO step samples one rollout batch of `generation_batch_size` completions and then makes
     `updates_per_rollout` optimizer updates on it: `num_iterations` PPO epochs of
     `steps_per_generation / gradient_accumulation_steps` minibatches each. `max_steps`,
     `logging_steps` and `save_steps` count optimizer updates, as everywhere in transformers.
 
-    Fields of GRPOConfig with another default
-        num_generations: completions per prompt. 1: a critic needs no group to compare with.
+    Attributes:
+        epsilon: PPO's clip range (0.2 in Schulman et al. 2017). The policy loss gives no gradient
+            to a token whose probability ratio has left 1 - epsilon to 1 + epsilon in the direction
+            of its advantage.
+        epsilon_high: upper clip range, if it is to differ from the lower one. None: epsilon.
+        num_generations: completions per prompt. 1, since a critic needs no group to compare with.
+        num_generations_eval: completions per prompt in evaluation.
         num_iterations: PPO epochs over a rollout batch.
-        beta: initial coefficient of the KL penalty, which sits in the reward. 0 keeps no reference
-            model, and then no KL is measured either.
-        disable_dropout: dropout off, so that probability ratios start at exactly 1.
-        gradient_checkpointing: off; it saves memory and costs about 30 % of the time.
-        adam_epsilon: 1e-5, as in the PPO of Huang et al. 2022 (37 implementation details).
-        bf16: on where a GPU computes in it; off on CPU.
-        loss_type: "dapo" is the mean over the tokens of a minibatch; no other is allowed.
-        scale_rewards: "none"; group statistics have no place in PPO.
-
-    PPO's own fields
-        critic: where values come from. "shared": a head on the policy's trunk. "separate": a
-            network of its own. "lora": the policy's frozen base with a second adapter. "auto":
-            "lora" where the policy trains an adapter, otherwise "separate".
-        critic_path: folder of the reward model that the critic starts from: a sequence classifier
-            for "separate", an adapter of the policy's own shape for "lora". None: the policy's
-            weights. The head then starts at zero instead of as the reward model's.
-        critic_learning_rate: the critic's own rate, under the same schedule. None: the policy's.
-        critic_warmup_steps: PPO steps at the start in which the critic alone learns.
+        beta: initial coefficient of the KL penalty in the reward. 0 loads no reference model, and
+            no KL is measured either.
+        disable_dropout: turn dropout off, so that probability ratios start at exactly 1.
+        gradient_checkpointing: save memory at about 30 % of the time.
+        adam_epsilon: Adam's epsilon; 1e-5 as in Huang et al. 2022 (37 implementation details).
+        bf16: bfloat16 autocast. None: on if a GPU supports it, off on a CPU.
+        loss_type: "dapo", the mean over the tokens of a minibatch; no other is allowed.
+        scale_rewards: "none"; PPO uses no group statistics.
+        critic: the network that estimates values. "shared": a head on the policy's trunk.
+            "separate": its own network. "lora": a second adapter on the policy's frozen base.
+            "auto": "lora" if the policy trains an adapter, otherwise "separate".
+        critic_path: folder of the reward model that initialises the critic: a sequence classifier
+            for "separate", an adapter of the policy's shape for "lora". None: the policy's weights
+            and a head that starts at zero.
+        critic_learning_rate: the critic's learning rate, under the same schedule. None: the
+            policy's.
+        critic_warmup_steps: PPO steps at the start in which only the critic learns.
         vf_coef: weight of the value loss.
-        cliprange_value: the value loss takes the worse of the new value and the new value kept
-            within this distance of the old one. None: not clipped.
+        cliprange_value: clip range of the values: the value loss takes the larger error of the new
+            value and of the new value kept within this distance of the old one. None: off.
         gamma: discount per token.
         lam: lambda of generalised advantage estimation (Schulman et al. 2016).
-        kl_estimator: estimate of the KL per token, with r = log policy - log reference: "k1" r,
-            "k2" r^2/2, "k3" exp(-r) - 1 + r (Schulman 2020).
-        kl_target: sequence KL in nats that the controller of Ziegler et al. 2019 steers `beta`
-            to. None: `beta` stays.
+        kl_estimator: estimate of the KL per token in the reward, with r = log policy - log
+            reference: "k1" r, "k2" r^2/2, "k3" exp(-r) - 1 + r (Schulman 2020).
+        kl_target: sequence KL in nats to which the controller of Ziegler et al. 2019 steers `beta`.
+            None: `beta` is fixed.
         kl_horizon: episodes over which that controller acts.
-        max_kl: stop with an error when the sequence KL of a rollout batch exceeds it. None: off.
+        max_kl: stop with an error if the sequence KL of a rollout batch exceeds this. None: off.
         whiten_rewards: divide rewards by their standard deviation over the rollout batch.
-        whiten_advantages: advantages to mean 0 and variance 1 over the rollout batch.
-        score_shift, score_scale: the score used is (score - score_shift) / score_scale.
-        score_clip: then kept within +- this value. None: off.
-        missing_eos_penalty: then reduced by this where the completion did not end. None: off.
+        whiten_advantages: scale advantages to mean 0 and variance 1 over the rollout batch.
+        score_shift: subtracted from the score.
+        score_scale: divides the score after that.
+        score_clip: then bounds the size of the score. None: off.
+        missing_eos_penalty: then subtracted from the score of a completion that did not end. None:
+            off.
     """
 
-    num_generations: int | None = _setting(1, "Completions per prompt.")
-    num_generations_eval: int | None = _setting(1, "Completions per prompt in evaluation.")
-    num_iterations: int = _setting(4, "PPO epochs over a rollout batch.")
-    beta: float = _setting(0.05, "Initial coefficient of the KL penalty in the reward.")
-    disable_dropout: bool = _setting(True, "Turn dropout off.")
-    gradient_checkpointing: bool = _setting(False, "Save memory at about 30 %% of the time.")
-    adam_epsilon: float = _setting(1e-5, "Adam's epsilon.")
-    bf16: bool | None = _setting(None, "bfloat16 autocast. None: where a GPU supports it.")
-    loss_type: str = _setting("dapo", "Mean over the tokens of a minibatch; no other is allowed.")
-    scale_rewards: str | bool = _setting("none", "Group statistics are not used in PPO.")
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    num_generations: int | None = 1
+    num_generations_eval: int | None = 1
+    num_iterations: int = 4
+    beta: float = 0.05
+    disable_dropout: bool = True
+    gradient_checkpointing: bool = False
+    adam_epsilon: float = 1e-5
+    bf16: bool | None = None
+    loss_type: str = "dapo"
+    scale_rewards: str | bool = "none"
 
-    critic: Literal["auto", "shared", "separate", "lora"] = _setting("auto", "Where values live.")
-    critic_path: str | None = _setting(None, "Reward model that the critic starts from.")
-    critic_learning_rate: float | None = _setting(None, "None: the policy's rate.")
-    critic_warmup_steps: int = _setting(0, "PPO steps in which the critic alone learns.")
-    vf_coef: float = _setting(0.5, "Weight of the value loss.")
-    cliprange_value: float | None = _setting(0.2, "Clip range of the values. None: off.")
-    gamma: float = _setting(1.0, "Discount per token.")
-    lam: float = _setting(0.95, "Lambda of generalised advantage estimation.")
-    kl_estimator: Literal["k1", "k2", "k3"] = _setting("k1", "KL estimate in the reward.")
-    kl_target: float | None = _setting(None, "Sequence KL to steer to, nats. None: fixed beta.")
-    kl_horizon: int = _setting(10_000, "Episodes over which the KL controller acts.")
-    max_kl: float | None = _setting(None, "Stop beyond this sequence KL, nats. None: off.")
-    whiten_rewards: bool = _setting(False, "Rewards to unit variance over the rollout batch.")
-    whiten_advantages: bool = _setting(True, "Advantages to mean 0, variance 1.")
-    score_shift: float = _setting(0.0, "Subtracted from the score.")
-    score_scale: float = _setting(1.0, "Divides the score.")
-    score_clip: float | None = _setting(None, "Bound on the size of the score. None: off.")
-    missing_eos_penalty: float | None = _setting(None, "Off the score without an end token.")
+    critic: CriticKind = "auto"
+    critic_path: str | None = None
+    critic_learning_rate: float | None = None
+    critic_warmup_steps: int = 0
+    vf_coef: float = 0.5
+    cliprange_value: float | None = 0.2
+    gamma: float = 1.0
+    lam: float = 0.95
+    kl_estimator: KLEstimator = "k1"
+    kl_target: float | None = None
+    kl_horizon: int = 10_000
+    max_kl: float | None = None
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    score_shift: float = 0.0
+    score_scale: float = 1.0
+    score_clip: float | None = None
+    missing_eos_penalty: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the settings; raises InputError with one line that names the key."""
+        """Check the settings; raise InputError with one line that names the key."""
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported() and not self.fp16
-        wanted = self.num_generations
-        if wanted == 1:
-            # GRPO refuses groups of one. The whole rollout batch passes its checks, then 1 returns.
+        num_generations = self.num_generations
+        if num_generations == 1:
+            # GRPO refuses groups of one. A group as large as the rollout batch passes its checks.
             steps = self.steps_per_generation or self.gradient_accumulation_steps
             rollout = self.generation_batch_size or self.per_device_train_batch_size * steps
             if rollout < 2:
@@ -115,7 +134,7 @@ class PPOConfig(GRPOConfig):
             super().__post_init__()
         except ValueError as error:
             raise InputError(f"ppo: {str(error).splitlines()[0]}") from None
-        self.num_generations = wanted
+        self.num_generations = num_generations
         self._check()
 
     @property
@@ -136,8 +155,8 @@ class PPOConfig(GRPOConfig):
                 "epoch is a whole number of minibatches"
             )
         choices = (
-            ("critic", CRITICS),
-            ("kl_estimator", KL_ESTIMATORS),
+            ("critic", get_args(CriticKind)),
+            ("kl_estimator", get_args(KLEstimator)),
             ("loss_type", ("dapo",)),
             ("importance_sampling_level", ("token",)),
         )
@@ -171,7 +190,7 @@ class PPOConfig(GRPOConfig):
                 )
         if self.critic == "shared" and self.critic_path is not None:
             raise InputError(
-                "ppo: critic_path has no use with critic: shared, whose trunk is the "
+                "ppo: critic_path cannot be used with critic: shared, whose trunk is the "
                 "policy's; remove critic_path or set critic: separate"
             )
 
