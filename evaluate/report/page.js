@@ -1,14 +1,15 @@
-// The report's script: tables that sort and filter, and the browser of transcripts.
+// The report's script: tables that sort and filter, and the transcript browser.
 "use strict";
 
-// An element with properties, attributes (aria-..., role, scope) and children. Text stays text.
+// Create an element with properties or attributes (aria-..., role, scope) and children. String
+// children become text nodes and are never parsed as HTML.
 function make(tag, properties, children) {
-  const made = document.createElement(tag);
+  const element = document.createElement(tag);
   Object.entries(properties || {}).forEach(([name, value]) => {
-    if (name in made) { made[name] = value; } else { made.setAttribute(name, value); }
+    if (name in element) { element[name] = value; } else { element.setAttribute(name, value); }
   });
-  made.append(...(children || []));
-  return made;
+  element.append(...(children || []));
+  return element;
 }
 
 function plural(number, noun) { return number + " " + noun + (number === 1 ? "" : "s"); }
@@ -21,7 +22,7 @@ function sortKey(row, column) {
 }
 
 function compare(a, b, up) {
-  if (a === null || b === null) { return (a === null) - (b === null); }  // undefined comes last
+  if (a === null || b === null) { return (a === null) - (b === null); }  // undefined sorts last
   const order = typeof a === "number" && typeof b === "number"
     ? a - b : String(a).localeCompare(String(b), undefined, { numeric: true });
   return up ? order : -order;
@@ -37,10 +38,10 @@ document.querySelectorAll("table.sorts").forEach((table) => {
     header.append(button);
     button.addEventListener("click", () => {
       const up = header.getAttribute("aria-sort") !== "ascending";
-      headers.forEach((other) => { other.removeAttribute("aria-sort"); });
+      headers.forEach((cell) => { cell.removeAttribute("aria-sort"); });
       header.setAttribute("aria-sort", up ? "ascending" : "descending");
       body.append(...Array.from(body.rows)
-        .sort((one, other) => compare(sortKey(one, column), sortKey(other, column), up)));
+        .sort((a, b) => compare(sortKey(a, column), sortKey(b, column), up)));
       status.textContent = "Sorted by " + name + (up ? ", ascending" : ", descending");
     });
   });
@@ -60,10 +61,10 @@ document.querySelectorAll("table.sorts").forEach((table) => {
     make("div", { className: "tools" }, [make("label", {}, ["Filter rows ", input]), status]));
 });
 
-// --- the browser of transcripts ---
+// --- the transcript browser; evaluate/report/transcripts.py makes its data ---
 
-function browse(all, place) {
-  const find = (name) => place.querySelector("[data-part=" + name + "]");
+function browse(allRuns, browser) {
+  const find = (name) => browser.querySelector("[data-part=" + name + "]");
   const [runs, experiments, models, search, items] =
     ["run", "experiment", "model", "search", "item"].map(find);
   const [conditions, status, table] = ["conditions", "status", "table"].map(find);
@@ -72,29 +73,31 @@ function browse(all, place) {
     ...names.map((name, index) => make("option", { value: String(index) }, [name])));
   let data, experiment;
 
-  // A text as [its place, its full length where it is cut].
-  function said([index, length], after) {
-    const shown = make("span", { className: "said", dir: "auto" }, [text(index)]);
-    const notes = length ? ["cut here; " + length.toLocaleString("en") + " characters in all"] : [];
-    return [shown, ...notes.concat(after || []).map(
-      (note) => make("span", { className: "soft" }, [" [" + note + "]"]))];
+  function quote(string) { return make("span", { className: "quote", dir: "auto" }, [string]); }
+
+  function remarks(notes) {
+    return notes.map((note) => make("span", { className: "soft" }, [" [" + note + "]"]));
+  }
+
+  // Show a text, given as [its index, its length if it is cut], with notes after it.
+  function quoted([index, length], notes) {
+    const cut = length ? ["cut here; " + length.toLocaleString("en") + " characters in all"] : [];
+    return [quote(text(index)), ...remarks(cut.concat(notes || []))];
   }
 
   function turn([role, index, length], last) {
-    const whole = text(index), open = whole.endsWith(data.sample) && !length;
+    const string = text(index), sampled = string.endsWith(data.sample) && !length;
     const name = role.charAt(0).toUpperCase() + role.slice(1) + ": ";
-    const shown = open ? [make("span", { className: "said", dir: "auto" },
-      [whole.slice(0, -data.sample.length)])] : said([index, length]);
-    const notes = open ? ["here the model writes its own text"] : [];
-    if (last) { notes.push("here the options are scored"); }
-    return make("p", {}, [make("strong", {}, [name]), ...shown, ...notes.map(
-      (note) => make("span", { className: "soft" }, [" [" + note + "]"]))]);
+    const shown = sampled ? [quote(string.slice(0, -data.sample.length))] : quoted([index, length]);
+    const notes = sampled ? ["the model writes text here"] : [];
+    if (last) { notes.push("the options are scored here"); }
+    return make("p", {}, [make("strong", {}, [name]), ...shown, ...remarks(notes)]);
   }
 
   function question(item, condition) {
     const dialogues = item.asked[condition].map(([order, turns]) =>
-      [order, turns.map((one, index) => turn(one, index === turns.length - 1))]);
-    if (!dialogues.length) { return [make("span", { className: "soft" }, ["not known"])]; }
+      [order, turns.map((entry, index) => turn(entry, index === turns.length - 1))]);
+    if (!dialogues.length) { return [make("span", { className: "soft" }, ["unknown"])]; }
     if (dialogues.length === 1) { return dialogues[0][1]; }
     return dialogues.map(([order, turns], index) => make("details", { open: index === 0 },
       [make("summary", {}, ["Options in the order " + order]), ...turns]));
@@ -108,27 +111,27 @@ function browse(all, place) {
       const bar = make("span", { className: "bar", "aria-hidden": "true" });
       bar.style.width = 4 * (chances === null ? 0 : chances[index]) + "rem";
       return make("li", { className: index === chosen ? "chosen" : "" }, [
-        ...said(name), " ", chance, " ", bar, tags.length ? " " + tags.join(", ") : ""]);
+        ...quoted(name), " ", chance, " ", bar, tags.length ? " " + tags.join(", ") : ""]);
     });
     const share = mass === null ? "undefined" : mass.toFixed(3);
     return [make("ul", { className: "options" }, rows),
-      make("span", { className: "soft" }, ["mass on the options " + share])];
+      make("span", { className: "soft" }, ["probability on the options " + share])];
   }
 
-  // Of several answers in a cell each says what sets it apart: its order, its draw.
+  // Where a cell has several answers, name the order of the options and the draw of each.
   function answer(item, entry, all) {
     const [order, draw, , , , , samples, truncated] = entry;
-    const apart = (place) => new Set(all.map((one) => one[place])).size > 1;
-    const which = [apart(0) ? "options in the order " + order : "",
-      apart(1) ? "draw " + (draw + 1) : ""].filter((one) => one).join(", ");
-    const parts = which ? [make("p", { className: "soft" }, [which])] : [];
+    const differ = (position) => new Set(all.map((values) => values[position])).size > 1;
+    const title = [differ(0) ? "options in the order " + order : "",
+      differ(1) ? "draw " + (draw + 1) : ""].filter((part) => part).join(", ");
+    const parts = title ? [make("p", { className: "soft" }, [title])] : [];
     (samples || []).forEach((sample, index) => {
       const stopped = truncated && index === samples.length - 1;
-      const name = samples.length > 1 ? "Own text " + (index + 1) + ": " : "Own text: ";
-      const note = samples.length > 1 ? "one of these was stopped at the token limit"
-        : "stopped at the token limit";
+      const name = samples.length > 1 ? "Model's text " + (index + 1) + ": " : "Model's text: ";
+      const note = samples.length > 1 ? "one of these was cut off at the token limit"
+        : "cut off at the token limit";
       parts.push(make("p", {},
-        [make("strong", {}, [name]), ...said(sample, stopped ? [note] : [])]));
+        [make("strong", {}, [name]), ...quoted(sample, stopped ? [note] : [])]));
     });
     return make("div", { className: "answer" }, parts.concat(options(item, entry)));
   }
@@ -139,8 +142,8 @@ function browse(all, place) {
     if (!item) { return; }
     const shown = Array.from(conditions.querySelectorAll("input"))
       .filter((box) => box.checked).map((box) => Number(box.value));
-    const mine = item.answers.filter((one) => one[0] === Number(models.value));
-    const steps = Array.from(new Set(mine.map((one) => one[1]))).sort((a, b) => a - b);
+    const answers = item.answers.filter((entry) => entry[0] === Number(models.value));
+    const steps = Array.from(new Set(answers.map((entry) => entry[1]))).sort((a, b) => a - b);
     const facts = item.facts.map(([name, value]) => text(name) + ": " + text(value));
     const head = (name, scope) => make("th", { scope: scope }, [name]);
     const row = (name, cell) => make("tr", {}, [head(name, "row"),
@@ -152,9 +155,9 @@ function browse(all, place) {
         (condition) => head(text(experiment.conditions[condition]), "col"))])]),
       make("tbody", {}, [row("Asked", (condition) => question(item, condition)),
         ...steps.map((step) => row(String(step), (condition) => {
-          const cell = mine.filter((one) => one[1] === step && one[2] === condition)
-            .map((one) => one.slice(3));
-          return cell.length ? cell.map((one) => answer(item, one, cell))
+          const cell = answers.filter((entry) => entry[1] === step && entry[2] === condition)
+            .map((entry) => entry.slice(3));
+          return cell.length ? cell.map((entry) => answer(item, entry, cell))
             : [make("span", { className: "soft" }, ["not measured"])];
         }))]));
   }
@@ -162,25 +165,25 @@ function browse(all, place) {
   function choose() {
     const words = search.value.toLowerCase().split(/\s+/);
     const kept = items.value;
-    const found = experiment.items.map((item, index) => [item, index]).filter(([item]) => {
+    const matches = experiment.items.map((item, index) => [item, index]).filter(([item]) => {
       const asked = item.asked.flat().flatMap(([, turns]) => turns);
-      const all = [item.id, item.category, ...item.facts.flat(), ...asked.map((one) => one[1])]
+      const all = [item.id, item.category, ...item.facts.flat(), ...asked.map((entry) => entry[1])]
         .map(text).join("\n").toLowerCase();
       return words.every((word) => all.includes(word));
     });
-    items.replaceChildren(...found.map(([item, index]) => {
+    items.replaceChildren(...matches.map(([item, index]) => {
       const name = text(item.id), category = text(item.category);
       return make("option", { value: String(index) },
         [name.includes(category) ? name : category + ": " + name]);
     }));
-    if (found.some(([, index]) => String(index) === kept)) { items.value = kept; }
+    if (matches.some(([, index]) => String(index) === kept)) { items.value = kept; }
     status.textContent = search.value.trim()
-      ? plural(found.length, "item") + " of " + experiment.items.length + " found"
-      : plural(found.length, "item");
+      ? plural(matches.length, "item") + " of " + experiment.items.length + " found"
+      : plural(matches.length, "item");
     show();
   }
 
-  function enter() {
+  function enterExperiment() {
     experiment = data.experiments[experiments.value];
     conditions.replaceChildren(make("legend", {}, ["Conditions"]),
       ...experiment.conditions.map((name, index) => make("label", {}, [
@@ -191,21 +194,22 @@ function browse(all, place) {
     show();
   }
 
-  // Another run: the same experiment, model and item as far as it has them, else its largest model.
+  // Keep the experiment, model and item if the chosen run has them; otherwise show its first
+  // experiment and item, and its largest model.
   function enterRun() {
-    const said = (select) => (select.selectedOptions[0] || {}).textContent;
-    const again = (select, name, otherwise) => {
-      const found = Array.from(select.options).findIndex((one) => one.textContent === name);
-      select.selectedIndex = found < 0 ? otherwise : found;
+    const selected = (list) => (list.selectedOptions[0] || {}).textContent;
+    const select = (list, name, otherwise) => {
+      const index = Array.from(list.options).findIndex((option) => option.textContent === name);
+      list.selectedIndex = index < 0 ? otherwise : index;
     };
-    const [title, model, item] = [experiments, models, items].map(said);
-    data = all[runs.value].data;
-    fill(experiments, data.experiments.map((one) => text(one.title)));
+    const [title, model, item] = [experiments, models, items].map(selected);
+    data = allRuns[runs.value].data;
+    fill(experiments, data.experiments.map((entry) => text(entry.title)));
     fill(models, data.models.map(text));
-    again(experiments, title, 0);
-    again(models, model, data.models.length - 1);
-    enter();
-    again(items, item, 0);
+    select(experiments, title, 0);
+    select(models, model, data.models.length - 1);
+    enterExperiment();
+    select(items, item, 0);
     show();
   }
 
@@ -218,16 +222,16 @@ function browse(all, place) {
     show();
   }
 
-  fill(runs, all.map((one) => one.run));
-  runs.parentNode.hidden = all.length < 2;
+  fill(runs, allRuns.map((entry) => entry.run));
+  runs.parentNode.hidden = allRuns.length < 2;
   runs.addEventListener("change", enterRun);
-  experiments.addEventListener("change", enter);
+  experiments.addEventListener("change", enterExperiment);
   search.addEventListener("input", choose);
-  [models, items, conditions].forEach((one) => one.addEventListener("change", show));
+  [models, items, conditions].forEach((input) => input.addEventListener("change", show));
   find("previous").addEventListener("click", () => step(-1));
   find("next").addEventListener("click", () => step(1));
   enterRun();
-  place.hidden = false;
+  browser.hidden = false;
 }
 
 const transcripts = document.getElementById("transcripts-data");

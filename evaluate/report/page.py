@@ -1,7 +1,8 @@
-"""The report of one run or several: one self-contained HTML file on what was run and came out."""
+"""Write the report of one run or several: one self-contained HTML file."""
 
 import base64
 import hashlib
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from selfcorrect.evaluate.measuring.progress import estimate_progress
+from selfcorrect.evaluate.measuring.progress import estimate_progress, report_inputs
 from selfcorrect.evaluate.report.comparison import (
     differences,
     group_runs,
@@ -32,7 +33,7 @@ from selfcorrect.evaluate.report.verdict import caveats, summary, verdicts
 from selfcorrect.evaluate.results import write_results
 from selfcorrect.evaluate.run_folder import POLICY_METHODS, check_inside
 from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES
-from selfcorrect.evaluate.statistics.files import write_table
+from selfcorrect.evaluate.statistics.files import read_results, write_table
 from selfcorrect.recipes.foundation.atomic_files import remove_leftovers, write_text
 from selfcorrect.recipes.foundation.checksums import flatten, read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
@@ -44,21 +45,37 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
+logger = logging.getLogger(__name__)
+
 
 def write_report(
     run: Path, num_resamples: int = NUM_RESAMPLES, seed: int = 0, paper: bool = False
 ) -> Path:
     """Write results.parquet, statistics.json, figures/ and report.html into `run`.
 
-    With `paper`, figures show the values of Ganguli et al. beside ours. Returns the report's path.
-    Raises InputError for a folder that is no run, a damaged evaluation file, or a run of which
-    nothing has been evaluated.
+    With `paper`, figures show the values of Ganguli et al. too. Returns the report's path. Raises
+    InputError for a folder that is not a run, a damaged evaluation file, or a run without
+    evaluations.
     """
     if not (run / "recipe.yaml").is_file():
         raise InputError(f"{run}: not a run folder (no recipe.yaml)")
-    with hold_lock(run, math.inf):  # else a report that was begun earlier could end up on top
+    with hold_lock(run, math.inf):  # otherwise a report begun earlier could overwrite a later one
         remove_leftovers(run / "figures")
         return _write_report(run, num_resamples, seed, paper)
+
+
+def is_report_current(run: Path) -> bool:
+    """Return whether a run has a report that is newer than every file it is made from."""
+    report, results = run / "report.html", run / "results.parquet"
+    if not (report.is_file() and results.is_file()):
+        return False
+    try:
+        read_results(results)
+    except InputError as error:
+        logger.warning("%s; the report is written again", str(error).partition(";")[0])
+        return False
+    written = report.stat().st_mtime_ns
+    return all(changed <= written for changed, _ in report_inputs(run).values())
 
 
 def _write_report(run: Path, num_resamples: int, seed: int, paper: bool) -> Path:
@@ -87,9 +104,9 @@ def write_comparison(
 ) -> Path:
     """Write results.parquet, statistics.json, figures/ and report.html of several runs into `out`.
 
-    Runs whose recipes agree in all but the seeds are seeds of one model; the column `run` is what
-    tells the others apart. The runs' own folders stay as they are. Returns the report's path.
-    Raises InputError as `write_report` does, and where `out` is a run itself.
+    Runs whose recipes agree in all but the seeds count as seeds of one recipe; the column `run`
+    tells the others apart. The runs' folders are not changed. Returns the report's path. Raises
+    InputError as `write_report`, and if `out` is a run.
     """
     from selfcorrect.evaluate.figures.gallery import draw_runs
 
@@ -102,13 +119,13 @@ def write_comparison(
     groups = group_runs(named)
     parts = measure_groups(groups, num_resamples, seed)
     frame = pd.concat([table for table, _ in parts], ignore_index=True)
-    statistics = merge_statistics(groups, [one for _, one in parts])
+    statistics = merge_statistics(groups, [part for _, part in parts])
     write_table(out / "results.parquet", frame, {})
     write_record(out / "statistics.json", statistics)
     return _write_page(
         out,
         named,
-        [(group.label, one) for group, (_, one) in zip(groups, parts, strict=True)],
+        [(group.label, part) for group, (_, part) in zip(groups, parts, strict=True)],
         statistics,
         draw_runs(frame, statistics, out / "figures"),
         title=", ".join(named),
@@ -133,7 +150,7 @@ def _write_page(
     drawn: tuple[list["Drawing"], list[str]],
     **content: Any,
 ) -> Path:
-    """The page of one run or of several: `named` says what is shown of which folder."""
+    """Write the page; `named` maps labels to run folders, `parts` labels to statistics."""
     drawings, not_drawn = drawn
     page = render(
         groups=[
@@ -162,7 +179,7 @@ def _write_page(
             *trend_tables(statistics),
             *category_tables(statistics),
             left_out_table(
-                statistics, [one for run in named.values() for one in _left_out_of_feedback(run)]
+                statistics, [job for run in named.values() for job in _left_out_of_feedback(run)]
             ),
         ],
         transcripts=transcripts(named),
@@ -183,18 +200,18 @@ def _write_page(
 
 
 def _unfinished(named: Mapping[str, Path]) -> Iterable[str]:
-    """A sentence for each run of which the recipe asks for more than there is."""
+    """Yield a sentence for each run with checkpoints that are planned but not measured."""
     for label, run in named.items():
         try:
             progress = estimate_progress(run)
         except InputError:
-            continue  # the recipe cannot be read, which the transcripts' notes say
+            continue  # the transcripts' notes report a recipe that cannot be read
         if not progress.complete:
             yield f"{label} is not finished: {progress} so far."
 
 
 def _left_out_of_feedback(run: Path) -> list[dict[str, int]]:
-    """What the stage.json of each reward model and each PPO says of pairs and prompts left out."""
+    """Return the pairs and prompts left out, by reason, from each reward and policy stage.json."""
     paths = [
         path
         for stage in ("reward", *POLICY_METHODS)
@@ -205,7 +222,7 @@ def _left_out_of_feedback(run: Path) -> list[dict[str, int]]:
 
 
 def render(**content: Any) -> str:
-    """The template filled with `content`; everything is escaped, and shown as visible text."""
+    """Fill the template with `content`; HTML and control characters are escaped."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -218,7 +235,7 @@ def render(**content: Any) -> str:
     return environment.get_template(TEMPLATE.name).render(**content)
 
 
-# --- what was run -----------------------------------------------------------------------------
+# --- recipe and facts of the run --------------------------------------------------------------
 
 
 def _recipe_text(path: Path) -> str | None:
@@ -230,7 +247,7 @@ def _recipe_text(path: Path) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return read_record(path, "mend it or move it away")
+        return read_record(path, "restore it or move it away")
     except FileNotFoundError:
         return {}
 

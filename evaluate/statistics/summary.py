@@ -27,10 +27,10 @@ from selfcorrect.evaluate.statistics.thresholds import threshold_steps
 from selfcorrect.evaluate.statistics.trends import trends
 
 INTERVAL_MEANING = (
-    "Percentile bootstrap over clusters (BBQ templates, occupations, distinct students) within "
-    "each category. It says how far the number may move with other items of the same kind; it "
-    "does not cover another training run, seed or wording of the prompt. An interval without width "
-    "means that all clusters agree: the rare exception may still exist, in up to about 3 of n."
+    "Intervals are percentile bootstrap intervals over clusters (BBQ templates, occupations, "
+    "distinct students) within each category. They cover other items of the same kind, but not "
+    "another training run, seed or wording of the prompt. An interval without width means that all "
+    "n clusters agree; up to about 3 in n could still differ."
 )
 LISTS = {"effect": "effects", "growth": "growth", "change": "changes"}
 
