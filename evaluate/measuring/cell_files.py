@@ -211,8 +211,10 @@ def is_cell_measured(path: Path, cell: PlannedCell, origin: Origin | None = None
         _, metadata = read_cell(path)
     except InputError:
         return False
-    return metadata.get("settings_digest") == cell.settings_digest and (
-        origin is None or metadata.get("origin") == asdict(origin)
+    return (
+        metadata.get("settings_digest") == cell.settings_digest
+        and metadata["judged"] == cell.section.condition(cell.condition).judged
+        and (origin is None or metadata.get("origin") == asdict(origin))
     )
 
 

@@ -216,7 +216,7 @@ def _workloads(recipe: Recipe) -> Iterator[tuple[str, int, float, float]]:
             continue
         items, tokens = workload.num_items, (workload.scored_tokens, workload.prompt_tokens)
         if society is not None:
-            items, tokens = _society_items(society.model_dump_json())[name], SOCIETY_TOKENS
+            items, tokens = _society_items(society.model_dump_json()).get(name, 0), SOCIETY_TOKENS
         yield name, min(items, recipe.evaluate.limit or items), *tokens
 
 
