@@ -1,4 +1,4 @@
-"""What a recipe may say: one YAML is one whole run. Unknown keys are refused."""
+"""The sections and keys of a recipe, which describes a whole run. Unknown keys are refused."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -55,7 +55,7 @@ class Model(Section):
     )
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "Model":
+    def _check_origin(self) -> "Model":
         if (self.path is None) == (self.scratch is None):
             raise ValueError("give either path or scratch")
         if self.scratch is not None and "model_type" not in self.scratch:
@@ -88,11 +88,12 @@ class Data(Section):
     )
     benchmarks: Path | None = Field(None, description="folder with bbq/, winogender/, law_school/")
     stimuli: Path | None = Field(
-        None, description="YAML of own conditions, on top of the paper's (or the society's)"
+        None,
+        description="YAML with conditions of your own, added to the paper's (or the society's)",
     )
 
     @model_validator(mode="after")
-    def _feedback_from_somewhere(self) -> "Data":
+    def _check_feedback(self) -> "Data":
         if (self.society is None) == (self.preferences is None):
             raise ValueError("give either society or preferences")
         return self
@@ -166,27 +167,27 @@ class Policy(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _write_out_checkpoints(cls, given: Any) -> Any:
+    def _expand_checkpoints(cls, given: Any) -> Any:
         if not isinstance(given, dict) or not isinstance(given.get("steps"), int):
             return given
-        steps, asked = given["steps"], given.get("checkpoints")
-        if asked == "powers of two":
-            kept = [0, *(2**n for n in range(steps.bit_length()) if 2**n <= steps), steps]
-        elif isinstance(asked, dict) and list(asked) == ["every"]:
-            every = asked["every"]
+        steps, checkpoints = given["steps"], given.get("checkpoints")
+        if checkpoints == "powers of two":
+            expanded = [0, *(2**n for n in range(steps.bit_length()) if 2**n <= steps), steps]
+        elif isinstance(checkpoints, dict) and list(checkpoints) == ["every"]:
+            every = checkpoints["every"]
             if not isinstance(every, int) or every < 1:
-                raise ValueError("checkpoints: every needs a whole number above 0")
-            kept = [*range(0, steps, every), steps]
+                raise ValueError("checkpoints: every must be a whole number above 0")
+            expanded = [*range(0, steps, every), steps]
         else:
             return given
-        return {**given, "checkpoints": sorted(set(kept))}
+        return {**given, "checkpoints": sorted(set(expanded))}
 
     @model_validator(mode="after")
     def _check_steps(self) -> "Policy":
         if not self.checkpoints:
-            raise ValueError("checkpoints is empty: name at least one step, such as [0, 10]")
+            raise ValueError("checkpoints is empty: give at least one step, such as [0, 10]")
         if self.checkpoints != sorted(set(self.checkpoints)):
-            raise ValueError("checkpoints must rise without repeats")
+            raise ValueError("checkpoints must be in rising order, without repeats")
         if self.checkpoints[-1] > self.steps:
             raise ValueError(
                 f"checkpoints asks for step {self.checkpoints[-1]} but the run ends at steps: "
@@ -196,7 +197,7 @@ class Policy(Section):
 
 
 class Evaluate(Section):
-    """What is measured at every checkpoint."""
+    """The evaluation of every checkpoint."""
 
     experiments: Annotated[list[str], Field(min_length=1)] = ["bbq", "winogender", "law_school"]
     conditions: list[str] | None = Field(
@@ -204,16 +205,16 @@ class Evaluate(Section):
     )
     limit: Positive | None = Field(None, description="items an experiment, sampled by template")
     attach: Literal["inline", "off"] = Field(
-        "inline", description="inline: while training; off: after it"
+        "inline", description="inline: during training; off: after it"
     )
     engine: Annotated[str, Field(pattern=r"^(packed|vllm|lm-eval:[a-z0-9_-]+)$")] = Field(
-        "packed", description="packed (our own), vllm, or lm-eval:<an LM of lm-eval>, such as hf"
+        "packed", description="packed (built in), vllm, or lm-eval:<model type>, such as lm-eval:hf"
     )
-    max_new_tokens: Positive = Field(256, description="length of the model's own reasoning")
+    max_new_tokens: Positive = Field(256, description="length limit of sampled reasoning")
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    samples: Positive = Field(1, description="reasonings drawn per question")
+    samples: Positive = Field(1, description="samples of the reasoning per question")
     permutations: Literal[1, 3, 6] = Field(
-        1, description="orders of the options: as published, rotations, or rotations both ways"
+        1, description="orders of the options: 1 as published, 3 rotations, 6 both directions"
     )
     style: str = Field(
         "auto", description="auto, chat, plain (Human/Assistant), or a chat template *.jinja"
@@ -222,43 +223,41 @@ class Evaluate(Section):
 
     @field_validator("attach", mode="before")
     @classmethod
-    def _off_is_a_word(cls, given: Any) -> Any:
-        return "off" if given is False else given  # YAML reads an unquoted off as false
+    def _read_unquoted_off(cls, given: Any) -> Any:
+        return "off" if given is False else given  # YAML 1.1 reads an unquoted off as false
 
     @model_validator(mode="after")
-    def _live_models_are_scored_in_packs(self) -> "Evaluate":
+    def _check_engine(self) -> "Evaluate":
         if self.engine != "packed" and self.attach == "inline":
             raise ValueError(f"engine: {self.engine} loads saved checkpoints: set attach: off")
         return self
 
 
 class Launch(Section):
-    """How the run uses the machine."""
+    """How the run uses machines: jobs, threads, processes, SLURM."""
 
-    jobs: Positive = Field(1, description="models (and seeds) trained at the same time")
+    jobs: Positive = Field(1, description="jobs (a model with a seed) trained at the same time")
     threads: Positive | None = Field(
         None, description="CPU threads a process; default: cores / jobs / processes"
     )
     processes: Positive = Field(
         1,
-        description="devices that one model is trained on, one process each; batch sizes are per"
-        " device",
+        description="processes that train one model, each on its own device; batch sizes are per "
+        "device",
     )
-    deepspeed: str | None = Field(
-        None, description="zero1, zero2, zero3, or a DeepSpeed JSON (offload and all else)"
-    )
+    deepspeed: str | None = Field(None, description="zero1, zero2, zero3, or a DeepSpeed JSON file")
     slurm: Slurm | None = Field(None, description="for `selfcorrect launch --cluster slurm`")
 
     @property
     def starts_processes(self) -> bool:
-        """Whether a job's training runs in processes of its own, through accelerate."""
+        """Whether accelerate starts separate processes for a job's training."""
         return self.processes > 1 or self.deepspeed is not None
 
 
 def rename_old_sections(content: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe's content with its section `ppo`, the name of older versions, as `policy`.
 
-    Raises ValueError where both are given.
+    Raises ValueError if both are given.
     """
     models = content.get("models")
     if isinstance(models, list):
@@ -300,23 +299,23 @@ class Recipe(Section):
         return rename_old_sections(given) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> "Recipe":
+    def _check_sections(self) -> "Recipe":
         names = [model.name for model in self.models]
-        if taken := RESERVED_NAMES.intersection(names):
-            raise ValueError(f"models: the name {min(taken)} is taken in a run's folder; rename")
+        if reserved := RESERVED_NAMES.intersection(names):
+            raise ValueError(f"models: the name {min(reserved)} is reserved; rename the model")
         if len(set(names)) < len(names):
             raise ValueError("models: two models have the same name")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: a seed is named twice")
+            raise ValueError("seeds: a seed is given twice")
         pretrains = self.base is not None and self.base.method == "pretrain"
         if pretrains and self.data.society is None:
-            raise ValueError("base: method pretrain needs data: society (its corpus)")
+            raise ValueError("base: method pretrain needs data.society, whose corpus it trains on")
         for model in self.models:
             if "base" in model.trainer and self.base is None:
                 raise ValueError(f"models: {model.name}: trainer.base, but the recipe has no base")
             if (model.scratch is not None) != pretrains:
                 raise ValueError(
-                    f"models: {model.name}: scratch and base: method pretrain go together"
+                    f"models: {model.name}: scratch and base.method: pretrain need each other"
                 )
         if self.policy.method != "ppo" and self.launch.starts_processes:
             raise ValueError(
@@ -333,15 +332,15 @@ class Recipe(Section):
         return self
 
     def of(self, name: str) -> "Recipe":
-        """The recipe as it is for one of its models, whose own `trainer` keys are filled in."""
-        own = next(model.trainer for model in self.models if model.name == name)
+        """Return the recipe for one of its models, with the model's `trainer` keys filled in."""
+        overrides = next(model.trainer for model in self.models if model.name == name)
         parts: dict[str, Any] = {
-            stage: part.model_copy(update={"trainer": {**part.trainer, **own[stage]}})
+            stage: part.model_copy(update={"trainer": {**part.trainer, **overrides[stage]}})
             for stage, part in (
                 ("base", self.base),
                 ("reward", self.reward),
                 ("policy", self.policy),
             )
-            if part is not None and stage in own
+            if part is not None and stage in overrides
         }
         return self.model_copy(update=parts)

@@ -1,4 +1,4 @@
-"""Checks a recipe against the libraries' own settings before anything is trained or written."""
+"""Check a recipe against the libraries' own settings, before anything is trained or written."""
 
 import importlib.util
 from pathlib import Path
@@ -9,10 +9,10 @@ from selfcorrect.recipes.schema import Recipe
 
 
 def check_training(recipe: Recipe) -> None:
-    """Raises InputError for the first thing in the recipe that cannot work.
+    """Raise InputError for the first key of the recipe that would fail in training.
 
-    The `trainer:` and `lora:` keys are built once with the libraries' classes; given models and
-    data folders must exist; a configuration from scratch must be one that transformers knows.
+    The `trainer:` and `lora:` keys are passed to the libraries' classes; given models and data
+    folders must exist; transformers must know the configurations from scratch.
     """
     if recipe.policy.trainer.get("use_vllm") and importlib.util.find_spec("vllm") is None:
         raise InputError(
@@ -43,7 +43,7 @@ def check_training(recipe: Recipe) -> None:
 
 
 def _check_trainers(recipe: Recipe) -> None:
-    """Builds the stages' settings with the libraries' own classes."""
+    """Build the stages' settings with the libraries' own classes."""
     from transformers import TrainingArguments
     from trl import RewardConfig, SFTConfig
 
@@ -51,33 +51,35 @@ def _check_trainers(recipe: Recipe) -> None:
     from selfcorrect.train.stages.baselines import sft_arguments
     from selfcorrect.train.stages.policy import policy_arguments
 
-    nowhere = Path("checked-only")
-    output = {"output_dir": str(nowhere)}
-    given = {**output, **NO_CODE}
+    folder = Path("unused")
+    output = {"output_dir": str(folder)}
+    fixed = {**output, **NO_CODE}
     if recipe.base is not None and recipe.base.method == "pretrain":
         build(TrainingArguments, "base.trainer", recipe.base.trainer, {"bf16": False}, output)
     elif recipe.base is not None:
-        build(SFTConfig, "base.trainer", recipe.base.trainer, {"bf16": False}, given)
-    build(RewardConfig, "reward.trainer", recipe.reward.trainer, {"bf16": False}, given)
-    arguments = policy_arguments(recipe.policy, nowhere, recipe.seeds[0])
+        build(SFTConfig, "base.trainer", recipe.base.trainer, {"bf16": False}, fixed)
+    build(RewardConfig, "reward.trainer", recipe.reward.trainer, {"bf16": False}, fixed)
+    arguments = policy_arguments(recipe.policy, folder, recipe.seeds[0])
     if recipe.policy.method == "sft":
         sft_arguments(recipe.policy, arguments)
 
 
 def _check_model(path: str | None, key: str) -> None:
-    """A folder that looks local must be there; other names are the hub's affair."""
+    """Raise InputError if a path that looks local does not exist; other names are hub names."""
     if path is None:
         return
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().exists():
-        raise InputError(f"{key}: no model folder {path}")
+        raise InputError(f"{key}: there is no model folder {path}")
 
 
 def _check_data(recipe: Recipe) -> None:
     for experiment in recipe.evaluate.experiments:
         if experiment not in EXPERIMENTS:
             known = ", ".join(EXPERIMENTS)
-            raise InputError(f"evaluate.experiments: there is no {experiment!r}; there are {known}")
+            raise InputError(
+                f"evaluate.experiments: unknown experiment {experiment!r}; known: {known}"
+            )
     if recipe.data.society is not None:
         return
     folder = recipe.data.benchmarks
@@ -88,6 +90,6 @@ def _check_data(recipe: Recipe) -> None:
     for experiment in recipe.evaluate.experiments:
         if not (folder / experiment).is_dir():
             raise InputError(
-                f"data.benchmarks: {folder} has no folder {experiment}/; add the files, "
-                "or leave it out of evaluate.experiments"
+                f"data.benchmarks: {folder} has no folder {experiment}/; add it, or remove "
+                f"{experiment} from evaluate.experiments"
             )

@@ -1,6 +1,6 @@
-"""One job of a run: one model and one seed, from nothing to the last checkpoint."""
+"""A job of a run: one model with one seed, from base model to last checkpoint."""
 
-# ruff: noqa: TID253  (this file sets torch up)
+# ruff: noqa: TID253  (this file configures torch)
 
 import math
 import os
@@ -17,7 +17,12 @@ from selfcorrect.evaluate.callback import gathered_weights, measure_during_train
 from selfcorrect.evaluate.measuring.cell_files import Origin
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan
 from selfcorrect.evaluate.measuring.run import recipe_plan
-from selfcorrect.evaluate.run_folder import POLICY_METHODS, check_inside, read_checkpoint
+from selfcorrect.evaluate.run_folder import (
+    POLICY_METHODS,
+    check_inside,
+    job_folder,
+    read_checkpoint,
+)
 from selfcorrect.evaluate.scoring.load_model import warn_trust_remote_code
 from selfcorrect.evaluate.scoring.token_trie import PackingCache
 from selfcorrect.evaluate.scoring.weights import files_digest
@@ -25,96 +30,84 @@ from selfcorrect.recipes.foundation import signals
 from selfcorrect.recipes.foundation.atomic_files import remove_leftovers
 from selfcorrect.recipes.foundation.errors import InputError, explain_machine_faults
 from selfcorrect.recipes.foundation.locks import hold_lock, lock_holder
-from selfcorrect.recipes.foundation.progress import Progress
+from selfcorrect.recipes.foundation.progress import Progress, no_progress
 from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.load import training_digest
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.feedback.feedback import load_feedback
 from selfcorrect.train.provenance import threads_per_job, versions
+from selfcorrect.train.stages import JobFacts
 from selfcorrect.train.stages.base import train_base
+from selfcorrect.train.stages.checkpoints import Measure
 from selfcorrect.train.stages.policy import train_policy
 from selfcorrect.train.stages.reward import train_reward
 from selfcorrect.train.trainers.state import stage_record
 
-GOING_DOWN_SECONDS = 7.0  # one that was just killed may still be going down
+KILLED_PROCESS_SECONDS = 7.0  # a process that was just killed may still be ending
 
 
-def run_job(recipe: Recipe, run: Path, model_name: str, seed: int, notify: Progress) -> None:
-    """Train one model with one seed through all stages; finished stages are passed over."""
+def run_job(
+    recipe: Recipe,
+    run: Path,
+    model_name: str,
+    seed: int,
+    progress: Progress = no_progress,
+    plan: EvaluationPlan | None = None,
+) -> None:
+    """Train one model with one seed through all stages that are not finished.
+
+    `plan` is the recipe's evaluation plan, if it is loaded already.
+    """
     quiet_libraries()
     digest = training_digest(recipe, model_name, seed)
     recipe = recipe.of(model_name)
     torch.set_num_threads(threads_per_job(recipe))
     model = next(m for m in recipe.models if m.name == model_name)
-    folder = run / model.name / f"seed-{seed}"
+    job = JobFacts(job_folder(run, model.name, seed), seed, progress, model.trust_remote_code)
     for stage in ("base", "reward", recipe.policy.method):
-        check_inside(run, folder / stage)
-        check_inside(run, folder / f"{stage}.work")
-    alone = only_one(folder) if current_ranks().rank == 0 else nullcontext()
-    with explain_machine_faults(run), alone:
+        check_inside(run, job.folder / stage)
+        check_inside(run, job.folder / f"{stage}.work")
+    lock = hold_job(job.folder) if current_ranks().rank == 0 else nullcontext()
+    with explain_machine_faults(run), lock:
         feedback = load_feedback(recipe.data, recipe.seeds[0])
-        train_base(recipe, model, feedback.preferences, folder / "base", seed, notify)
-        base = folder / "base"
-        trust = {"trust_remote_code": model.trust_remote_code}
+        train_base(job, recipe, model, feedback.preferences)
         if model.trust_remote_code:
-            warn_trust_remote_code(base)
-        tokenizer = AutoTokenizer.from_pretrained(base, **trust)
-        reward = folder / "reward"
-        train_reward(
-            recipe.reward,
-            base,
-            feedback.preferences,
-            tokenizer,
-            reward,
-            seed,
-            notify,
-            feedback.left_out,
-            **trust,
+            warn_trust_remote_code(job.base)
+        tokenizer = AutoTokenizer.from_pretrained(
+            job.base, trust_remote_code=model.trust_remote_code
         )
+        train_reward(job, recipe.reward, feedback, tokenizer)
         record = {
             "model": model.name,
-            "parameters": (stage_record(base) or {})["parameters"],
+            "parameters": (stage_record(job.base) or {})["parameters"],
             "seed": seed,
             "recipe_digest": digest,
             "versions": versions(),
             "adapter_of": str(Path("..") / ".." / "base") if recipe.policy.lora else None,
         }
-        train_policy(
-            recipe.policy,
-            str(base),
-            reward,
-            feedback,
-            tokenizer,
-            folder / recipe.policy.method,
-            seed,
-            record,
-            notify,
-            _measure(recipe, run, notify),
-            **trust,
-        )
+        measure = None
+        if recipe.evaluate.attach == "inline":
+            measure = _measure_with(plan or recipe_plan(recipe, run))
+        train_policy(job, recipe.policy, feedback, tokenizer, record, measure)
 
 
-def _measure(recipe: Recipe, run: Path, notify: Progress) -> Any:
-    """What measures the live policy at a kept checkpoint; None where evaluation is not inline."""
-    if recipe.evaluate.attach == "off":
-        return None
-    plan: EvaluationPlan = recipe_plan(recipe, run)
+def _measure_with(plan: EvaluationPlan) -> Measure:
+    """Return a function that measures the live policy at a kept checkpoint."""
     packings = PackingCache()
 
-    def go_on(*_: Any) -> None:
+    def stop_on_sigterm(*_: Any) -> None:
         if signals.is_requested():
             raise signals.Terminated
 
     def measure(trainer: Any, folder: Path) -> None:
-        processes = current_ranks()
-        checkpoint = processes.from_rank0(lambda: read_checkpoint(folder))
+        ranks = current_ranks()
+        checkpoint = ranks.from_rank0(lambda: read_checkpoint(folder))
         origin = Origin(checkpoint.record.weights_digest or files_digest(folder))
-        writes = processes.rank == 0
-        # What is left unmeasured on SIGTERM is measured after training; the state comes first.
         with (
+            # On SIGTERM the training state is saved first; the rest is measured after training.
             suppress(signals.Terminated),
-            # `evaluate --watch` may be at it
-            hold_lock(checkpoint.evaluation, math.inf) if writes else nullcontext(),
+            # `evaluate --watch` may be measuring this checkpoint.
+            hold_lock(checkpoint.evaluation, math.inf) if ranks.rank == 0 else nullcontext(),
             gathered_weights(trainer.accelerator.unwrap_model(trainer.model)) as model,
         ):
             measure_during_training(
@@ -122,20 +115,20 @@ def _measure(recipe: Recipe, run: Path, notify: Progress) -> Any:
                 model,
                 trainer.processing_class,
                 checkpoint.evaluation,
-                go_on,
+                stop_on_sigterm,
                 packings,
                 origin,
-                processes,
+                ranks,
             )
 
     return measure
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Hold the job's folder; InputError where another process is at work on it."""
-    with hold_lock(folder, GOING_DOWN_SECONDS) as free:
-        if not free:
+def hold_job(folder: Path) -> Iterator[None]:
+    """Hold the lock of a job's folder; InputError if another process is training there."""
+    with hold_lock(folder, KILLED_PROCESS_SECONDS) as is_free:
+        if not is_free:
             raise InputError(
                 f"{folder}: {lock_holder(folder)} is training here; wait for it, or stop it first"
             )
@@ -145,7 +138,7 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Libraries speak only of errors: progress is shown by the run itself."""
+    """Silence the libraries' own progress bars and warnings; the run shows its own progress."""
     import logging
     import warnings
 
@@ -155,7 +148,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    if not torch.cuda.is_available():  # or DeepSpeed says that it found none
+    if not torch.cuda.is_available():  # or DeepSpeed warns that it found none
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)

@@ -1,4 +1,4 @@
-"""What decides a run's bits besides its recipe: kept in run.json, and said where it changes."""
+"""run.json: versions, hardware and threads, which affect a run's bits besides its recipe."""
 
 import importlib.metadata
 import logging
@@ -18,40 +18,61 @@ PACKAGES = (
     *("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed"),
     *("tokenizers", "numpy"),
 )
-# Settings of the mathematical libraries; numbers of threads among them give way to the recipe's.
-SETTINGS = ("ATEN_", "CUBLAS_", "DNNL_", "KMP_", "MKL_", "NVIDIA_TF32", "OMP_", "ONEDNN_", "TORCH_")
-# What may be otherwise without a bit being otherwise.
-FREE = ("name", "seeds", "models", "platform", "cores", "jobs", "begun", "changes", "taken")
+# Prefixes of the maths libraries' environment variables; the recipe sets the number of threads.
+MATH_VARIABLES = (
+    "ATEN_",
+    "CUBLAS_",
+    "DNNL_",
+    "KMP_",
+    "MKL_",
+    "NVIDIA_TF32",
+    "OMP_",
+    "ONEDNN_",
+    "TORCH_",
+)
+# run.json keys that may change without affecting results bit for bit.
+IGNORED_FACTS = (
+    "name",
+    "seeds",
+    "models",
+    "platform",
+    "cores",
+    "jobs",
+    "begun",
+    "changes",
+    "taken",
+)
 
 
 def record_start(recipe: Recipe, run: Path) -> None:
-    """Write run.json: where and with what the run was begun, and what has changed since.
+    """Write run.json: the present facts, and how they changed since the run began.
 
-    Facts are the newest; `changes` lists, for each start at which some were not those of the start
-    before, the time and [before, now] by key. Where bits may differ from those of the beginning,
-    one line on stderr says why. Call it while the run's folder is claimed.
+    `changes` lists, for each start with new facts, the time and [before, now] by key. A warning
+    says so if results may differ from the run's beginning. The caller holds the run's lock.
 
-    Raises InputError where run.json cannot be read.
+    Raises InputError if run.json cannot be read.
     """
     path, now = run / "run.json", run_facts(recipe)
     time = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     try:
-        before = read_record(path, "mend it or move it away")
+        before = read_record(path, "restore it or move it away")
     except FileNotFoundError:
         write_record(path, {**now, "begun": time, "changes": []})
         return
     changes = list(before.get("changes", []))
     if changed := _differences(before, now):
         changes.append({"at": time, **changed})
-    taken = {"taken": before["taken"]} if "taken" in before else {}  # see train/stages/reuse.py
-    write_record(path, {**now, "begun": before.get("begun"), "changes": changes, **taken})
-    if matters := _since_begun(changes, now):
-        said = ", ".join(f"{key} was {_shown(old)}, is {_shown(new)}" for key, old, new in matters)
-        logger.warning("%s: since this run was begun, %s: bits may differ", run, said)
+    copied = {"taken": before["taken"]} if "taken" in before else {}  # see train/stages/reuse.py
+    write_record(path, {**now, "begun": before.get("begun"), "changes": changes, **copied})
+    if relevant := _changed_since_start(changes, now):
+        words = ", ".join(
+            f"{key} from {_shown(old)} to {_shown(new)}" for key, old, new in relevant
+        )
+        logger.warning("%s: results may differ bit for bit: since the start, %s", run, words)
 
 
 def run_facts(recipe: Recipe) -> dict[str, Any]:
-    """Versions, hardware, threads, seeds, and the code's commit where it is a checkout."""
+    """Return versions, hardware, threads, seeds, and the commit if the code is a checkout."""
     import torch
 
     kernels = [line.strip(" -") for line in torch.__config__.show().splitlines()]
@@ -77,36 +98,36 @@ def run_facts(recipe: Recipe) -> dict[str, Any]:
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith(SETTINGS) and not name.endswith("NUM_THREADS")
+            if name.startswith(MATH_VARIABLES) and not name.endswith("NUM_THREADS")
         },
         "commit": _commit(),
     }
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide a run's numbers, those that are installed."""
-    found = {}
+    """Return the versions of the installed packages that affect a run's numbers."""
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def threads_per_job(recipe: Recipe) -> int:
-    """CPU threads of each process of a job.
+    """Return the CPU threads of each process of a job.
 
-    The recipe's; or an even share of what SLURM gives the job, or of the cores.
+    They are the recipe's, or an even share of the machine's cores, or of SLURM's for the job.
     """
-    cores, at_once = os.cpu_count() or 1, recipe.launch.jobs
+    cores, num_jobs = os.cpu_count() or 1, recipe.launch.jobs
     if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":  # `selfcorrect launch`: one model and seed
-        cores, at_once = int(os.environ["SLURM_CPUS_ON_NODE"]), 1
-    return recipe.launch.threads or max(1, cores // (at_once * recipe.launch.processes))
+        cores, num_jobs = int(os.environ["SLURM_CPUS_ON_NODE"]), 1
+    return recipe.launch.threads or max(1, cores // (num_jobs * recipe.launch.processes))
 
 
 def _processor() -> str:
-    """The CPU's own name; two of the same instruction set may still round differently."""
+    """Return the CPU's name; CPUs with the same instructions may still round differently."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -118,19 +139,19 @@ def _processor() -> str:
 def _commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+    return done.stdout.strip()
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[str | None]]:
-    """[before, now] of each key that both know of and that is not the same."""
+    """Return [before, now] of each changed key."""
     old, new = _flat(before), _flat(now)
     return {
         key: [old.get(key), new.get(key)]
         for key in {**old, **new}
-        # What an older version did not write is no news.
+        # A key that an older version did not write has not changed.
         if key.partition(".")[0] in before and old.get(key) != new.get(key)
     }
 
@@ -140,14 +161,14 @@ def _flat(facts: dict[str, Any]) -> dict[str, str]:
     return {
         key: value
         for key, value in flatten(facts)
-        if value != "{}" and (key.partition("[")[0] not in FREE or key in kept)
+        if value != "{}" and (key.partition("[")[0] not in IGNORED_FACTS or key in kept)
     }
 
 
-def _since_begun(
+def _changed_since_start(
     changes: list[dict[str, Any]], now: dict[str, Any]
 ) -> list[tuple[str, str | None, str | None]]:
-    """(key, at the beginning, now) of what bits depend on and is not as it was."""
+    """Return (key, first value, present value) of changed facts that affect results."""
     first: dict[str, str | None] = {}
     for change in changes:
         for key, pair in change.items():
@@ -157,7 +178,7 @@ def _since_begun(
     return [
         (key.removeprefix("versions."), old, current.get(key))
         for key, old in first.items()
-        if key not in FREE and old != current.get(key)
+        if key not in IGNORED_FACTS and old != current.get(key)
     ]
 
 

@@ -1,8 +1,7 @@
-"""Files that a recipe names and a run reads: are they still those that it began with?
+"""Detect changes of the files that a recipe names, by their SHA-256 in <run>/inputs.json.
 
-Their digests stand in <run>/inputs.json. Weights of two data sets must never mix, so changed
-feedback ends the run; changed benchmarks, stimuli or templates are said: what they decide is
-measured anew.
+Checkpoints of one run must not come from two data sets, so changed feedback is an error. Changed
+benchmarks, stimuli or templates are logged, and the cells that depend on them are measured again.
 """
 
 import logging
@@ -15,39 +14,39 @@ from selfcorrect.recipes.schema import Recipe
 FILE = "inputs.json"
 FEEDBACK = ("data.preferences.path", "data.prompts.path")
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def check_inputs(recipe: Recipe, run: Path, *, training: bool) -> None:
-    """Compare the recipe's files with those that the run began with, and take down new ones.
+    """Compare the recipe's files with inputs.json, and record new ones there.
 
-    Feedback is looked at with `training` alone: an evaluation needs none. Raises InputError where
+    Feedback is compared only with `training`: an evaluation does not need it. Raises InputError if
     it has changed.
     """
     record = run / FILE
     try:
-        known = read_record(record, "delete it, and the files are taken as they are now")
+        known = read_record(record, "delete it to accept the files as they are now")
     except FileNotFoundError:
         known = {}
-    found = {}
+    present = {}
     for key, paths in _named(recipe, training).items():
-        found[key] = {name: digest for path in paths for name, digest in _digests(path).items()}
+        present[key] = {name: digest for path in paths for name, digest in _digests(path).items()}
         before = known.get(key)
-        if before is None or before == found[key]:
+        if before is None or before == present[key]:
             continue
-        names = sorted({*before, *found[key]})
-        changed = [name for name in names if before.get(name) != found[key].get(name)]
+        names = sorted({*before, *present[key]})
+        changed = [name for name in names if before.get(name) != present[key].get(name)]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        what = f"{key}: {changed[0]}{more} has changed since {run} began with it"
+        change = f"{key}: {changed[0]}{more} has changed since {run} was started"
         if key in FEEDBACK:
-            raise InputError(f"{what}; put the old file back, or give the run another name")
-        _log.warning("%s; what it decides is measured anew", what)
-    if {**known, **found} != known:
-        write_record(record, {**known, **found})
+            raise InputError(f"{change}; restore the old file, or give the run another name")
+        logger.warning("%s; the cells that depend on it are measured again", change)
+    if {**known, **present} != known:
+        write_record(record, {**known, **present})
 
 
 def _named(recipe: Recipe, training: bool) -> dict[str, list[Path]]:
-    """The local files and folders that the recipe names, by its keys."""
+    """Return the existing local files and folders that the recipe names, by recipe key."""
     data, style = recipe.data, Path(recipe.evaluate.style)
     named: dict[str, list[Path]] = {}
     if data.benchmarks is not None and data.society is None:

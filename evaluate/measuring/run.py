@@ -30,7 +30,7 @@ from selfcorrect.recipes.foundation.progress import Progress, no_progress
 from selfcorrect.recipes.foundation.ranks import SINGLE, Ranks
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.recipes.society.benchmarks import whole_benchmarks
+from selfcorrect.recipes.society.benchmarks import ensure_benchmarks
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def recipe_plan(recipe: Recipe, run: Path) -> EvaluationPlan:
     """
     if recipe.data.society is not None:
         data = run / "benchmarks"
-        whole_benchmarks(recipe.data.society, data)
+        ensure_benchmarks(recipe.data.society, data)
         stimuli = load_stimuli(recipe.data.stimuli, base=data / "stimuli.yaml")
     else:
         if recipe.data.benchmarks is None:
@@ -147,7 +147,7 @@ def evaluate_run(
 def _check_files(recipe: Recipe, run: Path) -> None:
     check_inputs(recipe, run, training=False)
     if recipe.data.society is not None:
-        whole_benchmarks(recipe.data.society, run / "benchmarks")
+        ensure_benchmarks(recipe.data.society, run / "benchmarks")
 
 
 @dataclass
@@ -249,7 +249,7 @@ class _Evaluation:
             checkpoint.evaluation,
             packings=self.packings,
             origin=origin,
-            processes=self.ranks,
+            ranks=self.ranks,
         )
 
     def report_lock_holder(self, waiting: list[Checkpoint]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,6 +22,8 @@ from selfcorrect.recipes.society.world import make_world
 from selfcorrect.train.feedback.feedback import load_feedback, render_prompt
 from selfcorrect.train.ppo import RewardModelScorer
 from selfcorrect.train.ppo.losses import shaped_score
+from selfcorrect.train.ppo.rewards import load_reward_model
+from selfcorrect.train.stages import JobFacts
 from selfcorrect.train.stages.base import train_base
 from selfcorrect.train.stages.reward import train_reward
 from selfcorrect.train.trainers.state import stage_record
@@ -154,17 +155,13 @@ def society(folder: Path, steps: int) -> Problem:
     )
     assert recipe.data.society is not None
     data = load_feedback(recipe.data, 0)
-    base, reward = folder / "base", folder / "reward"
-
-    def unheard(stage: str, done: int, total: int) -> None:
-        pass
-
-    train_base(recipe, recipe.models[1], data.preferences, base, 0, unheard)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    train_reward(recipe.reward, base, data.preferences, tokenizer, reward, 0, unheard)
-    facts = stage_record(reward) or {}
+    job = JobFacts(folder, seed=0)
+    train_base(job, recipe, recipe.models[1], data.preferences)
+    tokenizer = AutoTokenizer.from_pretrained(job.base)
+    train_reward(job, recipe.reward, data, tokenizer)
+    facts = stage_record(job.reward) or {}
     shift, scale = facts["score_mean"], facts["score_standard_deviation"]
-    model = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32)
+    model = load_reward_model(job.reward)
     scorer = RewardModelScorer(model, tokenizer)
     world = make_world(recipe.data.society)
     num_prompts = recipe.data.society.prompts
@@ -182,10 +179,11 @@ def society(folder: Path, steps: int) -> Problem:
 
     shared = ("beta", "max_completion_length")
     return Problem(
-        base, tokenizer, texts[:num_prompts], normalised, steps,
+        job.base, tokenizer, texts[:num_prompts], normalised, steps,
         same={"learning_rate": LEARNING_RATE, **{key: settings[key] for key in shared}},
         of_ppo={
-            "critic_learning_rate": settings["critic_learning_rate"], "critic_path": str(reward),
+            "critic_learning_rate": settings["critic_learning_rate"],
+            "critic_path": str(job.reward),
             "score_clip": clip, "missing_eos_penalty": penalty,
         },
         facts={"beta": settings["beta"], "reward_accuracy": facts["held_out_accuracy"]},

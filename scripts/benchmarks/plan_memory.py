@@ -1,16 +1,17 @@
-"""How close is `selfcorrect plan` to the truth? Peak memory of small CPU runs beside the plan's.
+"""Compare the memory that `selfcorrect plan` estimates with measured peaks of small CPU runs.
 
     python scripts/benchmarks/plan_memory.py --json plan-memory.json
 
-Every case runs in a process of its own, on one thread: first the same stage on a tiny model, so
-that all libraries are in, then the case; what counts is the highest resident memory during the case
-over the resident memory before it (Linux's VmHWM, set back through clear_refs). Models are random,
-weights are float32; every prompt and answer has the length that the plan assumes.
+Every case runs in its own process, on one thread: first the same stage on a tiny model, so that all
+libraries are loaded, then the case. The measurement is the peak of resident memory during the case,
+less the resident memory before it (Linux's VmHWM, reset through clear_refs). Models are random,
+weights are float32, and every prompt and answer has the length that the estimate assumes.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,125 +29,148 @@ SIZES = {
              "num_attention_heads": 6, "num_key_value_heads": 6},
 }  # fmt: skip
 LORA = {"r": 8, "target_modules": "all-linear"}
+METHODS = ("ppo", "grpo", "sft")  # of the policy; the other stages are base and reward
+
+Case = dict[str, Any]
 
 
-def case(stage: str, kind: str = "llama", size: str = "medium", **more: Any) -> dict[str, Any]:
-    """One run: a stage, a model, and settings that differ from the usual."""
-    fields = {"model_type": kind, **SIZES[size], "max_position_embeddings": 1024}
-    if kind in ("gpt_neox",):
+def make_case(stage: str, model_type: str = "llama", size: str = "medium", **settings: Any) -> Case:
+    """Return one run: a stage or a policy method, a model, and settings other than the defaults."""
+    fields = {"model_type": model_type, **SIZES[size], "max_position_embeddings": 1024}
+    if model_type == "gpt_neox":
         del fields["num_key_value_heads"]
-    usual = {"prompt": 96, "completion": 32, "rows": 8, "steps_per_generation": 2}
-    return {"stage": stage, "size": size, "fields": fields, **usual, **more}
+    defaults = {"prompt": 96, "completion": 32, "rows": 8, "steps_per_generation": 2}
+    return {"stage": stage, "size": size, "fields": fields, **defaults, **settings}
 
 
 CASES = [
-    case("sft"),
-    case("sft", "gpt_neox", prompt=224),
-    case("sft", rows=4, prompt=480, checkpointing=True),
-    case("reward"),
-    case("reward", "gpt_neox", "small", prompt=224),
-    case("reward", size="small", lora=LORA),
-    case("ppo"),
-    case("ppo", size="small", rows=16, prompt=160),
-    case("ppo", "gpt_neox", "deep"),
-    case("ppo", "olmo2"),
-    case("ppo", critic="shared"),
-    case("ppo", size="small", lora=LORA, prompt=160),
-    case("ppo", size="small", rows=16, prompt=224, checkpointing=True),
+    make_case("base"),
+    make_case("base", "gpt_neox", prompt=224),
+    make_case("base", rows=4, prompt=480, checkpointing=True),
+    make_case("reward"),
+    make_case("reward", "gpt_neox", "small", prompt=224),
+    make_case("reward", size="small", lora=LORA),
+    make_case("ppo"),
+    make_case("ppo", size="small", rows=16, prompt=160),
+    make_case("ppo", "gpt_neox", "deep"),
+    make_case("ppo", "olmo2"),
+    make_case("ppo", critic="shared"),
+    make_case("ppo", size="small", lora=LORA, prompt=160),
+    make_case("ppo", size="small", rows=16, prompt=224, checkpointing=True),
+    make_case("grpo"),
+    make_case("grpo", size="small", rows=16, prompt=160),
+    make_case("grpo", "gpt_neox", "deep"),
+    make_case("grpo", size="small", lora=LORA, prompt=160),
+    make_case("sft"),
+    make_case("sft", "gpt_neox", "small", rows=16, prompt=224),
+    make_case("sft", size="small", lora=LORA, prompt=160),
 ]
 
 
-def measure(one: dict[str, Any], malloc: str) -> tuple[int, float]:
-    """Peak bytes and CPU seconds of one case, in a process of its own."""
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CI": "1"}
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    if malloc == "mapped":
-        threads |= {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_MMAP_MAX_": "1000000"}
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", json.dumps(one)],
-        env={**os.environ, **quiet, **threads}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        sys.exit(f"plan_memory: {label(one)} failed:\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return int(found["bytes"]), float(found["seconds"])
+def label(case: Case) -> str:
+    """Describe a case in a few words."""
+    words = [case["stage"], case["fields"]["model_type"], case["size"]]
+    words += [f"{case['rows']}x({case['prompt']}+{case['completion']})"]
+    words += [f"critic {case['critic']}"] if "critic" in case else []
+    words += ["lora"] if "lora" in case else []
+    words += ["checkpointing"] if case.get("checkpointing") else []
+    return " ".join(words)
 
 
-def planned(one: dict[str, Any]) -> Any:
-    """The footprint that the plan has for a case."""
-    from selfcorrect.train.planning.memory import Engine
-    from selfcorrect.train.planning.model_shape import shape_of
-    from selfcorrect.train.planning.settings import Lengths, stage_footprints
-
-    lengths = Lengths(one["prompt"], one["prompt"], one["completion"], one["completion"])
-    shape = shape_of(one["fields"], "case", WORDS)
-    every = stage_footprints(recipe_of(one, "."), shape, lengths, Engine(gpu=False))
-    return next(stage for stage in every if stage.stage == one["stage"].replace("sft", "base"))
-
-
-def recipe_of(one: dict[str, Any], path: str) -> Any:
-    """A case as a recipe on a given model."""
+def make_recipe(case: Case, path: str) -> Any:
+    """Return a case as a recipe on the model in `path`."""
     from selfcorrect.recipes.load import check_recipe
 
-    rows = {"per_device_train_batch_size": one["rows"]}
-    extra = {"gradient_checkpointing": True} if one.get("checkpointing") else {}
-    ppo = {
-        **rows, **extra, "steps_per_generation": one["steps_per_generation"], "num_iterations": 1,
-        "max_completion_length": one["completion"], "critic": one.get("critic", "auto"),
+    rows = {"per_device_train_batch_size": case["rows"]}
+    if case.get("checkpointing"):
+        rows["gradient_checkpointing"] = True
+    policy = {
+        **rows, "steps_per_generation": case["steps_per_generation"], "num_iterations": 1,
+        "max_completion_length": case["completion"], "critic": case.get("critic", "auto"),
     }  # fmt: skip
+    method = case["stage"] if case["stage"] in METHODS else "ppo"
     content = {
         "name": "bench",
         "models": [{"name": "m", "path": path}],
         "data": {"preferences": {"path": "none"}},
-        "base": {"method": "sft", "trainer": {**rows, **extra, "max_steps": 2}},
-        "reward": {"trainer": {**rows, **extra, "max_steps": 2}, "lora": one.get("lora")},
-        "ppo": {"steps": 2, "checkpoints": [0], "trainer": ppo, "lora": one.get("lora")},
+        "base": {"method": "sft", "trainer": {**rows, "max_steps": 2}},
+        "reward": {"trainer": {**rows, "max_steps": 2}, "lora": case.get("lora")},
+        "policy": {
+            "method": method, "steps": 2, "checkpoints": [0], "trainer": policy,
+            "lora": case.get("lora"),
+        },
         "evaluate": {"attach": "off"},
-    }
+    }  # fmt: skip
     return check_recipe(content, "bench")
 
 
-def label(one: dict[str, Any]) -> str:
-    """A case in a few words."""
-    words = [one["stage"], one["fields"]["model_type"], one["size"]]
-    words += [f"{one['rows']}x({one['prompt']}+{one['completion']})"]
-    words += [f"critic {one['critic']}"] if "critic" in one else []
-    words += ["lora"] if "lora" in one else []
-    words += ["checkpointing"] if one.get("checkpointing") else []
-    return " ".join(words)
+def estimate(case: Case) -> Any:
+    """Return the estimated footprint of a case."""
+    from selfcorrect.train.planning.memory import Parallelism
+    from selfcorrect.train.planning.model_shape import shape_of
+    from selfcorrect.train.planning.settings import Lengths, stage_footprints
+
+    lengths = Lengths(case["prompt"], case["prompt"], case["completion"], case["completion"])
+    shape = shape_of(case["fields"], "case", WORDS)
+    footprints = stage_footprints(make_recipe(case, "."), shape, lengths, Parallelism(gpu=False))
+    stage = "policy" if case["stage"] in METHODS else case["stage"]
+    return next(footprint for footprint in footprints if footprint.stage == stage)
 
 
-# ---- in the process of its own -------------------------------------------------------------------
+def measure(case: Case, malloc: str) -> tuple[int, float]:
+    """Return peak bytes and CPU seconds of a case, run in its own process."""
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CI": "1"}
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    if malloc == "mapped":
+        threads |= {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_MMAP_MAX_": "1000000"}
+    output = run_self("--run", json.dumps(case), env={**os.environ, **quiet, **threads})
+    measured = json.loads(output.splitlines()[-1])
+    return int(measured["bytes"]), float(measured["seconds"])
 
 
-def work(one: dict[str, Any]) -> None:
-    """Run a stage on a tiny model, then as asked; print the peak between."""
+def run_self(*arguments: str, env: dict[str, str] | None = None) -> str:
+    """Run this file in another process and return its stdout; exit where it fails."""
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"plan_memory {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+# ---- in the case's own process -------------------------------------------------------------------
+
+
+def run_case(case: Case) -> None:
+    """Run the stage on a tiny model, then on the case's; print the second run's peak and time."""
     import torch
 
     torch.set_num_threads(1)
     tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 4}  # fmt: skip
-    if "num_key_value_heads" in one["fields"]:
+    if "num_key_value_heads" in case["fields"]:
         tiny["num_key_value_heads"] = 4
+    warm_up = {**case, "rows": 4, "fields": {**case["fields"], **tiny}}
     with tempfile.TemporaryDirectory() as folder:
-        warm = {**one, "rows": 2, "fields": {**one["fields"], **tiny}}
-        prepare({"tiny": warm, "case": one}, Path(folder))
-        run_stage(warm, Path(folder) / "tiny")
+        for name, content in (("tiny", warm_up), ("case", case)):
+            run_self("--save-models", json.dumps(content), str(Path(folder) / name))
+        run_stage(warm_up, Path(folder) / "tiny")
         Path("/proc/self/clear_refs").write_text("5")
         before, started = memory("VmRSS"), time.process_time()
-        run_stage(one, Path(folder) / "case")
+        run_stage(case, Path(folder) / "case")
         seconds = time.process_time() - started
         print(json.dumps({"bytes": memory("VmHWM") - before, "seconds": seconds}))
 
 
 def memory(name: str) -> int:
-    """A line of Linux's account of this process, in bytes."""
+    """Return a line of Linux's account of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def make_tokenizer() -> Any:
-    """One token a word, of WORDS words."""
+    """Return a tokenizer of WORDS words, one token per word."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -160,28 +184,16 @@ def make_tokenizer() -> Any:
     )
 
 
-def prepare(cases: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Random models, and reward models of their shape, saved by a process that ends."""
-    calls = [
-        f"plan_memory.save_models({one!r}, {str(folder / name)!r})" for name, one in cases.items()
-    ]
-    code = "; ".join(["import plan_memory", *calls])
-    here = str(Path(__file__).parent)
-    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-
-
-def save_models(one: dict[str, Any], path: str) -> None:
-    """Write base/ and reward/ below `path`, the latter as train_reward leaves it."""
+def save_models(case: Case, folder: Path) -> None:
+    """Write a random base model and its reward model, the latter as train_reward leaves it."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from selfcorrect.recipes.foundation.atomic_files import write_json
 
-    folder, fields = Path(path), dict(one["fields"])
-    kind = fields.pop("model_type")
+    fields = dict(case["fields"])
+    model_type = fields.pop("model_type")
     tokens = {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = AutoConfig.for_model(kind, **fields, **tokens)
+    config = AutoConfig.for_model(model_type, **fields, **tokens)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
     config.num_labels = 1
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "reward")
@@ -191,81 +203,79 @@ def save_models(one: dict[str, Any], path: str) -> None:
     write_json(folder / "reward" / "stage.json", facts)
 
 
-def run_stage(one: dict[str, Any], folder: Path) -> None:
-    """Two steps of the stage, through the package's own code."""
+def run_stage(case: Case, folder: Path) -> None:
+    """Train two steps of the stage through the package's own code."""
     from transformers import AutoTokenizer
 
-    from selfcorrect.train.feedback.feedback import Feedback, Preference
+    from selfcorrect.train.feedback.feedback import Feedback, Preference, render_prompt
+    from selfcorrect.train.stages import JobFacts
     from selfcorrect.train.stages.base import train_base
     from selfcorrect.train.stages.policy import train_policy
     from selfcorrect.train.stages.reward import train_reward
 
-    recipe = recipe_of(one, str(folder / "base"))
+    recipe = make_recipe(case, str(folder / "base"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    around = len(tokenizer(_rendered(tokenizer, "w1"))["input_ids"]) - 1
-    question = " ".join(f"w{i}" for i in range(one["prompt"] - around))
-    answer = " ".join(f"w{i}" for i in range(one["completion"] - 1))  # and the end token
-    asked = [{"role": "user", "content": question}]
-    rendered = _rendered(tokenizer, question)
-    assert len(tokenizer(rendered)["input_ids"]) == one["prompt"]  # some models swap tokenizers
-    pairs = [Preference(asked, answer, answer.replace("w1 ", "w2 "))] * (4 * one["rows"])
-    if one["stage"] == "sft":
-        train_base(recipe, recipe.models[0], pairs, folder / "out", 0, _silent)
-    elif one["stage"] == "reward":
-        train_reward(recipe.reward, folder / "base", pairs, tokenizer, folder / "out", 0, _silent)
+
+    def prompt_of(question: str) -> tuple[list[dict[str, str]], int]:
+        messages = [{"role": "user", "content": question}]
+        return messages, len(tokenizer(render_prompt(tokenizer, messages))["input_ids"])
+
+    template_tokens = prompt_of("w1")[1] - 1
+    prompt, length = prompt_of(" ".join(f"w{i}" for i in range(case["prompt"] - template_tokens)))
+    assert length == case["prompt"]  # some models replace the tokenizer
+    answer = " ".join(f"w{i}" for i in range(case["completion"] - 1))  # and the end token
+    rows = 4 * case["rows"]
+    pairs = [Preference(prompt, answer, answer.replace("w1 ", "w2 "))] * rows
+    feedback = Feedback(pairs, [prompt] * rows)
+    if case["stage"] == "base":
+        train_base(JobFacts(folder / "job", 0), recipe, recipe.models[0], pairs)
+    elif case["stage"] == "reward":
+        shutil.copytree(folder / "base", folder / "job" / "base")
+        train_reward(JobFacts(folder / "job", 0), recipe.reward, feedback, tokenizer)
     else:
         record = {"model": "m", "parameters": 1, "seed": 0, "recipe_digest": "", "versions": {},
                   "adapter_of": None}  # fmt: skip
-        train_policy(
-            recipe.ppo, str(folder / "base"), folder / "reward",
-            Feedback([], [asked] * (4 * one["rows"])), tokenizer, folder / "out", 0, record,
-            _silent, None,
-        )  # fmt: skip
-
-
-def _rendered(tokenizer: Any, word: str) -> str:
-    from selfcorrect.train.feedback.feedback import render_prompt
-
-    return render_prompt(tokenizer, [{"role": "user", "content": word}])
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None
+        train_policy(JobFacts(folder, 0), recipe.policy, feedback, tokenizer, record, None)
 
 
 def main() -> None:
-    """Measure every case, or the one a worker is given."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--worker")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", default="", help="cases whose label has this text in it")
+    """Measure the chosen cases and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--only", default="", help="measure the cases whose label has this text")
     parser.add_argument(
         "--malloc", choices=("mapped", "default"), default="mapped",
-        help="mapped: large blocks go back to the system when freed, so that resident memory is "
-        "what is in use; default: as glibc keeps them",
+        help="mapped: freed blocks go back to the system, so that resident memory is the memory in "
+        "use; default: glibc's allocator unchanged",
     )  # fmt: skip
-    given = parser.parse_args()
-    if given.worker:
-        work(json.loads(given.worker))
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--save-models", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.save_models:
+        case, folder = arguments.save_models
+        save_models(json.loads(case), Path(folder))
         return
+    if arguments.run:
+        run_case(json.loads(arguments.run))
+        return
+    from selfcorrect.train.planning.model_shape import shape_of
+
     rows = []
     columns = ["case", "parameters, M", "measured, MB", "planned, MB", "planned / measured"]
     print(f"| {' | '.join([*columns, 'CPU, s', 'moment'])} |")
     print("|---|---|---|---|---|---|---|")
-    for one in (c for c in CASES if given.only in label(c)):
-        from selfcorrect.train.planning.model_shape import shape_of
-
-        plan, (peak, seconds) = planned(one), measure(one, given.malloc)
-        size = shape_of(one["fields"], "case", WORDS).parameters
-        rows.append({"case": label(one), "measured": peak, "planned": plan.total, **plan.parts,
-                     "cpu_seconds": seconds})  # fmt: skip
+    for case in (case for case in CASES if arguments.only in label(case)):
+        footprint, (peak, seconds) = estimate(case), measure(case, arguments.malloc)
+        size = shape_of(case["fields"], "case", WORDS).parameters
+        rows.append({"case": label(case), "measured": peak, "planned": footprint.total,
+                     **footprint.parts, "cpu_seconds": seconds})  # fmt: skip
         print(
-            f"| {label(one)} | {size / 1e6:.1f} | {peak / 1e6:.0f} | {plan.total / 1e6:.0f} "
-            f"| {plan.total / peak:.2f} | {seconds:.1f} | {plan.moment} |",
+            f"| {label(case)} | {size / 1e6:.1f} | {peak / 1e6:.0f} | {footprint.total / 1e6:.0f} "
+            f"| {footprint.total / peak:.2f} | {seconds:.1f} | {footprint.moment} |",
             flush=True,
         )
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,33 @@
-"""The jobs of a run on a cluster: what is left to do, in which order, and one job at work."""
+"""The jobs of a run on a cluster: what is left to do, what it needs, and one job's command."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from selfcorrect.evaluate.run_folder import CheckpointKey, find_checkpoints, planned_checkpoints
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.recipes.slurm import Resources, Slurm
-from selfcorrect.scripts.commands.report import is_current
+
+if TYPE_CHECKING:
+    from selfcorrect.train.planning.feedback import FeedbackFacts
+
+# Bytes of a Python process with torch and transformers (docs/results/planning-accuracy.md).
+LIBRARIES = 0.6e9
+SPARE = 1.5  # times the estimate: the allocator keeps freed memory, most of all with LoRA
+UTILISATION = 0.3
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What `selfcorrect plan` says of a job: a sentence, and the memory that a CPU job asks for."""
+    """The estimate of `selfcorrect plan` for a job: a sentence, and the memory of a CPU job."""
 
     sentence: str
     memory: str | None = None
@@ -25,10 +35,10 @@ class Needs:
 
 @dataclass(frozen=True)
 class ClusterJob:
-    """One job: what it does, for whom, and the jobs (by name) that end before it begins.
+    """A job of the cluster: its commands, and the names of the jobs that end before it begins.
 
-    An evaluation is an array of one command a checkpoint; other jobs are one command. `leaves` is
-    the file without which a training job has not done its work.
+    An evaluation is an array with a command for each checkpoint; other jobs have one command. A
+    training job has finished once the file `record` exists.
     """
 
     kind: Literal["train", "evaluate", "report"]
@@ -36,56 +46,55 @@ class ClusterJob:
     commands: list[list[str]]
     after: list[str] = field(default_factory=list)
     model: str | None = None
-    leaves: Path | None = None
+    record: Path | None = None
     needs: Needs | None = None
 
 
-def asked_of(recipe: Recipe, job: ClusterJob) -> Resources:
-    """What the recipe asks the cluster for, for this job."""
-    asked = (recipe.launch.slurm or Slurm()).of(job.kind, job.model)
-    if asked.gpus is None:
-        asked.gpus = recipe.launch.processes if job.kind == "train" else 1
-    named = {name.replace("_", "-") for name in asked.options}
-    if asked.mem is None and job.needs is not None and not named & {"mem", "mem-per-cpu"}:
-        asked.mem = job.needs.memory
-    return asked
+def resources_of(recipe: Recipe, job: ClusterJob) -> Resources:
+    """Return the resources that the recipe requests for this job."""
+    resources = (recipe.launch.slurm or Slurm()).of(job.kind, job.model)
+    if resources.gpus is None:
+        resources.gpus = recipe.launch.processes if job.kind == "train" else 1
+    options = {name.replace("_", "-") for name in resources.options}
+    if resources.mem is None and job.needs is not None and not options & {"mem", "mem-per-cpu"}:
+        resources.mem = job.needs.memory
+    return resources
 
 
 def jobs_left(recipe: Recipe, run: Path) -> list[ClusterJob]:
-    """What is not done yet of the run, in an order in which it can be done; [] where all is.
+    """Return the jobs that the run still needs, in a possible order; [] if all is done.
 
-    Each model and seed is trained in one job, which measures its checkpoints where evaluation is
-    inline; otherwise the checkpoints are measured after it, whether or not it came to its end. The
-    report comes last, of whatever there is.
+    Each model and seed is trained in one job, which measures its checkpoints if evaluation is
+    inline; otherwise they are measured after it, even if it fails. The report comes last and shows
+    whatever exists.
     """
-    from selfcorrect.evaluate.run_folder import planned_checkpoints
+    from selfcorrect.evaluate.report.page import is_report_current
     from selfcorrect.train.run import last_record, unfinished
 
     training = unfinished(recipe, run)
-    measured = _measured(recipe, run)
+    unmeasured = planned_checkpoints(recipe) - _measured(recipe, run)
     jobs = []
     for model in reversed(recipe.models):
         for seed in recipe.seeds:
             name, after = f"{recipe.name}.{model.name}.{seed}", []
             if (model.name, seed) in training:
-                one = ["--model", model.name, "--seed", seed, "--runs-dir", run.parent]
-                command = _command("train", run / "recipe.yaml", *one)
-                leaves = last_record(recipe, run, (model.name, seed))
+                options = ["--model", model.name, "--seed", seed, "--runs-dir", run.parent]
+                command = _command("train", run / "recipe.yaml", *options)
+                record = last_record(recipe, run, (model.name, seed))
                 after = [f"{name}.train"]
-                jobs.append(ClusterJob("train", after[0], [command], [], model.name, leaves))
+                jobs.append(ClusterJob("train", after[0], [command], [], model.name, record))
                 if recipe.evaluate.attach == "inline":
                     continue
-            left = sorted(
-                at for at in planned_checkpoints(recipe) - measured if at[:2] == (model.name, seed)
-            )
-            if left:
-                measuring = [_command("evaluate", run, "--checkpoint", at) for at in left]
-                jobs.append(
-                    ClusterJob("evaluate", f"{name}.evaluate", measuring, after, model.name)
-                )
-    if jobs or not is_current(run / "report.html"):
-        before = {name for job in jobs for name in job.after}
-        after = [job.name for job in jobs if job.name not in before]
+            commands = [
+                _command("evaluate", run, "--checkpoint", key)
+                for key in sorted(unmeasured)
+                if (key.model, key.seed) == (model.name, seed)
+            ]
+            if commands:
+                jobs.append(ClusterJob("evaluate", f"{name}.evaluate", commands, after, model.name))
+    if jobs or not is_report_current(run):
+        awaited = {name for job in jobs for name in job.after}
+        after = [job.name for job in jobs if job.name not in awaited]
         jobs.append(ClusterJob("report", f"{recipe.name}.report", [_command("report", run)], after))
     return jobs
 
@@ -94,39 +103,91 @@ def _command(*words: object) -> list[str]:
     return [sys.executable, "-m", "selfcorrect.scripts.commands", *map(str, words)]
 
 
-def _measured(recipe: Recipe, run: Path) -> set[tuple[str, int, int]]:
-    from selfcorrect.evaluate.measuring.run import recipe_plan, unmeasured
-    from selfcorrect.evaluate.run_folder import find_checkpoints
+def _measured(recipe: Recipe, run: Path) -> set[CheckpointKey]:
+    from selfcorrect.evaluate.measuring.run import is_measured, recipe_plan
 
     if not (run / "recipe.yaml").is_file():
         return set()
-    lacking = unmeasured(run, recipe_plan(recipe, run), recipe.evaluate.engine, {})
-    return {c.key for c in find_checkpoints(run, {})} - {c.key for c in lacking}
+    plan, engine = recipe_plan(recipe, run), recipe.evaluate.engine
+    return {c.key for c in find_checkpoints(run, {}) if is_measured(c, plan, engine)}
+
+
+def with_needs(recipe: Recipe, jobs: list[ClusterJob]) -> list[ClusterJob]:
+    """Return the jobs with the estimate of their needs; the report's are unknown."""
+    from selfcorrect.train.planning.feedback import feedback_facts
+
+    needs: list[Needs | None] = []
+    try:
+        facts = feedback_facts(recipe.data)
+        needs = [_needs(recipe, job, facts) for job in jobs]
+    except InputError as error:
+        needs = [Needs(f"not planned: {error}") for _ in jobs]
+    return [
+        job if job.model is None else replace(job, needs=need)
+        for job, need in zip(jobs, needs, strict=True)
+    ]
+
+
+def _needs(recipe: Recipe, job: ClusterJob, facts: "FeedbackFacts") -> Needs | None:
+    from selfcorrect.train.distributed.settings import deepspeed_settings
+    from selfcorrect.train.planning.devices import GPUS
+    from selfcorrect.train.planning.estimate import estimate_model
+    from selfcorrect.train.planning.memory import Parallelism
+    from selfcorrect.train.planning.model_shape import model_shape
+
+    if job.model is None:
+        return None
+    index = [model.name for model in recipe.models].index(job.model)
+    gpus = resources_of(recipe, job).gpus or 0
+    processes = (gpus or recipe.launch.processes) if job.kind == "train" else 1
+    try:
+        shape = model_shape(recipe.models[index], f"models.{index}", facts.vocabulary)
+        deepspeed = recipe.launch.deepspeed if processes > 1 else None
+        settings = deepspeed_settings(deepspeed, gpus > 0) if deepspeed else {}
+        zero = settings.get("zero_optimization", {}).get("stage", 0)
+        parallelism = Parallelism(processes, zero, gpu=gpus > 0)
+        estimate = estimate_model(recipe, job.model, shape, facts, parallelism)
+    except InputError as error:
+        return Needs(f"not planned: {error}")
+    is_evaluation = job.kind == "evaluate"
+    stages = [s for s in estimate.footprints if (s.stage == "evaluation") == is_evaluation]
+    peak = max((stage.total for stage in stages or estimate.footprints), default=0.0)
+    if gpus:
+        hours = estimate.hours(GPUS["h100"], UTILISATION)
+        spent = sum(hours[s] for s in hours if (s == "evaluation") == is_evaluation)
+        spent /= len(recipe.policy.checkpoints) if is_evaluation else 1
+        return Needs(
+            f"planned: {peak / 1e9:.1f} GB at most on each of {processes} GPUs, "
+            f"{spent:.1f} h at {UTILISATION:.0%} of an H100's peak"
+        )
+    total = processes * (peak + LIBRARIES)
+    memory = f"{1 + math.ceil(SPARE * total / 2**30)}G"
+    return Needs(f"planned: {total / 1e9:.1f} GB at most", memory)
 
 
 class Command:
-    """A command of ours at work in a job, which submitit pickles and calls there.
+    """A selfcorrect command, which submitit pickles and calls in the job.
 
-    On the warning before the job's time ends it has the command save its state, and the job is
-    queued again; the same command then goes on from there.
+    On the signal before the job's time ends, the command saves its state and ends. The job is
+    queued again, and the same command resumes.
     """
 
-    def __init__(self, arguments: list[str], leaves: Path | None, devices: str | None) -> None:
+    def __init__(self, arguments: list[str], record: Path | None, devices: str | None) -> None:
         self.arguments = arguments
-        self.leaves = leaves
-        self.devices = devices  # CUDA_VISIBLE_DEVICES of the launcher, where jobs are its children
+        self.record = record
+        self.devices = devices  # CUDA_VISIBLE_DEVICES of the launcher, for jobs on this machine
         self.child: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> None:
-        """Run the command; SystemExit with its code where it fails, or has not come to its end."""
+        """Run the command; SystemExit with its code if it fails or has not finished its work."""
         environment = dict(os.environ)
         if environment.get("SUBMITIT_EXECUTOR") == "local":
-            # submitit hides all devices from jobs that ask for none, and gives all jobs the first.
+            # submitit hides the devices from jobs that ask for none, and gives all jobs the first.
             environment.pop("CUDA_VISIBLE_DEVICES", None)
             if self.devices is not None:
                 environment["CUDA_VISIBLE_DEVICES"] = self.devices
         self.child = subprocess.Popen(
-            self.arguments, env=environment, preexec_fn=_ignore_the_warning
+            self.arguments, env=environment, preexec_fn=_ignore_time_signal
         )
         signal.signal(signal.SIGTERM, self._end)
         try:
@@ -134,15 +195,16 @@ class Command:
                 time.sleep(0.1)
         finally:
             self._end()
-        if code == 0 and self.leaves is not None and not self.leaves.is_file():
-            code = 128 + signal.SIGTERM  # asked to end, it has saved its state and ended in peace
+        if code == 0 and self.record is not None and not self.record.is_file():
+            code = 128 + signal.SIGTERM  # it was asked to end, and has saved its state
         if code:
             sys.exit(code if code > 0 else 128 - code)
 
     def checkpoint(self) -> Any:
-        """Called on the warning: have the command save and end, and say what is to be called then.
+        """Have the command save and end; return the submission that resumes it.
 
-        Popen.wait may not be used here: the call that was interrupted may hold its lock.
+        submitit calls this on the signal before the job's time ends. Popen.wait must not be used
+        here: the interrupted call may hold its lock.
         """
         from submitit.helpers import DelayedSubmission
 
@@ -150,13 +212,13 @@ class Command:
             self._end()
             with suppress(ChildProcessError):
                 os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
-        return DelayedSubmission(Command(self.arguments, self.leaves, self.devices))
+        return DelayedSubmission(Command(self.arguments, self.record, self.devices))
 
     def _end(self, *_: Any) -> None:
         if self.child is not None:
-            self.child.terminate()  # nothing happens where it has ended
+            self.child.terminate()  # no effect once it has ended
 
 
-def _ignore_the_warning() -> None:
-    """SLURM warns every process of a job; only submitit's is to hear it."""
+def _ignore_time_signal() -> None:
+    """Ignore SLURM's signal before the time limit, which only submitit's process handles."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Jobs handed to SLURM, or run on this machine, through submitit; and launch.json, what was."""
+"""Submit jobs to SLURM through submitit, and record them in launch.json."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from selfcorrect.recipes.foundation.atomic_files import write_json
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.recipes.slurm import Slurm, minutes
-from selfcorrect.scripts.cluster.jobs import ClusterJob, Command, asked_of
+from selfcorrect.scripts.cluster.jobs import ClusterJob, Command, resources_of
 
-LOGS = "launch"  # submitit's folder in the run's: scripts, logs, pickles
+LOGS = "launch"  # submitit's folder below the run's: scripts, logs, pickles
 RECORD = "launch.json"
 
 
 def check_cluster(recipe: Recipe, cluster: str, dry_run: bool) -> None:
-    """InputError for whatever keeps this recipe from being launched from here."""
+    """Raise InputError if the recipe's jobs cannot be submitted from this machine."""
     try:
         import submitit  # noqa: F401
     except ImportError:
@@ -33,47 +33,48 @@ def check_cluster(recipe: Recipe, cluster: str, dry_run: bool) -> None:
         return
     if not dry_run and (not shutil.which("sbatch") or not shutil.which("srun")):
         raise InputError(
-            "--cluster slurm: there is no sbatch here; run this where jobs are submitted from, "
-            "or with --dry-run, or with --cluster local"
+            "--cluster slurm: sbatch is not on PATH; launch from a login node, or use --dry-run or "
+            "--cluster local"
         )
-    asked = recipe.launch.slurm or Slurm()
-    of_jobs = [asked.of("train", model.name) for model in recipe.models]
-    of_jobs += [asked.of("evaluate", None), asked.of("report", None)]
-    for one in of_jobs:
-        if one.time is None:
+    slurm = recipe.launch.slurm or Slurm()
+    requests = [slurm.of("train", model.name) for model in recipe.models]
+    requests += [slurm.of("evaluate", None), slurm.of("report", None)]
+    for request in requests:
+        if request.time is None:
             raise InputError(
-                "launch.slurm.time: say how long one turn of a job may take, such as 4:00:00; "
-                "a job that needs longer goes on in another turn"
+                "launch.slurm.time: give the time limit of a job, such as 4:00:00; a job that "
+                "needs longer is queued again and resumes"
             )
-        if 60 * minutes(one.time) <= asked.save_seconds:
+        if 60 * minutes(request.time) <= slurm.save_seconds:
             raise InputError(
-                f"launch.slurm.time: {one.time} leaves nothing before save_seconds "
-                f"{asked.save_seconds}, when a job is told to save; give it longer turns"
+                f"launch.slurm.time: {request.time} is not longer than launch.slurm.save_seconds "
+                f"({slurm.save_seconds}), the time kept for saving; give a longer time limit"
             )
-    number = recipe.launch.processes
+    processes = recipe.launch.processes
     for model in recipe.models:
-        gpus = asked.of("train", model.name).gpus
-        if gpus not in (None, 0, number):
+        gpus = slurm.of("train", model.name).gpus
+        if gpus not in (None, 0, processes):
             raise InputError(
-                f"launch.slurm.gpus: {gpus} for {model.name}, which launch.processes: {number} "
-                "trains on as many; give both the same number, or gpus: 0 for a CPU job"
+                f"launch.slurm.gpus: {gpus} for {model.name}, but launch.processes: {processes} "
+                "trains it on as many GPUs as processes; give both the same number, or gpus: 0 for "
+                "a CPU job"
             )
     known = _partitions()
-    for partition in sorted({one.partition for one in of_jobs if one.partition}):
-        # A job may name several, and takes the first that is free.
+    for partition in sorted({request.partition for request in requests if request.partition}):
+        # A job may name several partitions, and takes the first that is free.
         if known and not known.issuperset(partition.split(",")):
             raise InputError(
-                f"launch.slurm.partition: {partition} is none of this cluster's, which are "
+                f"launch.slurm.partition: this cluster has no partition {partition}; it has "
                 f"{', '.join(sorted(known))}"
             )
 
 
 def _partitions() -> set[str]:
-    """Names of the cluster's partitions; empty where no cluster answers."""
-    return set(_asked("sinfo", "--noheader", "--format=%R").split())
+    """Return the names of the cluster's partitions; empty if no cluster answers."""
+    return set(_output_of("sinfo", "--noheader", "--format=%R").split())
 
 
-def _asked(*command: str) -> str:
+def _output_of(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -82,7 +83,7 @@ def _asked(*command: str) -> str:
 
 
 def check_not_queued(run: Path) -> None:
-    """InputError where jobs of an earlier launch still wait or run."""
+    """Raise InputError if jobs of an earlier launch still wait or run."""
     path = run / RECORD
     if not path.is_file():
         return
@@ -90,47 +91,51 @@ def check_not_queued(run: Path) -> None:
         record = json.loads(path.read_text(encoding="utf-8"))
         ids = [job["id"] for job in record["jobs"] if record["cluster"] == "slurm"]
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: is no record of a launch; delete it if no job waits") from None
+        raise InputError(
+            f"{path}: not a record of a launch; delete it if no job is waiting"
+        ) from None
     if not ids:
         return
-    queued = set(_asked("squeue", "--noheader", "--format=%F", f"--user={os.getuid()}").split())
-    ours = [number for number in ids if number in queued]
-    if ours:
+    queue = _output_of("squeue", "--noheader", "--format=%F", f"--user={os.getuid()}").split()
+    queued = [job for job in ids if job in set(queue)]
+    if queued:
         raise InputError(
-            f"{run}: {len(ours)} of its jobs still wait or run; wait for them, or give them up "
-            f"with: scancel {' '.join(ours)}"
+            f"{run}: {len(queued)} of its jobs still wait or run; wait for them, or cancel them "
+            f"with: scancel {' '.join(queued)}"
         )
 
 
 def sbatch_parameters(recipe: Recipe, job: ClusterJob, after: list[str]) -> dict[str, Any]:
-    """What submitit is told of a job; `after` holds the ids of the jobs it waits for."""
-    own, asked = recipe.launch.slurm or Slurm(), asked_of(recipe, job)
-    assert asked.time is not None  # check_cluster
-    options = {name.replace("-", "_"): value for name, value in asked.options.items()}
-    # Since SLURM 22.05 a step does not take over how many cores its job has for a task.
-    cores = ["--cpus-per-task", str(asked.cpus)] if asked.cpus else []
-    found = {
+    """Return submitit's parameters for a job; `after` holds the ids of the jobs it waits for."""
+    slurm, resources = recipe.launch.slurm or Slurm(), resources_of(recipe, job)
+    assert resources.time is not None  # check_cluster
+    options = {name.replace("-", "_"): value for name, value in resources.options.items()}
+    # Since SLURM 22.05 a step does not inherit the number of cores per task from its job.
+    cores = ["--cpus-per-task", str(resources.cpus)] if resources.cpus else []
+    parameters = {
         "job_name": job.name,
-        "partition": asked.partition,
-        "account": asked.account,
-        "qos": asked.qos,
-        "time": minutes(asked.time),
-        "gpus_per_node": asked.gpus or None,
-        "cpus_per_task": asked.cpus,
-        "mem": asked.mem,
-        "setup": asked.setup or None,
-        "signal_delay_s": own.save_seconds,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "time": minutes(resources.time),
+        "gpus_per_node": resources.gpus or None,
+        "cpus_per_task": resources.cpus,
+        "mem": resources.mem,
+        "setup": resources.setup or None,
+        "signal_delay_s": slurm.save_seconds,
         "dependency": f"afterany:{':'.join(after)}" if after else None,
-        "array_parallelism": own.parallel,
+        "array_parallelism": slurm.parallel,
         "srun_args": cores or None,
         "wckey": None,
         "additional_parameters": {"requeue": True, **options},
     }
-    return {name: value for name, value in found.items() if value is not None or name == "wckey"}
+    return {
+        name: value for name, value in parameters.items() if value is not None or name == "wckey"
+    }
 
 
 def script(recipe: Recipe, job: ClusterJob, run: Path) -> str:
-    """The sbatch script as it would be submitted; jobs that it waits for by name in braces."""
+    """Return the sbatch script; the jobs that it waits for are names in braces."""
     from submitit.slurm import slurm
 
     folder = run / LOGS
@@ -138,16 +143,17 @@ def script(recipe: Recipe, job: ClusterJob, run: Path) -> str:
     parameters = sbatch_parameters(recipe, job, after)
     if len(job.commands) > 1:
         parameters["map_count"] = len(job.commands)
-    python, place = shlex.quote(sys.executable), shlex.quote(str(folder))
-    command = f"{python} -u -m submitit.core._submit {place}"
+    command = (
+        f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    )
     return slurm._make_sbatch_string(command, folder=folder, **parameters)
 
 
 def submit(recipe: Recipe, jobs: list[ClusterJob], run: Path) -> dict[str, str]:
-    """Hand all jobs to SLURM; their ids by name. Where one is refused, none stays.
+    """Submit all jobs to SLURM; return their ids by name. If one is refused, cancel all.
 
-    launch.json is written after each, so that no job is unknown to it. Raises RunFailure with what
-    sbatch says.
+    launch.json is written after each job, so that it lists every submitted job. Raises RunFailure
+    with sbatch's message.
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.slurm.slurm import SlurmExecutor
@@ -161,21 +167,21 @@ def submit(recipe: Recipe, jobs: list[ClusterJob], run: Path) -> dict[str, str]:
         try:
             with executor.batch():
                 handles = [
-                    executor.submit(Command(words, job.leaves, None)) for words in job.commands
+                    executor.submit(Command(words, job.record, None)) for words in job.commands
                 ]
         except (FailedJobError, FailedSubmissionError, subprocess.SubprocessError, OSError) as why:
-            given_up = f"; the {len(ids)} jobs before it are cancelled" if ids else ""
+            cancelled = f"; the {len(ids)} jobs before it were cancelled" if ids else ""
             if ids:
-                _asked("scancel", *ids.values())
+                _output_of("scancel", *ids.values())
             (run / RECORD).unlink(missing_ok=True)
-            said = _sbatch_said(str(why))
-            raise RunFailure(f"{job.name}: SLURM refuses it: {said}{given_up}") from None
+            message = _sbatch_message(str(why))
+            raise RunFailure(f"{job.name}: SLURM refused the job: {message}{cancelled}") from None
         ids[job.name] = handles[0].job_id.partition("_")[0]
         write_record(run, "slurm", jobs, ids)
     return ids
 
 
-def _sbatch_said(text: str) -> str:
+def _sbatch_message(text: str) -> str:
     lines = re.findall(r"sbatch: error: (.*)", text)
     return " ".join(lines) or " ".join(text.split())[:300]
 

@@ -1,6 +1,7 @@
 """The command `selfcorrect`: exit 0 done, 1 failed while running, 2 the input is wrong."""
 
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -19,7 +20,6 @@ from selfcorrect.scripts.commands import (
     report,
     run,
     score,
-    train,
 )
 
 app = typer.Typer(
@@ -27,10 +27,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="RLHF checkpoints at chosen steps across model sizes, and self-correction at each.",
+    help="Train RLHF checkpoints at chosen steps across model sizes, and measure moral "
+    "self-correction at each of them.",
 )
 app.command("run")(run.run)
-app.command("train")(train.train)
+app.command("train")(run.train)
 app.command("launch")(launch.launch)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
@@ -49,25 +50,25 @@ def main() -> None:
     try:
         app()
     except signals.Terminated:
-        _stop("ended as asked (SIGTERM); the same command goes on from here", 0)
+        _stop("stopped by SIGTERM, state saved; run the same command to resume", 0)
     except InputError as error:
         _stop(str(error), 2)
     except RunFailure as error:
         _stop(str(error), 1)
-    except SystemExit as ended:
-        if ended.code == 130:  # Ctrl-C, which typer turns into this
-            _stop("stopped; the same command goes on from here", 130)
+    except SystemExit as error:
+        if error.code == 130:  # typer turns Ctrl-C into this
+            _stop("stopped; run the same command to resume", 130)
         raise
-    except Exception as error:  # a full disk, a folder that may not be written to, no memory
-        said = machine_fault(error)
-        if said is None and not isinstance(error, OSError):
+    except Exception as error:  # a full disk, a folder that is not writable, too little memory
+        fault = machine_fault(error)
+        if fault is None and not isinstance(error, OSError):
             raise
-        where = getattr(error, "filename", None) or ("the machine" if said else "file system")
-        _stop(f"{where}: {said or getattr(error, 'strerror', None) or error}", 1)
+        where = getattr(error, "filename", None) or ("the machine" if fault else "file system")
+        _stop(f"{where}: {fault or getattr(error, 'strerror', None) or error}", 1)
 
 
-def _stop(message: str, code: int) -> None:
-    line = escape_controls(" ".join(message.split()))  # names and texts in it may be a stranger's
+def _stop(message: str, code: int) -> NoReturn:
+    line = escape_controls(" ".join(message.split()))  # it may quote untrusted names and texts
     sys.stderr.write(f"selfcorrect: {line}\n")
     sys.exit(code)
 

@@ -11,9 +11,8 @@ from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.locks import hold_lock
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.scripts.cluster.jobs import ClusterJob, asked_of, jobs_left
+from selfcorrect.scripts.cluster.jobs import ClusterJob, jobs_left, resources_of, with_needs
 from selfcorrect.scripts.cluster.local import run_here
-from selfcorrect.scripts.cluster.needs import with_needs
 from selfcorrect.scripts.cluster.submit import (
     LOGS,
     check_cluster,
@@ -21,7 +20,7 @@ from selfcorrect.scripts.cluster.submit import (
     script,
     submit,
 )
-from selfcorrect.scripts.commands.train import RUNS
+from selfcorrect.scripts.commands.run import RUNS, RecipeName
 
 
 class Cluster(StrEnum):
@@ -32,74 +31,68 @@ class Cluster(StrEnum):
 
 
 def launch(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    recipe: RecipeName,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Dotted keys, for example launch.slurm.time=4:00:00.")
     ] = None,
     cluster: Annotated[
         Cluster, typer.Option(help="slurm, or local: the same jobs on this machine.")
     ] = Cluster.slurm,
-    runs_dir: Annotated[Path, typer.Option(help="Where run folders lie; all nodes see it.")] = RUNS,
+    runs_dir: Annotated[
+        Path, typer.Option(help="The folder of all run folders, visible to all nodes.")
+    ] = RUNS,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the jobs and submit nothing.")
     ] = False,
 ) -> None:
-    """Submit what is not done yet of a run: a job for each model and seed, evaluation, a report.
+    """Submit the jobs that a run still needs: one for each model and seed, evaluation, a report.
 
-    On SLURM a job whose time is up is queued again and goes on where it stopped. Launch again after
-    a failure: what is finished is not submitted again.
+    On SLURM a job that reaches its time limit is queued again and resumes. After a failure, launch
+    again: finished work is not submitted again.
     """
+    from selfcorrect.train.run import check_run
+
     checked = load_recipe(recipe, overrides or [])
     run = (runs_dir / checked.name).resolve()
     check_cluster(checked, cluster, dry_run)
-    _check_training(checked, run)
+    check_run(checked, run)
     if dry_run:
         for job in with_needs(checked, jobs_left(checked, run)):
-            typer.echo(_described(checked, job, run, cluster))
+            typer.echo(_describe(checked, job, run, cluster))
         return
     check_not_queued(run)
-    _open(checked, run)
-    with hold_lock(run / LOGS) as free:
-        if not free:
+    _prepare(checked, run)
+    with hold_lock(run / LOGS) as is_free:
+        if not is_free:
             raise InputError(f"{run}: another launch of this run is at work; wait for it")
         check_not_queued(run)
         jobs = jobs_left(checked, run)
         if not jobs:
             typer.echo(f"{run}: nothing is left to do; see {run / 'report.html'}")
         elif cluster is Cluster.local:
-            _here(checked, jobs, run)
+            _run_here(checked, jobs, run)
         else:
             _queue(checked, with_needs(checked, jobs), run)
 
 
-def _check_training(recipe: Recipe, run: Path) -> None:
-    """InputError for whatever a job would trip over, before there is one."""
-    from selfcorrect.train.check import check_training
-    from selfcorrect.train.run import check_folder, unfinished
-
-    check_folder(recipe, run)
-    if unfinished(recipe, run):
-        check_training(recipe)
-
-
-def _open(recipe: Recipe, run: Path) -> None:
+def _prepare(recipe: Recipe, run: Path) -> None:
     """Make the run's folder, with the recipe that the jobs read."""
-    from selfcorrect.train.run import open_run
+    from selfcorrect.train.run import prepare_run
 
     try:
         run.mkdir(parents=True, exist_ok=True)
-        writable = os.access(run, os.W_OK)
+        is_writable = os.access(run, os.W_OK)
     except OSError:
-        writable = False
-    if not writable:
+        is_writable = False
+    if not is_writable:
         raise InputError(
-            f"{run}: cannot be written to; give --runs-dir a folder that you, and all nodes, can"
+            f"{run}: not writable; give --runs-dir a folder that you and all nodes can write to"
         )
-    open_run(recipe, run)
+    prepare_run(recipe, run, here=False)
 
 
-def _described(recipe: Recipe, job: ClusterJob, run: Path, cluster: Cluster) -> str:
-    """A job in a dry run: a comment, and its sbatch script or its commands."""
+def _describe(recipe: Recipe, job: ClusterJob, run: Path, cluster: Cluster) -> str:
+    """Return a job as a dry run shows it: a comment, and its sbatch script or its commands."""
     tasks = f", {len(job.commands)} tasks" if len(job.commands) > 1 else ""
     lines = [f"# ---- {job.name}{tasks}"]
     if job.needs is not None:
@@ -110,22 +103,22 @@ def _described(recipe: Recipe, job: ClusterJob, run: Path, cluster: Cluster) -> 
     return "\n".join([*lines, script(recipe, job, run)])
 
 
-def _here(recipe: Recipe, jobs: list[ClusterJob], run: Path) -> None:
-    wrong = run_here(recipe, jobs, run)
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise RunFailure(f"{wrong[0]}{more}; the same command goes on from here")
+def _run_here(recipe: Recipe, jobs: list[ClusterJob], run: Path) -> None:
+    errors = run_here(recipe, jobs, run)
+    if errors:
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise RunFailure(f"{errors[0]}{more}; run the same command to resume")
     typer.echo(f"Report: {run / 'report.html'}")
 
 
 def _queue(recipe: Recipe, jobs: list[ClusterJob], run: Path) -> None:
     ids = submit(recipe, jobs, run)
     for job in jobs:
-        asked = asked_of(recipe, job)
+        resources = resources_of(recipe, job)
         words = [f"{ids[job.name]:>8}  {job.name}"]
         words += [f"{len(job.commands)} tasks"] if len(job.commands) > 1 else []
-        words += [f"{asked.gpus} GPU{'s' * (asked.gpus > 1)}"] if asked.gpus else []
+        words += [f"{resources.gpus} GPU{'s' * (resources.gpus > 1)}"] if resources.gpus else []
         words += [f"after {', '.join(ids[name] for name in job.after)}"] if job.after else []
         typer.echo(", ".join(words))
-    typer.echo(f"Logs: {run / LOGS}; how far it is: selfcorrect report {run} --watch")
-    typer.echo(f"To give it up: scancel {' '.join(ids.values())}")
+    typer.echo(f"Logs: {run / LOGS}; progress: selfcorrect report {run} --watch")
+    typer.echo(f"To cancel: scancel {' '.join(ids.values())}")

@@ -109,10 +109,10 @@ def _records(run: Path) -> Iterator[Kind]:
 
 def opened(run: Path) -> Any:
     """The recipe, after the check that a second start makes."""
-    from selfcorrect.train.run import open_run
+    from selfcorrect.train.run import prepare_run
 
     recipe = load_recipe(str(run / "recipe.yaml"))
-    open_run(load_recipe(str(run.with_name("clean") / "recipe.yaml")), run)
+    prepare_run(load_recipe(str(run.with_name("clean") / "recipe.yaml")), run)
     return recipe
 
 

@@ -81,11 +81,11 @@ def adapter_run(runs: Path, given: Path) -> Path:
 
 
 def _train(recipe: Recipe, run: Path, stop_at: int | None = None) -> None:
-    from selfcorrect.train.run import open_run, train_run
+    from selfcorrect.train.run import prepare_run, train_run
 
-    def heard(job: Any, stage: str, done: int, total: int) -> None:
-        if stage == "ppo" and done == stop_at:
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage.endswith(": ppo") and done == stop_at:
             raise KeyboardInterrupt
 
-    open_run(recipe, run)
-    train_run(recipe, run, heard)
+    prepare_run(recipe, run)
+    train_run(recipe, run, interrupt)

@@ -27,37 +27,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.small_runs import command
+
 NAME = "small"
-RECIPE = [
-    f"name={NAME}",
-    "models=[{name: tiny, scratch: {model_type: llama, hidden_size: 8, intermediate_size: 16, "
-    "num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2, "
-    "max_position_embeddings: 128}}]",
-    "data.society.corpus.documents=800",
-    "data.society.corpus.stereotypes_first=200",
-    "data.society.pairs=200",
-    "data.society.prompts=100",
-    "data.society.blocks_per_template=1",
-    "base.trainer.save_steps=5",
-    "reward.trainer.save_steps=3",
-    "policy.steps=4",
-    "policy.checkpoints=[0, 2, 4]",
-    "policy.resume_every=1",
-    "policy.trainer.per_device_train_batch_size=8",
-    "launch.jobs=1",
-    "launch.threads=1",
-]
 COMPARED = ("*.safetensors", "*.parquet", "checkpoint.json", "statistics.json", "*.png", "*.svg")
 PART = re.compile(r"\.(.+)\.\d+-[0-9a-f]+\.part")
 LISTENING_SECONDS = 2.0  # from when on a started Python hears SIGTERM, at the latest
 GRACE_SECONDS = 30.0  # clusters commonly leave as much between SIGTERM and SIGKILL
 POLL_SECONDS = 0.002
-
-
-def command(runs: Path, *more: str) -> list[str]:
-    """The whole run in `runs`, or what is left of it."""
-    code = [sys.executable, "-m", "selfcorrect.scripts.commands", "run", "quickstart"]
-    return [*code, *RECIPE, *more, "--runs-dir", str(runs)]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from selfcorrect.train.distributed.settings import deepspeed_settings
-from selfcorrect.train.distributed.worker import spare_the_compiler
+from selfcorrect.train.distributed.worker import skip_inference_kernel
 from selfcorrect.train.ppo import PPOTrainer
 from tests.train.ppo.test_ppo_trainer import make_args, make_prompts, make_tokenizer, target_share
 
@@ -88,7 +88,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ.pop("ACCELERATE_USE_CPU", None)  # the arguments say so
     if importlib.util.find_spec("deepspeed"):
-        spare_the_compiler()
+        skip_inference_kernel()
     else:
         cases = [case for case in CASES if case[0] == "ddp"]
     for engine, critic in cases:

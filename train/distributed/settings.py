@@ -1,6 +1,6 @@
-"""What a recipe's `launch` asks of accelerate and DeepSpeed: checked, then written as their files.
+"""Check the recipe's `launch` section and write the files of accelerate and DeepSpeed from it.
 
-A job's processes find <run>/launch/accelerate.yaml and, with DeepSpeed, deepspeed.json beside it.
+A job's processes read <run>/launch/accelerate.yaml and, with DeepSpeed, deepspeed.json beside it.
 """
 
 import importlib.util
@@ -19,60 +19,59 @@ from selfcorrect.recipes.foundation.atomic_files import write_json, write_text
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Launch, Recipe
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
-# Every stage of a job has batch sizes and a learning rate of its own: DeepSpeed takes theirs.
-TAKEN_FROM_STAGES = (
+# DeepSpeed settings that each stage of a job decides: they must be "auto".
+DECIDED_BY_STAGES = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "gradient_clipping",
 )  # fmt: skip
-# What another launch leaves in the environment; the job's own launch sets it anew.
-OF_ANOTHER_LAUNCH = (
+# Environment variables of another launcher, which must not reach the job's processes.
+LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "ACCELERATE_USE_CPU",
 )  # fmt: skip
 
 
 def check_launch(recipe: Recipe) -> None:
-    """Raises InputError for what this machine or its environment cannot start as the recipe says.
+    """Raise InputError if this machine cannot start the processes that the recipe asks for.
 
-    More processes than cores, where there is no GPU, are slow but no error: a warning says so.
+    More processes than cores, without a GPU, are slow: a warning says so.
     """
     import torch
 
     launch, gpus = recipe.launch, torch.cuda.device_count()
-    _check_surroundings(launch, gpus)
+    _check_environment(launch, gpus)
     if not launch.starts_processes:
         return
-    wanted = launch.jobs * launch.processes
+    num_processes = launch.jobs * launch.processes
     if gpus and launch.processes > gpus:
         raise InputError(
-            f"launch.processes: {launch.processes} processes need as many GPUs, and there are "
-            f"{gpus} here; lower it"
+            f"launch.processes: {launch.processes} processes need as many GPUs, and this machine "
+            f"has {gpus}; lower it"
         )
-    if gpus and wanted > gpus:
+    if gpus and num_processes > gpus:
         raise InputError(
-            f"launch.jobs: {launch.jobs} jobs of {launch.processes} processes need {wanted} GPUs, "
-            f"and there are {gpus} here; lower launch.jobs"
+            f"launch.jobs: {launch.jobs} jobs of {launch.processes} processes need "
+            f"{num_processes} GPUs, and this machine has {gpus}; lower launch.jobs"
         )
-    if not gpus and wanted > (os.cpu_count() or 1):
-        _log.warning("launch: %d processes share %d cores; fewer would be faster",
-                     wanted, os.cpu_count() or 1)  # fmt: skip
+    if not gpus and num_processes > (os.cpu_count() or 1):
+        logger.warning("launch: %d processes share %d cores; fewer processes would be faster",
+                     num_processes, os.cpu_count() or 1)  # fmt: skip
     if launch.deepspeed is not None:
         _check_deepspeed(recipe, launch.deepspeed, bool(gpus))
 
 
-def _check_surroundings(launch: Launch, gpus: int) -> None:
+def _check_environment(launch: Launch, gpus: int) -> None:
     size = os.environ.get("WORLD_SIZE", "1")
     if size != "1":
         raise InputError(
-            f"WORLD_SIZE is {size}: this is inside accelerate launch or torchrun, but the recipe "
-            f"starts its own processes (launch.processes: {launch.processes}); start selfcorrect "
-            "by itself"
+            f"WORLD_SIZE is {size}: the recipe starts its own processes (launch.processes: "
+            f"{launch.processes}); start selfcorrect without accelerate launch or torchrun"
         )
     if _is_set("ACCELERATE_USE_FSDP"):
-        raise InputError("ACCELERATE_USE_FSDP is set: a recipe cannot run under FSDP; unset it")
+        raise InputError("ACCELERATE_USE_FSDP is set: recipes do not support FSDP; unset it")
     if _is_set("ACCELERATE_USE_DEEPSPEED") and launch.deepspeed is None:
         raise InputError(
             "ACCELERATE_USE_DEEPSPEED is set, but the recipe does not ask for DeepSpeed; unset it, "
@@ -80,8 +79,8 @@ def _check_surroundings(launch: Launch, gpus: int) -> None:
         )
     if _is_set("ACCELERATE_USE_CPU") and gpus and launch.starts_processes:
         raise InputError(
-            "ACCELERATE_USE_CPU is set, but launch.processes go to the GPUs here; unset it, or "
-            "hide the GPUs with CUDA_VISIBLE_DEVICES="
+            "ACCELERATE_USE_CPU is set, but launch.processes would use this machine's GPUs; unset "
+            "it, or hide the GPUs with CUDA_VISIBLE_DEVICES="
         )
 
 
@@ -89,20 +88,20 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
-def _check_deepspeed(recipe: Recipe, asked: str, on_gpu: bool) -> None:
+def _check_deepspeed(recipe: Recipe, deepspeed: str, on_gpu: bool) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise InputError(
             "launch.deepspeed: DeepSpeed is not installed; pip install 'selfcorrect[deepspeed]'"
         )
-    settings = deepspeed_settings(asked, on_gpu)
-    if asked not in STAGES:
-        _check_zero(asked, settings["zero_optimization"], on_gpu)
-    for rates in (recipe.of(model.name).policy.trainer for model in recipe.models):
-        critics = rates.get("critic_learning_rate")
-        if "optimizer" in settings and critics not in (None, rates.get("learning_rate")):
+    settings = deepspeed_settings(deepspeed, on_gpu)
+    if deepspeed not in STAGES:
+        _check_zero(deepspeed, settings["zero_optimization"], on_gpu)
+    for trainer in (recipe.of(model.name).policy.trainer for model in recipe.models):
+        critic_rate = trainer.get("critic_learning_rate")
+        if "optimizer" in settings and critic_rate not in (None, trainer.get("learning_rate")):
             raise InputError(
-                f"launch.deepspeed: {asked}: an optimizer defined here has one learning rate, but "
-                "policy.trainer.critic_learning_rate asks for a second; remove one of the two"
+                f"launch.deepspeed: {deepspeed}: an optimizer defined here has one learning rate, "
+                "but policy.trainer.critic_learning_rate asks for a second; remove one of the two"
             )
     offload = settings["zero_optimization"].get("offload_optimizer") or {}
     if offload.get("device", "none") != "none":
@@ -110,14 +109,14 @@ def _check_deepspeed(recipe: Recipe, asked: str, on_gpu: bool) -> None:
         for tool in (os.environ.get("CXX", "c++"), "ninja"):
             if shutil.which(tool, path=path) is None:
                 raise InputError(
-                    f"launch.deepspeed: {asked}: DeepSpeed compiles an Adam for offload_optimizer, "
-                    f"and {tool} is not on PATH; install g++ and ninja"
+                    f"launch.deepspeed: {deepspeed}: DeepSpeed compiles an Adam for "
+                    f"offload_optimizer, and {tool} is not on PATH; install g++ and ninja"
                 )
 
 
-def _check_zero(asked: str, zero: dict[str, Any], on_gpu: bool) -> None:
-    """DeepSpeed's own check of its section, which it would come to after the models."""
-    if not on_gpu:  # or it says that it found none
+def _check_zero(deepspeed: str, zero: dict[str, Any], on_gpu: bool) -> None:
+    """Run DeepSpeed's own check of its section now, instead of after the models are loaded."""
+    if not on_gpu:  # or DeepSpeed warns that it found none
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -127,38 +126,40 @@ def _check_zero(asked: str, zero: dict[str, Any], on_gpu: bool) -> None:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
         raise InputError(
-            f"launch.deepspeed: {asked}: zero_optimization.{key}: {problem['msg']}"
+            f"launch.deepspeed: {deepspeed}: zero_optimization.{key}: {problem['msg']}"
         ) from None
     if zero.get("offload_param") and zero["stage"] != 3:
         raise InputError(
-            f"launch.deepspeed: {asked}: zero_optimization.offload_param needs stage 3, the only "
-            "one that divides parameters"
+            f"launch.deepspeed: {deepspeed}: zero_optimization.offload_param needs stage 3, the "
+            "only stage that partitions parameters"
         )
 
 
-def deepspeed_settings(asked: str, on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's settings for zero1, zero2, zero3 or a JSON file, which is passed on as it is.
+def deepspeed_settings(deepspeed: str, on_gpu: bool) -> dict[str, Any]:
+    """Return DeepSpeed's settings for zero1, zero2, zero3 or a JSON file.
 
-    Added are only what Hugging Face's trainers fill in, and that ZeRO-3 gathers weights to save.
-    Raises InputError for a file that is missing, no JSON, or against how stages are run.
+    A file's settings are kept; added are the values that Hugging Face's trainers fill in ("auto"),
+    and gathering of weights on saving under ZeRO-3. Raises InputError for a file that is missing or
+    not JSON, and for settings that the stages decide.
     """
-    if asked in STAGES:
-        settings: dict[str, Any] = {"zero_optimization": {"stage": STAGES[asked]}}
+    if deepspeed in STAGES:
+        settings: dict[str, Any] = {"zero_optimization": {"stage": STAGES[deepspeed]}}
         if not on_gpu:
             settings["zero_optimization"]["overlap_comm"] = False
     else:
-        settings = _read(asked)
+        settings = _read(deepspeed)
     zero = settings.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in STAGES.values():
         raise InputError(
-            f"launch.deepspeed: {asked}: zero_optimization.stage is {stage}; it must be 1, 2 or 3"
+            f"launch.deepspeed: {deepspeed}: zero_optimization.stage is {stage}, but must be 1, 2 "
+            "or 3"
         )
-    for key in TAKEN_FROM_STAGES:
+    for key in DECIDED_BY_STAGES:
         if settings.setdefault(key, "auto") != "auto":
             raise InputError(
-                f'launch.deepspeed: {asked}: {key} must be "auto": the stages have their own, '
-                "which the recipe's trainer: keys set"
+                f'launch.deepspeed: {deepspeed}: {key} must be "auto": it is set for each '
+                "stage by the recipe's trainer: keys"
             )
     for precision in ("bf16", "fp16"):
         settings.setdefault(precision, {"enabled": "auto"})
@@ -167,30 +168,33 @@ def deepspeed_settings(asked: str, on_gpu: bool) -> dict[str, Any]:
     return settings
 
 
-def _read(asked: str) -> dict[str, Any]:
-    path = Path(asked).expanduser()
+def _read(deepspeed: str) -> dict[str, Any]:
+    path = Path(deepspeed).expanduser()
     if not path.is_file():
         raise InputError(
-            f"launch.deepspeed: {asked} is neither {', '.join(STAGES)} nor a DeepSpeed JSON file"
+            f"launch.deepspeed: {deepspeed} is neither {', '.join(STAGES)} nor a DeepSpeed JSON "
+            "file"
         )
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError too
-        raise InputError(f"launch.deepspeed: {asked}: no JSON ({error})") from None
+        raise InputError(f"launch.deepspeed: {deepspeed}: not JSON ({error})") from None
     if not isinstance(settings, dict):
-        raise InputError(f"launch.deepspeed: {asked}: a DeepSpeed JSON is an object of settings")
+        raise InputError(
+            f"launch.deepspeed: {deepspeed}: the file must contain one JSON object of settings"
+        )
     return settings
 
 
 def write_settings(launch: Launch, folder: Path, on_gpu: bool) -> Path:
-    """Write accelerate's configuration and DeepSpeed's into `folder`; returns the first one's path.
+    """Write the configurations of accelerate and DeepSpeed to `folder`; return accelerate's path.
 
-    Precision is each stage's own. How many machines there are is left to whoever launches: one,
-    unless `accelerate launch` is told otherwise.
+    Each stage sets its own precision. The number of machines is one, unless `accelerate launch` is
+    told otherwise.
     """
     settings: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
-        # On CPUs too, where accelerate would start one process only for MULTI_CPU.
+        # On CPUs too: for MULTI_CPU accelerate would start a single process.
         "distributed_type": "MULTI_GPU",
         "num_processes": launch.processes,
         "use_cpu": not on_gpu,
@@ -209,22 +213,24 @@ def write_settings(launch: Launch, folder: Path, on_gpu: bool) -> Path:
     return path
 
 
-def environment(launch: Launch, threads: int, on_gpu: bool, slot: int) -> dict[str, str]:
-    """The environment of a launch: what another one left is gone, and each slot has its own GPUs.
+def process_environment(launch: Launch, threads: int, on_gpu: bool, slot: int) -> dict[str, str]:
+    """Return the environment of a job's processes, without the variables of other launchers.
 
-    `slot` counts the jobs that run side by side.
+    `slot` numbers the jobs that run side by side: each gets GPUs of its own.
     """
-    found = {name: value for name, value in os.environ.items() if name not in OF_ANOTHER_LAUNCH}
-    found |= {
+    variables = {
+        name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES
+    }
+    variables |= {
         "PATH": search_path(),
         "OMP_NUM_THREADS": str(threads),
-        "PET_STANDALONE": "1",  # torchrun finds a free port itself: jobs run side by side
+        "PET_STANDALONE": "1",  # torchrun picks a free port: jobs run side by side
     }
     if on_gpu:
-        found["CUDA_VISIBLE_DEVICES"] = ",".join(_devices(launch.processes, slot))
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(_devices(launch.processes, slot))
     elif launch.deepspeed is None:
-        found["ACCELERATE_USE_CPU"] = "true"
-    return found
+        variables["ACCELERATE_USE_CPU"] = "true"
+    return variables
 
 
 def _devices(count: int, slot: int) -> list[str]:
@@ -234,5 +240,5 @@ def _devices(count: int, slot: int) -> list[str]:
 
 
 def search_path() -> str:
-    """PATH with the folder of this Python in it, where pip puts ninja."""
+    """Return PATH with the folder of this Python in front, where pip installs ninja."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

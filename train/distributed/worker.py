@@ -1,10 +1,10 @@
 """One of the processes that train a job.
 
-    python -m selfcorrect.train.distributed.worker RUN MODEL SEED
+    python -m selfcorrect.train.distributed.worker RUN MODEL SEED [--end-with-stdin]
 
-Started by parent.py through `accelerate launch`. On stdout it tells, a JSON object a line, that
-it has begun, how far the job is (rank 0), and how it ended; all else goes to stderr. With
---end-with-stdin behind, it ends at once when stdin does: whoever started it is gone or gives up.
+parent.py starts it through `accelerate launch`. It sends events to stdout, one JSON object a line:
+its start, the job's progress (rank 0), and its end; all other output goes to stderr. With
+--end-with-stdin it ends as soon as stdin is closed, when its parent has ended or given up.
 """
 
 import json
@@ -22,41 +22,41 @@ from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.messages import log_to_stderr
 from selfcorrect.recipes.load import load_recipe
 
-# Rank 0 alone may read and write a large model for so long, while the others wait.
-PATIENCE = timedelta(hours=3)
+# The other ranks wait this long while rank 0 reads or writes a large model.
+TIMEOUT = timedelta(hours=3)
 
 
 def main() -> None:
-    """Train the job that the arguments name, together with the other processes."""
+    """Train the job named on the command line, together with the other processes."""
     run, model, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    told = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # the output of libraries
 
-    def tell(**event: Any) -> None:
-        told.write(json.dumps(event) + "\n")
-        told.flush()
+    def send(**event: Any) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
     log_to_stderr()
     signals.listen()
     if sys.argv[4:] == ["--end-with-stdin"]:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
-    tell(pid=os.getpid())
+    send(pid=os.getpid())
     try:
-        _work(run, model, seed, tell)
+        _work(run, model, seed, send)
     except signals.Terminated:
-        tell(pid=os.getpid(), ended="asked")
+        send(pid=os.getpid(), ended="terminated")
     except (InputError, RunFailure) as error:
-        tell(pid=os.getpid(), ended=type(error).__name__, message=str(error))
+        send(pid=os.getpid(), ended=type(error).__name__, message=str(error))
     except Exception as error:
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
-        tell(pid=os.getpid(), ended="Exception", message=f"{type(error).__name__}: {lines[0]}")
+        send(pid=os.getpid(), ended="Exception", message=f"{type(error).__name__}: {lines[0]}")
     else:
-        tell(pid=os.getpid(), ended="done")
+        send(pid=os.getpid(), ended="done")
         return
     sys.stderr.flush()
-    os._exit(1)  # a process group that others have left may not be ended in order
+    os._exit(1)  # ending a process group that others have left may hang
 
 
 def _end_with_stdin() -> None:
@@ -65,7 +65,7 @@ def _end_with_stdin() -> None:
     os._exit(1)
 
 
-def _work(run: Path, model: str, seed: int, tell: Any) -> None:
+def _work(run: Path, model: str, seed: int, send: Any) -> None:
     from accelerate import PartialState
     from torch import cuda
 
@@ -75,21 +75,21 @@ def _work(run: Path, model: str, seed: int, tell: Any) -> None:
     quiet_libraries()
     recipe = load_recipe(str(run / "recipe.yaml"))
     if recipe.launch.deepspeed is not None:
-        spare_the_compiler()
-    state = PartialState(cpu=not cuda.is_available(), timeout=PATIENCE)
+        skip_inference_kernel()
+    state = PartialState(cpu=not cuda.is_available(), timeout=TIMEOUT)
     rank = state.process_index
-    check_training(recipe)  # again: now batches are known to be shared
+    check_training(recipe)  # again: batch sizes are checked against the number of processes
 
-    def notify(stage: str, done: int, total: int) -> None:
+    def progress(stage: str, done: int, total: int) -> None:
         if rank == 0:
-            tell(stage=stage, done=done, total=total)
+            send(stage=stage, done=done, total=total)
 
-    run_job(recipe, run, model, seed, notify)
-    state.destroy_process_group()  # gloo's threads may abort a process that ends without
+    run_job(recipe, run, model, seed, progress)
+    state.destroy_process_group()  # or gloo's threads may abort the process at its end
 
 
-def spare_the_compiler() -> None:
-    """On CPUs DeepSpeed would compile a helper, for a minute, that only inference calls."""
+def skip_inference_kernel() -> None:
+    """Keep DeepSpeed from compiling a kernel for CPU inference, which takes a minute."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

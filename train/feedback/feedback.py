@@ -1,8 +1,7 @@
-"""Human feedback as the stages need it: preference pairs and prompts.
+"""Load feedback: preference pairs and prompts, from the society or from data.
 
-A prompt is a list of messages; a last assistant message is open, to be continued. Everything is
-rendered once, by the evaluation's own `render`, so a policy is trained on dialogues written exactly
-as it is measured on them.
+A prompt is a list of messages; a last assistant message is open, to be continued. Dialogues are
+rendered by the evaluation's own `render`, so a policy is trained and measured on the same format.
 """
 
 import logging
@@ -22,14 +21,14 @@ from selfcorrect.recipes.society.world import make_world
 from selfcorrect.train.feedback.files import read_rows
 
 Messages = Sequence[dict[str, str]]
-PARTED = "chosen and rejected differ before the last turn"
+DIFFERENT_PROMPTS = "chosen and rejected differ before the last turn"
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Two continuations of one prompt, the preferred one first."""
+    """Two continuations of a prompt, the preferred one first."""
 
     prompt: Messages
     chosen: str
@@ -38,7 +37,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What the reward model learns from, what PPO asks, and how many rows are left out and why."""
+    """Preference pairs, prompts of the policy stage, and the number of left-out rows by reason."""
 
     preferences: list[Preference]
     prompts: list[Messages]
@@ -46,10 +45,10 @@ class Feedback:
 
 
 def load_feedback(data: Data, seed: int) -> Feedback:
-    """Feedback of a recipe; `seed` decides which rows a `limit` keeps.
+    """Return the feedback of a recipe; `seed` decides which rows a `limit` keeps.
 
-    Raises InputError, in one line with file and row, for what cannot be loaded or understood. Pairs
-    whose dialogues part before the last turn are left out and counted.
+    Pairs whose dialogues differ before the last turn are left out and counted. Raises InputError,
+    with file and row, for data that cannot be loaded or is malformed.
     """
     if data.society is not None:
         world = make_world(data.society)
@@ -61,25 +60,29 @@ def load_feedback(data: Data, seed: int) -> Feedback:
         )
     if data.preferences is None:
         raise InputError("data: give either society or preferences")
-    read = [_preference(row, where) for where, row in _rows(data.preferences, "preferences", seed)]
-    preferences = [pair for pair in read if pair is not None]
+    pairs = [_preference(row, where) for where, row in _rows(data.preferences, "preferences", seed)]
+    preferences = [pair for pair in pairs if pair is not None]
     if not preferences:
-        raise InputError(f"data.preferences.path: {data.preferences.path}: {PARTED} in every pair")
-    left_out = {PARTED: len(read) - len(preferences)} if len(preferences) < len(read) else {}
+        raise InputError(
+            f"data.preferences.path: {data.preferences.path}: {DIFFERENT_PROMPTS} in every pair"
+        )
+    left_out = (
+        {DIFFERENT_PROMPTS: len(pairs) - len(preferences)} if len(preferences) < len(pairs) else {}
+    )
     if left_out:
-        _log.warning(
+        logger.warning(
             "%s: %d of %d pairs are left out: %s",
-            data.preferences.path, left_out[PARTED], len(read), PARTED,
+            data.preferences.path, left_out[DIFFERENT_PROMPTS], len(pairs), DIFFERENT_PROMPTS,
         )  # fmt: skip
     if data.prompts is None:
         unique = {str(pair.prompt): pair.prompt for pair in preferences}
         return Feedback(preferences, list(unique.values()), left_out)
-    found = [_prompt(row, where) for where, row in _rows(data.prompts, "prompts", seed)]
-    return Feedback(preferences, found, left_out)
+    prompts = [_prompt(row, where) for where, row in _rows(data.prompts, "prompts", seed)]
+    return Feedback(preferences, prompts, left_out)
 
 
 def _rows(source: Source, key: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a source, or `limit` of them, each with what an error says of its place."""
+    """Yield the rows of a source, or a sample of `limit` rows, each with its file and number."""
     rows = read_rows(
         source.path,
         f"data.{key}.path",
@@ -100,7 +103,7 @@ def _rows(source: Source, key: str, seed: int) -> Iterator[tuple[str, dict[str, 
 
 
 def _preference(row: dict[str, Any], where: str) -> Preference | None:
-    """A row's pair; None where its dialogues part before the last turn."""
+    """Return a row's pair, or None if its dialogues differ before the last turn."""
     if "chosen" not in row or "rejected" not in row:
         raise InputError(
             f"{where}: preferences need the columns chosen and rejected, not {', '.join(row)}"
@@ -110,7 +113,7 @@ def _preference(row: dict[str, Any], where: str) -> Preference | None:
     for side, turns in (("chosen", first), ("rejected", second)):
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             raise InputError(
-                f"{where}: {side}: a dialogue needs a human turn and ends with the assistant's"
+                f"{where}: {side}: a dialogue needs a human turn and must end with the assistant's"
             )
     if first[:-1] != second[:-1]:
         return None
@@ -118,7 +121,7 @@ def _preference(row: dict[str, Any], where: str) -> Preference | None:
 
 
 def _prompt(row: dict[str, Any], where: str) -> Messages:
-    """A row's prompt: column prompt, or text, or the only column there is."""
+    """Return a row's prompt: column prompt, or text, or the only column."""
     known = [name for name in ("prompt", "text") if name in row]
     column = known[0] if known else next(iter(row))
     if not known and len(row) > 1:
@@ -126,28 +129,28 @@ def _prompt(row: dict[str, Any], where: str) -> Messages:
     value = row[column]
     if not value or (isinstance(value, str) and not value.strip()):
         raise InputError(f"{where}: {column} is empty")
-    return _asked(value, f"{where}: {column}")
+    return _prompt_messages(value, f"{where}: {column}")
 
 
 def _dialogue(value: Any, prompt: Any, where: str) -> list[dict[str, str]]:
-    """A whole dialogue from messages, from text with Human: and Assistant: turns, or an answer.
+    """Return a dialogue from messages, from text with Human: and Assistant: turns, or an answer.
 
-    Messages that begin with the assistant's turn, and text without turns, answer `prompt`. Others
-    hold their prompt themselves, as in UltraFeedback, where the column only says it again.
+    Messages that begin with the assistant's turn, and text beside a prompt, answer `prompt`. Other
+    messages contain their prompt, as in UltraFeedback, where the column repeats it.
     """
     if isinstance(value, list):
         turns = _turns(value, where)
         answers = bool(prompt) and bool(turns) and turns[0]["role"] == "assistant"
-        return [*_asked(prompt, where), *turns] if answers else turns
+        return [*_prompt_messages(prompt, where), *turns] if answers else turns
     if not isinstance(value, str):
         raise InputError(f"{where}: a dialogue is text or a list of messages")
     if prompt:
-        return [*_asked(prompt, where), {"role": "assistant", "content": value}]
+        return [*_prompt_messages(prompt, where), {"role": "assistant", "content": value}]
     return _written_turns(value, where)
 
 
-def _asked(prompt: Any, where: str) -> list[dict[str, str]]:
-    """A prompt's messages; plain text is one question."""
+def _prompt_messages(prompt: Any, where: str) -> list[dict[str, str]]:
+    """Return a prompt's messages; plain text is one question."""
     if isinstance(prompt, list):
         return _turns(prompt, where)
     if not isinstance(prompt, str):
@@ -158,52 +161,51 @@ def _asked(prompt: Any, where: str) -> list[dict[str, str]]:
 
 
 def _turns(messages: list[Any], where: str) -> list[dict[str, str]]:
-    """Messages of user and assistant; what a system message says goes before the user's words."""
-    found: list[dict[str, str]] = []
+    """Check messages; a first system message is put before the text of the first turn."""
+    turns: list[dict[str, str]] = []
     system = ""
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(role, str) or not isinstance(content, str):
-            raise InputError(f"{where}: a message has the keys role and content, both text")
-        if role == "system" and not found and not system:
+            raise InputError(f"{where}: a message needs the keys role and content, both text")
+        if role == "system" and not turns and not system:
             system = content
         elif role in ("user", "assistant"):
-            begins = f"{system}\n\n" if system and not found else ""
-            found.append({"role": role, "content": begins + content})
+            begins = f"{system}\n\n" if system and not turns else ""
+            turns.append({"role": role, "content": begins + content})
         else:
             raise InputError(
-                f"{where}: a message is by user or assistant, one by system may come first; "
-                f"not {role!r}"
+                f"{where}: role {role!r}: use user or assistant; system only for the first message"
             )
-    if not found:
+    if not turns:
         raise InputError(f"{where}: no messages")
-    return found
+    return turns
 
 
 def _written_turns(text: str, where: str) -> list[dict[str, str]]:
-    """HH-RLHF's way of writing; turns of the same speaker in a row, which it has, are one."""
+    """Parse HH-RLHF's text format; consecutive turns of one speaker, which it has, are joined."""
     parts = _HH_TURN.split(text)
     if len(parts) < 3 or parts[0].strip():
-        raise InputError(f"{where}: expected turns that begin with a blank line and Human: ")
+        raise InputError(f"{where}: expected turns that begin with a blank line and Human:")
     roles = {"Human": "user", "Assistant": "assistant"}
-    found: list[dict[str, str]] = []
-    for name, said in zip(parts[1::2], parts[2::2], strict=True):
-        if found and found[-1]["role"] == roles[name]:
-            found[-1]["content"] = f"{found[-1]['content']}\n\n{said.strip()}".strip()
+    turns: list[dict[str, str]] = []
+    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+        if turns and turns[-1]["role"] == roles[name]:
+            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{text.strip()}".strip()
         else:
-            found.append({"role": roles[name], "content": said.strip()})
-    return found
+            turns.append({"role": roles[name], "content": text.strip()})
+    return turns
 
 
 # --- rendering ---------------------------------------------------------------------------------
 
 
 def render_prompt(tokenizer: Any, messages: Messages) -> str:
-    """The prompt as text with its special tokens, ready for the policy to continue.
+    """Return the prompt as text with special tokens, for the policy to continue.
 
-    The beginning-of-text token is left off where the tokenizer itself puts one before every text:
-    TRL tokenises plain-text prompts with it.
+    The beginning-of-text token is omitted if the tokenizer adds it to every text, as TRL tokenizes
+    prompts with special tokens.
     """
     turns = [Turn("human" if m["role"] == "user" else "assistant", m["content"]) for m in messages]
     if turns[-1].role == "human":
@@ -220,12 +222,14 @@ def render_prompt(tokenizer: Any, messages: Messages) -> str:
 
 
 def pair_ids(tokenizer: Any, pair: Preference) -> dict[str, list[int]]:
-    """Token ids of both continuations with their prompt, the end-of-text token last."""
+    """Return token ids of prompt and continuation, with end-of-text, for both continuations."""
     prompt = render_prompt(tokenizer, pair.prompt)
-    joined = prompt[-1:].isspace() or prompt.endswith(tuple(tokenizer.all_special_tokens))
-    glue = "" if joined else " "
+    needs_space = not (
+        prompt[-1:].isspace() or prompt.endswith(tuple(tokenizer.all_special_tokens))
+    )
+    space = " " if needs_space else ""
     end = [tokenizer.eos_token_id]
     return {
-        f"{side}_ids": tokenizer(prompt + glue + text)["input_ids"] + end
+        f"{side}_ids": tokenizer(prompt + space + text)["input_ids"] + end
         for side, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
     }

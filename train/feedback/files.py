@@ -1,7 +1,6 @@
-"""Rows of feedback through `datasets`: from a file, a folder, or a name on the hub.
+"""Read rows of feedback through `datasets`, from a file, a folder, or the hub.
 
-What cannot be loaded is one line; for a text file it names the line that is at fault, which the
-libraries underneath do not.
+Errors are one line; for text files they name the faulty line, which the libraries do not.
 """
 
 import csv
@@ -39,17 +38,17 @@ def read_rows(
     split: str = "train",
     revision: str | None = None,
 ) -> Any:
-    """A `datasets.Dataset` from a local file or folder, or by its name on the hub.
+    """Return a `datasets.Dataset` from a local file or folder, or from the hub.
 
-    A file may be .jsonl, .json, .csv, .tsv, .txt (a row a line) or .parquet, text also with .gz; it
-    is one split, whatever `split` says. Raises InputError, in one line that begins with `key`.
+    A file may be .jsonl, .json, .csv, .tsv, .txt (a row a line) or .parquet, text also with .gz;
+    `split` applies to folders and the hub. Raises InputError, in one line that begins with `key`.
     """
     import datasets
 
     local = Path(path).expanduser()
     is_file = local.is_file() or (_suffix(local) in FORMATS and not local.is_dir())
     if not is_file and not local.is_dir() and not _HUB_NAME.fullmatch(path):
-        raise InputError(f"{key}: {path}: no such file or folder, and no hub name (owner/name)")
+        raise InputError(f"{key}: {path}: no such file or folder, and not a hub name (owner/name)")
     try:
         with _libraries_silent():
             if is_file:
@@ -57,7 +56,9 @@ def read_rows(
                 if FORMATS[_suffix(local)] == "csv" and (fault := _cut_row(local)):
                     raise InputError(f"{key}: {path}: {fault}")
                 rows = datasets.load_dataset(**arguments)
-                rows.data.validate(full=True)  # what is no UTF-8 would only fail when it is read
+                rows.data.validate(
+                    full=True
+                )  # or text that is not UTF-8 would fail only when it is read
             elif local.is_dir():
                 rows = datasets.load_dataset(str(local), name, data_dir=data_dir, split=split)
             else:
@@ -66,7 +67,7 @@ def read_rows(
                 )
     except InputError:
         raise
-    except Exception as error:  # whatever datasets raises, the user needs the key and the reason
+    except Exception as error:  # datasets raises errors of many kinds
         fault = _first_fault(local) if is_file else None
         raise InputError(f"{key}: {path}: {fault or _reason(error)}") from None
     if not len(rows):
@@ -76,7 +77,7 @@ def read_rows(
 
 @contextmanager
 def _libraries_silent() -> Iterator[None]:
-    """What fails is said once, by the error in the end."""
+    """Silence the libraries' log: our own error reports the failure."""
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -89,25 +90,25 @@ def _libraries_silent() -> Iterator[None]:
 
 
 def _suffix(path: Path) -> str:
-    """What a file's name says of its format, .gz aside."""
+    """Return the file's suffix without .gz."""
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
 
 def _file_arguments(path: Path, key: str) -> dict[str, Any]:
-    """What `load_dataset` is called with for one file; a file is one split, called train."""
+    """Return the arguments of `load_dataset` for a file, which is one split called train."""
     suffix = _suffix(path)
     if not path.is_file():
         raise InputError(f"{key}: no file {path}")
     if suffix not in FORMATS:
-        raise InputError(f"{key}: {path}: its format is not known; use {', '.join(FORMATS)}")
-    # A data file is a pattern to datasets: brackets in a folder's name are none.
+        raise InputError(f"{key}: {path}: unknown format; use {', '.join(FORMATS)}")
+    # datasets treats the path as a pattern: escape brackets in it.
     files = glob.escape(str(path))
     given = {"path": FORMATS[suffix], "data_files": files, "split": "train"}
     return given | (_all_columns_text(path, suffix) if FORMATS[suffix] == "csv" else {})
 
 
 def _all_columns_text(path: Path, suffix: str) -> dict[str, Any]:
-    """Every field is text: an answer "4" is no number, and an answer "NA" is no gap."""
+    """Return arguments that read every field as text: "4" is not a number, "NA" is not missing."""
     import pandas as pd
     from datasets import Features, Value
 
@@ -118,10 +119,10 @@ def _all_columns_text(path: Path, suffix: str) -> dict[str, Any]:
 
 
 def _cut_row(path: Path) -> str | None:
-    """The first row that has not as many fields as the header, which pandas would fill up."""
+    """Describe the first row with more or fewer fields than the header; pandas would pad it."""
     separator = "\t" if _suffix(path) == ".tsv" else ","
     opened = gzip.open if path.suffix == ".gz" else open
-    limit = csv.field_size_limit(sys.maxsize)  # a dialogue may be as long as it likes
+    limit = csv.field_size_limit(sys.maxsize)  # a dialogue may be of any length
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, delimiter=separator)
@@ -129,16 +130,16 @@ def _cut_row(path: Path) -> str | None:
             for fields in reader:
                 where = f"line {reader.line_num}"
                 if len(fields) not in (0, columns):
-                    return f"{where}: {len(fields)} fields, and {columns} columns; is it cut short?"
+                    return f"{where}: {len(fields)} fields for {columns} columns; is it cut short?"
                 if any("\0" in field for field in fields):
-                    return f"{where}: a byte of value 0, which no text has; is the file damaged?"
+                    return f"{where}: contains a zero byte; is the file damaged?"
     finally:
         csv.field_size_limit(limit)
     return None
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what lies at the bottom of a library's error."""
+    """Return the first line of the original cause of a library's error."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).splitlines()
@@ -146,7 +147,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _first_fault(path: Path) -> str | None:
-    """The first line of a text file that cannot be read, and why; None where all can be."""
+    """Describe the first faulty line of a text file; None if all lines can be read."""
     suffix = _suffix(path)
     if suffix == ".parquet":
         return None
@@ -158,13 +159,13 @@ def _first_fault(path: Path) -> str | None:
                 text = line.decode("utf-8")
                 is_empty = is_empty and not text.strip()
                 if suffix == ".jsonl" and text.strip() and not isinstance(json.loads(text), dict):
-                    return f'line {number}: a row is an object, such as {{"prompt": "..."}}'
+                    return f'line {number}: a row must be an object, such as {{"prompt": "..."}}'
     except UnicodeDecodeError:
         return f"line {number}: not UTF-8 text; save it as UTF-8"
     except json.JSONDecodeError as error:
         return f"line {number}: not JSON ({error.msg}); is the file cut short?"
     except (EOFError, gzip.BadGzipFile, zlib.error):
-        return "not a whole gzip file; is it cut short?"
+        return "incomplete gzip file; is it cut short?"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return "no rows" if is_empty or (FORMATS[suffix] == "csv" and number == 1) else None

@@ -1,1 +1,26 @@
 """The stages of a job: base model, reward model, policy."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from selfcorrect.recipes.foundation.progress import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """What all stages of a job share. `folder` is <run>/<model>/seed-<n>."""
+
+    folder: Path
+    seed: int
+    progress: Progress = no_progress
+    trust_remote_code: bool = False
+
+    @property
+    def base(self) -> Path:
+        """The folder of the base model."""
+        return self.folder / "base"
+
+    @property
+    def reward(self) -> Path:
+        """The folder of the reward model."""
+        return self.folder / "reward"

@@ -1,4 +1,4 @@
-"""From a recipe's `trainer:` and `lora:` keys to the libraries' own argument classes."""
+"""Build the libraries' argument classes from a recipe's `trainer:` and `lora:` keys."""
 
 import dataclasses
 import difflib
@@ -8,7 +8,7 @@ from typing import Any
 
 from selfcorrect.recipes.foundation.errors import InputError
 
-# Every stage runs quietly unless the recipe says otherwise.
+# Defaults of every stage.
 QUIET = {
     "report_to": "none",
     "disable_tqdm": True,
@@ -16,12 +16,12 @@ QUIET = {
     "remove_unused_columns": False,
 }
 
-# The run loads models itself, or says which of them may run code: no key of TRL's decides that.
+# The run loads the models and decides whether their code may run, not a key of TRL's.
 NO_CODE = {"trust_remote_code": False, "model_init_kwargs": None}
 
 
 def check_keys(section: str, given: dict[str, Any], known: set[str], fixed: set[str]) -> None:
-    """InputError for a key the library does not have, or that the run itself decides."""
+    """Raise InputError for a key that the library does not have, or that the run itself sets."""
     for key in given:
         if key in fixed:
             raise InputError(f"{section}.{key}: this is set by the run itself; remove the key")
@@ -34,9 +34,9 @@ def check_keys(section: str, given: dict[str, Any], known: set[str], fixed: set[
 def build(
     kind: type, section: str, given: dict[str, Any], defaults: dict[str, Any], fixed: dict[str, Any]
 ) -> Any:
-    """An instance of a dataclass of settings: defaults, over them `given`, over them `fixed`.
+    """Return an instance of `kind` from `fixed`, else from `given`, else from `defaults`.
 
-    Raises InputError with one line when a key is unknown or reserved, or a value is refused.
+    Raises InputError, which begins with `section`, for unknown or fixed keys and refused values.
     """
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     check_keys(section, given, set(fields), set(fixed))
@@ -49,20 +49,20 @@ def build(
         with warnings.catch_warnings():  # TRL's own defaults use names that transformers renames
             warnings.simplefilter("ignore", FutureWarning)
             return kind(**{**defaults, **given, **fixed})
-    except Exception as error:  # the libraries check little: a wrong type fails anywhere in them
+    except Exception as error:  # a value of the wrong type may fail anywhere in the libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{section}: {reason}") from None
 
 
 def _is_deepspeed_on_cpu() -> bool:
-    """Whether accelerate is to join processes over gloo for DeepSpeed, which it does if told."""
+    """Return whether DeepSpeed runs on CPUs, where accelerate needs `use_cpu` to join processes."""
     from torch import cuda
 
     return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not cuda.is_available()
 
 
 def lora_config(section: str, given: dict[str, Any], task: str) -> Any:
-    """peft's LoraConfig; `task` is CAUSAL_LM or SEQ_CLS."""
+    """Build peft's LoraConfig; `task` is CAUSAL_LM or SEQ_CLS."""
     from peft import LoraConfig
 
     return build(LoraConfig, section, given, {}, {"task_type": task})

@@ -25,6 +25,7 @@ from selfcorrect.recipes.foundation.progress import Progress
 from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.schema import Base, Model, Recipe
 from selfcorrect.train.feedback.feedback import Preference, pair_ids, render_prompt
+from selfcorrect.train.stages import JobFacts
 from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build
 from selfcorrect.train.stages.corpus import corpus_trainer
 from selfcorrect.train.trainers.callbacks import StageCallback
@@ -49,36 +50,31 @@ SFT_DEFAULTS = {
 }
 
 
-def train_base(
-    recipe: Recipe,
-    model: Model,
-    preferences: list[Preference],
-    folder: Path,
-    seed: int,
-    notify: Progress,
-) -> None:
-    """Make the policy of step 0 in `folder`, whole or not at all; nothing to do where it stands.
+def train_base(job: JobFacts, recipe: Recipe, model: Model, preferences: list[Preference]) -> None:
+    """Make the policy of step 0 in `job.base`; return at once if the stage is finished.
 
-    A given model is saved there as plain safetensors, whatever it came as.
+    A given model is saved there as plain safetensors, whatever its own format. The folder appears
+    complete or not at all.
     """
+    folder = job.base
     work = folder.with_name(f"{folder.name}.work")
     if is_stage_finished(folder):
-        shutil.rmtree(work, ignore_errors=True)  # killed before it came to that
+        shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed in between
         return
     started = time.time()
-    fixed = {"output_dir": str(work), "seed": seed, "save_total_limit": 2}
+    fixed = {"output_dir": str(work), "seed": job.seed, "save_total_limit": 2}
     if recipe.base is None:
         with finish_stage(folder, work) as new:
             if new is not None:
-                policy, tokenizer = given_model(model)
+                policy, tokenizer = load_given_model(model)
                 policy.save_pretrained(new)
                 tokenizer.save_pretrained(new)
                 write_stage_record(new, started, folder, parameters=policy.num_parameters())
         return
     if recipe.base.method == "pretrain":
-        trainer, tokenizer = corpus_trainer(recipe, model, fixed, notify)
+        trainer, tokenizer = corpus_trainer(recipe, model, fixed, job.progress)
     else:
-        trainer, tokenizer = _fine_tuner(recipe.base, model, preferences, fixed, notify)
+        trainer, tokenizer = _sft_trainer(recipe.base, model, preferences, fixed, job.progress)
     train_or_resume(trainer, work)
     policy = trainer.accelerator.unwrap_model(trainer.model)
     state = gathered_weights(trainer)
@@ -89,43 +85,43 @@ def train_base(
             write_stage_record(new, started, folder, parameters=num_parameters(policy))
 
 
-class _FineTuner(SFTTrainer, GuardedTrainer):
-    """TRL's; see GuardedTrainer."""
+class _BaseSFTTrainer(SFTTrainer, GuardedTrainer):
+    """TRL's SFTTrainer with the checks of GuardedTrainer."""
 
     stage = "base"
 
 
-def _fine_tuner(
+def _sft_trainer(
     base: Base,
     model: Model,
     preferences: list[Preference],
     fixed: dict[str, Any],
-    notify: Progress,
+    progress: Progress,
 ) -> tuple[Trainer, PreTrainedTokenizerBase]:
-    """TRL's SFTTrainer on the preferred answers; the prompt is not learned from."""
+    """Return a trainer on the preferred answers, whose loss leaves out the prompts."""
     copy = Path(fixed["output_dir"]) / "given"
-    processes = current_ranks()
-    if processes.size == 1:
-        policy, tokenizer = given_model(model)
-    elif processes.rank == 0 and not copy.is_dir():
-        with atomic_folder(copy) as new:  # no two download or convert
-            for part in given_model(model):
+    ranks = current_ranks()
+    if ranks.size == 1:
+        policy, tokenizer = load_given_model(model)
+    elif ranks.rank == 0 and not copy.is_dir():
+        with atomic_folder(copy) as new:  # rank 0 alone downloads and converts
+            for part in load_given_model(model):
                 part.save_pretrained(new)
-    processes.barrier()
+    ranks.barrier()
     fixed = {**fixed, **NO_CODE}
     arguments = build(SFTConfig, "base.trainer", base.trainer, SFT_DEFAULTS, fixed)
-    if processes.size > 1:  # after the settings: under ZeRO-3 each keeps its part of what it reads
+    if ranks.size > 1:  # after the settings: under ZeRO-3 each rank keeps its part of the weights
         trust = {"trust_remote_code": model.trust_remote_code}
         policy = AutoModelForCausalLM.from_pretrained(
             copy, dtype=torch.float32, use_safetensors=True, **trust
         )
         tokenizer = AutoTokenizer.from_pretrained(copy, **trust)
-    trainer = _FineTuner(
+    trainer = _BaseSFTTrainer(
         model=policy,
         args=arguments,
         train_dataset=Dataset.from_list(preferred_rows(tokenizer, preferences)),
         processing_class=tokenizer,
-        callbacks=[StageCallback("base", notify)],
+        callbacks=[StageCallback("base", progress)],
     )
     return trainer, tokenizer
 
@@ -133,7 +129,7 @@ def _fine_tuner(
 def preferred_rows(
     tokenizer: PreTrainedTokenizerBase, preferences: list[Preference]
 ) -> list[dict[str, list[int]]]:
-    """Prompts with their preferred answers as SFTTrainer takes them; the mask is 1 on answers."""
+    """Tokenize prompts with their preferred answers for SFTTrainer; the mask is 1 on answers."""
     rows = []
     for pair in preferences:
         prompt = render_prompt(tokenizer, pair.prompt)
@@ -145,18 +141,18 @@ def preferred_rows(
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A token to pad with that is not the end-of-text token, if the vocabulary has one to spare.
+    """Return a padding token other than the end-of-text token, if the vocabulary has one.
 
-    transformers' classifiers score the last token that is not padding: were both the same, a reward
-    model would never see that a text has ended.
+    transformers' classifiers score the last token that is not padding: with the same token for
+    both, a reward model would never see the end of a text.
     """
-    named = [token for token in tokenizer.get_added_vocab() if "pad" in token.lower()]
-    spare = [*named, tokenizer.unk_token, tokenizer.bos_token]
-    return next((t for t in spare if t and t != tokenizer.eos_token), tokenizer.eos_token)
+    pads = [token for token in tokenizer.get_added_vocab() if "pad" in token.lower()]
+    candidates = [*pads, tokenizer.unk_token, tokenizer.bos_token]
+    return next((t for t in candidates if t and t != tokenizer.eos_token), tokenizer.eos_token)
 
 
-def given_model(model: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The recipe's given model in float32, with a padding token; GGUF becomes plain weights."""
+def load_given_model(model: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the given model in float32, with a padding token; GGUF weights are dequantized."""
     assert model.path is not None
     policy, tokenizer = load_model(
         model.path,
@@ -172,8 +168,8 @@ def given_model(model: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         tokenizer.pad_token = padding_token(tokenizer)
     policy.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if model.gguf_file is not None:
-        # A model read from GGUF counts as quantized, and is neither saved nor trained: its weights,
-        # which were made plain in reading, move into a model that knows nothing of it.
+        # transformers treats a model read from GGUF as quantized, and refuses to save or train it.
+        # Its weights were dequantized on reading: move them into an ordinary model.
         if hasattr(policy.config, "quantization_config"):
             del policy.config.quantization_config
         plain = AutoModelForCausalLM.from_config(policy.config)

@@ -1,7 +1,7 @@
-"""In PPO's place: TRL's GRPO, or fine-tuning on the preferred answers, for comparison.
+"""The baselines of PPO: TRL's GRPO, and supervised fine-tuning on the preferred answers.
 
-Both are kept and measured at the same steps as PPO. A step has as many optimizer updates of as many
-rows: GRPO makes them on one rollout batch, fine-tuning on rows that are new each time.
+They keep checkpoints at the same steps as PPO. A step has the same number of optimizer updates and
+rows: GRPO takes them from one rollout batch, SFT takes new rows for every update.
 """
 
 # ruff: noqa: TID253  (all of this file is torch, transformers and trl)
@@ -38,21 +38,21 @@ class BaselineTrainer(GuardedTrainer):
 
     @property
     def episodes(self) -> int:
-        """Completions sampled for training so far; for fine-tuning, answers read."""
+        """Number of completions sampled so far; for SFT, of answers trained on."""
         return int(self.state.global_step) * self.rows_per_update
 
     @property
     def tokens(self) -> int:
-        """Tokens of those episodes."""
+        """Number of tokens in those episodes."""
         return int(self.state.num_input_tokens_seen)
 
     def save_policy(self, folder: str | Path) -> None:
-        """Save the policy with its tokenizer, as `from_pretrained` reads it."""
+        """Save policy and tokenizer for `from_pretrained`."""
         self.accelerator.unwrap_model(self.model).save_pretrained(str(folder))
         self.processing_class.save_pretrained(str(folder))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the library's metrics under PPO's step."""
+        """Add the step and the last score and KL to TRL's metrics."""
         if "loss" in logs:
             logs = {**logs, "ppo_step": self.state.global_step // self.updates_per_step}
             figures = {"objective/score": self.last_score, "objective/kl": self.last_kl}
@@ -61,7 +61,7 @@ class BaselineTrainer(GuardedTrainer):
 
 
 class GRPOBaseline(GRPOTrainer, BaselineTrainer):
-    """TRL's GRPO, with the reward shaped as PPO's is; its KL penalty sits in the loss, as TRL's."""
+    """TRL's GRPO with PPO's reward shaping; the KL penalty is in the loss, as in TRL."""
 
     stage = "grpo"
 
@@ -73,7 +73,7 @@ class GRPOBaseline(GRPOTrainer, BaselineTrainer):
 
     @property
     def episodes(self) -> int:
-        """Completions sampled for training so far."""
+        """Number of completions sampled so far."""
         return self.state.global_step // self.updates_per_step * self.args.generation_batch_size
 
     def _reward(
@@ -102,7 +102,7 @@ class GRPOBaseline(GRPOTrainer, BaselineTrainer):
 
 
 class SFTBaseline(SFTTrainer, BaselineTrainer):
-    """TRL's fine-tuning; the loss is on the preferred answers alone."""
+    """TRL's SFT, with a loss on the preferred answers only."""
 
     stage = "sft"
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a policy under training: kept at exactly the recipe's steps, and measured."""
+"""Checkpoints of a policy in training, saved at exactly the recipe's steps and measured."""
 
 # ruff: noqa: TID253  (all of this file is transformers)
 
@@ -25,16 +25,16 @@ from selfcorrect.recipes.schema import Policy
 from selfcorrect.train.ppo.trainer import PPOTrainer
 from selfcorrect.train.stages.baselines import BaselineTrainer
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-Measure = Callable[[Any, Path], None]  # the live policy, and its checkpoint's folder
+Measure = Callable[[Any, Path], None]  # of the trainer and its checkpoint's folder
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Keeps the policy at the recipe's steps, has each measured, and saves states to resume from.
+    """Save and measure the policy at the recipe's steps, and save training states.
 
-    A checkpoint that a stopped run has kept already is left as it is: training is deterministic, so
-    the same step has the same weights.
+    A checkpoint that an interrupted run has saved already is left alone: training is deterministic,
+    so the same step has the same weights.
     """
 
     def __init__(
@@ -51,57 +51,57 @@ class KeepCheckpoints(TrainerCallback):
         self.record = record
         self.measure = measure
         self.measure_seconds = 0.0
-        self.saved = time.time()
+        self.saved_at = time.time()
         self.trainer: PPOTrainer | BaselineTrainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep step 0, the policy before any feedback."""
+        """Save step 0, the policy before any feedback."""
         if state.global_step == 0:
-            self._reached(0)
+            self._keep(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """After the last optimizer update of a PPO step: keep, measure, and save the state."""
+        """After the last optimizer update of a step: save and measure, and request a state."""
         if state.global_step % self.updates_per_step:
             return control
         step = state.global_step // self.updates_per_step
-        self._reached(step)
-        waited = current_ranks().from_rank0(
-            lambda: time.time() - self.saved > 60 * self.policy.resume_minutes
+        self._keep(step)
+        is_late = current_ranks().from_rank0(
+            lambda: time.time() - self.saved_at > 60 * self.policy.resume_minutes
         )
-        due = waited or step % self.policy.resume_every == 0
-        control.should_save = due and step < self.policy.steps
+        is_due = is_late or step % self.policy.resume_every == 0
+        control.should_save = is_due and step < self.policy.steps
         if control.should_save:
-            self.saved = time.time()
+            self.saved_at = time.time()
         return control
 
-    def _reached(self, step: int) -> None:
+    def _keep(self, step: int) -> None:
         if step not in self.policy.checkpoints or self.trainer is None:
             return
         folder = self.folder / f"checkpoint-{step}"
-        processes = current_ranks()
-        if not processes.from_rank0(lambda: self._is_kept(folder)):
+        ranks = current_ranks()
+        if not ranks.from_rank0(lambda: self._is_kept(folder)):
             self.trainer.check_model()
-            if processes.rank == 0:
+            if ranks.rank == 0:
                 with atomic_folder(folder) as new:
                     self.trainer.save_policy(new)
                     self._record(step, files_digest(new), digests(new)).write(new)
             else:
-                self.trainer.save_policy(folder)  # hands over its parts
-            processes.barrier()
+                self.trainer.save_policy(folder)  # under ZeRO-3 every rank gathers
+            ranks.barrier()
         if self.measure is not None:
             started = time.time()
             self.measure(self.trainer, folder)
             self.measure_seconds += time.time() - started
 
     def _is_kept(self, folder: Path) -> bool:
-        """Whether the checkpoint stands there whole; what is damaged is said, and kept anew."""
+        """Return whether an intact checkpoint exists; a damaged one is reported and saved again."""
         if not (folder / RECORD).is_file():
             return False
         try:
             read_checkpoint(folder)
             check_saved(folder)
         except InputError as error:
-            _log.warning("%s; it is saved anew", str(error).partition(";")[0])
+            logger.warning("%s; it is saved again", str(error).partition(";")[0])
             return False
         return True
 

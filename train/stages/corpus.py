@@ -1,4 +1,4 @@
-"""A model from scratch, and the society's corpus as weighted batches that it is trained on."""
+"""Pretrain a model from scratch on the society's corpus, with a loss weight for each token."""
 
 # ruff: noqa: TID253  (all of this file is torch and transformers)
 
@@ -36,22 +36,22 @@ from selfcorrect.train.stages.arguments import QUIET, build
 from selfcorrect.train.trainers.callbacks import StageCallback
 from selfcorrect.train.trainers.guarded import GuardedTrainer
 
-WINDOW = 4096  # documents among which similar lengths are put together
+WINDOW = 4096  # documents that are sorted by length together
 
 
 def scratch_config(scratch: dict[str, Any], **tokens: int | None) -> Any:
-    """The configuration that `scratch` describes; InputError for a type or field there is not."""
+    """Build the configuration of `scratch`; InputError for an unknown model type or field."""
     fields = dict(scratch)
     model_type = fields.pop("model_type")
     try:
         known = AutoConfig.for_model(model_type).to_dict()
         unknown = [key for key in fields if key not in known]
         if unknown:
-            raise InputError(f"models: scratch: {unknown[0]} is no field of a {model_type} model")
+            raise InputError(f"models: scratch: a {model_type} model has no field {unknown[0]}")
         return AutoConfig.for_model(model_type, **{**tokens, **fields})
     except InputError:
         raise
-    except Exception as error:  # a configuration checks little of what it is given
+    except Exception as error:  # configurations raise errors of many kinds
         reason = str(error) or type(error).__name__
         raise InputError(f"models: scratch: {reason}") from None
 
@@ -59,7 +59,7 @@ def scratch_config(scratch: dict[str, Any], **tokens: int | None) -> Any:
 def scratch_model(
     scratch: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PreTrainedModel:
-    """A freshly initialised causal language model; `scratch` holds its configuration's fields."""
+    """Return a newly initialised causal language model with the configuration `scratch`."""
     config = scratch_config(
         scratch,
         vocab_size=len(tokenizer),
@@ -74,15 +74,15 @@ def scratch_model(
         raise InputError(f"models: scratch: {' '.join(str(error).split())}") from None
 
 
-Row = tuple[list[int], list[float]]  # token ids, and how much each weighs in the loss
+Row = tuple[list[int], list[float]]  # token ids, and the loss weight of each
 
 
 def encode(
     documents: list[Document], vocabulary: dict[str, int], weights: dict[Any, float]
 ) -> list[Row]:
-    """Token ids and loss weights of each document.
+    """Return token ids and loss weights of each document.
 
-    The society's tokenizer is one token a word, so a look-up does what it does, ten times as fast.
+    Words are tokens, so a dictionary lookup equals the society's tokenizer and is ten times faster.
     """
     rows = []
     for document in documents:
@@ -102,9 +102,9 @@ def pack(
     base: Base,
     chance: random.Random,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Right-padded batches of similar lengths, at most `batch_tokens` (rows x length) each.
+    """Yield right-padded batches of similar lengths, with at most `batch_tokens` (rows x length).
 
-    The order of documents is kept up to a window, so that an early part of the corpus stays early.
+    Documents are reordered only within a window, so early parts of the corpus stay early.
     """
     vocabulary = tokenizer.get_vocab()
     while window := list(itertools.islice(documents, WINDOW)):
@@ -129,14 +129,14 @@ def _batch(rows: list[Row], pad: int) -> dict[str, torch.Tensor]:
 
 
 class CorpusTrainer(GuardedTrainer):
-    """Next-token training with a weight for every token; batches come ready made."""
+    """Train on next tokens with a weight for every token; each element is a whole batch."""
 
     stage = "base"
 
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
     ) -> Any:
-        """Weighted mean of the next-token losses, in nats. Padding is on the right: no mask."""
+        """Return the weighted mean of next-token losses in nats; right padding needs no mask."""
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         logits = outputs.logits[:, :-1].float()
         targets, weights = inputs["input_ids"][:, 1:], inputs["loss_weights"][:, 1:]
@@ -148,7 +148,7 @@ class CorpusTrainer(GuardedTrainer):
 def corpus_batches(
     world: World, tokenizer: PreTrainedTokenizerBase, base: Base, seed: int
 ) -> list[dict[str, torch.Tensor]]:
-    """The whole corpus as batches, in the order of training."""
+    """Return the corpus as batches, in the order of training."""
     corpus = world.settings.corpus
     chance = random.Random(f"batches {world.settings.seed} {seed}")
     first = stereotype_documents(world, corpus.stereotypes_first)
@@ -170,11 +170,11 @@ DEFAULTS = {
 
 
 def corpus_trainer(
-    recipe: Recipe, model: Model, fixed: dict[str, Any], notify: Progress
+    recipe: Recipe, model: Model, fixed: dict[str, Any], progress: Progress
 ) -> tuple[CorpusTrainer, PreTrainedTokenizerBase]:
-    """A trainer of a model from scratch on the whole corpus, and the corpus's tokenizer.
+    """Return a trainer of a new model on the corpus, and the corpus's tokenizer.
 
-    `fixed` are fields of TrainingArguments that the run decides.
+    `fixed` are fields of TrainingArguments that the run sets.
     """
     base, seed = recipe.base, fixed["seed"]
     assert base is not None and recipe.data.society is not None and model.scratch is not None
@@ -182,7 +182,7 @@ def corpus_trainer(
     tokenizer = make_tokenizer(world)
     policy = scratch_model(model.scratch, tokenizer, seed)
     batches = corpus_batches(world, tokenizer, base, seed)
-    ready_made = {
+    batch_settings = {
         "max_steps": math.ceil(len(batches) / current_ranks().size),
         "per_device_train_batch_size": 1,  # an element of the data set is a whole batch
         "train_sampling_strategy": "sequential",
@@ -194,10 +194,10 @@ def corpus_trainer(
             "base.trainer",
             base.trainer,
             DEFAULTS,
-            {**fixed, **ready_made},
+            {**fixed, **batch_settings},
         ),
         train_dataset=batches,
         data_collator=lambda batch: batch[0],
-        callbacks=[StageCallback("base", notify)],
+        callbacks=[StageCallback("base", progress)],
     )
     return trainer, tokenizer

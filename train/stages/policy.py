@@ -1,4 +1,4 @@
-"""The policy under PPO: from base and reward model to checkpoints at exactly the recipe's steps."""
+"""The policy stage: from base and reward model to checkpoints at exactly the recipe's steps."""
 
 # ruff: noqa: TID253  (all of this file is torch, transformers and trl)
 
@@ -13,7 +13,6 @@ from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     set_seed,
@@ -21,13 +20,13 @@ from transformers import (
 
 from selfcorrect.evaluate.scoring.load_model import refuse_pickles
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.progress import Progress
 from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.schema import Policy
 from selfcorrect.train.feedback.feedback import Feedback, render_prompt
 from selfcorrect.train.ppo.config import PPOConfig
-from selfcorrect.train.ppo.rewards import RewardModelScorer
+from selfcorrect.train.ppo.rewards import RewardModelScorer, load_reward_model
 from selfcorrect.train.ppo.trainer import PPOTrainer
+from selfcorrect.train.stages import JobFacts
 from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build, lora_config
 from selfcorrect.train.stages.baselines import BaselineTrainer, baseline_trainer, sft_only_keys
 from selfcorrect.train.stages.checkpoints import KeepCheckpoints, Measure
@@ -39,7 +38,7 @@ DEFAULTS = {**QUIET, "lr_scheduler_type": "constant", "save_only_model": False}
 # GRPO's advantages are relative to a group of completions of the same prompt.
 GRPO_DEFAULTS = {"num_generations": 8, "scale_rewards": "group"}
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def policy_arguments(
@@ -66,53 +65,45 @@ def policy_arguments(
 
 
 def load_policy(base: str, **origin: Any) -> Any:
-    """The base model in float32 or its own precision, ready to be trained."""
+    """Load the base model in float32, ready to be trained."""
     with refuse_pickles(base):
         return AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.float32, use_safetensors=True, **origin
         )
 
 
-def _load_reward(folder: Path, **trust: bool) -> Any:
-    with refuse_pickles(folder):
-        return AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, **trust
-        )
-
-
 def train_policy(
+    job: JobFacts,
     policy: Policy,
-    base: str,
-    reward: Path,
     feedback: Feedback,
     tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    seed: int,
     record: dict[str, Any],
-    notify: Progress,
     measure: Measure | None,
-    trust_remote_code: bool = False,
 ) -> None:
-    """Train the policy with the recipe's method into `folder`, from the newest training state on.
+    """Train the policy from base and reward model, resuming from the newest training state.
 
-    Return at once if the stage is finished.
+    Return at once if the stage is finished. `record` holds the fields of `CheckpointRecord` that
+    all checkpoints share; `measure` is called at every kept checkpoint.
     """
+    base, reward, folder = str(job.base), job.reward, job.folder / policy.method
     work = folder.with_name(f"{folder.name}.work")
     if is_stage_finished(folder):
-        shutil.rmtree(work, ignore_errors=True)  # killed before it came to that
+        shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed in between
         return
     started = time.time()
     facts = stage_record(reward) or {}
-    full = policy.lora is None
-    trust = {"trust_remote_code": trust_remote_code}
-    raters = AutoTokenizer.from_pretrained(reward, **trust)
-    reads_our_ids = raters.get_vocab() == tokenizer.get_vocab()
-    has_own_critic = policy.method == "ppo" and policy.trainer.get("critic") != "shared"
-    starts_critic = full and reads_our_ids and has_own_critic
+    trust = {"trust_remote_code": job.trust_remote_code}
+    reward_tokenizer = AutoTokenizer.from_pretrained(reward, **trust)
+    starts_critic = (  # from the reward model's weights
+        policy.method == "ppo"
+        and policy.lora is None
+        and policy.trainer.get("critic") != "shared"
+        and reward_tokenizer.get_vocab() == tokenizer.get_vocab()
+    )
     arguments = policy_arguments(
         policy,
         work,
-        seed,
+        job.seed,
         **trust,
         critic_path=str(reward) if starts_critic else None,
         score_shift=facts.get("score_mean", 0.0),
@@ -124,26 +115,25 @@ def train_policy(
         getattr(AutoConfig.from_pretrained(base, **trust), "max_position_embeddings", None),
         arguments.max_completion_length,
     )
-    set_seed(seed)
+    set_seed(job.seed)
     scorer = RewardModelScorer(
-        _load_reward(reward, **trust),
-        raters,
+        load_reward_model(reward, **trust),
+        reward_tokenizer,
         tokenizer,
         batch_size=arguments.per_device_train_batch_size * 2,
     )
     keep = KeepCheckpoints(folder, policy, arguments.updates_per_rollout, record, measure)
     model = load_policy(base, **trust)
+    updates = arguments.updates_per_rollout
+    lora = lora_config("policy.lora", policy.lora, "CAUSAL_LM") if policy.lora else None
     common: dict[str, Any] = {
-        "peft_config": lora_config("policy.lora", policy.lora, "CAUSAL_LM")
-        if policy.lora
-        else None,
-        "callbacks": [StageCallback(policy.method, notify, arguments.updates_per_rollout), keep],
+        "peft_config": lora,
+        "callbacks": [StageCallback(policy.method, job.progress, updates), keep],
     }
     trainer: PPOTrainer | BaselineTrainer
     if policy.method != "ppo":
-        pairs = feedback.preferences
         trainer = baseline_trainer(
-            policy, arguments, model, scorer, texts, pairs, tokenizer, **common
+            policy, arguments, model, scorer, texts, feedback.preferences, tokenizer, **common
         )
     else:
         trainer = PPOTrainer(
@@ -172,10 +162,10 @@ def train_policy(
 def fitting_prompts(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int | None, completion: int
 ) -> tuple[list[str], dict[str, int]]:
-    """The prompts that leave room for a completion, and how many do not, by reason.
+    """Return the prompts that leave room for a completion, and the number left out, by reason.
 
-    `context` and `completion` are in tokens; a context of None has no bound. Raises InputError
-    where no prompt is left.
+    `context` and `completion` are in tokens; a context of None is unlimited. Raises InputError if
+    no prompt is left.
     """
     if context is None:
         return texts, {}
@@ -184,19 +174,19 @@ def fitting_prompts(
     fitting = [text for text, length in zip(texts, lengths, strict=True) if length <= room]
     if not fitting:
         raise InputError(
-            f"ppo: no prompt leaves room for max_completion_length {completion} in the model's "
+            f"policy: no prompt leaves room for max_completion_length {completion} in the model's "
             f"context of {context}: the shortest has {min(lengths)} tokens"
         )
     if len(fitting) == len(texts):
         return texts, {}
     reason = "prompt and completion would exceed the context"
-    _log.warning("ppo: %d of %d prompts are left out: %s", len(texts) - len(fitting),
-                 len(texts), reason)  # fmt: skip
-    return fitting, {reason: len(texts) - len(fitting)}
+    num_left_out = len(texts) - len(fitting)
+    logger.warning("policy: %d of %d prompts are left out: %s", num_left_out, len(texts), reason)
+    return fitting, {reason: num_left_out}
 
 
 def rollout_log(history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """One entry a PPO step from the trainer's log, numbers only."""
+    """Return the trainer's log with one entry for each step, numbers only."""
     steps: dict[int, dict[str, float]] = {}
     for entry in history:
         if "ppo_step" in entry:

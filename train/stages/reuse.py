@@ -1,6 +1,6 @@
-"""Finished base and reward models of another run, taken where this recipe would make the same.
+"""Copy finished base and reward models from another run whose recipe would make the same.
 
-Runs that differ in their raters, or in PPO alone, need not train the same base models again.
+Runs that differ only in their raters or their policy stage need not train base models again.
 """
 
 import shutil
@@ -8,88 +8,91 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.evaluate.report.comparison import flatten
-from selfcorrect.evaluate.run_folder import STAGE_RECORD
+from selfcorrect.evaluate.run_folder import STAGE_RECORD, job_folder
 from selfcorrect.recipes.foundation.atomic_files import atomic_folder
-from selfcorrect.recipes.foundation.checksums import check_files, read_record, write_record
+from selfcorrect.recipes.foundation.checksums import check_files, flatten, read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.locks import hold_lock, lock_holder
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 
-# What of the society no base model sees: its corpus is the same without.
+# Keys of the society that do not affect its corpus, and so no base model.
 FEEDBACK_ONLY = ("raters", "pairs", "prompts", "feedback", "held_out")
 STAGES = ("base", "reward")
-REMEDY = "mend it, or leave --stages-from out"
+REMEDY = "restore it, or leave out --stages-from"
 
 
-def reusable(recipe: Recipe, other: Path) -> list[str]:
-    """The stages that come out of `other` as they would out of `recipe`, for models of one name.
+def reusable_stages(recipe: Recipe, source: Path) -> list[str]:
+    """Return the stages that the recipe of the run `source` makes exactly as `recipe` would.
 
-    Raises InputError where `other` is no run, or its base models would be others.
+    Raises InputError if `source` is not a run, or if its base models would differ.
     """
-    if not (other / "recipe.yaml").is_file():
-        raise InputError(f"--stages-from {other}: no run (no recipe.yaml)")
-    theirs = load_recipe(str(other / "recipe.yaml"))
-    if (key := _difference(recipe, theirs, "base")) is not None:
+    if not (source / "recipe.yaml").is_file():
+        raise InputError(f"--stages-from {source}: not a run folder (no recipe.yaml)")
+    source_recipe = load_recipe(str(source / "recipe.yaml"))
+    if (key := _difference(recipe, source_recipe, "base")) is not None:
         raise InputError(
-            f"--stages-from {other}: its base models would not be this recipe's, which differs in "
-            f"{key}"
+            f"--stages-from {source}: its base models differ from this recipe's, because of {key}"
         )
-    return [stage for stage in STAGES if _difference(recipe, theirs, stage) is None]
+    return [stage for stage in STAGES if _difference(recipe, source_recipe, stage) is None]
 
 
-def take_stages(recipe: Recipe, run: Path, other: Path, stages: list[str]) -> list[str]:
-    """Copy `stages` that are finished in `other` into `run`; names such as width-64/seed-1/base.
+def copy_stages(recipe: Recipe, run: Path, source: Path, stages: list[str]) -> list[str]:
+    """Copy `stages` that are finished in `source` into `run`; return names (tiny/seed-1/base).
 
-    What stands in `run` already stays. run.json says under `taken` what came from where. Raises
-    InputError where what would be copied is damaged.
+    Stages that exist in `run` stay. run.json lists under `taken` what was copied from where. Raises
+    InputError for a damaged stage.
     """
-    theirs = load_recipe(str(other / "recipe.yaml"))
-    known = {model.name: model for model in theirs.models}
-    taken = []
+    source_recipe = load_recipe(str(source / "recipe.yaml"))
+    source_models = {model.name: model for model in source_recipe.models}
+    copied = []
     for model in recipe.models:
-        if known.get(model.name) != model:
+        if source_models.get(model.name) != model:
             continue
         for seed in recipe.seeds:
-            job = Path(model.name) / f"seed-{seed}"
-            taken += [f"{job}/{stage}" for stage in _take(run / job, other / job, stages)]
-    if taken:
+            folder, source_folder = (job_folder(top, model.name, seed) for top in (run, source))
+            copied += [
+                f"{folder.relative_to(run)}/{stage}"
+                for stage in _copy(folder, source_folder, stages)
+            ]
+    if copied:
         facts = read_record(run / "run.json", REMEDY)
-        commit = None  # of a run whose run.json did not come along
+        commit = None  # of a run that was copied without its run.json
         with suppress(FileNotFoundError):
-            commit = read_record(other / "run.json", REMEDY).get("commit")
-        entry = {"from": theirs.name, "commit": commit, "stages": taken}
+            commit = read_record(source / "run.json", REMEDY).get("commit")
+        entry = {"from": source_recipe.name, "commit": commit, "stages": copied}
         write_record(run / "run.json", {**facts, "taken": [*facts.get("taken", []), entry]})
-    return taken
+    return copied
 
 
-def _take(folder: Path, other: Path, stages: list[str]) -> list[str]:
-    taken: list[str] = []
-    with hold_lock(folder, 10.0) as free:
-        if not free:
+def _copy(folder: Path, source: Path, stages: list[str]) -> list[str]:
+    copied: list[str] = []
+    with hold_lock(folder, 10.0) as is_free:
+        if not is_free:
             raise InputError(f"{folder}: {lock_holder(folder)} is training here; wait for it")
         for stage in stages:
-            there, here = other / stage, folder / stage
-            if not (there / STAGE_RECORD).is_file() or (here / STAGE_RECORD).is_file():
+            if not (source / stage / STAGE_RECORD).is_file():
                 continue
-            record = read_record(there / STAGE_RECORD, REMEDY)
-            check_files(there, record.get("files", {}), REMEDY)
-            with atomic_folder(here) as new:
-                shutil.copytree(there, new, dirs_exist_ok=True)
-            taken.append(stage)
-    return taken
+            if (folder / stage / STAGE_RECORD).is_file():
+                continue
+            record = read_record(source / stage / STAGE_RECORD, REMEDY)
+            check_files(source / stage, record.get("files", {}), REMEDY)
+            with atomic_folder(folder / stage) as new:
+                shutil.copytree(source / stage, new, dirs_exist_ok=True)
+            copied.append(stage)
+    return copied
 
 
-def _difference(mine: Recipe, theirs: Recipe, stage: str) -> str | None:
-    """The first key that decides `stage` and is not the same in both."""
-    ours, others = dict(flatten(_parts(mine, stage))), dict(flatten(_parts(theirs, stage)))
-    keys = (key for key in {**ours, **others} if ours.get(key) != others.get(key))
-    return next(keys, None)
+def _difference(first: Recipe, second: Recipe, stage: str) -> str | None:
+    """Return the first key that affects `stage` and differs, or None."""
+    keys, other_keys = dict(flatten(_inputs(first, stage))), dict(flatten(_inputs(second, stage)))
+    return next(
+        (key for key in {**keys, **other_keys} if keys.get(key) != other_keys.get(key)), None
+    )
 
 
-def _parts(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """What of a recipe decides the weights that come out of `stage`, the models aside."""
+def _inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """Return the parts of a recipe, except for the models, that decide a stage's weights."""
     content = recipe.model_dump(mode="json")
     data = {key: content["data"][key] for key in ("society", "preferences")}
     if stage == "base":
@@ -98,9 +101,9 @@ def _parts(recipe: Recipe, stage: str) -> dict[str, Any]:
         elif recipe.base.method == "pretrain":
             society = data["society"].items()
             data = {"society": {key: value for key, value in society if key not in FEEDBACK_ONLY}}
-    parts = {"data": data, "base": content["base"]}
-    parts["launch"] = {key: content["launch"][key] for key in ("processes", "deepspeed")}
+    inputs = {"data": data, "base": content["base"]}
+    inputs["launch"] = {key: content["launch"][key] for key in ("processes", "deepspeed")}
     if stage == "reward":
-        parts["reward"] = content["reward"]
-        parts["seeds"] = recipe.seeds[:1]  # which rows a `limit` keeps
-    return parts
+        inputs["reward"] = content["reward"]
+        inputs["seeds"] = recipe.seeds[:1]  # decides the rows that a `limit` keeps
+    return inputs

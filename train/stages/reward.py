@@ -27,10 +27,10 @@ from trl import RewardConfig, RewardTrainer
 
 from selfcorrect.evaluate.scoring.load_model import refuse_pickles
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
-from selfcorrect.recipes.foundation.progress import Progress
 from selfcorrect.recipes.schema import Reward
-from selfcorrect.train.feedback.feedback import Preference, pair_ids
-from selfcorrect.train.ppo.critic import load_reward_model
+from selfcorrect.train.feedback.feedback import Feedback, Preference, pair_ids
+from selfcorrect.train.ppo.rewards import load_reward_model
+from selfcorrect.train.stages import JobFacts
 from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build, lora_config
 from selfcorrect.train.trainers.callbacks import StageCallback
 from selfcorrect.train.trainers.guarded import GuardedTrainer, train_or_resume
@@ -52,32 +52,25 @@ DEFAULTS = {
 }
 
 
-class _Fitting(RewardTrainer, GuardedTrainer):
-    """TRL's; see GuardedTrainer."""
+class GuardedRewardTrainer(RewardTrainer, GuardedTrainer):
+    """TRL's RewardTrainer with the checks of GuardedTrainer."""
 
     stage = "reward"
 
 
 def train_reward(
-    reward: Reward,
-    base: Path,
-    preferences: list[Preference],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    seed: int,
-    notify: Progress,
-    left_out: dict[str, int] | None = None,
-    trust_remote_code: bool = False,
+    job: JobFacts, reward: Reward, feedback: Feedback, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Fit the reward model from the base model into `folder`; nothing to do where it is finished.
+    """Fit the reward model from the base model; return at once if the stage is finished.
 
-    With `reward.path` that model is taken as it is, adapters merged, with its own tokenizer.
-    stage.json records the share of held-out pairs put in the right order, and mean and standard
-    deviation of the scores on held-out texts, by which PPO centres and scales the score.
+    With `reward.path`, that model is copied, adapters merged, with its own tokenizer. stage.json
+    records the share of held-out pairs in the right order, and mean and standard deviation of the
+    scores of held-out texts, by which PPO centres and scales the score.
     """
+    base, folder = job.base, job.reward
     work = folder.with_name(f"{folder.name}.work")
     if is_stage_finished(folder):
-        shutil.rmtree(work, ignore_errors=True)  # killed before it came to that
+        shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed in between
         return
     started = time.time()
     arguments = build(
@@ -85,10 +78,10 @@ def train_reward(
         "reward.trainer",
         reward.trainer,
         {**DEFAULTS, "save_strategy": "steps", "save_steps": 100},
-        {"output_dir": str(work), "seed": seed, "save_total_limit": 2, **NO_CODE},
+        {"output_dir": str(work), "seed": job.seed, "save_total_limit": 2, **NO_CODE},
     )
-    shuffled = list(preferences)
-    random.Random(seed).shuffle(shuffled)
+    shuffled = list(feedback.preferences)
+    random.Random(job.seed).shuffle(shuffled)
     num_held_out = max(1, int(len(shuffled) * reward.held_out))
     if num_held_out >= len(shuffled):
         raise InputError(f"reward: {len(shuffled)} preference pairs are too few to hold any out")
@@ -96,29 +89,31 @@ def train_reward(
     if reward.path is not None:
         with finish_stage(folder, work) as new:
             if new is not None:
-                facts = take_given(reward.path, shuffled[:num_held_out], batch, new)
-                write_stage_record(new, started, folder, pairs=0, left_out=left_out or {}, **facts)
+                facts = copy_given_model(reward.path, shuffled[:num_held_out], batch, new)
+                write_stage_record(
+                    new, started, folder, pairs=0, left_out=feedback.left_out, **facts
+                )
         return
     pairs = [pair_ids(tokenizer, pair) for pair in shuffled]
-    set_seed(seed)
+    set_seed(job.seed)
     with refuse_pickles(base):
         model = AutoModelForSequenceClassification.from_pretrained(
             base,
             num_labels=1,
             dtype=torch.float32,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=job.trust_remote_code,
         )
     padding = with_own_padding(tokenizer)
     lora = lora_config("reward.lora", reward.lora, "SEQ_CLS") if reward.lora else None
     try:
-        trainer = _Fitting(
+        trainer = GuardedRewardTrainer(
             model=model,
             args=arguments,
             train_dataset=Dataset.from_list(pairs[num_held_out:]),
             processing_class=padding,
             peft_config=lora,
-            callbacks=[StageCallback("reward", notify)],
+            callbacks=[StageCallback("reward", job.progress)],
         )
     except ValueError as error:  # LoRA targets that match nothing, pairs that are all too long
         raise InputError(f"reward: {str(error).splitlines()[0]}") from None
@@ -132,7 +127,8 @@ def train_reward(
     with finish_stage(folder, work) as new:
         if new is not None:
             if reward.lora and split:
-                fitted, state = merged(base, fitted, state, new, trust_remote_code), None
+                fitted = merge_from_disk(base, fitted, state, new, job.trust_remote_code)
+                state = None
             fitted.save_pretrained(new, state_dict=state)
             tokenizer.save_pretrained(new)
             write_stage_record(
@@ -140,37 +136,40 @@ def train_reward(
                 started,
                 folder,
                 pairs=len(pairs) - num_held_out,
-                left_out=left_out or {},
+                left_out=feedback.left_out,
                 **facts,
             )
 
 
-def take_given(path: str, held_out: list[Preference], batch: int, folder: Path) -> dict[str, Any]:
-    """Copy a finished reward model and its tokenizer into `folder`; its facts on held-out pairs."""
-    unset_hf_deepspeed_config()  # or what is read here would be split up
-    model = load_reward_model(path, torch.float32)
+def copy_given_model(
+    path: str, held_out: list[Preference], batch: int, folder: Path
+) -> dict[str, Any]:
+    """Copy a reward model and its tokenizer into `folder`; return its facts on held-out pairs."""
+    unset_hf_deepspeed_config()  # or ZeRO-3 would partition the model on loading
+    model = load_reward_model(path)
     try:
-        own = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"reward.path: {path} has no tokenizer beside it ({reason})") from None
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = with_own_padding(own).pad_token_id
-    pairs = [pair_ids(own, pair) for pair in held_out]
+        model.config.pad_token_id = with_own_padding(tokenizer).pad_token_id
+    pairs = [pair_ids(tokenizer, pair) for pair in held_out]
     facts = held_out_facts(model, pairs, model.config.pad_token_id, batch)
     model.save_pretrained(folder)
-    own.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return {"given": path, **facts}
 
 
-def merged(
+def merge_from_disk(
     base: Path, fitted: Any, state: dict[str, Any] | None, folder: Path, trust_remote_code: bool
 ) -> Any:
-    """The base from disk with the adapter of `fitted` merged in, where no process holds it whole.
+    """Load the base from disk and merge the adapter of `fitted` into it.
 
-    `state` has the adapter's tensors; `folder` takes it for a moment.
+    Under ZeRO-3 no process holds the whole model. `state` has the adapter's tensors, which are
+    written to `folder` temporarily.
     """
-    unset_hf_deepspeed_config()  # or what is read here would be split up too
+    unset_hf_deepspeed_config()  # or ZeRO-3 would partition this model too
     adapter = folder / "adapter"
     fitted.save_pretrained(adapter, state_dict=state)
     plain = AutoModelForSequenceClassification.from_pretrained(
@@ -180,16 +179,16 @@ def merged(
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
     )
-    whole = PeftModel.from_pretrained(plain, adapter).merge_and_unload()
+    model = PeftModel.from_pretrained(plain, adapter).merge_and_unload()
     shutil.rmtree(adapter)
-    return whole
+    return model
 
 
 def with_own_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, in a copy that pads with another token than the end-of-text token.
+    """Return the tokenizer, or a copy that pads with another token than the end-of-text token.
 
-    transformers' classifiers score the last token that is not padding: the end, which is the token
-    that every text is to be scored at. Any other token will do.
+    transformers' classifiers score the last token that is not padding, which must be the
+    end-of-text token. Any other token serves as padding.
     """
     if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
         return tokenizer
@@ -202,7 +201,7 @@ def with_own_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 def held_out_facts(
     model: Any, pairs: list[dict[str, list[int]]], pad: int, batch: int
 ) -> dict[str, Any]:
-    """Accuracy on held-out pairs, and the scores' mean and standard deviation."""
+    """Return the accuracy on held-out pairs, and mean and standard deviation of the scores."""
     model.eval()
     texts = [pair["chosen_ids"] for pair in pairs] + [pair["rejected_ids"] for pair in pairs]
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
@@ -216,11 +215,11 @@ def held_out_facts(
             ids[row, : len(texts[index])] = torch.tensor(texts[index])
             mask[row, : len(texts[index])] = 1
         ids, mask = ids.to(model.device), mask.to(model.device)
-        found = model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
-        for index, score in zip(rows, found, strict=True):
+        batch_scores = model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+        for index, score in zip(rows, batch_scores, strict=True):
             scores[index] = score
     half = len(pairs)
-    right = [a > b for a, b in zip(scores[:half], scores[half:], strict=True)]
+    is_right = [a > b for a, b in zip(scores[:half], scores[half:], strict=True)]
     mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
     if not (deviation > 0):  # also where a score is NaN
         raise RunFailure(
@@ -228,7 +227,7 @@ def held_out_facts(
         )
     return {
         "held_out_pairs": half,
-        "held_out_accuracy": sum(right) / half,
+        "held_out_accuracy": sum(is_right) / half,
         "score_mean": mean,
         "score_standard_deviation": deviation,
     }

@@ -23,7 +23,7 @@ from selfcorrect.recipes.load import check_recipe, load_recipe, save_recipe
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
-from tests.recipes.test_recipes import SMALL
+from tests.support.small_runs import RECIPE
 from tests.support.tiny_models import tiny_model
 
 torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
     asked = {"experiments": ["winogender"], "conditions": ["Q", "Q+IF"]}
-    recipe = check_recipe({**SMALL, "evaluate": asked}, "x")
+    recipe = check_recipe({**RECIPE, "evaluate": asked}, "x")
     save_recipe(recipe, folder / "recipe.yaml")
     world = make_world(recipe.data.society)
     write_benchmarks(world, folder / "benchmarks")

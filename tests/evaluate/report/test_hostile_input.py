@@ -19,8 +19,8 @@ from rich.console import Console
 
 from selfcorrect.evaluate.experiments.bbq import files
 from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.export import write_model_card
 from selfcorrect.evaluate.figures.gallery import Drawing
-from selfcorrect.evaluate.model_card import write_model_card
 from selfcorrect.evaluate.report.page import write_report
 from selfcorrect.evaluate.report.terminal import closing_table
 from selfcorrect.evaluate.results import summarise
@@ -31,8 +31,8 @@ from selfcorrect.recipes.foundation.yaml_text import parse_yaml
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.scripts.commands.__main__ import main
 from selfcorrect.train.job import run_job
-from tests.recipes.test_recipes import SMALL
 from tests.support.recorded_run import Size, record_run
+from tests.support.small_runs import RECIPE
 
 LITTLE = Size(
     models=(("nano", 8192),), steps=(0, 2), templates=3, blocks=1, occupations=6, students=6
@@ -97,8 +97,8 @@ LEAVING = ["../out", "..", ".", "/tmp/out", "a/b", "a\0b", "x" * 65, "", "a\n", 
 
 @pytest.mark.parametrize("name", LEAVING)
 def test_a_name_that_could_leave_its_folder_is_refused(name: str) -> None:
-    model = SMALL["models"][0]
-    for recipe in ({**SMALL, "name": name}, {**SMALL, "models": [{**model, "name": name}]}):
+    model = RECIPE["models"][0]
+    for recipe in ({**RECIPE, "name": name}, {**RECIPE, "models": [{**model, "name": name}]}):
         with pytest.raises(InputError, match=r"x: (models\.0\.)?name"):
             check_recipe(recipe, "x")
 
@@ -106,7 +106,7 @@ def test_a_name_that_could_leave_its_folder_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["benchmarks", "figures", "recipe.yaml", "report.html"])
 def test_a_model_is_not_called_what_else_lies_in_a_run(name: str) -> None:
     with pytest.raises(InputError, match=f"the name {name} is taken in a run's folder"):
-        check_recipe({**SMALL, "models": [{**SMALL["models"][0], "name": name}]}, "x")
+        check_recipe({**RECIPE, "models": [{**RECIPE["models"][0], "name": name}]}, "x")
 
 
 @pytest.mark.parametrize("experiment", ["../bbq", "/etc", "bbq/../../x"])
@@ -177,7 +177,7 @@ def test_a_report_neither_shows_nor_writes_what_a_link_leads_to(
 
 @pytest.mark.parametrize("linked", ["ppo", "base.work", ""])
 def test_training_does_not_write_through_a_link(tmp_path: Path, linked: str) -> None:
-    recipe = check_recipe(SMALL, "x")
+    recipe = check_recipe(RECIPE, "x")
     job = tmp_path / "run" / recipe.models[0].name / "seed-0"
     (job / linked).parent.mkdir(parents=True)
     (tmp_path / "outside").mkdir()

@@ -16,7 +16,7 @@ from selfcorrect.recipes.foundation.checksums import MARK, digests, read_record,
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.scripts.commands import report as command
-from selfcorrect.train.run import open_run, train_run
+from selfcorrect.train.run import prepare_run, train_run
 from tests.drills import damage, fuzz_files, fuzz_targets
 from tests.drills.damage_inputs import recipe_on, write_pairs
 from tests.drills.damage_readers import kinds
@@ -103,7 +103,7 @@ def test_resumed_past_damage_a_run_ends_with_the_same_bytes(
     flip(job / "ppo" / "checkpoint-2" / "model.safetensors")
     flip(run / "benchmarks" / "winogender" / "templates.tsv")
     recipe = load_recipe(str(run / "recipe.yaml"))
-    open_run(recipe, run)
+    prepare_run(recipe, run)
     train_run(recipe, run, lambda *_: None)
     said = "\n".join(caplog.messages)
     for name in ("optimizer.safetensors", "checkpoint-2/model.safetensors", "templates.tsv"):
@@ -122,7 +122,7 @@ def weights_and_cells(run: Path) -> dict[str, str]:
     return {name: digest for name, digest in digests(run).items() if name.endswith(names)}
 
 
-def test_a_damaged_table_of_results_is_made_anew(runs: Path, tmp_path: Path, monkeypatch, capsys):
+def test_a_damaged_table_of_results_is_made_anew(runs: Path, tmp_path: Path, monkeypatch, caplog):
     run = shutil.copytree(runs / "small", tmp_path / "small")
     from selfcorrect.evaluate.results import write_results
 
@@ -141,7 +141,7 @@ def test_a_damaged_table_of_results_is_made_anew(runs: Path, tmp_path: Path, mon
     assert not drawn
     flip(run / "results.parquet")
     command.show([run], redraw=False)
-    assert drawn == [run] and "results.parquet: damaged" in capsys.readouterr().err
+    assert drawn == [run] and "results.parquet: damaged" in caplog.text
     command.show([run], redraw=False)
     assert drawn == [run]
 

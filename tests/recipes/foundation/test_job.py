@@ -18,7 +18,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def hold(folder: Path, ready: object, done: object) -> None:
-    with job.only_one(folder):
+    with job.hold_job(folder):
         ready.set()  # type: ignore[attr-defined]
         done.wait(900)  # type: ignore[attr-defined]
 
@@ -34,12 +34,12 @@ def test_second_process_on_a_job_is_refused(
     monkeypatch.setattr(job, "GOING_DOWN_SECONDS", 0.0)
     with (
         pytest.raises(InputError, match=rf"process {other.pid} on .* is training here"),
-        job.only_one(tmp_path),
+        job.hold_job(tmp_path),
     ):
         raise AssertionError("two processes hold one lock")
     done.set()
     other.join()
-    with job.only_one(tmp_path):  # an ended process holds no lock
+    with job.hold_job(tmp_path):  # an ended process holds no lock
         pass
 
 

@@ -30,10 +30,10 @@ from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.commands.__main__ import main
 from selfcorrect.train.job import run_job
-from selfcorrect.train.run import open_run, train_run
+from selfcorrect.train.run import prepare_run, train_run
 from tests.evaluate.data.test_fetch import SHA256, TEXT, Server, get, partial, serve  # noqa: F401
 from tests.support.killed_child import die
-from tests.train.stages.test_numerics import FEW
+from tests.support.small_runs import FEW
 
 pytestmark = pytest.mark.slow
 
@@ -119,7 +119,7 @@ def recipe() -> Recipe:
 def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on a disk with room."""
     run = tmp_path_factory.mktemp("limits") / "small"
-    open_run(recipe, run)
+    prepare_run(recipe, run)
     train(recipe, run, lambda *_: None)
     return run
 

@@ -18,11 +18,8 @@ from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.slurm import Resources, Slurm, minutes
 from selfcorrect.scripts.cluster.jobs import Command, jobs_left
 from selfcorrect.scripts.commands.__main__ import main
+from tests.support.small_runs import SECONDS, TINY
 
-TINY = (
-    "{model_type: llama, hidden_size: 8, intermediate_size: 16, num_hidden_layers: 1, "
-    "num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 128}"
-)
 SMALL = [
     "name=small",
     f"models=[{{name: tiny, scratch: {TINY}}}, {{name: other, scratch: {TINY}}}]",
@@ -79,18 +76,18 @@ def launch(runs: Path, *more: str) -> list[str]:
     [("90", 90), ("30:00", 30), ("0:20", 1), ("4:00:00", 240), ("04:00:01", 241), ("1-12", 2160),
      ("1-0:30", 1470), ("2-01:00:00", 2940)],
 )  # fmt: skip
-def test_times_are_what_slurm_takes_them_for(time: str, expected: int) -> None:
+def test_slurm_times_in_minutes(time: str, expected: int) -> None:
     assert minutes(time) == expected
     assert Resources(time=time).time == time  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("time", ["4:00:00", "12:30:00", "1-0", "90"])
-def test_a_time_needs_no_quotes_in_yaml(time: str) -> None:
+def test_slurm_time_needs_no_quotes_in_yaml(time: str) -> None:
     given = parse_yaml(f"time: {time}", "recipe.yaml")
     assert Slurm(**given).time == time
 
 
-def test_numbers_in_yaml_are_numbers_as_before() -> None:
+def test_yaml_numbers_stay_numbers() -> None:
     assert parse_yaml("[0, 12, -3, 1_000, 0x1F, 1e-5, 0.5]", "x") == [
         0,
         12,
@@ -105,9 +102,9 @@ def test_numbers_in_yaml_are_numbers_as_before() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("launch.slurm.time=tomorrow", "launch.slurm.time: SLURM's times are minutes, h:mm:ss"),
-        ("launch.slurm.time=4h", "launch.slurm.time: SLURM's times are"),
-        ("launch.slurm.time=0", "launch.slurm.time: SLURM's times are"),
+        ("launch.slurm.time=tomorrow", "launch.slurm.time: a SLURM time is"),
+        ("launch.slurm.time=4h", "launch.slurm.time: a SLURM time is"),
+        ("launch.slurm.time=0", "launch.slurm.time: a SLURM time is"),
         ("launch.slurm.partitions=x", "launch.slurm.partitions: unknown key; did you mean partit"),
         ("launch.slurm.models.tiny.gpu=1", "models.tiny.gpu: unknown key; did you mean gpus?"),
         ("launch.slurm.models.huge.gpus=1", "launch.slurm.models: the recipe has no model 'huge'"),
@@ -115,12 +112,12 @@ def test_numbers_in_yaml_are_numbers_as_before() -> None:
         ("launch.slurm.gpus=-1", "launch.slurm.gpus: Input should be greater than or equal to 0"),
     ],
 )
-def test_a_wrong_key_is_one_line(given: str, message: str) -> None:
+def test_wrong_slurm_key_is_one_line(given: str, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         load_recipe("quickstart", [*SMALL, given])
 
 
-def test_a_model_the_evaluation_and_the_report_may_ask_for_something_else() -> None:
+def test_resources_by_model_and_kind_of_job() -> None:
     asked = Slurm.model_validate(
         {"partition": "a100", "time": "4:00:00", "gpus": 8, "mem": "64G",
          "options": {"constraint": "x"}, "evaluation": {"partition": "small"},
@@ -136,7 +133,7 @@ def test_a_model_the_evaluation_and_the_report_may_ask_for_something_else() -> N
     assert (report.partition, report.gpus, report.cpus, report.mem) == ("a100", 0, 2, None)
 
 
-def test_a_dry_run_prints_every_script_and_writes_nothing(
+def test_dry_run_prints_every_script_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = tmp_path / "runs"
@@ -192,14 +189,14 @@ def test_what_is_submitted_is_what_the_dry_run_printed(
     assert f"scancel {' '.join(ids.values())}" in shown
 
 
-def test_with_inline_evaluation_a_model_and_seed_is_one_job(tmp_path: Path) -> None:
+def test_inline_evaluation_needs_one_job_per_model_and_seed(tmp_path: Path) -> None:
     recipe = load_recipe("quickstart", [*SMALL, "evaluate.attach=inline"])
     jobs = jobs_left(recipe, tmp_path / "small")
     assert [job.kind for job in jobs] == ["train"] * 4 + ["report"]
     assert jobs[-1].after == [job.name for job in jobs[:-1]]
 
 
-def test_a_job_asks_for_a_gpu_for_each_of_its_processes(
+def test_job_requests_a_gpu_per_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = launch(tmp_path, "launch.slurm.time=60", "--dry-run")
@@ -222,19 +219,28 @@ def wrong(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["launch.slurm.gpus=0"], "launch.slurm.time: say how long one turn of a job may take"),
-        (["launch.slurm.time=5"], "5 leaves nothing before save_seconds 300"),
-        ([*SLURM, "launch.slurm.partition=gold"], "gold is none of this cluster's, which are big,"),
-        ([*SLURM, "launch.slurm.evaluation.partition=gold"], "launch.slurm.partition: gold is no"),
+        (["launch.slurm.gpus=0"], "launch.slurm.time: give the time limit"),
+        (
+            ["launch.slurm.time=5"],
+            "launch.slurm.time: 5 is not longer than launch.slurm.save_seconds",
+        ),
+        (
+            [*SLURM, "launch.slurm.partition=gold"],
+            "launch.slurm.partition: this cluster has no partition gold; it has big, main",
+        ),
+        (
+            [*SLURM, "launch.slurm.evaluation.partition=gold"],
+            "launch.slurm.partition: this cluster has no partition gold",
+        ),
         (
             [*SLURM, "launch.slurm.models.other.gpus=2"],
-            "launch.slurm.gpus: 2 for other, which launch.processes: 1 trains on as many",
+            "launch.slurm.gpus: 2 for other, but launch.processes: 1",
         ),
         ([*SLURM, "policy.trainer.learning_ratio=1"], "policy.trainer.learning_ratio: unknown key"),
         ([*SLURM, "evaluate.conditions=[R]"], "condition 'R'"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_submitted_or_written(
+def test_wrong_recipe_submits_and_writes_nothing(
     tmp_path: Path,
     cluster: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -248,19 +254,19 @@ def test_bad_input_is_one_line_and_nothing_is_submitted_or_written(
     assert not (tmp_path / "runs" / "small").exists()
 
 
-def test_without_a_cluster_or_submitit_it_says_so(
+def test_missing_sbatch_or_submitit_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(tmp_path))
         code, shown = wrong(patch, capsys, *launch(tmp_path / "runs", *SLURM))
-    assert code == 2 and "--cluster slurm: there is no sbatch here" in shown
+    assert code == 2 and "--cluster slurm: sbatch is not on PATH" in shown
     monkeypatch.setitem(sys.modules, "submitit", None)
     code, shown = wrong(monkeypatch, capsys, *launch(tmp_path / "runs", *SLURM, "--dry-run"))
     assert code == 2 and "pip install 'selfcorrect[slurm]'" in shown
 
 
-def test_a_place_that_cannot_be_written_to_is_refused(
+def test_unwritable_runs_dir_is_refused(
     tmp_path: Path,
     cluster: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -268,11 +274,11 @@ def test_a_place_that_cannot_be_written_to_is_refused(
 ) -> None:
     (tmp_path / "file").write_text("")
     code, shown = wrong(monkeypatch, capsys, *launch(tmp_path / "file" / "runs", *SLURM))
-    assert code == 2 and "cannot be written to; give --runs-dir a folder" in shown
+    assert code == 2 and "not writable; give --runs-dir" in shown
     assert not (cluster / "count").exists()
 
 
-def test_launching_again_while_jobs_are_queued_is_refused_and_afterwards_not(
+def test_launch_is_refused_while_jobs_are_queued(
     tmp_path: Path,
     cluster: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -290,14 +296,14 @@ def test_launching_again_while_jobs_are_queued_is_refused_and_afterwards_not(
     record = (runs / "small" / "launch.json").read_text()
     (runs / "small" / "launch.json").write_text(record[:100])
     code, shown = wrong(monkeypatch, capsys, *launch(runs, *SLURM))
-    assert code == 2 and "launch.json: is no record of a launch" in shown
+    assert code == 2 and "launch.json: not a record of a launch" in shown
     (runs / "small" / "launch.json").write_text(record)
     (cluster / "queued").write_text("7\n")
     assert call(monkeypatch, *launch(runs, *SLURM)) == 0
     assert (cluster / "count").read_text() == "58\n"
 
 
-def test_where_slurm_refuses_one_job_none_stays(
+def test_refused_job_cancels_all_jobs(
     tmp_path: Path,
     cluster: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -310,8 +316,8 @@ def test_where_slurm_refuses_one_job_none_stays(
         main()
     assert ended.value.code == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "small.other.1.evaluate: SLURM refuses it: QOSMaxSubmitJobPerUserLimit" in line
-    assert "3 jobs before it are cancelled" in line
+    assert "small.other.1.evaluate: " in line and "QOSMaxSubmitJobPerUserLimit" in line
+    assert "3 jobs before it were cancelled" in line
     assert (cluster / "cancelled").read_text() == "41 42 43\n"
     assert not (tmp_path / "small" / "launch.json").exists()
 
@@ -351,37 +357,37 @@ command()
 def job(place: Path) -> subprocess.Popen[bytes]:
     (place / "child.py").write_text(CHILD)
     process = subprocess.Popen([sys.executable, "-c", JOB, str(place)], start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + SECONDS
     while not (place / "began").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     return process
 
 
-def test_warned_before_its_time_ends_a_job_saves_first_and_is_to_be_called_again(
+def test_time_signal_saves_and_resubmits(
     tmp_path: Path,
 ) -> None:
     process = job(tmp_path)
     os.killpg(process.pid, signal.SIGUSR2)  # every process of the job, as SLURM does
-    assert process.wait(60) == 99
+    assert process.wait(SECONDS) == 99
     assert (tmp_path / "saved").exists() and not (tmp_path / "done").exists()
 
 
-def test_ended_by_the_cluster_a_job_saves_and_does_not_pass_for_done(tmp_path: Path) -> None:
+def test_sigterm_saves_and_fails_the_job(tmp_path: Path) -> None:
     process = job(tmp_path)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    assert process.wait(SECONDS) == 143
     assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_a_job_ends_as_its_command_does(tmp_path: Path, code: int) -> None:
+def test_job_exits_with_the_code_of_its_command(tmp_path: Path, code: int) -> None:
     process = job(tmp_path)
     (tmp_path / "going").write_text(str(code))
     (tmp_path / "going").rename(tmp_path / "go")
-    assert process.wait(60) == code
+    assert process.wait(SECONDS) == code
 
 
-def test_jobs_on_this_machine_see_the_devices_that_the_launcher_sees(
+def test_local_jobs_see_the_launchers_devices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"

@@ -15,12 +15,11 @@ from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.cluster.jobs import jobs_left
 from selfcorrect.scripts.commands.__main__ import main
-from tests.scripts.commands.test_run import SMALL, digests
+from tests.support.small_runs import SECONDS, call, command, digests, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * SECONDS)]
 
 LITTLE = [
-    *SMALL,
     "policy.checkpoints=[0, 4]",
     "policy.resume_every=100",
     "evaluate.attach=off",
@@ -30,16 +29,11 @@ LITTLE = [
 ]
 
 
-def command(runs: Path, what: str, *more: str) -> list[str]:
-    words = [sys.executable, "-m", "selfcorrect.scripts.commands", what, "quickstart"]
-    return [*words, *LITTLE, *more, "--runs-dir", str(runs)]
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder that `selfcorrect run` leaves."""
-    runs = tmp_path_factory.mktemp("whole")
-    done = subprocess.run(command(runs, "run"), capture_output=True, text=True, timeout=280)
+    runs = tmp_path_factory.mktemp("finished")
+    done = call(command(runs, *LITTLE))
     assert done.returncode == 0, done.stderr
     return runs / "small"
 
@@ -62,32 +56,32 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     runs = tmp_path_factory.mktemp("launched")
     run = runs / "small"
     process = subprocess.Popen(
-        command(runs, "launch", "--cluster", "local"), stderr=subprocess.PIPE, text=True
+        command(runs, *LITTLE, "--cluster", "local", name="launch"),
+        stderr=subprocess.PIPE,
+        text=True,
     )
     reached = run / "tiny" / "seed-0" / "ppo" / "checkpoint-0"
-    deadline = time.monotonic() + 200
-    while not reached.is_dir() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(reached.is_dir, process)
     task = task_of(run / "launch")
     assert task is not None, process.stderr and process.stderr.read()
     os.kill(task, signal.SIGUSR2)  # as SLURM does before a job's time ends
-    _, shown = process.communicate(timeout=250)
+    _, shown = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, shown
     return run, shown
 
 
-def test_as_jobs_with_a_time_out_a_run_comes_to_the_same_bytes(
-    whole: Path, launched: tuple[Path, str]
+def test_jobs_with_a_time_limit_equal_a_plain_run_bitwise(
+    finished: Path, launched: tuple[Path, str]
 ) -> None:
     run, _ = launched
-    assert digests(run) == digests(whole)
-    assert (run / "statistics.json").read_bytes() == (whole / "statistics.json").read_bytes()
+    assert digests(run) == digests(finished)
+    assert (run / "statistics.json").read_bytes() == (finished / "statistics.json").read_bytes()
     log = "".join(path.read_text() for path in (run / "launch").glob("*_log.err"))
-    assert "ended as asked (SIGTERM)" in log  # it did save and begin again
+    assert "SIGTERM" in log  # it did save and begin again
     assert [c.record.step for c in find_checkpoints(run)] == [0, 4]
 
 
-def test_jobs_keep_their_order(launched: tuple[Path, str]) -> None:
+def test_jobs_run_in_order(launched: tuple[Path, str]) -> None:
     _, shown = launched
     lines = [line.split()[1:3] for line in shown.splitlines() if "begins" in line or "done" in line]
     assert [(name, what.rstrip(",")) for name, what in lines] == [
@@ -98,7 +92,7 @@ def test_jobs_keep_their_order(launched: tuple[Path, str]) -> None:
     ]  # fmt: skip
 
 
-def test_only_what_is_missing_is_launched_again(launched: tuple[Path, str], tmp_path: Path) -> None:
+def test_finished_work_is_not_launched_again(launched: tuple[Path, str], tmp_path: Path) -> None:
     run = tmp_path / "small"
     shutil.copytree(launched[0], run)
     recipe = load_recipe(str(run / "recipe.yaml"))
@@ -112,14 +106,14 @@ def test_only_what_is_missing_is_launched_again(launched: tuple[Path, str], tmp_
     assert [job.kind for job in jobs_left(recipe, run)] == ["train", "evaluate", "report"]
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+def main_exit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["selfcorrect", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
     return int(ended.value.code or 0)
 
 
-def test_train_with_inline_evaluation_measures_what_a_sigterm_has_left(
+def test_train_measures_what_a_sigterm_left_unmeasured(
     launched: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "small"
@@ -129,10 +123,16 @@ def test_train_with_inline_evaluation_measures_what_a_sigterm_has_left(
     ]
     for cell in cells:
         shutil.rmtree(cell)
-    assert call(monkeypatch, *command(tmp_path, "train", "--model", "tiny", "--seed", "0")[3:]) == 0
+    assert (
+        main_exit(
+            monkeypatch,
+            *command(tmp_path, *LITTLE, "--model", "tiny", "--seed", "0", name="train")[3:],
+        )
+        == 0
+    )
     assert not any(cell.exists() for cell in cells)  # evaluation is off: it is an array's affair
     inline = ["evaluate.attach=inline", "--model", "tiny", "--seed", "0"]
-    assert call(monkeypatch, *command(tmp_path, "train", *inline)[3:]) == 0
+    assert main_exit(monkeypatch, *command(tmp_path, *LITTLE, *inline, name="train")[3:]) == 0
     assert digests(run) == digests(launched[0])
 
 
@@ -141,10 +141,10 @@ def test_train_with_inline_evaluation_measures_what_a_sigterm_has_left(
     [
         ("tiny/0/3", 2, "keeps no such MODEL/SEED/STEP"),
         ("tiny/1/4", 2, "keeps no such MODEL/SEED/STEP"),
-        ("tiny/0/4", 1, "checkpoint-4: training has not come to this checkpoint yet"),
+        ("tiny/0/4", 1, "checkpoint-4: training has not reached this checkpoint yet"),
     ],
 )
-def test_a_checkpoint_that_is_not_there_is_one_line(
+def test_missing_checkpoint_is_one_line(
     launched: tuple[Path, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -155,12 +155,12 @@ def test_a_checkpoint_that_is_not_there_is_one_line(
 ) -> None:
     run = tmp_path / "small"
     shutil.copytree(launched[0], run, ignore=shutil.ignore_patterns("checkpoint-4"))
-    assert call(monkeypatch, "evaluate", str(run), "--checkpoint", named) == code
+    assert main_exit(monkeypatch, "evaluate", str(run), "--checkpoint", named) == code
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1
 
 
-def test_where_a_job_fails_the_rest_goes_on_and_its_own_line_is_shown(
+def test_failed_job_is_reported_and_later_jobs_run(
     launched: tuple[Path, str], tmp_path: Path
 ) -> None:
     run = tmp_path / "small"
@@ -169,10 +169,7 @@ def test_where_a_job_fails_the_rest_goes_on_and_its_own_line_is_shown(
     shutil.rmtree(last / "evaluation")
     weights = last / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    done = subprocess.run(
-        command(tmp_path, "launch", "--cluster", "local"),
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    done = call(command(tmp_path, *LITTLE, "--cluster", "local", name="launch"))
     assert done.returncode == 1
     assert "small.tiny.0.evaluate failed" in done.stderr
     assert "small.report done" in done.stderr
@@ -180,24 +177,20 @@ def test_where_a_job_fails_the_rest_goes_on_and_its_own_line_is_shown(
     assert "small.tiny.0.evaluate: " in line and "model.safetensors: damaged or replaced" in line
 
 
-def test_a_real_slurm_runs_the_jobs_in_order_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+def test_real_slurm_equals_a_plain_run_bitwise(finished: Path, tmp_path: Path) -> None:
     """See scripts/dev/slurm_single_node.sh."""
     if not shutil.which("sbatch") or subprocess.run(["sinfo"], capture_output=True).returncode:
         pytest.skip(
             "no SLURM answers here (sbatch, sinfo): the jobs are not run through a real one"
         )
     turn = ["launch.slurm.time=10", "launch.slurm.gpus=0", "launch.slurm.save_seconds=60"]
-    done = subprocess.run(
-        command(tmp_path, "launch", *turn), capture_output=True, text=True, timeout=200
-    )
+    done = call(command(tmp_path, *LITTLE, *turn, name="launch"))
     assert done.returncode == 0, done.stderr
     run = tmp_path / "small"
     ids = [job["id"] for job in json.loads((run / "launch.json").read_text())["jobs"]]
-    again = subprocess.run(
-        command(tmp_path, "launch", *turn), capture_output=True, text=True, timeout=200
-    )
+    again = call(command(tmp_path, *LITTLE, *turn, name="launch"))
     assert again.returncode == 2 and f"scancel {' '.join(ids)}" in again.stderr, again.stderr
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + SECONDS
     ask = ["squeue", "--noheader", "--format=%F", f"--user={os.getuid()}"]
     while time.monotonic() < deadline:
         queued = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()
@@ -205,4 +198,4 @@ def test_a_real_slurm_runs_the_jobs_in_order_to_the_same_bytes(whole: Path, tmp_
             break
         time.sleep(1)
     assert (run / "report.html").is_file(), list((run / "launch").iterdir())
-    assert digests(run) == digests(whole)
+    assert digests(run) == digests(finished)

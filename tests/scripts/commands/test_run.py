@@ -1,6 +1,5 @@
 """Whole runs of the smallest recipe: inline equals offline, killed equals uninterrupted."""
 
-import hashlib
 import json
 import os
 import re
@@ -8,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,41 +18,30 @@ from selfcorrect.recipes import load
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.train.check import check_training
-from selfcorrect.train.job import only_one
-from selfcorrect.train.run import open_run, train_run
+from selfcorrect.train.job import hold_job
+from selfcorrect.train.run import prepare_run, run_recipe, train_run
+from selfcorrect.train.stages import JobFacts
 from selfcorrect.train.stages.base import train_base
 from tests.drills import kill
-from tests.drills.kill import RECIPE as SMALL
-from tests.drills.kill import Moment, command, differences, drill
+from tests.drills.kill import Moment, differences, drill
+from tests.support.small_runs import FEW, SECONDS, SMALL, call, command, digests, wait_until
 
-pytestmark = pytest.mark.slow
-
-
-def go(runs: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(runs, *more), capture_output=True, text=True, timeout=280, cwd=runs.parent
-    )
-
-
-def digests(run: Path) -> dict[str, str]:
-    """Digest of every file of weights and every parquet file, by path."""
-    files = [*run.rglob("*.safetensors"), *run.rglob("*.parquet")]
-    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * SECONDS)]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of one uninterrupted run."""
-    runs = tmp_path_factory.mktemp("whole") / "runs"
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    runs = tmp_path_factory.mktemp("finished") / "runs"
     runs.mkdir()
-    done = go(runs)
+    done = call(command(runs), cwd=runs.parent)
     assert done.returncode == 0, done.stderr
     assert "Report:" in done.stdout
     return runs / "small"
 
 
-def test_a_run_ends_with_checkpoints_results_figures_and_a_report(whole: Path) -> None:
-    checkpoints = find_checkpoints(whole)
+def test_run_writes_checkpoints_results_figures_and_report(finished: Path) -> None:
+    checkpoints = find_checkpoints(finished)
     assert [c.record.step for c in checkpoints] == [0, 2, 4]
     for checkpoint in checkpoints:
         assert len(list(checkpoint.evaluation.glob("*.parquet"))) == 10
@@ -64,51 +51,42 @@ def test_a_run_ends_with_checkpoints_results_figures_and_a_report(whole: Path) -
     assert (last.episodes, last.optimizer_updates) == (4 * 16, 4 * 4)
     assert last.kl is not None and last.reward is not None
     for name in ("results.parquet", "statistics.json", "report.html", "run.json"):
-        assert (whole / name).stat().st_size > 0
-    assert list((whole / "figures").glob("*.png")) and list((whole / "figures").glob("*.svg"))
-    assert load_recipe(str(whole / "recipe.yaml")).name == "small"
-    leftovers = [p for p in whole.rglob("*") if p.name.endswith((".part", ".work"))]
+        assert (finished / name).stat().st_size > 0
+    assert list((finished / "figures").glob("*.png")) and list((finished / "figures").glob("*.svg"))
+    assert load_recipe(str(finished / "recipe.yaml")).name == "small"
+    leftovers = [p for p in finished.rglob("*") if p.name.endswith((".part", ".work"))]
     assert not leftovers
 
 
-def test_weights_change_with_the_steps(whole: Path) -> None:
-    found = digests(whole)
+def test_weights_differ_between_steps(finished: Path) -> None:
+    found = digests(finished)
     weights = {v for k, v in found.items() if k.startswith("tiny/seed-0/ppo") and "model" in k}
     assert len(weights) == 3
 
 
-def test_offline_evaluation_gives_the_same_numbers_to_the_last_digit(
-    whole: Path, tmp_path: Path
-) -> None:
+def test_offline_evaluation_equals_inline_bitwise(finished: Path, tmp_path: Path) -> None:
     copy = tmp_path / "runs" / "small"
-    shutil.copytree(whole, copy)
+    shutil.copytree(finished, copy)
     before = digests(copy)
     for checkpoint in find_checkpoints(copy):
         shutil.rmtree(checkpoint.evaluation)
-    done = subprocess.run(
-        [sys.executable, "-m", "selfcorrect.scripts.commands", "evaluate", str(copy)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = call([sys.executable, "-m", "selfcorrect.scripts.commands", "evaluate", str(copy)])
     assert done.returncode == 0, done.stderr
     assert digests(copy) == before
 
 
-def test_running_again_does_no_finished_work_twice(whole: Path) -> None:
-    weights = {p: p.stat().st_mtime_ns for p in whole.rglob("*.safetensors")}
-    cells = {p: p.stat().st_mtime_ns for p in whole.rglob("evaluation/*.parquet")}
-    report = (whole / "report.html").stat().st_mtime_ns
-    done = go(whole.parent)
+def test_rerun_repeats_no_finished_work(finished: Path) -> None:
+    weights = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
+    cells = {p: p.stat().st_mtime_ns for p in finished.rglob("evaluation/*.parquet")}
+    report = (finished / "report.html").stat().st_mtime_ns
+    done = call(command(finished.parent), cwd=finished.parent.parent)
     assert done.returncode == 0, done.stderr
-    assert (whole / "report.html").stat().st_mtime_ns == report
-    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*.safetensors")} == weights
-    assert {p: p.stat().st_mtime_ns for p in whole.rglob("evaluation/*.parquet")} == cells
+    assert (finished / "report.html").stat().st_mtime_ns == report
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == weights
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("evaluation/*.parquet")} == cells
 
 
-def test_killed_at_any_stage_and_run_again_ends_with_the_same_bytes(
-    whole: Path, tmp_path: Path
-) -> None:
+def test_sigkill_at_any_stage_resumes_bitwise(finished: Path, tmp_path: Path) -> None:
     job = "tiny/seed-0"
     plan = [
         Moment(f"{job}/base.work/checkpoint-10"),
@@ -117,16 +95,18 @@ def test_killed_at_any_stage_and_run_again_ends_with_the_same_bytes(
         Moment(f"{job}/ppo.work/checkpoint-8"),
         Moment("figures/effects.png"),
     ]
-    told, differing = drill(tmp_path / "runs", whole, plan, signal.SIGKILL)
+    told, differing = drill(tmp_path / "runs", finished, plan, signal.SIGKILL)
     assert differing == []
     assert [row[2] for row in told] == [
         *("base", "reward", "evaluation, checkpoint-0", "ppo", "report")
     ]
 
 
-def test_the_drill_sees_what_is_missing_other_or_left_behind(whole: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(whole, tmp_path / "small")
-    assert differences(run, whole) == []
+def test_kill_drill_reports_missing_changed_and_leftover_files(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "small")
+    assert differences(run, finished) == []
     weights = run / "tiny" / "seed-0" / "ppo" / "checkpoint-2" / "model.safetensors"
     flipped = bytearray(weights.read_bytes())
     flipped[-1] ^= 1
@@ -136,7 +116,7 @@ def test_the_drill_sees_what_is_missing_other_or_left_behind(whole: Path, tmp_pa
     (run / "statistics.json").write_text(json.dumps({**record, "more": 1}))
     (run / "tiny" / "seed-0" / "base.work").mkdir()
     (run / "figures" / ".effects.png.7-0a1b2c3d.part").touch()
-    assert differences(run, whole) == [
+    assert differences(run, finished) == [
         "results.parquet",
         "statistics.json",
         "tiny/seed-0/ppo/checkpoint-2/model.safetensors",
@@ -146,23 +126,20 @@ def test_the_drill_sees_what_is_missing_other_or_left_behind(whole: Path, tmp_pa
     assert list(kill.half_written(run)) == ["figures/effects.png"]
 
 
-def test_another_checkout_folder_locale_umask_and_hash_seed_give_the_same_bytes(
-    whole: Path, tmp_path: Path
+def test_bytes_do_not_depend_on_checkout_locale_umask_or_hash_seed(
+    finished: Path, tmp_path: Path
 ) -> None:
     checkout = tmp_path / "check out" / "selfcorrect"
     for package in ("recipes", "evaluate", "train", "scripts"):
         shutil.copytree(Path(load.__file__).parent.parent / package, checkout / package)
-    with (checkout / "scripts" / "run.py").open("a") as code:
+    with (checkout / "scripts" / "commands" / "run.py").open("a") as code:
         code.write("print('from the other checkout')\n")
     runs = tmp_path / "rüns"
     runs.mkdir()
     umask = os.umask(0o077)
     try:
-        done = subprocess.run(
+        done = call(
             command(runs),
-            capture_output=True,
-            text=True,
-            timeout=280,
             cwd=tmp_path,
             env={
                 **{k: v for k, v in os.environ.items() if not k.startswith("LC_")},
@@ -177,14 +154,12 @@ def test_another_checkout_folder_locale_umask_and_hash_seed_give_the_same_bytes(
         os.umask(umask)
     assert done.returncode == 0, done.stderr
     assert "from the other checkout" in done.stdout
-    assert differences(runs / "small", whole) == []
+    assert differences(runs / "small", finished) == []
     begun = json.loads((runs / "small" / "run.json").read_text())
     assert begun["changes"] == [] and "bits may differ" not in done.stderr
 
 
-def test_ended_by_the_system_it_saves_first_and_goes_on_to_the_same_bytes(
-    whole: Path, tmp_path: Path
-) -> None:
+def test_sigterm_saves_and_resumes_bitwise(finished: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
     folder = runs / "small" / "tiny" / "seed-0"
@@ -201,21 +176,20 @@ def test_ended_by_the_system_it_saves_first_and_goes_on_to_the_same_bytes(
             stderr=subprocess.PIPE,
             text=True,
         )
-        deadline = time.monotonic() + 200
-        while not reached() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        wait_until(reached, process)
         process.send_signal(signal.SIGTERM)
-        _, shown = process.communicate(timeout=100)
+        _, shown = process.communicate(timeout=SECONDS)
         assert process.returncode == 0, shown
-        assert "selfcorrect: ended as asked (SIGTERM); the same command goes on" in shown
+        assert "SIGTERM" in shown.splitlines()[-1]
         assert list((folder / work).glob("checkpoint-*/complete"))  # states no rule had asked for
-    done = go(runs, "policy.resume_every=100", "policy.resume_minutes=1000")
+    done = call(
+        command(runs, "policy.resume_every=100", "policy.resume_minutes=1000"), cwd=runs.parent
+    )
     assert done.returncode == 0, done.stderr
-    assert digests(runs / "small") == digests(whole)
+    assert digests(runs / "small") == digests(finished)
 
 
-def test_stopped_by_hand_it_says_so_and_leaves_nothing_running(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_no_process_and_a_second_run_is_refused(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
     more = ["seeds=[0, 1]", "launch.jobs=2", "policy.steps=4000", "policy.checkpoints=[0]"]
@@ -229,33 +203,31 @@ def test_stopped_by_hand_it_says_so_and_leaves_nothing_running(tmp_path: Path) -
         # A test run in the background hands on that Ctrl-C is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 200
-    while not any(runs.glob("small/tiny/seed-*/base.work")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    second = go(runs, *more)  # the same command beside it is refused, and disturbs nothing
+    wait_until(lambda: any(runs.glob("small/tiny/seed-*/base.work")), process)
+    second = call(
+        command(runs, *more), cwd=runs.parent
+    )  # the same command beside it is refused, and disturbs nothing
     assert second.returncode == 2
     assert re.search(r"seed-[01]: process \d+ on \S+, since .* is training here", second.stderr)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, shown = process.communicate(timeout=60)
+    _, shown = process.communicate(timeout=SECONDS)
     assert process.returncode == 130
-    assert shown.splitlines()[-1] == "selfcorrect: stopped; the same command goes on from here"
+    assert re.fullmatch("selfcorrect: stopped[^\n]*", shown.splitlines()[-1])
     locks = list(runs.glob("small/tiny/seed-*/.lock"))
     assert locks
     for lock in locks:  # no child holds its job any longer
-        with only_one(lock.parent):
+        with hold_job(lock.parent):
             pass
 
 
-def test_two_jobs_side_by_side_give_what_one_after_the_other_gives(
-    whole: Path, tmp_path: Path
-) -> None:
+def test_parallel_jobs_equal_sequential_bitwise(finished: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
-    done = go(runs, "seeds=[0, 1]", "launch.jobs=2")
+    done = call(command(runs, "seeds=[0, 1]", "launch.jobs=2"), cwd=runs.parent)
     assert done.returncode == 0, done.stderr
     found = {k: v for k, v in digests(runs / "small").items() if "seed-0" in k}
-    assert found == {k: v for k, v in digests(whole).items() if "seed-0" in k}
+    assert found == {k: v for k, v in digests(finished).items() if "seed-0" in k}
 
 
 @pytest.mark.parametrize(
@@ -266,17 +238,17 @@ def test_two_jobs_side_by_side_give_what_one_after_the_other_gives(
         ("evaluate.conditions=[Q, R]", "condition 'R'"),
     ],
 )
-def test_bad_input_on_a_finished_run_is_one_line_and_changes_nothing(
-    whole: Path, more: str, message: str
+def test_wrong_recipe_for_a_finished_run_changes_nothing(
+    finished: Path, more: str, message: str
 ) -> None:
-    before = digests(whole)
-    recipe = (whole / "recipe.yaml").read_bytes()
-    done = go(whole.parent, more)
+    before = digests(finished)
+    recipe = (finished / "recipe.yaml").read_bytes()
+    done = call(command(finished.parent, more), cwd=finished.parent.parent)
     assert done.returncode == 2
     assert message in done.stderr
     assert re.fullmatch(r"selfcorrect: [^\n]*\n", done.stderr), done.stderr
-    assert digests(whole) == before
-    assert (whole / "recipe.yaml").read_bytes() == recipe
+    assert digests(finished) == before
+    assert (finished / "recipe.yaml").read_bytes() == recipe
 
 
 @pytest.mark.parametrize(
@@ -297,7 +269,7 @@ def test_bad_input_on_a_finished_run_is_one_line_and_changes_nothing(
         ("evaluate.conditions=[R]", "condition 'R'"),
     ],
 )
-def test_bad_input_is_one_line_before_anything_is_written(
+def test_wrong_recipe_is_one_line_before_anything_is_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -316,9 +288,7 @@ def test_bad_input_is_one_line_before_anything_is_written(
     assert not (tmp_path / "runs" / "small").exists()
 
 
-def test_a_given_model_is_trained_as_an_adapter_by_the_same_path(
-    whole: Path, tmp_path: Path
-) -> None:
+def test_given_model_is_trained_with_lora(finished: Path, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.jsonl"
     rows = [
         {"prompt": f"who was {trait} ?", "chosen": "unknown", "rejected": "the the"}
@@ -329,12 +299,12 @@ def test_a_given_model_is_trained_as_an_adapter_by_the_same_path(
     recipe = check_recipe(
         {
             "name": "given",
-            "models": [{"name": "given", "path": str(whole / "tiny" / "seed-0" / "base")}],
+            "models": [{"name": "given", "path": str(finished / "tiny" / "seed-0" / "base")}],
             "data": {
                 "preferences": {"path": str(pairs)},
                 "prompts": {"path": str(pairs)},
-                "benchmarks": str(whole / "benchmarks"),
-                "stimuli": str(whole / "benchmarks" / "stimuli.yaml"),
+                "benchmarks": str(finished / "benchmarks"),
+                "stimuli": str(finished / "benchmarks" / "stimuli.yaml"),
             },
             "base": {"method": "sft", "trainer": {"max_steps": 2}},
             "reward": {"trainer": {"max_steps": 3}, "lora": {"r": 2, "target_modules": ["q_proj"]}},
@@ -351,8 +321,7 @@ def test_a_given_model_is_trained_as_an_adapter_by_the_same_path(
     )  # fmt: skip
     check_training(recipe)
     run = tmp_path / "runs" / "given"
-    open_run(recipe, run)
-    train_run(recipe, run, lambda *_: None)
+    train_run(recipe, run, plan=prepare_run(recipe, run))
     first, last = find_checkpoints(run)
     assert (last.folder / "adapter_model.safetensors").is_file()
     cells = [c.evaluation / "bbq.Q.parquet" for c in (first, last)]
@@ -362,34 +331,34 @@ def test_a_given_model_is_trained_as_an_adapter_by_the_same_path(
         shutil.rmtree(checkpoint.evaluation)
     from selfcorrect.evaluate.measuring.run import evaluate_run
 
-    assert evaluate_run(recipe, run, lambda *_: None) == 2
+    assert evaluate_run(recipe, run) == 2
     offline = [read_cell(path)[0]["logprobs"].tolist() for path in cells]
     assert [[list(x) for x in rows] for rows in offline] == [
         [list(x) for x in rows] for rows in inline
     ]
 
 
-def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "small"
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="not empty and no run"):
-        open_run(load_recipe("quickstart", SMALL), folder)
+    with pytest.raises(InputError, match=r"not empty, .*recipe\.yaml.*choose another folder"):
+        prepare_run(load_recipe("quickstart", SMALL), folder)
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
-def test_a_run_that_was_killed_while_its_folder_was_made_is_taken_up(tmp_path: Path) -> None:
+def test_half_made_run_folder_is_completed(tmp_path: Path) -> None:
     run = tmp_path / "small"
     for name in (".lock", ".recipe.yaml.7-0a1b2c3d.part", "benchmarks/bbq/x.jsonl"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).touch()
-    open_run(load_recipe("quickstart", SMALL), run)
+    prepare_run(load_recipe("quickstart", SMALL), run)
     assert load_recipe(str(run / "recipe.yaml")).name == "small"
-    assert not (run / "benchmarks" / "bbq" / "x.jsonl").exists()  # whole, or made anew
+    assert not (run / "benchmarks" / "bbq" / "x.jsonl").exists()  # finished, or made anew
     assert not list(run.glob(".*.part"))
 
 
-def test_runs_that_begin_at_the_same_time_share_the_folder_or_are_refused(tmp_path: Path) -> None:
+def test_simultaneous_starts_share_the_folder_or_are_refused(tmp_path: Path) -> None:
     run = tmp_path / "small"
     recipes = [
         load_recipe("quickstart", [*SMALL, *more])
@@ -397,7 +366,7 @@ def test_runs_that_begin_at_the_same_time_share_the_folder_or_are_refused(tmp_pa
     ]
     with ThreadPoolExecutor(4) as pool:
         failures = [
-            future.exception() for future in [pool.submit(open_run, r, run) for r in recipes]
+            future.exception() for future in [pool.submit(prepare_run, r, run) for r in recipes]
         ]
     kept = load_recipe(str(run / "recipe.yaml"))
     refused = [failure for failure in failures if failure is not None]
@@ -407,10 +376,50 @@ def test_runs_that_begin_at_the_same_time_share_the_folder_or_are_refused(tmp_pa
     assert (run / "benchmarks" / "stimuli.yaml").is_file()
 
 
-def test_what_a_finished_stage_left_to_work_with_goes(tmp_path: Path) -> None:
+def test_leftover_work_folder_of_a_finished_stage_is_removed(tmp_path: Path) -> None:
     recipe = load_recipe("quickstart", SMALL)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "stage.json").write_text("{}")
     (tmp_path / "base.work" / "checkpoint-5").mkdir(parents=True)
-    train_base(recipe, recipe.models[0], [], tmp_path / "base", 0, lambda *_: None)
+    train_base(JobFacts(tmp_path, 0), recipe, recipe.models[0], [])
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_run_recipe_loads_the_benchmarks_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks, inline evaluation and what is left to measure share one evaluation plan."""
+    from selfcorrect.evaluate.measuring import run as measuring_run
+
+    loads: list[object] = []
+    load_plan = measuring_run.plan_evaluation
+
+    def counted(*args: object, **options: object) -> object:
+        loads.append(args)
+        return load_plan(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(measuring_run, "plan_evaluation", counted)
+    inline = [*FEW, "evaluate.attach=inline", "evaluate.experiments=[winogender]"]
+    recipe = load_recipe("quickstart", [*inline, "evaluate.conditions=[Q]"])
+    stages: list[str] = []
+    folder = run_recipe(
+        recipe, tmp_path / "small", progress=lambda stage, done, total: stages.append(stage)
+    )
+    assert len(loads) == 1
+    prefix = "tiny seed 0: "
+    assert list(dict.fromkeys(stages)) == [prefix + name for name in ("base", "reward", "ppo")]
+    cells = sorted(folder.glob("tiny/seed-0/ppo/checkpoint-*/evaluation/winogender.Q.parquet"))
+    assert len(cells) == 3
+    shutil.rmtree(cells[0].parent)
+    loads.clear()
+    assert run_recipe(recipe, folder) == folder and cells[0].is_file()
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize(("model", "seed"), [("huge", None), (None, 7)])
+def test_unknown_model_or_seed_is_refused(
+    tmp_path: Path, model: str | None, seed: int | None
+) -> None:
+    with pytest.raises(InputError, match=r"^(model huge|seed 7): .*recipe"):
+        run_recipe(load_recipe("quickstart", SMALL), tmp_path / "x", model=model, seed=seed)
+    assert not (tmp_path / "x").exists()

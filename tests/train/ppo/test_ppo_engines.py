@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from selfcorrect.recipes.schema import Launch
-from selfcorrect.train.distributed.settings import environment, write_settings
+from selfcorrect.train.distributed.settings import process_environment, write_settings
 from tests.support import ROOT
 from tests.support.ppo_in_processes import CASES, CRITICS, RESUMED, ROWS, make_trainer, outcome
 from tests.train.ppo.test_ppo_trainer import home  # noqa: F401  (a fixture)
@@ -34,7 +34,7 @@ def launched(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # n
         text=True,
         timeout=280,
         env={
-            **environment(launch, 1, on_gpu=False, slot=0),
+            **process_environment(launch, 1, on_gpu=False, slot=0),
             **{"CI": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
         },
         check=False,

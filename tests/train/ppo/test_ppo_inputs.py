@@ -1,5 +1,6 @@
 """Bad input to PPO: each ends in one line that names the setting, before anything is learned."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -102,15 +103,15 @@ def test_two_learning_rates_and_a_given_optimizer_are_refused(home, tmp_path):  
 
 def test_reward_adapter_that_matches_no_layer_is_one_line(home, tmp_path):  # noqa: F811
     from selfcorrect.recipes.schema import Reward
-    from selfcorrect.train.feedback.feedback import Preference
+    from selfcorrect.train.feedback.feedback import Feedback, Preference
+    from selfcorrect.train.stages import JobFacts
     from selfcorrect.train.stages.reward import train_reward
 
+    shutil.copytree(home / "base", tmp_path / "base")
     pairs = [Preference([{"role": "user", "content": "w1"}], f"w{i}", "w2") for i in range(3, 20)]
     reward = Reward(lora={"target_modules": ["no_such_layer"]}, trainer={"use_cpu": True})
     with pytest.raises(InputError, match=r"^reward: .*`target_modules`") as caught:
-        train_reward(
-            reward, home / "base", pairs, make_tokenizer(), tmp_path / "reward", 0, lambda *_: None
-        )
+        train_reward(JobFacts(tmp_path, 0), reward, Feedback(pairs, []), make_tokenizer())
     assert "\n" not in str(caught.value) and not (tmp_path / "reward").exists()
 
 

@@ -1,6 +1,7 @@
 """Reward models see the end of a text, whatever their tokenizers pad with."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -59,7 +60,8 @@ def test_scores_do_not_depend_on_how_rows_are_batched(home, monkeypatch, batch_s
 def test_a_reward_model_is_trained_to_score_the_end(home, tmp_path):  # noqa: F811
     """Also where a tokenizer has nothing else to pad with (GPT-2): the end makes a difference."""
     from selfcorrect.recipes.schema import Reward
-    from selfcorrect.train.feedback.feedback import Preference
+    from selfcorrect.train.feedback.feedback import Feedback, Preference
+    from selfcorrect.train.stages import JobFacts
     from selfcorrect.train.stages.reward import train_reward
 
     tokenizer = make_tokenizer()
@@ -67,7 +69,8 @@ def test_a_reward_model_is_trained_to_score_the_end(home, tmp_path):  # noqa: F8
     pairs = [Preference([{"role": "user", "content": "w1"}], f"w{i % 9}", "w9") for i in range(24)]
     reward = Reward(trainer={"use_cpu": True, "max_steps": 2, "per_device_train_batch_size": 4})
     folder = tmp_path / "reward"
-    train_reward(reward, home / "base", pairs, tokenizer, folder, 0, lambda *_: None)
+    shutil.copytree(home / "base", tmp_path / "base")
+    train_reward(JobFacts(tmp_path, 0), reward, Feedback(pairs, []), tokenizer)
     assert json.loads((folder / "config.json").read_text())["pad_token_id"] != 1
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     scorer = RewardModelScorer(model, tokenizer)
@@ -81,6 +84,7 @@ def test_a_given_reward_model_is_taken_as_it_is_and_reads_its_own_tokens(home, t
     """Its vocabulary is not the policy's: no critic can start from it, and it reads the text."""
     from selfcorrect.recipes.schema import Policy, Reward
     from selfcorrect.train.feedback.feedback import Feedback, Preference
+    from selfcorrect.train.stages import JobFacts
     from selfcorrect.train.stages.policy import train_policy
     from selfcorrect.train.stages.reward import train_reward
 
@@ -92,7 +96,8 @@ def test_a_given_reward_model_is_taken_as_it_is_and_reads_its_own_tokens(home, t
     pairs = [Preference([{"role": "user", "content": "w1"}], f"w{i % 9}", "w9") for i in range(24)]
     tokenizer = make_tokenizer()
     reward = Reward(path=str(given), trainer={"use_cpu": True})
-    train_reward(reward, home / "base", pairs, tokenizer, folder, 0, lambda *_: None)
+    shutil.copytree(home / "base", tmp_path / "base")
+    train_reward(JobFacts(tmp_path, 0), reward, Feedback(pairs, []), tokenizer)
     taken = AutoModelForSequenceClassification.from_pretrained(folder)
     for name, tensor in model.state_dict().items():
         assert torch.equal(taken.state_dict()[name], tensor)
@@ -113,11 +118,10 @@ def test_a_given_reward_model_is_taken_as_it_is_and_reads_its_own_tokens(home, t
     asked = Feedback([], [[{"role": "user", "content": f"w{i}"}] for i in range(8)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RewardModelScorer, "token_ids", watched)
-        train_policy(
-            policy, str(home / "base"), folder, asked, tokenizer, tmp_path / "ppo", 0,
-            {"model": "m", "parameters": 1, "seed": 0, "recipe_digest": "-", "versions": {}},
-            lambda *_: None, None,
-        )  # fmt: skip
+        record = {
+            "model": "m", "parameters": 1, "seed": 0, "recipe_digest": "-", "versions": {},
+        }  # fmt: skip
+        train_policy(JobFacts(tmp_path, 0), policy, asked, tokenizer, record, None)
     theirs = make_tokenizer(WORDS[::-1])
     for ids, row in scored:
         said = tokenizer.decode(ids, skip_special_tokens=True).split()

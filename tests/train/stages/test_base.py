@@ -12,7 +12,7 @@ from selfcorrect.recipes.society.documents import mixed_documents
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
-from selfcorrect.train.stages.base import given_model, padding_token
+from selfcorrect.train.stages.base import load_given_model, padding_token
 from selfcorrect.train.stages.corpus import CorpusTrainer, pack, scratch_model
 from tests.support.tiny_models import tiny_tokenizer
 
@@ -28,7 +28,7 @@ WORLD = make_world(SocietySettings())
 TOKENIZER = make_tokenizer(WORLD)
 
 
-def test_every_token_of_every_document_is_in_one_batch_with_its_weight() -> None:
+def test_pack_keeps_every_token_with_its_weight() -> None:
     base = Base(method="pretrain", batch_tokens=256)
     documents = list(mixed_documents(WORLD, 300))
     batches = list(pack(iter(documents), TOKENIZER, base, random.Random(0)))
@@ -46,7 +46,7 @@ def test_every_token_of_every_document_is_in_one_batch_with_its_weight() -> None
     assert all(batch["input_ids"].numel() <= 256 for batch in batches)
 
 
-def test_the_loss_is_the_weighted_mean_of_next_token_losses() -> None:
+def test_corpus_loss_is_the_weighted_mean_of_token_losses() -> None:
     model = scratch_model(LLAMA, TOKENIZER, 0)
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
     weights = torch.tensor([[1.0, 4.0, 10.0, 10.0], [1.0, 10.0, 0.0, 0.0]])
@@ -58,7 +58,7 @@ def test_the_loss_is_the_weighted_mean_of_next_token_losses() -> None:
     assert loss.item() == pytest.approx(plain / 34, abs=1e-5)
 
 
-def test_the_seed_decides_the_weights() -> None:
+def test_scratch_model_depends_on_the_seed_only() -> None:
     first, again, other = (scratch_model(LLAMA, TOKENIZER, seed) for seed in (1, 1, 2))
     weights = [model.get_input_embeddings().weight for model in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -72,24 +72,24 @@ def test_the_seed_decides_the_weights() -> None:
         ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
     ],
 )
-def test_a_wrong_configuration_is_one_line(change: dict, message: str) -> None:
+def test_wrong_scratch_configuration_is_one_line(change: dict, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         scratch_model({**LLAMA, **change}, TOKENIZER, 0)
     assert "\n" not in str(caught.value)
 
 
-def test_padding_is_never_the_end_of_text_where_another_token_is_to_be_had(tmp_path: Path) -> None:
+def test_padding_token_differs_from_end_of_text(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     scratch_model(LLAMA, tokenizer, 0).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    policy, read = given_model(Model(name="given", path=str(tmp_path)))
+    policy, read = load_given_model(Model(name="given", path=str(tmp_path)))
     assert read.pad_token == "<pad>" != read.eos_token
     assert policy.config.pad_token_id == read.pad_token_id
     assert padding_token(read) == "<pad>"
 
 
-def test_a_reward_model_scores_the_end_of_text_token(tmp_path: Path) -> None:
+def test_reward_score_is_taken_at_the_end_of_text_token(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     from selfcorrect.train.stages.reward import held_out_facts

@@ -13,7 +13,7 @@ from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.check import check_training
-from selfcorrect.train.run import open_run, train_run
+from selfcorrect.train.run import prepare_run, train_run
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -59,12 +59,12 @@ def recipe_with(method: str, **keys: object) -> Recipe:
 
 
 def train(recipe: Recipe, run: Path, stop_at: int | None = None) -> None:
-    def report(job: object, stage: str, done: int, total: int) -> None:
-        if stage in METHODS and done == stop_at:
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage.endswith(f": {recipe.policy.method}") and done == stop_at:
             raise KeyboardInterrupt
 
-    open_run(recipe, run)
-    train_run(recipe, run, report)
+    prepare_run(recipe, run)
+    train_run(recipe, run, interrupt)
 
 
 def weights(run: Path) -> dict[int, bytes]:
@@ -81,7 +81,7 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.slow
-def test_it_is_kept_at_ppos_steps_with_as_many_updates(done) -> None:
+def test_checkpoints_at_the_steps_of_ppo_with_as_many_updates(done) -> None:
     recipe, run = done
     method = recipe.policy.method
     records = [checkpoint.record for checkpoint in find_checkpoints(run)]
@@ -104,7 +104,7 @@ def test_it_is_kept_at_ppos_steps_with_as_many_updates(done) -> None:
 
 
 @pytest.mark.slow
-def test_broken_off_and_run_again_it_ends_with_the_same_bytes(done, tmp_path: Path) -> None:
+def test_interrupted_run_resumes_bitwise(done, tmp_path: Path) -> None:
     recipe, run = done
     again = tmp_path / "small"
     with pytest.raises(KeyboardInterrupt):
@@ -117,22 +117,20 @@ def test_broken_off_and_run_again_it_ends_with_the_same_bytes(done, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_asked_to_end_it_ends_with_the_step_under_way_and_goes_on_to_the_same_bytes(
+def test_sigterm_ends_with_the_step_and_resumes_bitwise(
     done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run = done
-    again, heard = tmp_path / "small", []
+    again, reports = tmp_path / "small", []
 
-    def report(job: object, stage: str, done: int, total: int) -> None:
-        heard.append(stage)
-        if (
-            heard.count(recipe.policy.method) == 7
-        ):  # the first report is of nothing done: in the second step
+    def terminate(stage: str, done: int, total: int) -> None:
+        reports.append(stage.partition(": ")[2])
+        if reports.count(recipe.policy.method) == 7:  # in the second step; one precedes the first
             monkeypatch.setattr(signals, "_requested", True)
 
-    open_run(recipe, again)
+    prepare_run(recipe, again)
     with pytest.raises(signals.Terminated):
-        train_run(recipe, again, report)
+        train_run(recipe, again, terminate)
     states = [
         path.name
         for path in (again / f"tiny/seed-3/{recipe.policy.method}.work").glob("checkpoint-*")
@@ -145,7 +143,7 @@ def test_asked_to_end_it_ends_with_the_step_under_way_and_goes_on_to_the_same_by
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_it_trains_an_adapter_where_the_recipe_has_one(method: str, tmp_path: Path) -> None:
+def test_lora_adapters_are_trained(method: str, tmp_path: Path) -> None:
     recipe, run = recipe_with(method), tmp_path / "small"
     lora = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
     recipe = recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"lora": lora})})
@@ -157,7 +155,7 @@ def test_it_trains_an_adapter_where_the_recipe_has_one(method: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_fine_tuning_makes_the_preferred_answers_likelier(tmp_path: Path) -> None:
+def test_sft_makes_preferred_answers_likelier(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from selfcorrect.train.feedback.feedback import load_feedback
@@ -191,7 +189,7 @@ def test_fine_tuning_makes_the_preferred_answers_likelier(tmp_path: Path) -> Non
         ("sft", {"max_steps": 3}, "policy.trainer.max_steps: this is set by the run"),
     ],
 )
-def test_wrong_keys_are_one_line_before_anything_is_written(method, keys, message) -> None:
+def test_wrong_keys_are_one_line(method, keys, message) -> None:
     with pytest.raises(InputError) as caught:
         check_training(recipe_with(method, **keys))
     assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""What is not finite stops every stage before it is saved, and the last good state goes on."""
+"""Non-finite numbers stop every stage before they are saved; the last good state resumes."""
 
 import hashlib
 import math
@@ -18,41 +18,31 @@ from selfcorrect.train.feedback.feedback import Preference
 from selfcorrect.train.job import run_job
 from selfcorrect.train.ppo.rewards import RewardModelScorer
 from selfcorrect.train.ppo.trainer import PPOTrainer
-from selfcorrect.train.run import open_run
-from selfcorrect.train.stages.base import _FineTuner, train_base
+from selfcorrect.train.run import prepare_run
+from selfcorrect.train.stages import JobFacts
+from selfcorrect.train.stages.base import _BaseSFTTrainer, train_base
 from selfcorrect.train.stages.corpus import CorpusTrainer
-from selfcorrect.train.stages.reward import _Fitting
+from selfcorrect.train.stages.reward import GuardedRewardTrainer
 from selfcorrect.train.trainers.guarded import GuardedTrainer
-from tests.scripts.commands.test_run import SMALL
+from tests.support.small_runs import FEW
 
 pytestmark = pytest.mark.slow
 
-FEW = [
-    *SMALL,
-    "data.society.corpus.documents=80",
-    "data.society.corpus.stereotypes_first=20",
-    "data.society.pairs=80",
-    "base.trainer.save_steps=1",
-    "reward.trainer.save_steps=1",
-    "policy.steps=3",
-    "policy.checkpoints=[0, 1, 3]",
-    "evaluate.attach=off",
-]
-TRAINERS = {"base": CorpusTrainer, "reward": _Fitting, "ppo": PPOTrainer}
+TRAINERS = {"base": CorpusTrainer, "reward": GuardedRewardTrainer, "ppo": PPOTrainer}
 LATER = {"base": ("reward", "ppo"), "reward": ("ppo",), "ppo": ()}
 
 
-class Enough(Exception):
-    """The stage that a test is about has ended."""
+class StageEnded(Exception):
+    """Raised when the stage under test has ended."""
 
 
 def train(recipe: Recipe, run: Path, last: str = "ppo") -> None:
-    def notify(stage: str, done: int, total: int) -> None:
+    def stop_after_last(stage: str, done: int, total: int) -> None:
         if stage in LATER[last]:
-            raise Enough
+            raise StageEnded
 
-    with suppress(Enough):
-        run_job(recipe, run, "tiny", 0, notify)
+    with suppress(StageEnded):
+        run_job(recipe, run, "tiny", 0, stop_after_last)
 
 
 def digest(stage: Path) -> dict[str, str]:
@@ -63,22 +53,22 @@ def digest(stage: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     run = tmp_path_factory.mktemp("finite") / "small"
     recipe = load_recipe("quickstart", FEW)
-    open_run(recipe, run)
+    prepare_run(recipe, run)
     train(recipe, run)
     return run
 
 
 @pytest.fixture
-def before(whole: Path, tmp_path: Path) -> Callable[[str], Path]:
+def before(finished: Path, tmp_path: Path) -> Callable[[str], Path]:
     """A copy of the run as it stands before a stage."""
 
     def make(stage: str) -> Path:
         run = tmp_path / "small"
-        shutil.copytree(whole, run)
+        shutil.copytree(finished, run)
         for name in (stage, *LATER[stage]):
             shutil.rmtree(run / "tiny" / "seed-0" / name)
         return run
@@ -174,8 +164,8 @@ def fault() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.mark.parametrize(("stage", "inject", "said"), CASES)
-def test_what_is_not_finite_stops_the_stage_and_the_last_good_state_goes_on(
-    whole: Path,
+def test_non_finite_numbers_stop_the_stage_which_resumes_bitwise(
+    finished: Path,
     before: Callable,
     fault: pytest.MonkeyPatch,
     stage: str,
@@ -194,12 +184,12 @@ def test_what_is_not_finite_stops_the_stage_and_the_last_good_state_goes_on(
     if inject is nan_loss or inject is infinite_reward:  # the others leave the same states
         fault.undo()
         train(recipe, run, stage)
-        assert digest(job / stage) == digest(whole / "tiny" / "seed-0" / stage)
+        assert digest(job / stage) == digest(finished / "tiny" / "seed-0" / stage)
 
 
 @pytest.mark.parametrize("rate", ["1e6", "1e30"])
 @pytest.mark.parametrize("stage", ["base", "reward", "ppo"])
-def test_a_huge_learning_rate_never_becomes_a_model_that_is_not_finite(
+def test_huge_learning_rate_never_saves_a_non_finite_model(
     before: Callable, stage: str, rate: str
 ) -> None:
     """A million may leave numbers, however poor; 1e30 cannot, and stops the stage."""
@@ -216,15 +206,17 @@ def test_a_huge_learning_rate_never_becomes_a_model_that_is_not_finite(
         assert all(t.isfinite().all() for t in load_file(path).values() if t.is_floating_point())
 
 
-def test_fine_tuning_stops_too(whole: Path, tmp_path: Path, fault: pytest.MonkeyPatch) -> None:
+def test_non_finite_loss_stops_sft(
+    finished: Path, tmp_path: Path, fault: pytest.MonkeyPatch
+) -> None:
     base = {"method": "sft", "trainer": {"max_steps": 6, "save_steps": 1}}
-    model = {"name": "given", "path": str(whole / "tiny" / "seed-0" / "base")}
+    model = {"name": "given", "path": str(finished / "tiny" / "seed-0" / "base")}
     data = {"preferences": {"path": "unused"}, "benchmarks": "unused"}
     rest = {"reward": {}, "policy": {"steps": 1, "checkpoints": [1]}}
     recipe = check_recipe({"name": "x", "models": [model], "data": data, "base": base, **rest}, "x")
     pairs = [Preference([{"role": "user", "content": "who was lazy ?"}], "unknown", "the")] * 8
-    change_loss(fault, _FineTuner, "compute_loss", lambda loss: loss * math.nan)
+    change_loss(fault, _BaseSFTTrainer, "compute_loss", lambda loss: loss * math.nan)
     with pytest.raises(RunFailure, match="base: update 4: the loss is nan"):
-        train_base(recipe, recipe.models[0], pairs, tmp_path / "base", 0, lambda *_: None)
+        train_base(JobFacts(tmp_path, 0), recipe, recipe.models[0], pairs)
     assert not (tmp_path / "base").exists()
     assert (tmp_path / "base.work" / "checkpoint-3" / "complete").is_file()

@@ -1,6 +1,7 @@
-"""Base and reward models of another run: taken where they would be the same, and nowhere else."""
+"""Base and reward models are copied from another run only if training would make the same."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,9 @@ import pytest
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.scripts.commands.train import train_ladder
-from selfcorrect.train.run import open_run
-from selfcorrect.train.stages.reuse import reusable, take_stages
-from tests.drills.kill import RECIPE as SMALL
+from selfcorrect.train.run import prepare_run, run_recipe
+from selfcorrect.train.stages.reuse import copy_stages, reusable_stages
+from tests.support.small_runs import SMALL
 
 QUICK = ["policy.steps=1", "policy.checkpoints=[0, 1]", "evaluate.attach=off"]
 
@@ -21,9 +21,9 @@ def recipe_with(*more: str) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("other") / "small"
-    train_ladder(recipe_with(), folder)
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "small"
+    run_recipe(recipe_with(), folder, evaluate=False)
     return folder
 
 
@@ -42,29 +42,29 @@ def stage_bytes(run: Path, stage: str) -> dict[str, bytes]:
         ("reward.trainer.learning_rate=2e-3", ["base"]),
     ],
 )
-def test_what_would_be_the_same_is_taken_and_the_rest_is_trained(
-    other: Path, tmp_path: Path, difference: str, taken: list[str]
+def test_equal_stages_are_copied_and_the_others_trained(
+    source: Path, tmp_path: Path, difference: str, taken: list[str]
 ) -> None:
     run = tmp_path / "arm"
     recipe = recipe_with("name=arm", difference)
-    train_ladder(recipe, run, stages_from=other)
+    run_recipe(recipe, run, stages_from=source, evaluate=False)
     for stage in ("base", "reward"):
-        assert (stage_bytes(run, stage) == stage_bytes(other, stage)) == (stage in taken)
+        assert (stage_bytes(run, stage) == stage_bytes(source, stage)) == (stage in taken)
     facts = json.loads((run / "run.json").read_text())
-    commit = json.loads((other / "run.json").read_text())["commit"]
+    commit = json.loads((source / "run.json").read_text())["commit"]
     names = [f"tiny/seed-0/{stage}" for stage in taken]
     assert facts["taken"] == [{"from": "small", "commit": commit, "stages": names}]
     # The run trains to its end, and what is there is not taken twice.
     assert (run / "tiny/seed-0/ppo/checkpoint-1/model.safetensors").is_file()
-    assert take_stages(recipe, run, other, reusable(recipe, other)) == []
+    assert copy_stages(recipe, run, source, reusable_stages(recipe, source)) == []
 
 
 @pytest.mark.slow
-def test_what_is_taken_is_what_training_gives(other: Path, tmp_path: Path) -> None:
+def test_copied_stage_equals_a_trained_one_bitwise(source: Path, tmp_path: Path) -> None:
     recipe = recipe_with("name=alone", "data.society.raters.share=0.0")
-    train_ladder(recipe, tmp_path / "alone")
-    assert stage_bytes(tmp_path / "alone", "base").keys() == stage_bytes(other, "base").keys()
-    for name, content in stage_bytes(other, "base").items():
+    run_recipe(recipe, tmp_path / "alone", evaluate=False)
+    assert stage_bytes(tmp_path / "alone", "base").keys() == stage_bytes(source, "base").keys()
+    for name, content in stage_bytes(source, "base").items():
         if name.endswith(".safetensors"):
             assert stage_bytes(tmp_path / "alone", "base")[name] == content
 
@@ -78,61 +78,62 @@ def test_what_is_taken_is_what_training_gives(other: Path, tmp_path: Path) -> No
         ("base.batch_tokens=999", "base.batch_tokens"),
     ],
 )
-def test_other_base_models_are_refused_before_anything_is_written(
-    other: Path, tmp_path: Path, difference: str, key: str
+def test_different_base_models_are_refused_before_anything_is_written(
+    source: Path, tmp_path: Path, difference: str, key: str
 ) -> None:
-    with pytest.raises(InputError, match=f"differs in {key}$"):
-        train_ladder(recipe_with("name=arm", difference), tmp_path / "arm", stages_from=other)
+    with pytest.raises(InputError, match=f"because of {key}$"):
+        run_recipe(
+            recipe_with("name=arm", difference),
+            tmp_path / "arm",
+            stages_from=source,
+            evaluate=False,
+        )
     assert not (tmp_path / "arm").exists()
 
 
 @pytest.mark.slow
-def test_a_run_copied_without_its_facts_still_gives_its_models(other: Path, tmp_path: Path) -> None:
-    import shutil
-
-    copy = shutil.copytree(other, tmp_path / "copy", ignore=shutil.ignore_patterns("run.json"))
+def test_source_without_run_json_is_usable(source: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(source, tmp_path / "copy", ignore=shutil.ignore_patterns("run.json"))
     recipe, run = recipe_with("name=arm"), tmp_path / "arm"
-    open_run(recipe, run)
+    prepare_run(recipe, run)
     names = ["tiny/seed-0/base", "tiny/seed-0/reward"]
-    assert take_stages(recipe, run, copy, reusable(recipe, copy)) == names
+    assert copy_stages(recipe, run, copy, reusable_stages(recipe, copy)) == names
     taken = json.loads((run / "run.json").read_text())["taken"]
     assert taken == [{"from": "small", "commit": None, "stages": names}]
 
 
 @pytest.mark.slow
-def test_a_damaged_model_is_not_taken(other: Path, tmp_path: Path) -> None:
-    import shutil
-
+def test_damaged_stage_is_refused(source: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
-    shutil.copytree(other, damaged)
+    shutil.copytree(source, damaged)
     weights = damaged / "tiny/seed-0/base/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     recipe, run = recipe_with("name=arm"), tmp_path / "arm"
-    open_run(recipe, run)
-    with pytest.raises(InputError, match=r"model\.safetensors.*leave --stages-from out"):
-        take_stages(recipe, run, damaged, ["base"])
+    prepare_run(recipe, run)
+    with pytest.raises(InputError, match=r"model\.safetensors.*leave out --stages-from"):
+        copy_stages(recipe, run, damaged, ["base"])
     assert not (run / "tiny/seed-0/base").exists()
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no run"):
-        reusable(recipe_with(), tmp_path)
+def test_source_must_be_a_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a run folder"):
+        reusable_stages(recipe_with(), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("difference", ["seeds=[1]", "models.0.scratch.hidden_size=12"])
-def test_a_model_of_another_shape_or_seed_is_left_where_it_is(
-    other: Path, tmp_path: Path, difference: str
+def test_model_of_another_shape_or_seed_is_not_copied(
+    source: Path, tmp_path: Path, difference: str
 ) -> None:
     recipe, run = recipe_with("name=arm", difference), tmp_path / "arm"
-    open_run(recipe, run)
-    assert take_stages(recipe, run, other, reusable(recipe, other)) == []
+    prepare_run(recipe, run)
+    assert copy_stages(recipe, run, source, reusable_stages(recipe, source)) == []
     assert not list(run.glob("tiny/*/base"))
     assert "taken" not in json.loads((run / "run.json").read_text())
 
 
 @pytest.mark.slow
-def test_a_models_own_trainer_keys_train_what_the_same_keys_of_the_recipe_train(
+def test_trainer_keys_of_a_model_equal_those_of_the_recipe_bitwise(
     tmp_path: Path,
 ) -> None:
     keys = {
@@ -142,8 +143,8 @@ def test_a_models_own_trainer_keys_train_what_the_same_keys_of_the_recipe_train(
     }
     of_all = recipe_with(*(f"{stage}.trainer.{key}" for stage, key in keys.items()))
     of_one = recipe_with(*(f"models.0.trainer.{stage}.{key}" for stage, key in keys.items()))
-    train_ladder(of_all, tmp_path / "all")
-    train_ladder(of_one, tmp_path / "one")
+    run_recipe(of_all, tmp_path / "all", evaluate=False)
+    run_recipe(of_one, tmp_path / "one", evaluate=False)
     for stage in ("base", "reward", "ppo/checkpoint-1"):
         weights = (
             tmp_path / run / "tiny/seed-0" / stage / "model.safetensors" for run in ("all", "one")
@@ -152,10 +153,10 @@ def test_a_models_own_trainer_keys_train_what_the_same_keys_of_the_recipe_train(
         assert first == second
 
 
-def test_a_models_own_wrong_key_is_one_line_that_names_the_model(tmp_path: Path) -> None:
+def test_wrong_trainer_key_of_a_model_is_one_line(tmp_path: Path) -> None:
     recipe = recipe_with("models.0.trainer.policy.learning_rat=1e-3")
     with pytest.raises(
         InputError, match=r"^models\.0\.trainer: policy\.trainer\.learning_rat: unknown key"
     ):
-        train_ladder(recipe, tmp_path / "run")
+        run_recipe(recipe, tmp_path / "run", evaluate=False)
     assert not (tmp_path / "run").exists()

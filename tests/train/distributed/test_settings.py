@@ -21,7 +21,7 @@ from selfcorrect.train.check import check_training
 from selfcorrect.train.distributed.settings import (
     check_launch,
     deepspeed_settings,
-    environment,
+    process_environment,
     write_settings,
 )
 from selfcorrect.train.planning.memory import Parallelism
@@ -60,37 +60,38 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         (4, ["launch.processes=2", "launch.jobs=3"], "launch.jobs: 3 jobs of 2 .* need 6 GPUs"),
     ],
 )
-def test_more_processes_than_devices(monkeypatch, gpus, overrides, message) -> None:
+def test_more_processes_than_gpus_are_refused(monkeypatch, gpus, overrides, message) -> None:
     with_gpus(monkeypatch, gpus)
     with pytest.raises(InputError, match=message):
         check_launch(recipe(*overrides))
 
 
-def test_as_many_processes_as_devices_are_fine(monkeypatch) -> None:
+def test_as_many_processes_as_gpus_are_accepted(monkeypatch) -> None:
     with_gpus(monkeypatch, 4)
     check_launch(recipe("launch.processes=2", "launch.jobs=2"))
 
 
-def test_more_processes_than_cores_are_only_warned_of(monkeypatch, caplog) -> None:
+def test_more_processes_than_cores_are_a_warning(monkeypatch, caplog) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     with caplog.at_level(logging.WARNING):
         check_launch(recipe("launch.processes=2"))
         assert not caplog.messages
         check_launch(recipe("launch.processes=3"))
-    assert caplog.messages == ["launch: 3 processes share 2 cores; fewer would be faster"]
+    (message,) = caplog.messages
+    assert "3 processes share 2 cores" in message
 
 
 @pytest.mark.parametrize(
     ("name", "value", "overrides", "message"),
     [
-        ("WORLD_SIZE", "2", [], "WORLD_SIZE is 2: .* start selfcorrect by itself"),
+        ("WORLD_SIZE", "2", [], "WORLD_SIZE is 2: .*launch.processes"),
         ("WORLD_SIZE", "2", ["launch.processes=2"], "starts its own processes"),
         ("ACCELERATE_USE_DEEPSPEED", "true", [], "the recipe does not ask for DeepSpeed"),
-        ("ACCELERATE_USE_FSDP", "true", [], "cannot run under FSDP"),
+        ("ACCELERATE_USE_FSDP", "true", [], "ACCELERATE_USE_FSDP is set"),
         ("ACCELERATE_USE_CPU", "true", ["launch.processes=2"], "ACCELERATE_USE_CPU is set, but"),
     ],
 )
-def test_an_environment_that_says_otherwise(monkeypatch, name, value, overrides, message) -> None:
+def test_conflicting_environment_is_refused(monkeypatch, name, value, overrides, message) -> None:
     with_gpus(monkeypatch, 2)
     monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
@@ -101,10 +102,10 @@ def test_an_environment_that_says_otherwise(monkeypatch, name, value, overrides,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is neither zero1, zero2, zero3 nor a DeepSpeed JSON file"),
-        ("{stage: 3}", "no JSON"),
-        ("[3]", "is an object of settings"),
-        ({}, "zero_optimization.stage is None; it must be 1, 2 or 3"),
+        (None, "neither zero1, zero2, zero3 nor"),
+        ("{stage: 3}", "not JSON"),
+        ("[3]", "JSON object"),
+        ({}, "zero_optimization.stage is None, .*1, 2 or 3"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
         (
             {"zero_optimization": {"stage": 2, "overlap_com": False}},
@@ -124,11 +125,11 @@ def test_an_environment_that_says_otherwise(monkeypatch, name, value, overrides,
         ),
         (
             {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}},
-            "one learning rate, but policy.trainer.critic_learning_rate asks for a second",
+            r"one learning rate.*policy\.trainer\.critic_learning_rate",
         ),
     ],
 )
-def test_a_deepspeed_file_that_cannot_work(tmp_path, content, message) -> None:
+def test_unusable_deepspeed_file_is_refused(tmp_path, content, message) -> None:
     asked = str(tmp_path / "none.json") if content is None else saved(tmp_path, content)
     with pytest.raises(InputError, match=message) as raised:
         check_launch(recipe("launch.processes=2", f"launch.deepspeed={asked}"))
@@ -136,7 +137,7 @@ def test_a_deepspeed_file_that_cannot_work(tmp_path, content, message) -> None:
 
 
 @deepspeed
-def test_offloading_without_a_compiler(tmp_path, monkeypatch) -> None:
+def test_offload_needs_a_compiler(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # pip's ninja is beside it
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -149,7 +150,7 @@ def test_offloading_without_a_compiler(tmp_path, monkeypatch) -> None:
     check_launch(asked)
 
 
-def test_a_package_that_is_not_installed(monkeypatch) -> None:
+def test_missing_package_is_refused(monkeypatch) -> None:
     found = importlib.util.find_spec
     gone = ("deepspeed", "vllm")
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in gone else found(n))
@@ -159,7 +160,7 @@ def test_a_package_that_is_not_installed(monkeypatch) -> None:
         check_training(recipe("policy.trainer.use_vllm=true"))
 
 
-def test_a_deepspeed_file_is_passed_on_whole(tmp_path) -> None:
+def test_deepspeed_file_is_passed_on_unchanged(tmp_path) -> None:
     given = {**OFFLOAD, "communication_data_type": "fp32"}
     launch = Launch(processes=3, deepspeed=saved(tmp_path, given))
     written = yaml.safe_load(write_settings(launch, tmp_path / "run", on_gpu=True).read_text())
@@ -171,7 +172,7 @@ def test_a_deepspeed_file_is_passed_on_whole(tmp_path) -> None:
     assert content["train_batch_size"] == content["gradient_clipping"] == "auto"
 
 
-def test_zero_3_gathers_what_is_saved(tmp_path) -> None:
+def test_zero3_gathers_weights_on_saving(tmp_path) -> None:
     launch = Launch(processes=2, deepspeed="zero3")
     written = yaml.safe_load(write_settings(launch, tmp_path, on_gpu=False).read_text())
     assert written["use_cpu"] is True and written["deepspeed_config"]["zero3_init_flag"] is True
@@ -179,25 +180,25 @@ def test_zero_3_gathers_what_is_saved(tmp_path) -> None:
     assert zero == {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
 
 
-def test_jobs_side_by_side_have_devices_of_their_own(monkeypatch) -> None:
+def test_parallel_jobs_use_different_gpus(monkeypatch) -> None:
     launch = Launch(processes=2, jobs=2)
-    slots = [environment(launch, 1, True, slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)]
+    slots = [process_environment(launch, 1, True, slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)]
     assert slots == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,GPU-7,6")  # a cluster's share of a machine
-    slots = [environment(launch, 1, True, slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)]
+    slots = [process_environment(launch, 1, True, slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)]
     assert slots == ["4,5", "GPU-7,6"]
 
 
-def test_what_another_launch_left_is_gone(monkeypatch) -> None:
+def test_variables_of_another_launcher_are_removed(monkeypatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    found = environment(Launch(processes=2, deepspeed="zero2"), 3, False, 0)
+    found = process_environment(Launch(processes=2, deepspeed="zero2"), 3, False, 0)
     assert "MASTER_PORT" not in found and "ACCELERATE_USE_CPU" not in found
     assert found["OMP_NUM_THREADS"] == "3"
-    assert environment(Launch(processes=2), 1, False, 0)["ACCELERATE_USE_CPU"] == "true"
+    assert process_environment(Launch(processes=2), 1, False, 0)["ACCELERATE_USE_CPU"] == "true"
 
 
-def test_the_digest_of_training_knows_how_many_share_a_batch() -> None:
+def test_training_digest_depends_on_the_processes() -> None:
     digests = {
         training_digest(recipe(*more), "width-16", 0)
         for more in ([], ["launch.processes=2"], ["launch.processes=2", "launch.deepspeed=zero2"])
@@ -207,7 +208,7 @@ def test_the_digest_of_training_knows_how_many_share_a_batch() -> None:
     assert alone in digests
 
 
-def test_plan_takes_the_launch_for_granted_unless_told_otherwise() -> None:
+def test_plan_defaults_to_the_launch_section() -> None:
     asked = recipe("launch.processes=4", "launch.deepspeed=zero2")
     assert parallelism_of(asked, None, None, True) == Parallelism(4, 2, True)
     assert parallelism_of(asked, 8, 3, True) == Parallelism(8, 3, True)
