@@ -1,7 +1,8 @@
-"""Results in lm-eval's files: `results_<date>.json` and `samples_<task>_<date>.jsonl`.
+"""Export results as lm-eval's files, or as metadata of a Hugging Face model card.
 
-Names and keys are those of lm_eval/loggers/evaluation_tracker.py (0.4.13). What an evaluation file
-does not hold is null: the prompt's text and hash, and whether an option was the greedy choice.
+lm-eval's files are `results_<date>.json` and `samples_<task>_<date>.jsonl`, with the names and keys
+of lm_eval/loggers/evaluation_tracker.py (0.4.13). Facts that an evaluation file lacks are null: the
+prompt's text and hash, and whether an option was the greedy choice.
 """
 
 import hashlib
@@ -14,41 +15,45 @@ from typing import Any
 
 import pandas as pd
 
-from selfcorrect.evaluate.statistics.bootstrap import OVERALL
-from selfcorrect.evaluate.statistics.cells import read_settings, read_table
-from selfcorrect.recipes.foundation.atomic_files import whole_file, write_json
+from selfcorrect.evaluate.experiments import get_experiment
+from selfcorrect.evaluate.experiments.tally import OVERALL
+from selfcorrect.evaluate.measuring.cell_files import read_settings, read_table
+from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE
+from selfcorrect.recipes.foundation.atomic_files import atomic_file, write_json, write_text
+from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.printable import escape_controls
 
 _ANSWER = {"options", "logprobs", "probabilities", "mass", "samples", "truncated"}
 
 
 def write_lm_eval(folder: Path, frame: pd.DataFrame, name: str, out: Path) -> list[Path]:
-    """Write one model's evaluation files in lm-eval's form into out/<model>; returns the paths.
+    """Write one model's evaluation files in lm-eval's format into out/<model>; return the paths.
 
-    `frame` is the tidy table of `folder` (results.summarise). Intervals are no standard errors:
-    `_stderr` is "N/A", as lm-eval has it, and they stand under `intervals`.
+    `frame` is the tidy table of `folder` (results.summarise). Intervals are not standard errors:
+    they are under `intervals`, and `_stderr` is "N/A", as in lm-eval.
     """
     now = datetime.now()
     date = now.isoformat().replace(":", "-")
-    place = out / re.sub(r"[^A-Za-z0-9.@-]+", "__", name)
+    model_folder = out / re.sub(r"[^A-Za-z0-9.@-]+", "__", name)
     results: dict[str, dict[str, Any]] = {}
     intervals: dict[str, dict[str, Any]] = {}
-    configs, counts, hashes, written = {}, {}, {}, []
+    configs, counts, hashes, sample_files = {}, {}, {}, []
     for path in sorted(folder.glob("*.parquet")):
         settings = read_settings(path)
         experiment, condition = settings["experiment"], settings["condition"]
-        # From the file's name, which is one of a kind; "+" and blanks are no part of task names.
+        # File names are unique. lm-eval finds the task name in its own file names by a pattern.
         task = re.sub(r"[^A-Za-z0-9+-]+", "_", path.stem)
-        mine = frame[
+        rows = frame[
             (frame["experiment"] == experiment)
             & (frame["condition"] == condition)
             & (frame["category"] == OVERALL)
         ].to_dict("records")
         results[task] = {"alias": task}
-        for row in mine:
+        for row in rows:
             results[task][f"{row['metric']},none"] = _number(row["value"])
             results[task][f"{row['metric']}_stderr,none"] = "N/A"
         intervals[task] = {
-            row["metric"]: [_number(row["low"]), _number(row["high"])] for row in mine
+            row["metric"]: [_number(row["low"]), _number(row["high"])] for row in rows
         }
         configs[task] = {
             "task": task,
@@ -56,19 +61,19 @@ def write_lm_eval(folder: Path, frame: pd.DataFrame, name: str, out: Path) -> li
             "num_fewshot": 0,
             "metadata": settings,
         }
-        target = place / f"samples_{task}_{date}.jsonl"
-        digest, number = hashlib.sha256(), 0
-        with whole_file(target) as temporary, temporary.open("w", encoding="utf-8") as handle:
+        sample_file = model_folder / f"samples_{task}_{date}.jsonl"
+        digest, num_samples = hashlib.sha256(), 0
+        with atomic_file(sample_file) as temporary, temporary.open("w", encoding="utf-8") as handle:
             for sample in _samples(path):
                 digest.update((sample["doc_hash"] + sample["target_hash"]).encode())
                 handle.write(json.dumps(sample, allow_nan=False, ensure_ascii=False) + "\n")
-                number += 1
-        counts[task] = {"original": number, "effective": number}
+                num_samples += 1
+        counts[task] = {"original": num_samples, "effective": num_samples}
         hashes[task] = digest.hexdigest()
-        written.append(target)
-    whole = place / f"results_{date}.json"
+        sample_files.append(sample_file)
+    results_file = model_folder / f"results_{date}.json"
     write_json(
-        whole,
+        results_file,
         {
             "results": results,
             "intervals": intervals,
@@ -81,11 +86,11 @@ def write_lm_eval(folder: Path, frame: pd.DataFrame, name: str, out: Path) -> li
             "git_hash": None,
             "date": now.timestamp(),
             "model_name": name,
-            "model_name_sanitized": place.name,
+            "model_name_sanitized": model_folder.name,
             "task_hashes": hashes,
         },
     )
-    return [whole, *written]
+    return [results_file, *sample_files]
 
 
 def _samples(path: Path) -> Iterator[dict[str, Any]]:
@@ -95,7 +100,9 @@ def _samples(path: Path) -> Iterator[dict[str, Any]]:
             doc = {key: _number(value) for key, value in row.items() if key not in _ANSWER}
             target, logprobs = row.get("label"), row["logprobs"]
             scores = [[str(value), str(None)] for value in logprobs]
-            own = {} if target is None else {"acc": float(logprobs.index(max(logprobs)) == target)}
+            accuracy = (
+                {} if target is None else {"acc": float(logprobs.index(max(logprobs)) == target)}
+            )
             yield {
                 "doc_id": doc_id,
                 "doc": doc,
@@ -107,19 +114,54 @@ def _samples(path: Path) -> Iterator[dict[str, Any]]:
                 "resps": [[score] for score in scores],
                 "filtered_resps": scores,
                 "filter": "none",
-                "metrics": list(own),
+                "metrics": list(accuracy),
                 "doc_hash": _hash(json.dumps(doc, indent=2, ensure_ascii=False)),
                 "prompt_hash": None,
                 "target_hash": _hash(str(target)),
-                **own,
+                **accuracy,
             }
             doc_id += 1
 
 
 def _number(value: Any) -> Any:
-    """JSON has no NaN: undefined is null."""
+    """Return a value for JSON, in which an undefined number is null."""
     return None if pd.api.types.is_scalar(value) and pd.isna(value) else value
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_model_card(frame: pd.DataFrame, name: str, path: Path) -> Path:
+    """Write a README.md whose `model-index` holds each headline metric under each condition.
+
+    `frame` is the tidy table of results.py for one model. `model-index` has no field for intervals,
+    so they are in the metric's `args`. Undefined values are left out.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    results = []
+    for row in frame[frame["category"] == OVERALL].to_dict("records"):
+        experiment = get_experiment(str(row["experiment"]))
+        if row["metric"] != experiment.headline or pd.isna(row["value"]):
+            continue
+        interval = {"confidence": CONFIDENCE, "items": int(row["num_items"])}
+        if not pd.isna(row["low"]):
+            interval |= {"low": float(row["low"]), "high": float(row["high"])}
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=experiment.name,
+                dataset_name=experiment.title,
+                dataset_config=str(row["condition"]),
+                metric_type=str(row["metric"]),
+                metric_name=experiment.headline_metric.label,
+                metric_value=float(row["value"]),
+                metric_args=interval,
+            )
+        )
+    if not results:
+        raise InputError(f"{name}: no headline metric is defined, so there is nothing to export")
+    data = ModelCardData(model_name=name, eval_results=results)
+    write_text(path, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {escape_controls(name)}\n")))
+    return path

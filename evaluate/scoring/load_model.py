@@ -168,9 +168,7 @@ def _load_adapter(model: Any, source: str) -> Any:
     from peft import PeftModel
 
     if not (Path(source) / "adapter_model.safetensors").is_file():
-        raise InputError(
-            f"{source}: no adapter_model.safetensors; save the adapter in the safetensors format"
-        )
+        raise InputError(f"{source}: no adapter_model.safetensors; save the adapter as safetensors")
     with _InputErrors(source, "adapter"), refuse_pickles(source):
         return PeftModel.from_pretrained(model, source, is_trainable=False)
 

@@ -1,3 +1,5 @@
+"""Exports to lm-eval's files and model cards."""
+
 import json
 
 import datasets
@@ -23,17 +25,17 @@ def _overall(run, metric):
 
 def test_lm_eval_files_hold_the_values_and_load_as_a_dataset(run, tmp_path):
     export(run, "lm-eval", tmp_path)
-    place = tmp_path / "nano-seed-0-checkpoint-40"
-    (path,) = place.glob("results_*.json")
-    whole = json.loads(path.read_text())
+    folder = tmp_path / "nano-seed-0-checkpoint-40"
+    (path,) = folder.glob("results_*.json")
+    results = json.loads(path.read_text())
     expected = _overall(run, "bias_ambiguous")["Q+IF"]
-    assert whole["results"]["bbq_Q+IF"]["bias_ambiguous,none"] == expected["value"]
-    assert whole["intervals"]["bbq_Q+IF"]["bias_ambiguous"] == [expected["low"], expected["high"]]
-    (samples,) = place.glob("samples_bbq_Q+IF_*.jsonl")
+    assert results["results"]["bbq_Q+IF"]["bias_ambiguous,none"] == expected["value"]
+    assert results["intervals"]["bbq_Q+IF"]["bias_ambiguous"] == [expected["low"], expected["high"]]
+    (samples,) = folder.glob("samples_bbq_Q+IF_*.jsonl")
     loaded = datasets.load_dataset(
         "json", data_files=str(samples), split="train", cache_dir=str(tmp_path / "cache")
     )
-    assert len(loaded) == whole["n-samples"]["bbq_Q+IF"]["effective"]
+    assert len(loaded) == results["n-samples"]["bbq_Q+IF"]["effective"]
     assert len(loaded) == 3 * 8 * 4 * 2  # categories, templates, items of a block, blocks
     for row in loaded:
         best = max(range(3), key=lambda i: float(row["filtered_resps"][i][0]))
@@ -55,16 +57,16 @@ def test_file_names_are_read_by_lm_eval(run, tmp_path):
 def test_model_card_round_trip(run, tmp_path):
     export(run, "model-card", tmp_path)
     card = ModelCard.load(tmp_path / "nano-seed-0-checkpoint-40" / "README.md")
-    found = {r.dataset_config: r for r in card.data.eval_results if r.dataset_type == "bbq"}
+    results = {r.dataset_config: r for r in card.data.eval_results if r.dataset_type == "bbq"}
     expected = _overall(run, "bias_ambiguous")
-    assert set(found) == {"Q", "Q+IF", "Q+IF+CoT"}
-    for condition, result in found.items():
+    assert set(results) == {"Q", "Q+IF", "Q+IF+CoT"}
+    for condition, result in results.items():
         assert result.metric_value == pytest.approx(expected[condition]["value"], abs=1e-12)
         assert result.metric_args["low"] == pytest.approx(expected[condition]["low"], abs=1e-12)
 
 
-def test_wrong_sources_are_named(tmp_path):
-    with pytest.raises(InputError, match="neither a run nor"):
+def test_wrong_source_or_format_is_refused(tmp_path):
+    with pytest.raises(InputError, match="not a run folder, nor"):
         export(tmp_path, "lm-eval", tmp_path)
-    with pytest.raises(InputError, match="give lm-eval or model-card"):
+    with pytest.raises(InputError, match="--format csv: give lm-eval"):
         export(tmp_path, "csv", tmp_path)
