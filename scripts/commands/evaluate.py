@@ -1,54 +1,48 @@
-"""`selfcorrect evaluate`: a run's checkpoints, or any Hugging Face models side by side."""
+"""`selfcorrect evaluate`: measure a run's checkpoints, or any Hugging Face models side by side."""
 
 import gc
 import math
-import os
 import re
-import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.progress import Progress, no_progress
 from selfcorrect.recipes.load import load_recipe
+from selfcorrect.scripts.commands.data_folder import DataDir, existing_data_dir
 from selfcorrect.scripts.commands.progress import Bars
+from selfcorrect.scripts.commands.tables import table_console
 
 if TYPE_CHECKING:
     from selfcorrect.evaluate.measuring.plan import EvaluationPlan
+    from selfcorrect.recipes.foundation.ranks import Ranks
     from selfcorrect.recipes.schema import Recipe
 
 EXPERIMENTS = "bbq,winogender,law_school"
 
 
-def default_data_dir() -> Path:
-    """SELFCORRECT_DATA_DIR, or the user's cache folder."""
-    named = os.environ.get("SELFCORRECT_DATA_DIR")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(named) if named else cache / "selfcorrect" / "data"
-
-
 def evaluate(
     targets: Annotated[
-        list[str], typer.Argument(help="A run folder, or models: folders, hub names, GGUF files.")
+        list[str], typer.Argument(help="Run folders, or models: folders, hub names, GGUF files.")
     ],
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with bbq/, winogender/, ... (models only)."),
-    ] = None,
-    experiments: Annotated[str, typer.Option(help="Comma-separated.")] = EXPERIMENTS,
+    data_dir: DataDir = None,
+    experiments: Annotated[str, typer.Option(help="Comma-separated names.")] = EXPERIMENTS,
     conditions: Annotated[
-        str | None, typer.Option(help="Comma-separated, for example Q,Q+IF; default: all.")
+        str | None, typer.Option(help="Comma-separated, for example Q,Q+IF [default: all].")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Items an experiment, sampled by template.")
+        int | None, typer.Option(min=1, help="Items per experiment, sampled by template.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampled items and of the reasoning.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the reasoning.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the reasoning; 0: greedy.")] = 1.0,
-    samples: Annotated[int, typer.Option(min=1, help="Reasonings drawn per question.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the sampled items and the reasoning.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reasoning, in tokens.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Temperature of the reasoning; 0 is greedy.")
+    ] = 1.0,
+    samples: Annotated[int, typer.Option(min=1, help="Reasoning samples per question.")] = 1,
     permutations: Annotated[
         int, typer.Option(help="Orders of the options: 1, 3 (rotations) or 6 (all of three).")
     ] = 1,
@@ -58,58 +52,56 @@ def evaluate(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="packed (our own), vllm, or lm-eval:hf; default: the recipe's, packed."),
+        typer.Option(help="packed (built in), vllm, or lm-eval:hf [default: the recipe's]."),
     ] = None,
     stimuli: Annotated[
-        Path | None, typer.Option(help="YAML with conditions of your own, on top of the paper's.")
+        Path | None, typer.Option(help="YAML with your own conditions, added to the paper's.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where models' results go.")] = Path("evaluations"),
+    out: Annotated[Path, typer.Option(help="Folder for the results of models.")] = Path(
+        "evaluations"
+    ),
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="Of a run only this one, MODEL/SEED/STEP, and no report afterwards."),
+        typer.Option(help="Measure only this checkpoint of a run, MODEL/SEED/STEP; no report."),
     ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Follow a live run until its last checkpoint.")
     ] = False,
 ) -> None:
-    """Measure what is not measured yet, and print the table.
+    """Measure a run's checkpoints, or models, and print the table.
 
-    For a run, its own recipe says what is measured; the other options are for models. Several of
-    these commands may run at the same time, on machines that share the folder: no checkpoint is
-    measured twice. Under `accelerate launch -m selfcorrect.scripts.commands evaluate ...` the
+    Checkpoints and models that are measured already are skipped.
+
+    A run is measured as its recipe says; only --engine, --checkpoint and --watch apply to it.
+    Several of these commands can share the work, on machines that share the folder: no checkpoint
+    is measured twice. Under `accelerate launch -m selfcorrect.scripts.commands evaluate ...` the
     processes share the items of each checkpoint.
     """
-    runs = [target for target in targets if (Path(target) / "recipe.yaml").is_file()]
-    if runs and len(runs) < len(targets):
-        raise InputError("give run folders or models, not both")
+    runs = run_folders(targets)
     if runs and checkpoint is not None:
-        _evaluate_checkpoint([Path(run) for run in runs], checkpoint, engine)
+        _evaluate_checkpoint(runs, checkpoint, engine)
         return
     if runs:
-        _evaluate_runs([Path(run) for run in runs], engine, watch)
+        _evaluate_runs(runs, engine, watch)
         return
     if checkpoint is not None:
-        raise InputError("--checkpoint names one of a run's: give a run folder")
+        raise InputError("--checkpoint needs a run folder")
     if watch:
-        raise InputError("--watch follows runs: give a run folder")
-    gc.disable()  # what loads now stays: looking for garbage in it takes a seventh of the start
-    from selfcorrect.evaluate.data.catalogue import say_unpublished
+        raise InputError("--watch needs a run folder")
+    gc.disable()  # the modules loaded now stay; collecting among them is a seventh of the start
+    from selfcorrect.evaluate.data.catalogue import warn_if_unpublished
     from selfcorrect.evaluate.experiments.wording import load_stimuli
-    from selfcorrect.evaluate.measuring.plan import plan
+    from selfcorrect.evaluate.measuring.plan import plan_evaluation
 
     if permutations not in (1, 3, 6):
         raise InputError(f"--permutations {permutations}: give 1, 3 or 6")
-    folder = data_dir or default_data_dir()
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder}: no such data folder; give --data-dir, or `selfcorrect data fetch bbq`"
-        )
-    say_unpublished(folder, names(experiments))
-    cells = plan(
+    folder = existing_data_dir(data_dir)
+    warn_if_unpublished(folder, split_names(experiments))
+    cells = plan_evaluation(
         folder,
         load_stimuli(stimuli),
-        names(experiments),
-        None if conditions is None else names(conditions),
+        split_names(experiments),
+        None if conditions is None else split_names(conditions),
         limit=limit,
         seed=seed,
         max_new_tokens=max_new_tokens,
@@ -121,13 +113,21 @@ def evaluate(
     _evaluate_models(targets, cells, revision, engine or "packed", out)
 
 
-def names(text: str) -> list[str]:
-    """The parts of a comma-separated option."""
+def run_folders(targets: Sequence[str]) -> list[Path]:
+    """Return the targets if they are run folders, [] if they are models."""
+    runs = [Path(target) for target in targets if (Path(target) / "recipe.yaml").is_file()]
+    if runs and len(runs) < len(targets):
+        raise InputError("give run folders or models, not both")
+    return runs
+
+
+def split_names(text: str) -> list[str]:
+    """Return the parts of a comma-separated option."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def label(target: str, revision: str | None) -> str:
-    """A model's short name, safe as a file's: the last part of a path, or the hub name."""
+def model_label(target: str, revision: str | None) -> str:
+    """Return a model's short name, safe as a file name: a path's last part, or the hub name."""
     name = Path(target).absolute().name if Path(target).exists() else target
     name = f"{name}@{revision}" if revision else name
     return re.sub(r"[^A-Za-z0-9.@_-]+", "_", name).strip("._") or "model"
@@ -138,109 +138,107 @@ def _evaluate_runs(runs: list[Path], engine: str | None, watch: bool) -> None:
     from selfcorrect.recipes.foundation.ranks import distributed_ranks
     from selfcorrect.scripts.commands.report import show
 
-    _no_loading_bars()
+    _hide_loading_bars()
     recipes = [_recipe_of(run, engine) for run in runs]
-    with distributed_ranks() as (processes, device), Bars() as bars:
+    with distributed_ranks() as (ranks, device), Bars() as bars:
         for run, recipe in zip(runs, recipes, strict=True):
-
-            def notify(*args: Any, name: str = run.name) -> None:
-                if processes.rank == 0:
-                    bars(name, *args)
-
-            evaluate_run(recipe, run, notify, watch=watch, processes=processes, device=device)
-    if processes.rank == 0:
+            progress = _on_rank0(bars.of(run.name), ranks)
+            evaluate_run(recipe, run, progress, watch=watch, ranks=ranks, device=device)
+    if ranks.rank == 0:
         show(runs)
 
 
 def _recipe_of(run: Path, engine: str | None) -> "Recipe":
-    given = [] if engine is None else [f"evaluate.engine={engine}", "evaluate.attach=off"]
-    return load_recipe(str(run / "recipe.yaml"), given)
+    overrides = [] if engine is None else [f"evaluate.engine={engine}", "evaluate.attach=off"]
+    return load_recipe(str(run / "recipe.yaml"), overrides)
 
 
-def _evaluate_checkpoint(runs: list[Path], named: str, engine: str | None) -> None:
-    from selfcorrect.evaluate.measuring.run import evaluate_run, folder_of, planned
-    from selfcorrect.evaluate.run_folder import RECORD
+def _on_rank0(progress: Progress, ranks: "Ranks") -> Progress:
+    return progress if ranks.rank == 0 else no_progress
+
+
+def _evaluate_checkpoint(runs: list[Path], name: str, engine: str | None) -> None:
+    from selfcorrect.evaluate.measuring.run import evaluate_run
+    from selfcorrect.evaluate.run_folder import RECORD, checkpoint_folder, planned_checkpoints
     from selfcorrect.recipes.foundation.ranks import distributed_ranks
 
     if len(runs) > 1:
-        raise InputError("--checkpoint names one of a run's: give one run folder")
+        raise InputError("--checkpoint needs a single run folder")
     run, recipe = runs[0], _recipe_of(runs[0], engine)
-    at = next((at for at in planned(recipe) if named == "/".join(map(str, at))), None)
-    if at is None:
-        raise InputError(f"--checkpoint {named}: the recipe of {run} keeps no such MODEL/SEED/STEP")
-    if not (folder_of(run, at) / RECORD).is_file():
-        raise RunFailure(f"{folder_of(run, at)}: training has not come to this checkpoint yet")
-    _no_loading_bars()
-    with distributed_ranks() as (processes, device), Bars() as bars:
-
-        def notify(*args: Any) -> None:
-            if processes.rank == 0:
-                bars(named, *args)
-
-        evaluate_run(recipe, run, notify, processes=processes, device=device, only={at})
+    key = next((key for key in planned_checkpoints(recipe) if name == str(key)), None)
+    if key is None:
+        raise InputError(
+            f"--checkpoint {name}: not a checkpoint of {run / 'recipe.yaml'}; give MODEL/SEED/STEP"
+        )
+    folder = checkpoint_folder(recipe, run, key)
+    if not (folder / RECORD).is_file():
+        raise RunFailure(f"{folder}: training has not reached this checkpoint yet")
+    _hide_loading_bars()
+    with distributed_ranks() as (ranks, device), Bars() as bars:
+        progress = _on_rank0(bars.of(name), ranks)
+        evaluate_run(recipe, run, progress, ranks=ranks, device=device, only={key})
 
 
 def _evaluate_models(
     targets: list[str], cells: "EvaluationPlan", revision: str | None, engine: str, out: Path
 ) -> None:
-    """Measure each model into out/<its name>/<digest of its weights>: no answer can be stale."""
+    """Measure each model into out/<label>/<digest of its weights>, so that no answer is stale."""
     from selfcorrect.evaluate.measuring.cell_files import Origin
     from selfcorrect.evaluate.measuring.measure import measure_with
     from selfcorrect.evaluate.scoring.engine import Engine
     from selfcorrect.evaluate.scoring.lm_eval import load_engine
     from selfcorrect.evaluate.scoring.load_model import load_model
-    from selfcorrect.evaluate.scoring.packed import Scorer
-    from selfcorrect.evaluate.scoring.token_trie import Prepared
+    from selfcorrect.evaluate.scoring.packed import PackedEngine
+    from selfcorrect.evaluate.scoring.token_trie import PackingCache
     from selfcorrect.evaluate.scoring.weights import files_digest, weights_digest
-    from selfcorrect.recipes.foundation.locks import claimed
+    from selfcorrect.recipes.foundation.locks import hold_lock
     from selfcorrect.recipes.foundation.ranks import distributed_ranks
 
-    _no_loading_bars()
-    measured, used, prepared = dict[str, Path](), set[str](), Prepared()
-    with distributed_ranks() as (processes, device), Bars() as bars:
-        first = processes.rank == 0
-        if processes.size > 1 and engine != "packed":
-            raise InputError(f"--engine {engine} shares its work itself: run it without a launcher")
+    _hide_loading_bars()
+    folders, packings = dict[str, Path](), PackingCache()
+    with distributed_ranks() as (ranks, device), Bars() as bars:
+        if ranks.size > 1 and engine != "packed":
+            raise InputError(
+                f"--engine {engine} distributes its own work: run it without accelerate"
+            )
         for target in targets:
-            name = label(target, revision)
+            name = model_label(target, revision)
             if engine == "packed":
                 model, tokenizer = load_model(target, revision=revision, device=device)
                 origin = Origin(weights_digest(model))
-                runs_it: Engine = Scorer(model, tokenizer, prepared=prepared)
+                scorer: Engine = PackedEngine(model, tokenizer, packings=packings)
                 folder = out / name / origin.weights[:12]
             else:
-                runs_it = load_engine(engine, target, revision)
-                # Engines round differently: one never takes another's answers for its own.
+                scorer = load_engine(engine, target, revision)
+                # Engines round differently, so each has its own folder.
                 origin = Origin(files_digest(target, revision), engine)
                 folder = out / name / f"{origin.weights[:12]}-{engine.replace(':', '-')}"
-            if name in used:  # two folders of the same name
+            if name in folders:  # two model folders with the same last part
                 name = f"{name} {folder.name}"
-            used.add(name)
+            folders[name] = folder
             gc.freeze()
             gc.enable()
-            # Another process may be measuring this model for the same folder: then wait for it.
-            with claimed(folder, math.inf) if first else nullcontext():
-                measure_with(cells, runs_it, folder, origin, partial(bars, name), processes)
-            measured[name] = folder
-    if first:
-        _show_models(measured, out)
+            # Wait for a process that measures the same model into the same folder.
+            with hold_lock(folder, math.inf) if ranks.rank == 0 else nullcontext():
+                measure_with(cells, scorer, folder, origin, bars.of(name), ranks)
+    if ranks.rank == 0:
+        _show_models(folders, out)
 
 
-def _no_loading_bars() -> None:
-    """The command shows its own progress; transformers' bars would break its lines."""
+def _hide_loading_bars() -> None:
+    """Switch off transformers' bars, which would break the lines of the command's own."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
 
 
-def _show_models(measured: dict[str, Path], out: Path) -> None:
+def _show_models(folders: dict[str, Path], out: Path) -> None:
     import pandas as pd
-    from rich.console import Console
 
     from selfcorrect.evaluate.report.terminal import closing_table
     from selfcorrect.evaluate.results import summarise
 
-    tables = [summarise(folder, name) for name, folder in measured.items()]
-    console = Console() if sys.stdout.isatty() else Console(width=110)
+    tables = [summarise(folder, name) for name, folder in folders.items()]
+    console = table_console(110)
     console.print(closing_table(pd.concat(tables, ignore_index=True)))
     console.print(f"Item by item: {out}", soft_wrap=True, markup=False)

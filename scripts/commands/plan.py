@@ -60,9 +60,9 @@ def plan(
         float | None, typer.Option(help="Price of one device-hour, in any currency.")
     ] = None,
 ) -> None:
-    """Estimate memory, time and disk of a recipe from the models' configurations.
+    """Estimate memory, time and disk of a recipe.
 
-    No weights are read.
+    Only the models' configurations are read, no weights.
     """
     checked = load_recipe(recipe, overrides or [])
     if not 0 < utilisation <= 1:

@@ -1,4 +1,4 @@
-"""How far a run is, on the terminal: one bar a job, with the time its stage has left."""
+"""Progress on the terminal: one bar per stage, with the time it has left."""
 
 import sys
 import time
@@ -15,11 +15,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-QUIET_SECONDS = 15.0  # where the output is no terminal: a line a job at most this often
+from selfcorrect.recipes.foundation import progress
+
+QUIET_SECONDS = 15.0  # without a terminal: at most one line per job in this time
 
 
 class Bars:
-    """Shows (job, stage, done, total) reports; call it with each. A context manager."""
+    """A progress callback whose stages may start with a job, as in "tiny seed 0: ppo".
+
+    Use it as a context manager.
+    """
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
@@ -29,12 +34,12 @@ class Bars:
             MofNCompleteColumn(),
             TextColumn("left"),
             TimeRemainingColumn(compact=True),
-            TextColumn("so far"),
+            TextColumn("elapsed"),
             TimeElapsedColumn(),
             console=self.console,
         )
-        self.tasks: dict[tuple[str, str], TaskID] = {}
-        self.last: dict[str, float] = {}
+        self.tasks: dict[str, TaskID] = {}
+        self.last_line: dict[str, float] = {}  # seconds, by job
 
     def __enter__(self) -> "Bars":
         if self.console.is_terminal:
@@ -50,20 +55,27 @@ class Bars:
         if self.console.is_terminal:
             self.progress.stop()
 
-    def __call__(self, name: str, stage: str, done: int, total: int) -> None:
-        """Show that `name` has done `done` of `total` steps of `stage`."""
-        if not self.console.is_terminal:
-            self._line(name, stage, done, total)
-            return
-        key = (name, stage)
-        if key not in self.tasks:
-            self.tasks[key] = self.progress.add_task(f"{name} {stage}", total=total)
-        self.progress.update(self.tasks[key], completed=done, total=total)
+    def of(self, job: str) -> progress.Progress:
+        """Return a progress callback that shows the stages of `job`."""
 
-    def _line(self, name: str, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done < total and now - self.last.get(name, 0.0) < QUIET_SECONDS:
+        def report(stage: str, done: int, total: int, /) -> None:
+            self(f"{job}: {stage}", done, total)
+
+        return report
+
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
+        """Show that `done` of `total` units of `stage` are finished."""
+        if not self.console.is_terminal:
+            self._print_line(stage, done, total)
             return
-        self.last[name] = now
-        sys.stderr.write(f"{name}: {stage} {done}/{total}\n")
+        if stage not in self.tasks:
+            self.tasks[stage] = self.progress.add_task(stage, total=total)
+        self.progress.update(self.tasks[stage], completed=done, total=total)
+
+    def _print_line(self, stage: str, done: int, total: int) -> None:
+        now, job = time.monotonic(), stage.partition(": ")[0]
+        if done < total and now - self.last_line.get(job, 0.0) < QUIET_SECONDS:
+            return
+        self.last_line[job] = now
+        sys.stderr.write(f"{stage} {done}/{total}\n")
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""`selfcorrect recipes`: the recipes that come with the package, and what a recipe may say."""
+"""`selfcorrect recipes`: the recipes that come with the package, and their JSON schema."""
 
 import json
 
@@ -11,7 +11,7 @@ app = typer.Typer(no_args_is_help=True, help="List and show recipes, and their J
 
 @app.command("list")
 def list_() -> None:
-    """One line a shipped recipe."""
+    """List the shipped recipes with their description and models."""
     paths = shipped_recipes()
     width = max(len(path.stem) for path in paths)
     for path in paths:
@@ -22,11 +22,11 @@ def list_() -> None:
 
 @app.command()
 def show(recipe: str) -> None:
-    """Print a recipe as it stands in its file."""
+    """Print a recipe's file unchanged."""
     typer.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
 
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema, for an editor's completion and checks."""
+    """Print the JSON schema of recipes, with which editors complete and check them."""
     typer.echo(json.dumps(file_schema(), indent=2))

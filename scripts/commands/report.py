@@ -1,6 +1,6 @@
-"""`selfcorrect report`: table, statistics, figures and report.html from what is on disk."""
+"""`selfcorrect report`: table, statistics, figures and report.html from the files of a run."""
 
-import sys
+import logging
 import time
 from pathlib import Path
 from typing import Annotated
@@ -8,35 +8,39 @@ from typing import Annotated
 import typer
 
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.printable import visible
+from selfcorrect.recipes.foundation.printable import escape_controls
+from selfcorrect.scripts.commands.tables import table_console
 
-COMPARISON = "comparison"  # the folder of a report on several runs, beside the first of them
+COMPARISON = "comparison"  # default folder of a report on several runs, beside the first of them
+
+logger = logging.getLogger(__name__)
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
     paper: Annotated[
-        bool, typer.Option("--paper", help="Show the published values beside ours in figures.")
+        bool, typer.Option("--paper", help="Show the paper's published values in the figures.")
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of a comparison; default: comparison/ beside the first run."),
+        typer.Option(help="Folder of a comparison [default: comparison/ beside the first run]."),
     ] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Redraw while the runs grow, until they are complete.")
+        bool, typer.Option("--watch", help="Update the report until all runs are complete.")
     ] = False,
     every: Annotated[
-        float, typer.Option(min=0.1, help="With --watch: seconds between two looks.")
+        float, typer.Option(min=0.1, help="With --watch: seconds between two checks for changes.")
     ] = 15.0,
 ) -> None:
-    """Write results, statistics, figures and report.html: of one run into its folder.
+    """Write the report of a run, or a comparison of several.
 
-    Several runs get one report that compares them, in a folder of its own; theirs stay as they are.
+    A run gets results, statistics, figures and report.html in its folder. Several runs get one
+    report that compares them, in a separate folder; their own reports do not change.
     """
     if len(runs) == 1 and out is not None:
-        raise InputError("--out is for several runs; the report of one run lies in its own folder")
+        raise InputError("--out needs several runs; the report of one run is in its own folder")
     if len(runs) > 1 and paper:
-        raise InputError("--paper is for a report on one run; give one run folder")
+        raise InputError("--paper needs a single run folder")
     if watch:
         _watch(runs, paper, out, every)
     elif len(runs) == 1:
@@ -46,15 +50,16 @@ def report(
 
 
 def show(runs: list[Path], redraw: bool = True, paper: bool = False) -> None:
-    """Write each run's own report, print its closing table, and name the report.
+    """Write each run's report, print its closing table, and print the report's path.
 
-    Without `redraw`, a report that is newer than all it is made from is left as it is.
+    Without `redraw`, a report that is newer than all its inputs is kept.
     """
+    from selfcorrect.evaluate.report.page import is_report_current
+
     for run in runs:
-        path = run / "report.html"
-        if redraw or not is_current(path):
-            path = _write([run], paper, None)
-        _print_results(path)
+        if redraw or not is_report_current(run):
+            _write([run], paper, None)
+        _print_results(run / "report.html")
 
 
 def _write(runs: list[Path], paper: bool, out: Path | None) -> Path:
@@ -66,66 +71,45 @@ def _write(runs: list[Path], paper: bool, out: Path | None) -> Path:
 
 
 def _print_results(report: Path) -> None:
-    from rich.console import Console
-
     from selfcorrect.evaluate.report.terminal import closing_table
     from selfcorrect.evaluate.statistics.files import read_results
 
-    # Where the output is no terminal, the table still gets the width that it needs.
-    console = Console() if sys.stdout.isatty() else Console(width=110)
+    console = table_console(110)
     console.print(closing_table(read_results(report.parent / "results.parquet")))
-    console.print(f"Report: {visible(report)}", soft_wrap=True, markup=False)
+    console.print(f"Report: {escape_controls(report)}", soft_wrap=True, markup=False)
 
 
 def _watch(runs: list[Path], paper: bool, out: Path | None, every: float) -> None:
-    """Redraw whenever a file behind the report has changed; end when all runs are complete.
+    """Write the report whenever one of its inputs has changed, until all runs are complete.
 
-    What cannot be read at one look (a file that is still being copied, a checkpoint that is just
-    being deleted) is said and looked at again; the last whole report stays until then.
+    A file that cannot be read at the moment (it is being copied, or its checkpoint deleted) is
+    logged and tried again; until then the last complete report stays.
     """
-    from selfcorrect.evaluate.measuring.progress import Watched, made_from
+    from selfcorrect.evaluate.measuring.progress import WatchedRun, report_inputs
 
-    watched = [Watched(run) for run in runs]
-    for one in watched:
-        one.progress()  # what is wrong with a recipe from the start is no matter of waiting
-    drawn, path, said, took = None, None, "", 0.0
+    watched = [WatchedRun(run) for run in runs]
+    for watched_run in watched:
+        watched_run.progress()  # a recipe wrong from the start is an error, no reason to wait
+    written, path, last_line, seconds = None, None, "", 0.0
     while True:
-        began = time.monotonic()
-        state = [made_from(run) for run in runs]
+        started = time.monotonic()
+        inputs = [report_inputs(run) for run in runs]
         try:
-            progress = [one.progress() for one in watched]
-            line = "; ".join(f"{run.name}: {one}" for run, one in zip(runs, progress, strict=True))
-            if state != drawn:
-                path, drawn = _write(runs, paper, out), state
-                took = time.monotonic() - began
+            progress = [watched_run.progress() for watched_run in watched]
+            line = "; ".join(f"{run.name}: {p}" for run, p in zip(runs, progress, strict=True))
+            if inputs != written:
+                path, written = _write(runs, paper, out), inputs
+                seconds = time.monotonic() - started
                 line = f"{line}; {path}"
-            if all(one.complete for one in progress) and path is not None:
+            if all(p.complete for p in progress) and path is not None:
                 break
-        except (InputError, FileNotFoundError) as reason:
+        except (InputError, FileNotFoundError) as error:
             for run in runs:
                 if not run.is_dir():
-                    raise InputError(f"{run}: is gone") from None
-            line = f"waiting: {' '.join(str(reason).split())}"
-        if line != said:
-            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {visible(line)}\n")
-            sys.stderr.flush()
-            said = line
-        time.sleep(max(every, took))  # half of a core at most: the training needs it
+                    raise InputError(f"{run}: the run folder no longer exists") from None
+            line = f"waiting: {error}"
+        if line != last_line:
+            logger.info("%s %s", time.strftime("%H:%M:%S"), line)
+            last_line = line
+        time.sleep(max(every, seconds))  # at most half of a core, which the training needs
     _print_results(path)
-
-
-def is_current(report: Path) -> bool:
-    """Whether the report is newer than all it is made from."""
-    from selfcorrect.evaluate.measuring.progress import made_from
-    from selfcorrect.evaluate.statistics.files import read_results
-
-    results = report.parent / "results.parquet"
-    if not (report.is_file() and results.is_file()):
-        return False
-    try:
-        read_results(results)
-    except InputError as error:
-        sys.stderr.write(f"{str(error).partition(';')[0]}; the report is made anew\n")
-        return False
-    written = report.stat().st_mtime_ns
-    return all(changed <= written for changed, _ in made_from(report.parent).values())

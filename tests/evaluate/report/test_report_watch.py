@@ -84,6 +84,11 @@ def finish(run, step):
                     dirs_exist_ok=True)  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _log_level(caplog):
+    caplog.set_level("INFO")
+
+
 def watch(run, events, monkeypatch):
     """What the command says while one event happens between every two looks."""
     waiting = iter(events)
@@ -102,7 +107,16 @@ def watch(run, events, monkeypatch):
     assert list(waiting) == []
 
 
-def test_the_report_follows_the_run_and_ends_with_it(run, monkeypatch, capsys):
+def logged(caplog):
+    """Return the command's log lines without their time of day."""
+    return [
+        record.getMessage().split(" ", 1)[1]
+        for record in caplog.records
+        if record.name == command.__name__
+    ]
+
+
+def test_the_report_follows_the_run_and_ends_with_it(run, monkeypatch, capsys, caplog):
     said = []
 
     def partly():
@@ -117,8 +131,7 @@ def test_the_report_follows_the_run_and_ends_with_it(run, monkeypatch, capsys):
         finish(run, 3)
 
     watch(run, [lambda: None, partly, wholly], monkeypatch)
-    out, err = capsys.readouterr()
-    lines = [line.split(" ", 1)[1] for line in err.splitlines()]
+    out, lines = capsys.readouterr().out, logged(caplog)
     drawn = f"run: 1 of 2 checkpoints measured; {run / 'report.html'}"
     assert lines == [drawn, "run: 1 of 2 checkpoints measured", drawn]
     assert "run is not finished: 1 of 2 checkpoints" in said[0]
@@ -128,7 +141,7 @@ def test_the_report_follows_the_run_and_ends_with_it(run, monkeypatch, capsys):
     assert "First and last RLHF step" in out and "report.html" in out
 
 
-def test_half_written_and_vanishing_files_are_waited_for(run, monkeypatch, capsys):
+def test_half_written_and_vanishing_files_are_waited_for(run, monkeypatch, caplog):
     whole = {}
 
     def half(path):
@@ -156,7 +169,7 @@ def test_half_written_and_vanishing_files_are_waited_for(run, monkeypatch, capsy
         ],
         monkeypatch,
     )  # fmt: skip
-    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    lines = logged(caplog)
     waits = [line for line in lines if line.startswith("waiting: ")]
     assert len(waits) == 3
     assert "bbq.Q.parquet: damaged" in waits[0]
@@ -173,7 +186,7 @@ def test_what_is_wrong_from_the_start_is_said_at_once(run, tmp_path, monkeypatch
 
 
 def test_a_run_that_is_deleted_ends_the_watch(run, monkeypatch):
-    with pytest.raises(InputError, match="run: is gone"):
+    with pytest.raises(InputError, match="run folder no longer exists"):
         watch(run, [lambda: shutil.rmtree(run)], monkeypatch)
 
 
@@ -204,13 +217,13 @@ def test_every_file_behind_the_report_is_looked_at(run):
     assert set(report_inputs(run)) - set(before) == {place(run, 0) / "evaluation" / "new.parquet"}
 
 
-def test_several_runs_are_watched_until_all_are_complete(run, tmp_path, monkeypatch, capsys):
+def test_several_runs_are_watched_until_all_are_complete(run, tmp_path, monkeypatch, caplog):
     other = shutil.copytree(run, tmp_path / "other")
     events = iter([lambda: finish(run, 3), lambda: finish(other, 3)])
     monkeypatch.setattr(command.time, "sleep", lambda seconds: next(events)())
     monkeypatch.setattr(gallery, "draw_runs", lambda *_: ([], []))
     command.report([run, other], watch=True, every=7.0, paper=False, out=None)
-    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    lines = logged(caplog)
     page = tmp_path / "comparison" / "report.html"
     assert lines == [
         f"run: 1 of 2 checkpoints measured; other: 1 of 2 checkpoints measured; {page}",
@@ -221,9 +234,9 @@ def test_several_runs_are_watched_until_all_are_complete(run, tmp_path, monkeypa
 
 
 def test_options_that_do_not_fit_are_refused(run):
-    with pytest.raises(InputError, match="--out is for several runs"):
+    with pytest.raises(InputError, match="--out needs several runs"):
         command.report([run], out=run / "x")
-    with pytest.raises(InputError, match="--paper is for a report on one run"):
+    with pytest.raises(InputError, match="--paper needs a single run"):
         command.report([run, run], paper=True)
 
 
@@ -250,5 +263,5 @@ def test_control_c_is_one_line_and_130(run):
         watching.send_signal(signal.SIGINT)
         _, err = watching.communicate(timeout=60)
     assert watching.returncode == 130
-    assert err == "selfcorrect: stopped; the same command goes on from here\n"
+    assert err == "selfcorrect: stopped; run the same command to resume\n"
     assert "1 of 2" in (run / "report.html").read_text(encoding="utf-8")

@@ -1,8 +1,7 @@
-"""The command: models side by side on benchmark files, recipes, and one line for every mistake."""
+"""The command line: models side by side, recipes, and one line for every mistake."""
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,15 @@ from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
-from selfcorrect.scripts.commands.__main__ import main
+from tests.support.command import run_command
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `data/` (the society's benchmarks) and two models of different weights."""
     from selfcorrect.train.stages.corpus import scratch_model
 
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("models")
     world = make_world(SocietySettings(blocks_per_template=1))
     write_benchmarks(world, folder / "data")
     tokenizer = make_tokenizer(world)
@@ -32,105 +31,108 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["selfcorrect", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
-
-
-def evaluate(place: Path, *more: str) -> list[str]:
-    data = place / "data"
+def evaluate_arguments(folder: Path, *more: str) -> list[str]:
+    data = folder / "data"
     given = ["--data-dir", str(data), "--stimuli", str(data / "stimuli.yaml")]
     return ["evaluate", *more, *given, "--max-new-tokens", "4", "--limit", "16"]
 
 
 def test_two_models_side_by_side(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = [*evaluate(place, str(place / "one"), str(place / "two")), "--out", str(tmp_path)]
-    assert call(monkeypatch, *arguments) == 0
-    shown = capsys.readouterr().out
-    assert "one" in shown and "two" in shown and "Q+IF+CoT" in shown and "Match stats" in shown
+    arguments = [
+        *evaluate_arguments(folder, str(folder / "one"), str(folder / "two")),
+        "--out",
+        str(tmp_path),
+    ]
+    assert run_command(monkeypatch, *arguments) == 0
+    output = capsys.readouterr().out
+    assert "one" in output and "two" in output and "Q+IF+CoT" in output and "Match stats" in output
     files = sorted(tmp_path.rglob("*.parquet"))
     assert len(files) == 2 * 10
     before = {path: path.stat().st_mtime_ns for path in files}
-    assert call(monkeypatch, *arguments) == 0  # nothing is measured twice
+    assert run_command(monkeypatch, *arguments) == 0  # nothing is measured twice
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
-def test_one_experiment_is_asked_under_all_the_conditions_that_it_has(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_experiment_is_measured_under_all_its_conditions(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = [*evaluate(place, str(place / "one")), "--out", str(tmp_path)]
-    assert call(monkeypatch, *arguments, "--experiments", "bbq") == 0
+    arguments = [*evaluate_arguments(folder, str(folder / "one")), "--out", str(tmp_path)]
+    assert run_command(monkeypatch, *arguments, "--experiments", "bbq") == 0
     assert len(list(tmp_path.rglob("bbq.*.parquet"))) == 3
 
 
-def test_other_weights_under_the_same_name_are_measured_anew(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_other_weights_of_the_same_name_are_measured_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
 
     model = tmp_path / "model"
     for source in ("one", "two"):
         shutil.rmtree(model, ignore_errors=True)
-        shutil.copytree(place / source, model)
-        arguments = [*evaluate(place, str(model)), "--out", str(tmp_path / "out")]
-        assert call(monkeypatch, *arguments, "--experiments", "winogender") == 0
+        shutil.copytree(folder / source, model)
+        arguments = [*evaluate_arguments(folder, str(model)), "--out", str(tmp_path / "out")]
+        assert run_command(monkeypatch, *arguments, "--experiments", "winogender") == 0
     assert len(list((tmp_path / "out").rglob("winogender.Q.parquet"))) == 2
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("arguments", "message"),
     [
         (["./none"], "none"),
-        (["{place}/one", "--data-dir", "{place}/none"], "no such data folder"),
-        (["{place}/one", "--data-dir", "{place}/one"], "bbq"),
-        (["{place}/one", "--experiments", "bbk"], "bbk"),
-        (["{place}/one", "--conditions", "Z"], "condition 'Z'"),
-        (["{place}/one", "--stimuli", "{place}/one/config.json"], "config.json"),
+        (["{folder}/one", "--data-dir", "{folder}/none"], "no such data folder"),
+        (["{folder}/one", "--data-dir", "{folder}/one"], "bbq"),
+        (["{folder}/one", "--experiments", "bbk"], "bbk"),
+        (["{folder}/one", "--conditions", "Z"], "condition 'Z'"),
+        (["{folder}/one", "--stimuli", "{folder}/one/config.json"], "config.json"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
-    place: Path,
+def test_mistakes_are_one_line(
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
-    more: list[str],
+    arguments: list[str],
     message: str,
 ) -> None:
-    given = [word.replace("{place}", str(place)) for word in more]
+    words = [word.replace("{folder}", str(folder)) for word in arguments]
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, *evaluate(place), *given) == 2
-    shown = capsys.readouterr().err
-    assert message in shown
-    assert shown.count("\n") == 1 and shown.startswith("selfcorrect: ")
+    assert run_command(monkeypatch, *evaluate_arguments(folder), *words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1 and error.startswith("selfcorrect: ")
     assert not list(tmp_path.iterdir())
 
 
-def test_recipes_are_listed_shown_and_have_a_schema(
+def test_recipes_list_show_and_schema(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, "recipes", "list") == 0
+    assert run_command(monkeypatch, "recipes", "list") == 0
     assert "quickstart" in capsys.readouterr().out
-    assert call(monkeypatch, "recipes", "show", "quickstart") == 0
+    assert run_command(monkeypatch, "recipes", "show", "quickstart") == 0
     assert "name: quickstart" in capsys.readouterr().out
-    assert call(monkeypatch, "recipes", "schema") == 0
+    assert run_command(monkeypatch, "recipes", "schema") == 0
     assert "properties" in json.loads(capsys.readouterr().out)
-    assert call(monkeypatch, "recipes", "show", "none") == 2
+    assert run_command(monkeypatch, "recipes", "show", "none") == 2
 
 
-def test_a_report_of_no_run_is_one_line(
+def test_report_needs_a_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, "report", str(tmp_path)) == 2
+    assert run_command(monkeypatch, "report", str(tmp_path)) == 2
     assert "not a run folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_published_files_are_scored_by_any_model(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_published_benchmarks_are_scored(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = os.environ.get("SELFCORRECT_DATA_DIR")
     if not folder:
@@ -138,9 +140,9 @@ def test_the_published_files_are_scored_by_any_model(
     save_byte_level_model(tmp_path / "bytes")
     arguments = ["evaluate", str(tmp_path / "bytes"), "--data-dir", folder, "--limit", "24"]
     more = ["--max-new-tokens", "8", "--out", str(tmp_path / "out")]
-    assert call(monkeypatch, *arguments, *more) == 0
-    shown = capsys.readouterr().out
-    assert "BBQ" in shown and "Winogender" in shown
+    assert run_command(monkeypatch, *arguments, *more) == 0
+    output = capsys.readouterr().out
+    assert "BBQ" in output and "Winogender" in output
     assert len(list((tmp_path / "out").rglob("*.parquet"))) == 10
 
 
