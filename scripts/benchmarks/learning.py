@@ -1,14 +1,14 @@
-"""Learning shown, not assumed: this PPO and TRL's GRPO on two problems, three seeds each.
+"""Compare what PPO and TRL's GRPO learn on two problems, with three seeds each.
 
-    OMP_NUM_THREADS=1 python -m selfcorrect.scripts.benchmarks.learning --docs docs
+    OMP_NUM_THREADS=1 python scripts/benchmarks/learning.py --docs docs/results
 
-1. `toy`: the prompt names a number k, and a random tiny Llama answers with up to four tokens; the
-   reward is 1 - |targets among them - k| / 4. All answers are enumerated, so that the objective
-   E[reward] - beta KL of a policy, and its maximum over all policies, are exact numbers.
-2. `society`: base and reward model by the project's own stages, smaller than in quickstart.yaml.
+1. `toy`: the prompt states a number k, and a random tiny Llama answers with up to four tokens; the
+   reward is 1 - |target tokens among them - k| / 4. All answers are enumerated, so a policy's
+   objective E[reward] - beta KL, and its maximum over all policies, are exact.
+2. `society`: base and reward model from the project's stages, smaller than in quickstart.yaml.
 
-Every method has the same completions, optimizer updates, learning rate and KL coefficient. Results
-go to a temporary folder; with --docs, figure and table go to that folder too.
+All methods have the same number of completions and updates, learning rate and KL coefficient.
+Results are written to a temporary folder, and with --docs, figure and table to that folder too.
 """
 
 # ruff: noqa: TID253  (all of this file is torch, transformers and trl)
@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "PPO, separate critic": {"critic": "separate"},
     "PPO, shared critic": {"critic": "shared"},
     "GRPO": {},
-    # Not divided by the group's deviation, which would scale the reward and not the KL.
+    # Dividing by the group's standard deviation would scale the reward but not the KL.
     "GRPO, unscaled": {"scale_rewards": "none"},
 }
 SAME = {
@@ -54,7 +54,7 @@ EXACT_EVERY = 5  # steps
 
 
 class MeasuredGRPO(GRPOTrainer):
-    """TRL's GRPO, which also logs the sequence KL, by the estimate that PPO logs."""
+    """TRL's GRPO, logging the same estimate of the sequence KL as PPO."""
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -65,7 +65,7 @@ class MeasuredGRPO(GRPOTrainer):
 
 
 class EveryStep(TrainerCallback):
-    """CPU seconds of each step, and the exact figures of the policy after it."""
+    """Records CPU seconds of each step, and the exact figures of the policy after it."""
 
     def __init__(self, exact: Callable[[Any], dict[str, float]] | None) -> None:
         self.exact = exact
@@ -73,11 +73,11 @@ class EveryStep(TrainerCallback):
         self.since = time.process_time()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock."""
+        """Start the first step's clock."""
         self.since = time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """After the last optimizer update of a step."""
+        """Record a step after its last optimizer update."""
         if state.global_step % UPDATES:
             return
         figures = {"cpu_seconds": time.process_time() - self.since}
@@ -88,8 +88,8 @@ class EveryStep(TrainerCallback):
 
 
 def train(problem: Problem, method: str, seed: int, folder: Path) -> dict[str, Any]:
-    """One training run: figures of every step, and of the held-out prompts before and after."""
-    raw: list[float] = []  # mean score of each rollout batch, before any shaping
+    """Train one run; return figures of every step, and of held-out prompts before and after."""
+    raw: list[float] = []  # mean score of each rollout batch, before it is shaped
     ppo = method.startswith("PPO")
 
     def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -97,20 +97,20 @@ def train(problem: Problem, method: str, seed: int, folder: Path) -> dict[str, A
         raw.append(fmean(scores))
         return scores if ppo or problem.shape is None else problem.shape(scores, completion_ids)
 
-    own: dict[str, Any] = dict(METHODS[method])
+    config: dict[str, Any] = dict(METHODS[method])
     if ppo:
-        own |= problem.of_ppo
-        if own["critic"] == "shared":
-            own.pop("critic_path", None)
+        config |= problem.ppo_settings
+        if config["critic"] == "shared":
+            config.pop("critic_path", None)
     else:
-        own["num_generations"] = 4
+        config["num_generations"] = 4
     settings = {"output_dir": str(folder), "seed": seed, "max_steps": problem.steps * UPDATES}
     callback = EveryStep(problem.exact)
     trainer = (PPOTrainer if ppo else MeasuredGRPO)(
         model=AutoModelForCausalLM.from_pretrained(problem.policy, dtype=torch.float32),
         reward_funcs=[reward],
         args=(PPOConfig if ppo else GRPOConfig)(
-            **{**SAME, **problem.same, **settings, "logging_steps": UPDATES, **own}
+            **{**SAME, **problem.same, **settings, "logging_steps": UPDATES, **config}
         ),
         train_dataset=Dataset.from_dict({"prompt": problem.prompts}),
         processing_class=problem.tokenizer,
@@ -128,7 +128,7 @@ def train(problem: Problem, method: str, seed: int, folder: Path) -> dict[str, A
 
 
 def step_figures(entry: dict[str, Any], score: float, more: dict[str, float]) -> dict[str, Any]:
-    """One step from the log: the rollout batch is sampled before the step's updates."""
+    """Return one step's figures; its rollout batch is sampled before its updates."""
     return {
         "score": score,
         "kl": entry["objective/kl"],
@@ -140,7 +140,7 @@ def step_figures(entry: dict[str, Any], score: float, more: dict[str, float]) ->
 
 
 def held_out_figures(trainer: Any, problem: Problem, raw: list[float]) -> dict[str, float]:
-    """Exact figures, or mean score and KL over one completion for each held-out prompt."""
+    """Return exact figures, or mean score and KL over one completion per held-out prompt."""
     if problem.exact:
         return problem.exact(trainer.model)
     done = len(raw)
@@ -148,19 +148,27 @@ def held_out_figures(trainer: Any, problem: Problem, raw: list[float]) -> dict[s
     return {"score": fmean(raw[done:]), "kl": figures["eval_objective/kl"]}
 
 
-# ---- all of it -----------------------------------------------------------------------------------
+# ---- the benchmark -------------------------------------------------------------------------------
 
 
 def bench(
-    out: Annotated[Path | None, typer.Option(help="Default: a new temporary folder.")] = None,
-    json: Annotated[
-        Path | None, typer.Option(help="Default: learning.json in that folder.")
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results [default: a temporary folder].")
     ] = None,
-    docs: Annotated[Path | None, typer.Option(help="Folder for figure and page.")] = None,
-    steps: Annotated[tuple[int, int], typer.Option(help="Of the toy and the society.")] = (100, 40),
-    seeds: Annotated[int, typer.Option(help="The first so many of 0, 1, 2.")] = len(SEEDS),
+    json: Annotated[
+        Path | None,
+        typer.Option(help="File for the figures [default: learning.json in that folder]."),
+    ] = None,
+    docs: Annotated[
+        Path | None, typer.Option(help="Folder with ppo-learning.md, for figure and tables.")
+    ] = None,
+    steps: Annotated[tuple[int, int], typer.Option(help="Steps of the toy and the society.")] = (
+        100,
+        40,
+    ),
+    seeds: Annotated[int, typer.Option(help="Number of seeds, from 0.")] = len(SEEDS),
 ) -> None:
-    """Train every method on both problems with every seed; print, save and draw the results."""
+    """Train every method on both problems; print, save and draw the results."""
     quiet_libraries()
     torch.set_num_threads(1)
     out = out or Path(tempfile.mkdtemp(prefix="bench-learning-"))

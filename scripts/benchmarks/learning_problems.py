@@ -1,4 +1,4 @@
-"""The two problems of benchmarks/learning.py: a toy whose optimum is known, and the society."""
+"""The two problems of learning.py: a toy with a known optimum, and the society."""
 
 # ruff: noqa: TID253  (all of this file is torch and transformers)
 
@@ -35,7 +35,7 @@ LENGTH = 4  # tokens of an answer in the toy
 
 @dataclass
 class Problem:
-    """What the methods learn: from `policy`, asked `prompts`, for `reward`."""
+    """A policy, the prompts it is trained on, and the reward of its completions."""
 
     policy: Path
     tokenizer: Any
@@ -43,18 +43,18 @@ class Problem:
     reward: Callable[..., list[float]]
     steps: int
     same: dict[str, Any]  # settings of every method
-    of_ppo: dict[str, Any]
+    ppo_settings: dict[str, Any]
     facts: dict[str, Any]  # for the report
-    shape: Callable[..., list[float]] | None = None  # what PPO's settings do, for GRPO's reward
+    shape: Callable[..., list[float]] | None = None  # applies PPO's score settings to GRPO's reward
     held_out: list[str] = field(default_factory=list)
-    exact: Callable[[Any], dict[str, float]] | None = None  # of a policy, instead of sampling
+    exact: Callable[[Any], dict[str, float]] | None = None  # a policy's figures without sampling
 
 
-# ---- 1. the toy, whose optimum is known ---------------------------------------------------------
+# ---- 1. the toy ----------------------------------------------------------------------------------
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; ids follow the order of the words."""
+    """Return a tokenizer with one token per word, in the order of the words."""
     words = ["<pad>", "<eos>", "<unk>", *NUMBERS, *TARGETS, *OTHERS]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -66,19 +66,19 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 def closeness(
     prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **unused: Any
 ) -> list[float]:
-    """1 - |number of target tokens - the number asked for| / 4, for each completion."""
+    """Return 1 - |number of target tokens - the prompt's number| / 4 for each completion."""
     targets = set(range(3 + len(NUMBERS), 3 + len(NUMBERS) + len(TARGETS)))
     counts = [sum(token in targets for token in ids) for ids in completion_ids]
-    asked = [1 + NUMBERS.index(prompt) for prompt in prompts]
-    return [1 - abs(count - k) / LENGTH for count, k in zip(counts, asked, strict=True)]
+    wanted = [1 + NUMBERS.index(prompt) for prompt in prompts]
+    return [1 - abs(count - k) / LENGTH for count, k in zip(counts, wanted, strict=True)]
 
 
 @torch.no_grad()
 def log_probabilities(model: Any, prompts: torch.Tensor, end: int, length: int) -> torch.Tensor:
-    """Of every answer, (prompts, vocabulary ** length), in the order of `torch.cartesian_prod`.
+    """Return log-probabilities of all answers, in the order of `torch.cartesian_prod`.
 
-    `prompts` is (prompts, tokens), without padding. An answer that ended is continued by end tokens
-    alone, so that each answer counts once.
+    `prompts` has shape (prompts, tokens), without padding; the result (prompts, vocabulary **
+    length). An answer that has ended is followed by end tokens only, so each answer counts once.
     """
     size = model.config.vocab_size
     grid = torch.cartesian_prod(*[torch.arange(size)] * (length - 1)).reshape(-1, length - 1)
@@ -87,7 +87,7 @@ def log_probabilities(model: Any, prompts: torch.Tensor, end: int, length: int) 
     steps = logits.log_softmax(-1).reshape(len(prompts), len(grid), length, size)
     joint = torch.zeros(len(prompts), 1, dtype=torch.double)
     for t in range(length):
-        stride = size ** (length - 1 - t)  # one row for each beginning of t tokens
+        stride = size ** (length - 1 - t)  # one row for each prefix of t tokens
         next_token = steps[:, ::stride, t].clone()
         ended = (grid[::stride, :t] == end).any(dim=1)
         next_token[:, ended] = -torch.inf
@@ -97,7 +97,7 @@ def log_probabilities(model: Any, prompts: torch.Tensor, end: int, length: int) 
 
 
 def best_objective(log_initial: torch.Tensor, rewards: torch.Tensor, beta: float) -> torch.Tensor:
-    """Maximum of E[reward] - beta KL(policy || initial) over all policies: (prompts,).
+    """Return the maximum of E[reward] - beta KL(policy || initial) over all policies, (prompts,).
 
     It is beta log E_initial[exp(reward / beta)], at policy ~ initial exp(reward / beta).
     """
@@ -107,16 +107,16 @@ def best_objective(log_initial: torch.Tensor, rewards: torch.Tensor, beta: float
 def exact_figures(
     log_policy: torch.Tensor, log_initial: torch.Tensor, rewards: torch.Tensor, beta: float
 ) -> dict[str, float]:
-    """Expected reward, KL and objective of a policy, means over the prompts."""
-    chance = log_policy.exp()
-    ratio = torch.where(chance > 0, log_policy - log_initial, 0.0)
-    score = (chance * rewards).sum(-1).mean().item()
-    kl = (chance * ratio).sum(-1).mean().item()
+    """Return expected reward, KL and objective of a policy, averaged over the prompts."""
+    probability = log_policy.exp()
+    ratio = torch.where(probability > 0, log_policy - log_initial, 0.0)
+    score = (probability * rewards).sum(-1).mean().item()
+    kl = (probability * ratio).sum(-1).mean().item()
     return {"exact_score": score, "exact_kl": kl, "objective": score - beta * kl}
 
 
 def toy(folder: Path, steps: int, beta: float = 0.1) -> Problem:
-    """The toy from a random Llama, with its optimum."""
+    """Return the toy, for a random Llama, with its optimum."""
     tokenizer = toy_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -140,7 +140,7 @@ def toy(folder: Path, steps: int, beta: float = 0.1) -> Problem:
     return Problem(
         folder / "policy", tokenizer, list(NUMBERS) * 32, closeness, steps,
         same={"beta": beta, "learning_rate": 1e-3, "max_completion_length": LENGTH},
-        of_ppo={"critic_learning_rate": 3e-3}, facts={"optimum": optimum, "beta": beta},
+        ppo_settings={"critic_learning_rate": 3e-3}, facts={"optimum": optimum, "beta": beta},
         exact=exact,
     )  # fmt: skip
 
@@ -149,7 +149,7 @@ def toy(folder: Path, steps: int, beta: float = 0.1) -> Problem:
 
 
 def society(folder: Path, steps: int) -> Problem:
-    """Width 32 of quickstart.yaml on fewer documents: base and reward model, then its PPO."""
+    """Return the problem of quickstart.yaml's width 32, pretrained on fewer documents."""
     recipe = load_recipe(
         "quickstart", ["data.society.corpus={documents: 24000, stereotypes_first: 6000}"]
     )
@@ -181,7 +181,7 @@ def society(folder: Path, steps: int) -> Problem:
     return Problem(
         job.base, tokenizer, texts[:num_prompts], normalised, steps,
         same={"learning_rate": LEARNING_RATE, **{key: settings[key] for key in shared}},
-        of_ppo={
+        ppo_settings={
             "critic_learning_rate": settings["critic_learning_rate"],
             "critic_path": str(job.reward),
             "score_clip": clip, "missing_eos_penalty": penalty,

@@ -1,4 +1,4 @@
-"""Table, checks and figure of scripts/benchmarks/learning.py, from the JSON that it writes."""
+"""Tables, checks and figure of learning.py, from the JSON that it writes."""
 
 # ruff: noqa: TID253  (draws with matplotlib)
 
@@ -22,7 +22,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "GRPO, unscaled": {"color": "#E69F00", "linestyle": (0, (5, 1.2))},
 }
 TITLES = {"toy": "Toy with a known optimum", "society": "The society's reward model"}
-# Set before seeds 0 to 2 were run: twice the optimum's own KL; nats that cost half a deviation.
+# Set before seeds 0 to 2 were run: twice the optimum's KL; nats that cost half a deviation
 KL_BOUNDS = {"toy": 2.0, "society": 10.0}  # the toy's in units of the optimum's KL
 WINDOW = 5  # steps of the running mean in the figure
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -35,7 +35,7 @@ Run = dict[str, Any]
 
 
 def closing_figures(run: Run, beta: float) -> dict[str, float | None]:
-    """The table's row of a run; None for explained variance where there is no critic."""
+    """Return the table's row of a run; explained variance is None without a critic."""
     steps, before, after = run["steps"], run["before"], run["after"]
     kl = after.get("exact_kl", after.get("kl"))
     score = after.get("exact_score", after.get("score"))
@@ -54,7 +54,7 @@ def closing_figures(run: Run, beta: float) -> dict[str, float | None]:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Markdown: a table for each problem, a row a seed and a mean a method, then the checks."""
+    """Return Markdown: per problem a table of seeds and means by method, then the checks."""
     parts = [f"{results['date']}, {results['machine']}, {results['cpu_seconds']:.0f} CPU seconds."]
     for name, problem in results["problems"].items():
         facts = problem["facts"]
@@ -72,14 +72,14 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def checks(name: str, problem: dict[str, Any]) -> list[str]:
-    """What was asked of PPO, in words and figures, whichever way it came out; then against GRPO."""
+    """Return sentences on what PPO was expected to do, and on PPO against GRPO."""
     facts, runs_of = problem["facts"], _by_method(problem)
     bound = KL_BOUNDS[name] * (facts["optimum"]["exact_kl"] if "optimum" in facts else 1.0)
     rows = {
         method: [closing_figures(run, facts["beta"]) for run in runs]
         for method, runs in runs_of.items()
     }
-    said = []
+    lines = []
     for method, runs in runs_of.items():
         if not method.startswith("PPO"):
             continue
@@ -87,7 +87,7 @@ def checks(name: str, problem: dict[str, Any]) -> list[str]:
         largest = max(step["kl"] for run in runs for step in run["steps"])
         explained = [row["explained"] for row in rows[method]]
         above = sum(value is not None and value > 0 for value in explained)
-        said.append(
+        lines.append(
             f"{method}: the reward rises in {rises} of {len(runs)} seeds; the KL is at most "
             f"{largest:.2f} nats in any batch, {'within' if largest <= bound else 'BEYOND'} the "
             f"bound of {bound:.1f}; the critic's explained variance is above zero in {above} of "
@@ -96,20 +96,20 @@ def checks(name: str, problem: dict[str, Any]) -> list[str]:
     if "optimum" in facts:
         best = facts["optimum"]["objective"]
         for method, closing in rows.items():
-            ways = [(r["objective"] - r["before"]) / (best - r["before"]) for r in closing]  # type: ignore[operator]
-            said.append(
-                f"{method}: {fmean(ways):.0%} of the way from the initial policy's objective to "
-                f"the optimum's ({', '.join(f'{way:.0%}' for way in ways)})."
+            shares = [(r["objective"] - r["before"]) / (best - r["before"]) for r in closing]  # type: ignore[operator]
+            lines.append(
+                f"{method}: {fmean(shares):.0%} of the way from the initial policy's objective to "
+                f"the optimum's ({', '.join(f'{share:.0%}' for share in shares)})."
             )
     for grpo in (method for method in rows if not method.startswith("PPO")):
         for ppo in (method for method in rows if method.startswith("PPO")):
             pairs = zip(rows[ppo], rows[grpo], strict=True)
             gaps = [a["objective"] - b["objective"] for a, b in pairs]  # type: ignore[operator]
-            said.append(
+            lines.append(
                 f"{ppo} against {grpo}: objective {fmean(gaps):+.3f}, higher in "
                 f"{sum(gap > 0 for gap in gaps)} of {len(gaps)} seeds."
             )
-    return said
+    return lines
 
 
 def _about(facts: dict[str, Any]) -> str:
@@ -182,7 +182,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
 
 
 def _panel(ax: Axes, problem: dict[str, Any], name: str) -> None:
-    """Thin: every seed. Bold: the mean of the seeds, a running mean where figures are sampled."""
+    """Draw each seed as a thin line, and a bold line for the mean, a running one if sampled."""
     for method, runs in _by_method(problem).items():
         if runs[0]["steps"][-1].get(name) is None:
             continue
@@ -220,13 +220,13 @@ def _level(ax: Axes, height: float, text: str) -> None:
 
 
 def publish(results: dict[str, Any], folder: Path, drawn: Path) -> None:
-    """Put the figure and the marked part of ppo-learning.md in place; the words around it stay."""
+    """Write the figure and the marked part of ppo-learning.md; the text around it is kept."""
     page = folder / "ppo-learning.md"
     text = page.read_text(encoding="utf-8") if page.is_file() else f"{BEGIN}\n{END}\n"
     head, _, rest = text.partition(BEGIN)
     tail = rest.partition(END)[2]
     write_text(page, f"{head}{BEGIN}\n{tables(results)}\n{END}{tail}")
-    with Image.open(drawn / "learning.png") as image:  # few colours: half the bytes, same look
+    with Image.open(drawn / "learning.png") as image:  # few colours: half the bytes, the same look
         few = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
     with atomic_file(folder / "ppo-learning.png") as path:
         few.save(path, format="PNG", optimize=True)

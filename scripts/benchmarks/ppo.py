@@ -1,17 +1,17 @@
-"""How fast is this PPO? CPU seconds of a PPO step beside TRL's GRPO and the PPO that TRL removed.
+"""Compare CPU seconds of a PPO step with TRL's GRPO, and with the PPO that TRL removed.
 
     python scripts/benchmarks/ppo.py --rounds 3 --json ppo-speed.json
     python scripts/benchmarks/ppo.py --trl18 PYTHON   # PYTHON: of a venv with torch and trl==1.8.*
 
-Every arm runs in a process of its own, on one thread, and the arms take turns (A B C A B C ...), so
-that a slow minute of the machine falls on all of them. CPU seconds are the process's own; phases
-are wall seconds. All arms share random Llama models, one random reward model, the prompts, the
-number of completions a step, their length cap and the number of optimizer updates a step.
-Completions are ragged: the policy is built to sample the end token with probability 0.1 at each
-position, and the learning rate is too small to change that.
+Every arm runs in its own process, on one thread, and the arms take turns (A B C A B C ...), so that
+a slow minute of the machine affects all of them. CPU seconds are the process's own; phases are
+wall-clock seconds. All arms share random Llama models, one random reward model, the prompts, and
+the numbers of completions, of tokens per completion and of optimizer updates per step. Completions
+are ragged: the policy samples the end token with probability 0.1 at each position, and the learning
+rate is too small to change that.
 
-Model FLOPs count useful work on real tokens alone, as 2 N for a token's forward pass and 6 N for
-its training (4 N where only adapters learn), N being the parameters that multiply: all but the
+Model FLOPs count work on real tokens only: 2 N for a token's forward pass and 6 N for its training
+(4 N if only adapters are trained). N is the number of parameters in matrix products: all but the
 input embeddings, and without the LM head for critic and reward model.
 """
 
@@ -30,19 +30,19 @@ from typing import Any
 
 WORKER = Path(__file__).with_name("ppo_worker.py")
 SHAPES = ("quickstart", "larger")
-# Each arm and the one that its CPU time is divided by.
+# Each arm, and the arm that its CPU time is divided by
 ARMS = {
     "grpo": "grpo", "ppo-shared": "grpo", "ppo-separate": "grpo",
     "grpo-lora": "grpo-lora", "ppo-lora": "grpo-lora", "trl18-ppo": "grpo",
 }  # fmt: skip
-BARS = {"ppo-shared": 1.0, "ppo-separate": 1.3, "ppo-lora": 1.3}
-BAR_TRL18 = 0.6  # ppo-separate over trl18-ppo
-OWN = [arm for arm in ARMS if arm != "trl18-ppo"]
-WARMUP = 1  # PPO steps before the measured ones
+TARGETS = {"ppo-shared": 1.0, "ppo-separate": 1.3, "ppo-lora": 1.3}
+TARGET_TRL18 = 0.6  # ppo-separate over trl18-ppo
+CURRENT_ARMS = [arm for arm in ARMS if arm != "trl18-ppo"]
+WARMUP = 1  # PPO steps before the measured steps
 
 
 def run_worker(python: str, job: str, **options: Any) -> dict[str, Any]:
-    """Run the worker in a process of its own and read the JSON of its last line."""
+    """Run the worker in its own process and return the JSON of its last line."""
     quiet = {"HF_HUB_OFFLINE": "1", "CI": "1", "TOKENIZERS_PARALLELISM": "false",
              "TRL_EXPERIMENTAL_SILENCE": "1"}  # fmt: skip
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -57,7 +57,7 @@ def run_worker(python: str, job: str, **options: Any) -> dict[str, Any]:
 
 
 def measure(shape: str, pythons: dict[str, str], rounds: int, steps: int) -> dict[str, Any]:
-    """Run all arms in turn, `rounds` times, and summarise each."""
+    """Run all arms in turn, `rounds` times; return a summary of each."""
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in pythons}
     peaks = []
     with tempfile.TemporaryDirectory() as folder:
@@ -74,14 +74,14 @@ def measure(shape: str, pythons: dict[str, str], rounds: int, steps: int) -> dic
     for arm, figures in arms.items():
         base = runs.get(ARMS[arm])
         if base is not None:
-            turns = [_cpu(mine) / _cpu(its) for mine, its in zip(runs[arm], base, strict=True)]
+            turns = [_cpu(a) / _cpu(b) for a, b in zip(runs[arm], base, strict=True)]
             figures["ratio"] = statistics.median(turns)
             figures["ratio_range"] = [min(turns), max(turns)]
     return {"peak_gflops": peak / 1e9, "arms": arms}
 
 
 def summary(runs: list[dict[str, Any]], peak: float) -> dict[str, Any]:
-    """Figures of one arm: medians over its runs, and the range of all measured steps."""
+    """Return one arm's figures: medians over its runs, and the range of all measured steps."""
     steps = [seconds for run in runs for seconds in run["cpu_seconds"]]
     tokens = statistics.mean(run["tokens_per_step"] for run in runs)
     cpu = statistics.median(steps)
@@ -102,7 +102,7 @@ def _cpu(run: dict[str, Any]) -> float:
 
 
 def table(shape: str, result: dict[str, Any]) -> str:
-    """The figures of one shape as a Markdown table; "-" where a phase is not told apart."""
+    """Return one shape's figures as a Markdown table; "-" for a phase that is not measured."""
     lines = [
         f"{shape}: matrix-multiply peak {result['peak_gflops']:.0f} GFLOP/s",
         "",
@@ -125,48 +125,49 @@ def table(shape: str, result: dict[str, Any]) -> str:
 
 
 def verdicts(result: dict[str, Any]) -> list[str]:
-    """Each bar, and whether it was reached."""
+    """Return a line for each target ratio: whether it was reached."""
     arms = result["arms"]
-    found = [
-        (arm, ARMS[arm], arms[arm]["ratio"], bar)
-        for arm, bar in BARS.items()
+    ratios = [
+        (arm, ARMS[arm], arms[arm]["ratio"], target)
+        for arm, target in TARGETS.items()
         if "ratio" in arms.get(arm, {})
     ]
     old = arms.get("trl18-ppo")
     if old is not None and "ppo-separate" in arms:
         ratio = arms["ppo-separate"]["cpu_seconds"] / old["cpu_seconds"]
-        found.append(("ppo-separate", "trl18-ppo", ratio, BAR_TRL18))
+        ratios.append(("ppo-separate", "trl18-ppo", ratio, TARGET_TRL18))
     return [
-        f"{arm} over {base}: {ratio:.2f}, bar {bar}: {'reached' if ratio <= bar else 'MISSED'}"
-        for arm, base, ratio, bar in found
+        f"{arm} over {base}: {ratio:.2f}, target {target}: "
+        + ("reached" if ratio <= target else "MISSED")
+        for arm, base, ratio, target in ratios
     ]
 
 
 def main() -> None:
-    """Measure, print the tables and the bars, save the figures."""
+    """Measure, and print the tables and whether the targets are reached."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2, help="turns of all arms")
-    parser.add_argument("--steps", type=int, default=4, help="measured PPO steps a run")
+    parser.add_argument("--steps", type=int, default=4, help="measured PPO steps per run")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
-    parser.add_argument("--arms", nargs="+", choices=OWN, default=OWN)
+    parser.add_argument("--arms", nargs="+", choices=CURRENT_ARMS, default=CURRENT_ARMS)
     parser.add_argument("--trl18", metavar="PYTHON", help="python of a venv with trl==1.8.*")
     parser.add_argument("--json", type=Path, help="save the figures here")
-    asked = parser.parse_args()
-    pythons = dict.fromkeys(asked.arms, sys.executable)
-    if asked.trl18:
-        pythons["trl18-ppo"] = asked.trl18
+    arguments = parser.parse_args()
+    pythons = dict.fromkeys(arguments.arms, sys.executable)
+    if arguments.trl18:
+        pythons["trl18-ppo"] = arguments.trl18
     report: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread used",
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
         "shapes": {},
     }
-    for shape in asked.shapes:
-        result = measure(shape, pythons, asked.rounds, asked.steps)
+    for shape in arguments.shapes:
+        result = measure(shape, pythons, arguments.rounds, arguments.steps)
         report["shapes"][shape] = result
         print("\n".join([table(shape, result), "", *verdicts(result), ""]), flush=True)
-    if asked.json:
-        asked.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""One arm of ppo.py: trains tiny models in a process of its own and prints JSON.
+"""Train one arm of ppo.py on tiny models, and print JSON.
 
-Runs under two pythons: this project's, and one that has TRL 1.8 and not this project.
+It runs under two Pythons: this project's, and one with TRL 1.8 and without this project.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def prepare(shape: str, folder: Path) -> dict[str, Any]:
-    """Save policy, reward model and their tokenizer."""
+    """Save policy, reward model and their tokenizer in `folder`."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -42,7 +42,7 @@ def prepare(shape: str, folder: Path) -> dict[str, Any]:
         bos_token_id=None, num_labels=1,
     )  # fmt: skip
     policy = LlamaForCausalLM(config)
-    with torch.no_grad():  # dimension 0 is the same everywhere, and only the end token reads it
+    with torch.no_grad():  # dimension 0 is constant, and only the end token reads it
         embeddings, head = policy.model.embed_tokens.weight, policy.lm_head.weight
         torch.nn.init.normal_(embeddings, std=0.5)
         embeddings[:, 0] = 4.0
@@ -65,7 +65,7 @@ def prepare(shape: str, folder: Path) -> dict[str, Any]:
 
 
 def peak() -> dict[str, Any]:
-    """Measure float32 matrix multiplication (1024 x 1024) on one thread, FLOP/s."""
+    """Measure a float32 product of 1024 x 1024 on one thread, in FLOP/s."""
     import torch
 
     a, b = torch.randn(2, 1024, 1024)
@@ -78,7 +78,7 @@ def peak() -> dict[str, Any]:
 
 
 def train(arm: str, folder: Path, shape: str, steps: int, warmup: int) -> dict[str, Any]:
-    """Train one arm for `warmup + steps` PPO steps and say what the last `steps` cost."""
+    """Train one arm for `warmup + steps` PPO steps; return the cost of the last `steps`."""
     from transformers import TrainerCallback
 
     marks: list[tuple[float, float, dict[str, float], int]] = []
@@ -138,14 +138,14 @@ def _current(
     rater = load_reward_model(folder / "reward")
     base: Any = PPOTrainer
     if algorithm == "ppo":
-        own = str(folder / "reward") if variant == "separate" else None
-        args: Any = PPOConfig(**{**settings, "critic": variant, "critic_path": own})
+        critic_path = str(folder / "reward") if variant == "separate" else None
+        args: Any = PPOConfig(**{**settings, "critic": variant, "critic_path": critic_path})
     else:
         base, texts = GRPOTrainer, texts[: len(texts) // 2]
         args = GRPOConfig(**settings, num_generations=2)
 
     class Timed(base):  # type: ignore[misc]
-        """Notes wall seconds by phase, the same way for both algorithms."""
+        """Records wall seconds by phase, in the same way for both algorithms."""
 
         def _generate(self, *a: Any, **k: Any) -> Any:
             return _spend(phases, "generate", super()._generate, *a, **k)
@@ -175,7 +175,7 @@ def _trl18(
     )
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    # per_device 64, accumulation 1: in TRL 1.8 the only way to 2 updates an epoch of 64 rows.
+    # per_device 64, accumulation 1: the only way in TRL 1.8 to 2 updates per epoch of 64 rows
     args = PPOConfig(
         **_settings(folder, -1), per_device_train_batch_size=COMPLETIONS,
         gradient_accumulation_steps=1, num_mini_batches=COMPLETIONS // MINIBATCH,
@@ -216,7 +216,7 @@ def _settings(folder: Path, max_steps: int) -> dict[str, Any]:
 def _spend(
     phases: dict[str, float], name: str, work: Callable[..., Any], *args: Any, **more: Any
 ) -> Any:
-    """Do the work and book its time, less that of the phases booked within it."""
+    """Do the work and add its time to a phase, without that of phases within it."""
     start, before = time.perf_counter(), sum(phases.values())
     try:
         return work(*args, **more)
@@ -235,7 +235,7 @@ def _prompts(vocabulary: int, count: int) -> list[str]:
 
 
 def _multiplying(policy: Path) -> tuple[int, int]:
-    """Parameters that multiply every token: of the backbone, and of the LM head."""
+    """Return the parameters in matrix products: of the backbone, and of the LM head."""
     from safetensors import safe_open
 
     sizes = {"model.": 0, "lm_head.": 0}
@@ -248,16 +248,16 @@ def _multiplying(policy: Path) -> tuple[int, int]:
 
 
 def _flops_per_token(arm: str, backbone: int, head: int) -> int:
-    """Useful FLOPs of a whole PPO step for each token of its rollout batch."""
+    """Return useful FLOPs of a PPO step per token of its rollout batch."""
     policy = backbone + head
     own_critic = backbone if arm in ("ppo-separate", "ppo-lora", "trl18-ppo") else 0
     passes = 2 if arm == "trl18-ppo" else 3  # generation, reference, and the old policy's
-    forward = 2 * (passes * policy + backbone + own_critic)  # the reward model's backbone, values
+    forward = 2 * (passes * policy + backbone + own_critic)  # and reward model, values
     return forward + (4 if "lora" in arm else 6) * EPOCHS * (policy + own_critic)
 
 
 def main() -> None:
-    """Do the one thing asked for; the last line printed is its JSON."""
+    """Do one job; the last line printed is its JSON."""
     import torch
 
     torch.set_num_threads(1)
@@ -267,13 +267,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--warmup", type=int)
-    asked = parser.parse_args()
-    if asked.job == "prepare":
-        answer = prepare(asked.shape, asked.folder)
-    elif asked.job == "peak":
+    arguments = parser.parse_args()
+    if arguments.job == "prepare":
+        answer = prepare(arguments.shape, arguments.folder)
+    elif arguments.job == "peak":
         answer = peak()
     else:
-        answer = train(asked.job, asked.folder, asked.shape, asked.steps, asked.warmup)
+        answer = train(
+            arguments.job, arguments.folder, arguments.shape, arguments.steps, arguments.warmup
+        )
     print(json.dumps(answer))
 
 

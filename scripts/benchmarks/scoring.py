@@ -1,15 +1,15 @@
-"""Speed of scoring beside lm-eval: same model, same prompts and options, same threads.
+"""Compare the speed of scoring with lm-eval: same model, prompts, options and threads.
 
     python scripts/benchmarks/scoring.py --tokenizer FOLDER [--limit 200] [--json FILE]
 
-Needs lm-eval (`pip install 'selfcorrect[lm-eval]'`) and BBQ and law-school data in the data folder.
-The model is random; what scoring costs does not depend on what it says. Every job is run in turns
-by both, and CPU seconds of the whole scoring are compared, tokenising and packing included:
+Needs lm-eval (`pip install 'selfcorrect[lm-eval]'`), and BBQ and law-school data in the data
+folder. The model is random, because its answers do not affect the cost. Both run every job in
+turns, and CPU seconds of the whole scoring are compared, including tokenising and packing:
 
 - stock: lm-eval's own BBQ requests, a log-likelihood for every spelling of "unknown"
 - letters: the three letters under Q and Q+IF
 - orders: letters in three orders of the options by us, against one order by lm-eval
-- law: Q over all students, row by row, against the distinct ones with weights
+- law: Q over all students, row by row by lm-eval, the distinct ones with weights by us
 """
 # ruff: noqa: TID253  -- a benchmark: torch is all it is about
 
@@ -31,7 +31,7 @@ from selfcorrect.evaluate.measuring.plan import plan_evaluation
 from selfcorrect.evaluate.prompts.dialogue import render
 from selfcorrect.evaluate.prompts.tokenized import Request
 from selfcorrect.evaluate.scoring.packed import PackedEngine
-from selfcorrect.scripts.commands.evaluate import default_data_dir
+from selfcorrect.scripts.commands.data_folder import default_data_dir
 
 UNKNOWN = (
     "Unknown", "Cannot answer", "Can't be determined", "Cannot be determined", "Can't answer",
@@ -40,7 +40,7 @@ UNKNOWN = (
 
 
 def random_model(tokenizer: Any, hidden: int, layers: int) -> Any:
-    """A Llama in float32 with tied embeddings over the tokenizer's whole vocabulary."""
+    """Return a float32 Llama with tied embeddings over the tokenizer's vocabulary."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
@@ -57,20 +57,20 @@ def random_model(tokenizer: Any, hidden: int, layers: int) -> Any:
 
 
 def stock_requests(data: Path, limit: int) -> list[Request]:
-    """lm-eval's multiple-choice BBQ: context, question, and every option it scores."""
-    found = []
+    """Return lm-eval's multiple-choice BBQ: context, question, and every option it scores."""
+    requests = []
     for row in read_rows(data / "bbq")[:limit]:
         people = [answer for i, answer in enumerate(row.answers) if i != row.unknown]
         answers = [people[0], people[1], row.answers[row.unknown], *UNKNOWN]
         options = tuple(f" {answer}" for answer in dict.fromkeys(answers))
-        found.append((f"{row.context}\n\nQ: {row.question}\nA:", options))
-    return found
+        requests.append((f"{row.context}\n\nQ: {row.question}\nA:", options))
+    return requests
 
 
 def planned_requests(
     tokenizer: Any, data: Path, experiment: str, conditions: Sequence[str], **settings: Any
 ) -> list[Request]:
-    """The project's own prompts, in plain text."""
+    """Return the prompts of `selfcorrect evaluate`, in plain text."""
     cells = plan_evaluation(
         data, load_stimuli(), [experiment], conditions, style="plain", **settings
     ).cells
@@ -82,7 +82,7 @@ def planned_requests(
 
 
 def harness(model: Any, tokenizer: Any) -> Callable[[Sequence[Request]], list[list[float]]]:
-    """lm-eval's own scorer of the same model."""
+    """Return lm-eval's scorer of the same model."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -90,22 +90,22 @@ def harness(model: Any, tokenizer: Any) -> Callable[[Sequence[Request]], list[li
 
     def score(requests: Sequence[Request]) -> list[list[float]]:
         pairs = [(prompt, option) for prompt, options in requests for option in options]
-        asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
-        answers = iter(lm.loglikelihood(asked, disable_tqdm=True))
+        instances = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+        answers = iter(lm.loglikelihood(instances, disable_tqdm=True))
         return [[next(answers)[0] for _ in options] for _, options in requests]
 
     return score
 
 
 def seconds(job: Callable[[], Any]) -> tuple[float, Any]:
-    """CPU seconds of a job, and what it gives."""
+    """Return CPU seconds of a job, and its result."""
     started = time.process_time()
     result = job()
     return time.process_time() - started, result
 
 
 def main() -> None:
-    """Measure, print a table, and write the figures where asked."""
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True, help="folder or hub name")
     parser.add_argument("--hidden", type=int, default=256)
@@ -115,27 +115,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data-dir", type=Path, default=default_data_dir())
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     from transformers import AutoTokenizer
 
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer)
-    model = random_model(tokenizer, asked.hidden, asked.layers)
-    theirs = harness(model, tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    model = random_model(tokenizer, arguments.hidden, arguments.layers)
+    lm_eval = harness(model, tokenizer)
     ours = PackedEngine(model, tokenizer)
-    data, limit = asked.data_dir, asked.limit
+    data, limit = arguments.data_dir, arguments.limit
     letters = planned_requests(tokenizer, data, "bbq", ["Q", "Q+IF"], limit=limit)
     orders = planned_requests(tokenizer, data, "bbq", ["Q", "Q+IF"], limit=limit, permutations=3)
     law = planned_requests(tokenizer, data, "law_school", ["Q"])
     students = read_students(data / "law_school" / "law_data.csv")
     everyone = sum(student.count for student in students)
-    # Two prompts a student: lm-eval scores a part of them, and the rest is as many times as much.
-    share = 2 * everyone / min(asked.students, len(law))
+    # Two prompts per student; lm-eval scores a part of them, and its time is scaled up.
+    share = 2 * everyone / min(arguments.students, len(law))
     stock = stock_requests(data, limit)
     jobs = [
         ("stock", stock, stock, 1.0),
         ("letters", letters, letters, 1.0),
-        ("law", law[: asked.students], law, share),
+        ("law", law[: arguments.students], law, share),
     ]
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.1f}M parameters, {len(tokenizer):,} words, 1 thread, {limit} items")
@@ -144,26 +144,26 @@ def main() -> None:
     table: dict[str, dict[str, Any]] = {}
     for name, slow, fast, scale in jobs:
         slow_seconds, fast_seconds, gap = [], [], 0.0
-        for _ in range(asked.rounds):
-            spent, expected = seconds(partial(theirs, slow))
+        for _ in range(arguments.rounds):
+            spent, expected = seconds(partial(lm_eval, slow))
             slow_seconds.append(spent * scale)
-            spent, found = seconds(partial(ours.score, fast))
+            spent, actual = seconds(partial(ours.score, fast))
             fast_seconds.append(spent)
-            for one, other in zip(expected, found, strict=False):
-                gap = max(gap, *(abs(a - b) for a, b in zip(one, other, strict=True)))
+            for pair in zip(expected, actual, strict=False):
+                gap = max(gap, *(abs(a - b) for a, b in zip(*pair, strict=True)))
         table[name] = compared(name, slow_seconds, fast_seconds, gap)
-    three = [seconds(partial(ours.score, orders))[0] for _ in range(asked.rounds)]
+    three = [seconds(partial(ours.score, orders))[0] for _ in range(arguments.rounds)]
     table["orders"] = compared("orders", table["letters"]["lm_eval_cpu_seconds"], three, None)
     price = statistics.median(three) / statistics.median(table["letters"]["ours_cpu_seconds"])
-    print(f"\nThree orders cost {price:.2f} times what one costs us.")
-    if asked.json:
-        asked.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    print(f"\nThree orders cost us {price:.2f} times as much as one.")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
 def compared(
     name: str, slow: Sequence[float], fast: Sequence[float], gap: float | None
 ) -> dict[str, Any]:
-    """Print a line of the table; the seconds of every turn, and their ratios."""
+    """Print a row of the table; return the seconds of every turn, and their ratios."""
     ratios = [a / b for a, b in zip(slow, fast, strict=True)]
     print(
         f"| {name} | {statistics.median(slow):.1f} | {statistics.median(fast):.1f} | "

@@ -1,12 +1,12 @@
-"""How near scoring comes to the machine's best matrix product.
+"""Compare the arithmetic of scoring with the machine's fastest matrix product.
 
     python scripts/benchmarks/scoring_peak.py --tokenizer FOLDER [--limit 200] [--threads 1]
 
-Needs BBQ in the data folder. The model is random: what scoring costs does not depend on what it
-says. Useful operations are, over the one trie of all requests, 2 x parameters in matrix products
-for every distinct node, keys and values of a node's true ancestors, and the output head where a
-probability is wanted. Whatever is done besides (padding, masked pairs, prefixes that stand in two
-packs, norms, rotary embeddings, softmax, tokenising, packing) counts as time alone.
+Needs BBQ in the data folder. The model is random, because its answers do not affect the cost.
+Useful operations are counted on one trie of all requests: 2 x parameters of the matrix products per
+distinct node, attention to a node's true ancestors, and the output head where a probability is
+needed. Everything else (padding, masked pairs, prefixes that are in two packs, norms, rotary
+embeddings, softmax, tokenising, packing) adds time but no operations.
 """
 # ruff: noqa: TID253  -- a benchmark: torch is all it is about
 
@@ -24,11 +24,11 @@ from selfcorrect.evaluate.prompts.tokenized import Request, continuations
 from selfcorrect.evaluate.scoring.packed import PACK_TOKENS, PackedEngine
 from selfcorrect.evaluate.scoring.token_trie import pack
 from selfcorrect.scripts.benchmarks.scoring import planned_requests
-from selfcorrect.scripts.commands.evaluate import default_data_dir
+from selfcorrect.scripts.commands.data_folder import default_data_dir
 
 
 def random_llama(tokenizer: Any, hidden: int, layers: int, dtype: str) -> Any:
-    """Tied embeddings over the tokenizer's whole vocabulary; one head per 64 of width."""
+    """Return a Llama with tied embeddings over the tokenizer's vocabulary; heads of 64."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
@@ -45,28 +45,28 @@ def random_llama(tokenizer: Any, hidden: int, layers: int, dtype: str) -> Any:
 
 
 def useful_operations(model: Any, tokenizer: Any, requests: Sequence[Request]) -> dict[str, float]:
-    """Floating-point operations that the answers need, by where they arise."""
-    [one] = pack(continuations(tokenizer, requests), sys.maxsize).packs
+    """Return the floating-point operations that the answers need, by part of the model."""
+    [trie] = pack(continuations(tokenizer, requests), sys.maxsize).packs
     layers = [
         module
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and "lm_head" not in name
     ]
     config = model.config
-    seen = int((one.depths.astype("int64") + 1).sum())  # pairs of a node and what it looks at
+    seen = int((trie.depths.astype("int64") + 1).sum())  # pairs of a node and an ancestor
     return {
-        "nodes": len(one),
-        "layers": 2.0 * sum(layer.weight.numel() for layer in layers) * len(one),
+        "nodes": len(trie),
+        "layers": 2.0 * sum(layer.weight.numel() for layer in layers) * len(trie),
         "attention": 4.0 * seen * config.hidden_size * config.num_hidden_layers,
-        "head": 2.0 * model.lm_head.weight.numel() * len(set(one.wanted_nodes.tolist())),
+        "head": 2.0 * model.lm_head.weight.numel() * len(set(trie.wanted_nodes.tolist())),
     }
 
 
 def best_product(model: Any, clock: Callable[[], float]) -> tuple[float, str]:
-    """Operations a second of the fastest matrix product, square or of the model's own shapes."""
-    own = {tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    """Return operations per second of the fastest product: square, or of the model's shapes."""
+    linear = {tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     shapes = [(size, size, size) for size in (512, 1024, 2048)]
-    shapes += [(rows, inner, outer) for outer, inner in own for rows in (512, 2048)]
+    shapes += [(rows, inner, outer) for outer, inner in linear for rows in (512, 2048)]
     best = (0.0, "")
     dtype = next(model.parameters()).dtype
     for rows, inner, outer in shapes:
@@ -82,28 +82,30 @@ def best_product(model: Any, clock: Callable[[], float]) -> tuple[float, str]:
     return best
 
 
-def measure_peak(asked: argparse.Namespace) -> None:
-    """Print the share of the peak, in turns with the peak itself: a shared machine changes."""
+def measure_peak(arguments: argparse.Namespace) -> None:
+    """Print the share of the peak, and the peak in turns with it, since a shared machine varies."""
     from transformers import AutoTokenizer
 
-    torch.set_num_threads(asked.threads)
-    # One thread's own seconds leave out what others took; of several threads only the wall tells.
-    clock = time.process_time if asked.threads == 1 else time.perf_counter
-    tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer)
-    model = random_llama(tokenizer, asked.hidden, asked.layers, asked.dtype)
-    requests = planned_requests(tokenizer, asked.data_dir, "bbq", ["Q", "Q+IF"], limit=asked.limit)
+    torch.set_num_threads(arguments.threads)
+    # CPU seconds of one thread exclude other processes; several threads need wall-clock time.
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    model = random_llama(tokenizer, arguments.hidden, arguments.layers, arguments.dtype)
+    requests = planned_requests(
+        tokenizer, arguments.data_dir, "bbq", ["Q", "Q+IF"], limit=arguments.limit
+    )
     useful = useful_operations(model, tokenizer, requests)
     total = useful["layers"] + useful["attention"] + useful["head"]
-    scorer = PackedEngine(model, tokenizer, pack_tokens=asked.pack_tokens)
-    scorer.score(requests[:8])  # tries the ways out
+    scorer = PackedEngine(model, tokenizer, pack_tokens=arguments.pack_tokens)
+    scorer.score(requests[:8])  # chooses how to compute logits
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{parameters / 1e6:.0f}M parameters, {asked.dtype}, {asked.threads} thread(s), "
+        f"{parameters / 1e6:.0f}M parameters, {arguments.dtype}, {arguments.threads} thread(s), "
         f"{len(requests)} prompts, {useful['nodes']:,} nodes, {total / 1e9:.0f} GFLOP: "
         + ", ".join(f"{useful[k] / total:.1%} {k}" for k in ("layers", "attention", "head"))
     )
     rounds = []
-    for _ in range(asked.rounds):
+    for _ in range(arguments.rounds):
         peak, shape = best_product(model, clock)
         started = clock()
         packing = scorer.prepare(requests)
@@ -129,12 +131,12 @@ def measure_peak(asked: argparse.Namespace) -> None:
             f"{row['share_whole']:.3f}",
             flush=True,
         )
-    if asked.json:
-        asked.json.write_text(json.dumps({"useful": useful, "rounds": rounds}, indent=2) + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"useful": useful, "rounds": rounds}, indent=2) + "\n")
 
 
 def main() -> None:
-    """Measure, and write the figures where asked."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True, help="folder or hub name")
     parser.add_argument("--hidden", type=int, default=768)

@@ -1,10 +1,10 @@
-"""What going on from the cache saves in a cell with reasoning, beside reading every prompt again.
+"""Measure how much the key-value cache saves when a cell has reasoning before the answer.
 
     python scripts/benchmarks/scoring_reasoning.py --model FOLDER_OR_GGUF [--items 16] [--json FILE]
 
-Needs BBQ in the data folder. The same items are asked under the condition with reasoning in both
-ways, in turns, in one process: the texts have to be equal and the scores the same up to rounding.
-Counted are wall and CPU seconds of the whole cell, and tokens in the forwards that score.
+Needs BBQ in the data folder. The same items are measured with reasoning in turns, in one process:
+scored from the cache, and with every prompt read again. Texts must be equal, and scores equal up to
+rounding. The table has wall and CPU seconds of the whole cell, and tokens of the scoring passes.
 """
 # ruff: noqa: TID253  -- a benchmark: torch is all it is about
 
@@ -26,17 +26,17 @@ from selfcorrect.evaluate.prompts.tokenized import Request
 from selfcorrect.evaluate.scoring.engine import Engine, Sample, Sampling
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.evaluate.scoring.packed import PackedEngine
-from selfcorrect.scripts.commands.evaluate import default_data_dir
+from selfcorrect.scripts.commands.data_folder import default_data_dir
 
 Answers = list[tuple[Sample, list[float]]]
 
 
 def job(scorer: PackedEngine, data: Path, items: int, length: int) -> Callable[[bool], Answers]:
-    """The cell with reasoning, in chat or plain style as the tokenizer says."""
+    """Return a function that measures the cell with reasoning, with the cache or without."""
     cell = plan_evaluation(data, load_stimuli(), ["bbq"], ["Q+IF+CoT"], limit=items).cells[0]
     questions = list(cell.questions())[:items]
     tokenizer = scorer.tokenizer
-    prompts = [render(tokenizer, before_sample(one.turns)) for one in questions]
+    prompts = [render(tokenizer, before_sample(question.turns)) for question in questions]
 
     def then(index: int, sample: Sample) -> Request:
         turns = with_sample(tokenizer, questions[index].turns, sample.text)
@@ -44,7 +44,7 @@ def job(scorer: PackedEngine, data: Path, items: int, length: int) -> Callable[[
 
     sampling = Sampling(length, temperature=1.0, seed=0)
     stop = stop_text(tokenizer)
-    keys = [one.item.id for one in questions]
+    keys = [question.item.id for question in questions]
 
     def run(live: bool) -> Answers:
         if live:
@@ -56,16 +56,16 @@ def job(scorer: PackedEngine, data: Path, items: int, length: int) -> Callable[[
 
 @contextmanager
 def counting(scorer: PackedEngine) -> Iterator[dict[str, float]]:
-    """Tokens, padding included, and seconds of the forwards that score."""
+    """Count tokens, padding included, and seconds of the scoring passes."""
     spent = {"tokens": 0.0, "seconds": 0.0}
     logits = scorer._forwards.logits
 
     def counted(keep: torch.Tensor, use_cache: bool = False, **inputs: Any) -> Any:
         started = time.perf_counter()
-        found = logits(keep, use_cache, **inputs)
+        output = logits(keep, use_cache, **inputs)
         spent["seconds"] += time.perf_counter() - started
         spent["tokens"] += inputs["input_ids"].numel()
-        return found
+        return output
 
     scorer._forwards.logits = counted  # type: ignore[method-assign]
     try:
@@ -75,7 +75,7 @@ def counting(scorer: PackedEngine) -> Iterator[dict[str, float]]:
 
 
 def main() -> None:
-    """Measure, print a table, and write the figures where asked."""
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder, hub name or GGUF file")
     parser.add_argument("--items", type=int, default=16)
@@ -83,45 +83,43 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--data-dir", type=Path, default=default_data_dir())
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    scorer = PackedEngine(*load_model(asked.model))
-    job(scorer, asked.data_dir, 4, 4)(True)  # tries the ways out
+    scorer = PackedEngine(*load_model(arguments.model))
+    job(scorer, arguments.data_dir, 4, 4)(True)  # chooses how to compute logits
     print("| new tokens | way | wall s | CPU s | scoring s | tokens scored with | largest gap |")
     print("|---|---|---|---|---|---|---|")
     table = []
-    for length in asked.lengths:
-        run = job(scorer, asked.data_dir, asked.items, length)
-        found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    for length in arguments.lengths:
+        run = job(scorer, arguments.data_dir, arguments.items, length)
+        rounds: dict[bool, list[dict[str, float]]] = {False: [], True: []}
         answers: dict[bool, Answers] = {}
-        for _ in range(asked.rounds):
+        for _ in range(arguments.rounds):
             for live in (False, True):
                 with counting(scorer) as spent:
                     wall, cpu = time.perf_counter(), time.process_time()
                     answers[live] = run(live)
                     spent["cpu"] = time.process_time() - cpu
                     spent["wall"] = time.perf_counter() - wall
-                found[live].append(spent)
-        assert [one for one, _ in answers[True]] == [one for one, _ in answers[False]]
+                rounds[live].append(spent)
+        assert [text for text, _ in answers[True]] == [text for text, _ in answers[False]]
         pairs = zip(answers[True], answers[False], strict=True)
-        gap = max(
-            abs(a - b) for (_, one), (_, other) in pairs for a, b in zip(one, other, strict=True)
-        )
-        mean = statistics.mean(one.num_tokens for one, _ in answers[True])
+        gap = max(abs(a - b) for (_, p), (_, q) in pairs for a, b in zip(p, q, strict=True))
+        mean = statistics.mean(text.num_tokens for text, _ in answers[True])
         for live, name in ((False, "read again"), (True, "from the cache")):
-            middle = {
-                key: statistics.median(spent[key] for spent in found[live])
-                for key in found[live][0]
+            medians = {
+                key: statistics.median(spent[key] for spent in rounds[live])
+                for key in rounds[live][0]
             }
             print(
-                f"| {length} (mean {mean:.0f}) | {name} | {middle['wall']:.1f} | "
-                f"{middle['cpu']:.1f} | {middle['seconds']:.1f} | {middle['tokens']:,.0f} | "
+                f"| {length} (mean {mean:.0f}) | {name} | {medians['wall']:.1f} | "
+                f"{medians['cpu']:.1f} | {medians['seconds']:.1f} | {medians['tokens']:,.0f} | "
                 f"{gap:.0e} |",
                 flush=True,
             )
-            table.append({"new_tokens": length, "way": name, "gap": gap, "rounds": found[live]})
-    if asked.json:
-        asked.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+            table.append({"new_tokens": length, "way": name, "gap": gap, "rounds": rounds[live]})
+    if arguments.json:
+        arguments.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""How evaluating grows with the number of items, and how long it takes to begin.
+"""Measure how evaluation scales with the number of items, and how long it takes to start.
 
     python scripts/benchmarks/scoring_scale.py scale [--items 1000 10000 58492] [--tokenizer FOLDER]
     python scripts/benchmarks/scoring_scale.py start --tokenizer FOLDER
 
-Both need BBQ in the data folder and score random models: what it costs does not depend on what a
-model says.
+Both need BBQ in the data folder and score random models, whose answers do not affect the cost.
 
-`scale`: CPU seconds and peak memory of the whole pipeline, from the benchmark's files to result
-files, under three conditions and for two checkpoints; every size in a process of its own.
-`start`: the command itself, from its start to its first scored items.
+`scale`: CPU seconds and peak memory from the benchmark's files to result files, under three
+conditions and for two checkpoints; every size runs in its own process.
+`start`: seconds from the start of `selfcorrect evaluate` to its first scored items.
 """
 # ruff: noqa: TID253  -- a benchmark: torch is all it is about
 
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 
 from selfcorrect.scripts.benchmarks.scoring_peak import random_llama
-from selfcorrect.scripts.commands.evaluate import default_data_dir
+from selfcorrect.scripts.commands.data_folder import default_data_dir
 
 CONDITIONS = ["Q", "Q+IF", "Q+neutral"]
 
@@ -39,7 +38,7 @@ _UNTIL_FIRST_SLICE = """
 import os, sys, time
 from selfcorrect.scripts.commands import progress
 
-def stop(self, name, stage, done, total):
+def stop(self, stage, done, total):
     print(time.time(), time.process_time(), flush=True)
     if done:
         os._exit(0)
@@ -50,20 +49,22 @@ main()
 """
 
 
-def measure_start(asked: argparse.Namespace) -> None:
-    """From the start of `selfcorrect evaluate` on full BBQ to its first scored items."""
+def measure_start(arguments: argparse.Namespace) -> None:
+    """Time `selfcorrect evaluate` on full BBQ up to its first scored items."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        random_llama(tokenizer, asked.hidden, asked.layers, "float32").save_pretrained(model)
+        random_llama(tokenizer, arguments.hidden, arguments.layers, "float32").save_pretrained(
+            model
+        )
         tokenizer.save_pretrained(model)
         command = [sys.executable, "-c", _UNTIL_FIRST_SLICE, "evaluate", str(model)]
         command += ["--conditions", "Q,Q+IF", "--experiments", "bbq", "--out", f"{folder}/out"]
-        command += ["--data-dir", str(asked.data_dir)]
+        command += ["--data-dir", str(arguments.data_dir)]
         rounds = []
-        for _ in range(asked.rounds):
+        for _ in range(arguments.rounds):
             started = time.time()
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=one_thread())
             ready, scored = (map(float, line.split()) for line in done.stdout.split(b"\n")[:2])
@@ -73,31 +74,31 @@ def measure_start(asked: argparse.Namespace) -> None:
                 "({:.2f} s CPU)".format(*(number for pair in rounds[-1] for number in pair)),
                 flush=True,
             )
-    if asked.json:
-        asked.json.write_text(json.dumps(rounds) + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rounds) + "\n")
 
 
 def one_thread() -> dict[str, str]:
-    """This environment, with one thread for every library."""
+    """Return this environment, with one thread for every library."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 # --- scale -------------------------------------------------------------------------------------
 
 
-def measure_scale(asked: argparse.Namespace) -> None:
-    """One process a size; each prints its line."""
+def measure_scale(arguments: argparse.Namespace) -> None:
+    """Measure every size in its own process, and print the table."""
     print(
         "| items | prompts | plan s | first 256 items s | checkpoint 1 s | checkpoint 2 s |", end=""
     )
     print(" ms an item (2nd) | peak MB above the model | kept packs MB |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     rows = []
-    for items in asked.items:
+    for items in arguments.items:
         command = [sys.executable, __file__, "one-size", "--items", str(items)]
-        command += ["--data-dir", str(asked.data_dir)]
-        command += ["--tokenizer", asked.tokenizer] if asked.tokenizer else []
-        command += ["--hidden", str(asked.hidden), "--layers", str(asked.layers)]
+        command += ["--data-dir", str(arguments.data_dir)]
+        command += ["--tokenizer", arguments.tokenizer] if arguments.tokenizer else []
+        command += ["--hidden", str(arguments.hidden), "--layers", str(arguments.layers)]
         row = json.loads(
             subprocess.run(command, check=True, stdout=subprocess.PIPE, env=one_thread()).stdout
         )
@@ -110,12 +111,12 @@ def measure_scale(asked: argparse.Namespace) -> None:
             f"{row['peak_bytes'] / 1e6:.0f} | {row['kept_bytes'] / 1e6:.0f} |",
             flush=True,
         )
-    if asked.json:
-        asked.json.write_text(json.dumps(rows, indent=2) + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def measure_one_size(asked: argparse.Namespace) -> None:
-    """The whole pipeline once for each of two models; CPU seconds, and memory above a model."""
+def measure_one_size(arguments: argparse.Namespace) -> None:
+    """Run the pipeline for two models; print CPU seconds, and memory above that of the models."""
     from transformers import AutoTokenizer
 
     from selfcorrect.evaluate.experiments.wording import load_stimuli
@@ -124,18 +125,20 @@ def measure_one_size(asked: argparse.Namespace) -> None:
     from selfcorrect.evaluate.scoring.token_trie import PackingCache
 
     torch.set_num_threads(1)
-    if asked.tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer)
+    if arguments.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     else:
-        tokenizer = small_tokenizer(asked.data_dir / "bbq")
-    models = [random_llama(tokenizer, asked.hidden, asked.layers, "float32") for _ in range(2)]
-    with torch.no_grad():  # the second checkpoint is another one
+        tokenizer = small_tokenizer(arguments.data_dir / "bbq")
+    models = [
+        random_llama(tokenizer, arguments.hidden, arguments.layers, "float32") for _ in range(2)
+    ]
+    with torch.no_grad():  # the second checkpoint differs
         models[1].lm_head.weight.mul_(1.1)
     before = resident_bytes()
     started = time.process_time()
-    [items] = asked.items
+    [items] = arguments.items
     cells = plan_evaluation(
-        asked.data_dir, load_stimuli(), ["bbq"], CONDITIONS, limit=items, style="plain"
+        arguments.data_dir, load_stimuli(), ["bbq"], CONDITIONS, limit=items, style="plain"
     )
     planned = time.process_time() - started
     prepared = PackingCache()
@@ -165,21 +168,21 @@ def measure_one_size(asked: argparse.Namespace) -> None:
 
 
 def resident_bytes() -> int:
-    """What this process has in memory now."""
+    """Return the resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
 def kept_bytes(prepared: Any) -> int:
-    """Bytes of the arrays of all packs that are kept for the next checkpoint."""
-    packs = [one for packing in prepared._kept.values() for one in packing.packs]
-    return sum(getattr(one, name).nbytes for one in packs for name in one.__slots__)
+    """Return bytes of all packs that are kept for the next checkpoint."""
+    packs = [pack for packing in prepared._kept.values() for pack in packing.packs]
+    return sum(getattr(pack, name).nbytes for pack in packs for name in pack.__slots__)
 
 
 def small_tokenizer(folder: Path) -> Any:
-    """Byte-level BPE of at most 4,096 words, learnt from every 50th row of BBQ's *.jsonl.gz.
+    """Return a byte-level BPE of at most 4,096 words, trained on every 50th row of BBQ.
 
-    A large vocabulary's output head would hide what grows. No row stays in memory.
+    The output head of a large vocabulary would dominate the cost.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -202,26 +205,26 @@ def small_tokenizer(folder: Path) -> Any:
 
 
 def main() -> None:
-    """Measure one of them."""
+    """Measure the chosen mode."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     modes = parser.add_subparsers(dest="mode", required=True)
     scale = modes.add_parser("scale")
     scale.add_argument("--items", type=int, nargs="+", default=[1000, 10000, 58492])
     scale.set_defaults(run=measure_scale)
-    one = modes.add_parser("one-size")
-    one.add_argument("--items", type=int, nargs=1)
-    one.set_defaults(run=measure_one_size)
+    one_size = modes.add_parser("one-size")
+    one_size.add_argument("--items", type=int, nargs=1)
+    one_size.set_defaults(run=measure_one_size)
     start = modes.add_parser("start")
     start.add_argument("--rounds", type=int, default=3)
     start.set_defaults(run=measure_start)
-    for mode in (scale, one, start):
+    for mode in (scale, one_size, start):
         mode.add_argument("--tokenizer", required=mode is start, help="folder or hub name")
         mode.add_argument("--hidden", type=int, default=32)
         mode.add_argument("--layers", type=int, default=1)
         mode.add_argument("--data-dir", type=Path, default=default_data_dir())
         mode.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    asked.run(asked)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
 
 
 if __name__ == "__main__":
