@@ -28,10 +28,10 @@ def test_second_process_on_a_job_is_refused(
 ) -> None:
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(tmp_path, ready, done))
+    other = context.Process(target=hold, args=(tmp_path, ready, done), daemon=True)
     other.start()
     assert ready.wait(900)
-    monkeypatch.setattr(job, "GOING_DOWN_SECONDS", 0.0)
+    monkeypatch.setattr(job, "KILLED_PROCESS_SECONDS", 0.0)
     with (
         pytest.raises(InputError, match=rf"process {other.pid} on .* is training here"),
         job.hold_job(tmp_path),
