@@ -13,7 +13,7 @@ _ENDS = ("value", "low", "high")
 
 def corrected_p(row: Row) -> list[str]:
     """Return ["corrected p = 0.012"]; [] for a row that is in no family of tests."""
-    p = row.get("p_adjusted")
+    p = row["p_adjusted"]
     if p is None:
         return []
     text = p_value(p)

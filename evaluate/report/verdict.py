@@ -155,7 +155,7 @@ def _value(row: Row) -> str:
 
 def _power(row: Row) -> list[str]:
     """Return the difference that would probably have been found, where none was."""
-    least = row.get("detectable")
+    least = row["detectable"]
     return [] if row["excludes_zero"] or least is None else [f"80% power for {number(least)}"]
 
 

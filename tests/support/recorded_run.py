@@ -1,7 +1,7 @@
-"""A small run folder as training and evaluation leave it, with made-up but plausible answers.
+"""Write a small run folder, as training and evaluation leave it, with made-up answers.
 
-The bias under Q stays where it is; under an instruction it falls with the steps, more so in the
-larger model. No model is involved: answers are drawn, with the same noise for an item everywhere.
+The bias under Q stays constant; under an instruction it falls with the steps, more so in the larger
+model. No model is involved: answers are drawn, with the same noise for an item everywhere.
 """
 
 import json
@@ -25,7 +25,7 @@ HOSTILE = "<script>document.title='taken'</script>\u202etxet desrever\u0007 & \"
 
 @dataclass(frozen=True)
 class Size:
-    """How many of everything a recorded run holds."""
+    """Numbers of models, steps, seeds, items and clusters of a recorded run."""
 
     models: tuple[tuple[str, int], ...] = (("nano", 8_192), ("small", 509_000))
     steps: tuple[int, ...] = (0, 2, 10, 40)
@@ -38,6 +38,9 @@ class Size:
     samples: bool = True
 
 
+SMALL = Size(steps=(0, 2, 10), templates=4, blocks=1, occupations=10, students=10)
+
+
 def record_run(folder: Path, size: Size | None = None) -> Path:
     """Write the run and return its folder."""
     size = size or Size()
@@ -48,22 +51,22 @@ def record_run(folder: Path, size: Size | None = None) -> Path:
     for rank, (model, parameters) in enumerate(size.models):
         for seed in size.seeds:
             for step in size.steps:
-                place = folder / model / f"seed-{seed}" / "ppo" / f"checkpoint-{step}"
-                place.mkdir(parents=True)
-                _record(model, parameters, seed, step, rank).write(place)
+                checkpoint = folder / model / f"seed-{seed}" / "ppo" / f"checkpoint-{step}"
+                checkpoint.mkdir(parents=True)
+                _record(model, parameters, seed, step, rank).write(checkpoint)
                 progress = np.log1p(step) / np.log1p(max(1, *size.steps)) * (0.9 - 0.1 * seed)
                 strength = 0.2 + 0.5 * (rank + 1) / len(size.models)
                 for experiment, conditions in CONDITIONS.items():
                     for condition in conditions:
-                        bias = strength * _falls(condition, float(progress))
-                        record_cell(place / "evaluation", experiment, condition, bias, size)
+                        bias = strength * _remaining_bias(condition, float(progress))
+                        record_cell(checkpoint / "evaluation", experiment, condition, bias, size)
     return folder
 
 
-def _falls(condition: str, progress: float) -> float:
-    """How much of a model's bias a condition leaves, after `progress` of training (0 to 1)."""
-    known = {"Q": 1 + 0.1 * progress, "Q+IF": 0.95 - 0.8 * progress, "Match stats": 1.3}
-    return known.get(condition, 0.7 * (1 - progress))
+def _remaining_bias(condition: str, progress: float) -> float:
+    """Return the share of bias that a condition leaves after `progress` (0 to 1) of training."""
+    by_condition = {"Q": 1 + 0.1 * progress, "Q+IF": 0.95 - 0.8 * progress, "Match stats": 1.3}
+    return by_condition.get(condition, 0.7 * (1 - progress))
 
 
 def record_cell(
@@ -87,8 +90,8 @@ def record_cell(
             "truncated": None,
         }
         if "CoT" in condition and size.samples:
-            said = HOSTILE if index == 0 else f"Both could be true. {'So it goes. ' * index}"
-            row["samples"] = [said]
+            text = HOSTILE if index == 0 else f"Both could be true. {'So it goes. ' * index}"
+            row["samples"] = [text]
             row["truncated"] = index % 7 == 0
     table = pa.Table.from_pylist(rows)
     metadata = {

@@ -10,7 +10,6 @@ import pytest
 from selfcorrect.evaluate.figures import gallery
 from selfcorrect.evaluate.report.comparison import (
     differences,
-    flatten,
     group_runs,
     grouping_notes,
     name_runs,
@@ -18,14 +17,10 @@ from selfcorrect.evaluate.report.comparison import (
 from selfcorrect.evaluate.report.page import write_comparison, write_report
 from selfcorrect.evaluate.report.tables import result_tables
 from selfcorrect.evaluate.report.trend_tables import trend_tables
-from selfcorrect.evaluate.report.verdict import caveats, summary, verdicts
-from selfcorrect.evaluate.results import write_results
+from selfcorrect.recipes.foundation.checksums import flatten
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
-from tests.support.recorded_run import Size, record_run
-
-SMALL = Size(steps=(0, 2, 10), templates=4, blocks=1, occupations=10, students=10)
-
+from tests.support.recorded_run import SMALL, Size, record_run
 
 FEW = Size(models=(("nano", 8192),), steps=(0, 10), templates=3, blocks=1, students=8)
 
@@ -190,47 +185,6 @@ def test_the_papers_values_are_explained_where_they_are_shown(tmp_path):
     page = Page(write_report(run, num_resamples=20, paper=True).read_text(encoding="utf-8"))
     assert "Open markers are what Ganguli et al. 2023 published" in " ".join(page.text)
     assert any("Q 0.1845 (175B, 800 steps)" in image["alt"] for image in page.all("img"))
-
-
-def growth(value, low, high, model="m", condition="Q+IF"):
-    excludes = None if low is None else low > 0 or high < 0
-    return {
-        "run": "r", "model": model, "parameters": 1, "seed": 0, "experiment": "bbq",
-        "condition": condition, "metric": "bias_ambiguous", "step": 10, "from_step": 0,
-        "value": value, "low": low, "high": high, "excludes_zero": excludes,
-        "undefined_because": None if value is not None else "nothing answered",
-    }  # fmt: skip
-
-
-def test_the_summary_says_rose_only_where_zero_is_excluded():
-    rows = [
-        growth(0.3, 0.1, 0.5, "a"),
-        growth(0.3, -0.1, 0.5, "b"),
-        growth(-0.2, -0.3, -0.1, "c"),
-        growth(None, None, None, "d"),
-        growth(0.3, None, None, "e"),
-    ]
-    (sentence,) = summary({"growth": rows})
-    assert sentence == (
-        "BBQ, Q minus Q+IF, first to last step: rose in 1, no clear change in 1, fell in 1, "
-        "undefined in 1, without an interval in 1 of 5 models."
-    )
-    (alone,) = summary({"growth": [growth(0.3, -0.1, 0.5)]})
-    assert alone.endswith("no clear change, 0.300 [−0.100, 0.500] (includes zero).")
-
-
-def test_the_verdict_reports_missing_data_and_what_one_seed_cannot_show(tmp_path):
-    run = record_run(tmp_path / "run", SMALL)
-    (run / "nano/seed-0/ppo/checkpoint-2/evaluation/bbq.Q.parquet").unlink()
-    for step in (0, 2, 10):
-        (run / f"small/seed-0/ppo/checkpoint-{step}/evaluation/law_school.Q.parquet").unlink()
-    _, statistics = write_results(run, num_resamples=20)
-    said = " ".join(caveats(statistics))
-    assert "one training run per model" in said
-    assert "nano, seed 0, step 2: no bbq under Q;" in said
-    (small,) = [verdict for verdict in verdicts(statistics) if verdict.title == "small"]
-    (law,) = [paragraph for paragraph in small.paragraphs if "Law" in paragraph.heading]
-    assert "The effect of Q+IF is unknown: Q was not measured beside it." in law.sentences
 
 
 def test_records_become_rows():

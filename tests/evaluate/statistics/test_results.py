@@ -1,4 +1,4 @@
-"""From parquet files to the tidy table, the statistics, and the closing table."""
+"""From parquet files to the tidy table, the statistics, and single items."""
 
 import json
 
@@ -8,11 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
 from selfcorrect.evaluate.experiments.bbq import BBQ
-from selfcorrect.evaluate.report.terminal import closing_table
-from selfcorrect.evaluate.report.verdict import caveats, summary, verdicts
 from selfcorrect.evaluate.results import (
     COLUMNS,
     ITEM_FACTS,
@@ -40,12 +37,22 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def statistics(run):
-    return results_of(run, num_resamples=200)[1]
+def results(run):
+    return write_results(run, num_resamples=200)
 
 
-def test_the_table_has_the_documented_columns_and_every_cell(run):
-    frame = load(run, num_resamples=50)
+@pytest.fixture(scope="module")
+def statistics(results):
+    return results[1]
+
+
+@pytest.fixture(scope="module")
+def frame(results):
+    return results[0]
+
+
+def test_table_columns_and_cells(run, frame):
+    pd.testing.assert_frame_equal(load(run, num_resamples=200), frame)
     assert list(frame.columns) == list(COLUMNS)
     overall = frame[frame["category"] == "overall"]
     cells = overall.groupby(["model", "step", "experiment", "condition"]).ngroups
@@ -58,8 +65,8 @@ def test_the_table_has_the_documented_columns_and_every_cell(run):
     assert frame.loc[frame["step"] == 0, "kl"].isna().all()
 
 
-def test_values_are_the_experiments_own_and_counts_are_of_what_is_pooled(run):
-    frame = load(run, num_resamples=50)
+def test_values_and_counts_against_the_experiment(run, frame):
+    """Values are the experiment's own, and counts are of the pooled categories."""
     path = run / CHECKPOINT / "evaluation" / "bbq.Q.parquet"
     rows = pq.read_table(path).to_pandas()
     kept = BBQ.tally(rows[rows["category"].isin(["Age", "Religion"])])
@@ -80,8 +87,7 @@ def test_values_are_the_experiments_own_and_counts_are_of_what_is_pooled(run):
     assert mine.loc[("Race_x_gender", "bias_ambiguous"), "num_items"] == 20
 
 
-def test_results_and_statistics_on_disk_agree_and_repeat_to_the_byte(run):
-    frame, statistics = write_results(run, num_resamples=200)
+def test_written_results_repeat_bitwise(run, frame, statistics):
     pd.testing.assert_frame_equal(pd.read_parquet(run / "results.parquet"), frame)
     metadata = pq.ParquetFile(run / "results.parquet").metadata.row_group(0)
     assert metadata.column(0).compression == "ZSTD"
@@ -93,8 +99,7 @@ def test_results_and_statistics_on_disk_agree_and_repeat_to_the_byte(run):
     assert statistics["missing"] == []
 
 
-def test_effect_and_growth_follow_from_the_cells(run):
-    _, statistics = write_results(run, num_resamples=200)
+def test_growth_follows_from_the_cells(statistics):
     value = {
         (cell["model"], cell["step"], cell["condition"]): cell["metrics"]["overall"]["correlation"]
         for cell in statistics["cells"]
@@ -114,7 +119,7 @@ def test_effect_and_growth_follow_from_the_cells(run):
     assert growth["excludes_zero"] == (growth["low"] > 0 or growth["high"] < 0)
 
 
-def test_a_damaged_file_is_named_with_its_remedy(tmp_path):
+def test_damaged_evaluation_file(tmp_path):
     run = record_run(tmp_path / "run", Size(steps=(0, 2), templates=2, blocks=1))
     path = run / CHECKPOINT / "evaluation" / "bbq.Q.parquet"
     path.write_bytes(path.read_bytes()[:-40])
@@ -125,7 +130,8 @@ def test_a_damaged_file_is_named_with_its_remedy(tmp_path):
         load_items(run)
 
 
-def test_nothing_is_written_for_a_run_without_evaluations_and_old_results_stay(tmp_path):
+def test_run_without_evaluations(tmp_path):
+    """Nothing is written, and older results stay."""
     run = record_run(tmp_path / "run", Size(steps=(0,), templates=2, blocks=1))
     (run / "results.parquet").write_text("older")
     for path in run.rglob("evaluation/*.parquet"):
@@ -137,7 +143,7 @@ def test_nothing_is_written_for_a_run_without_evaluations_and_old_results_stay(t
         load(tmp_path)
 
 
-def test_missing_cells_are_named(tmp_path):
+def test_missing_cells(tmp_path):
     run = record_run(tmp_path / "run", Size(steps=(0, 2), templates=2, blocks=1))
     (run / CHECKPOINT / "evaluation" / "law_school.Q+IF.parquet").unlink()
     for path in (run / "small/seed-0/ppo/checkpoint-2/evaluation").iterdir():
@@ -149,7 +155,7 @@ def test_missing_cells_are_named(tmp_path):
     ]
 
 
-def test_conditions_on_different_items_are_not_compared(tmp_path):
+def test_conditions_on_different_items(tmp_path):
     run = record_run(tmp_path / "run", Size(steps=(0, 2), templates=3, blocks=1))
     other = Size(templates=2, blocks=1)
     record_cell(run / CHECKPOINT / "evaluation", "bbq", "Q+IF", 0.1, other)
@@ -164,13 +170,12 @@ def test_conditions_on_different_items_are_not_compared(tmp_path):
     assert "different items" in effect["undefined_because"]
 
 
-def test_item_frames_hold_every_row_and_only_the_columns_asked_for(run):
+def test_load_items_rows_and_columns(run, statistics):
     items = load_items(run, experiment="bbq", condition="Q+IF+CoT", columns=["item", "samples"])
     assert len(items) == 2 * 3 * 60
     assert list(items.columns) == [
         "run", "model", "seed", "step", "experiment", "condition", "item", "samples",
     ]  # fmt: skip
-    _, statistics = write_results(run, num_resamples=20)
     texts = {
         cell["condition"]: (cell["num_texts"], cell["num_truncated"])
         for cell in statistics["cells"]
@@ -194,7 +199,8 @@ def ask_in_two_orders(path):
     pq.write_table(both.replace_schema_metadata(table.schema.metadata), path)
 
 
-def test_each_order_of_the_options_stands_beside_all_together(tmp_path):
+def test_orders_of_the_options(tmp_path):
+    """Each order has a row beside the row of all orders."""
     folder = tmp_path / "model"
     ask_in_two_orders(record_cell(folder, "bbq", "Q", 0.6, SMALL))
     record_cell(folder, "bbq", "Q+IF", 0.3, SMALL)
@@ -217,7 +223,7 @@ def test_each_order_of_the_options_stands_beside_all_together(tmp_path):
     assert frame.loc[("winogender", "Q", "correlation"), "order"] == "all"
 
 
-def test_questions_with_more_options_than_others_are_no_second_order(tmp_path):
+def test_questions_of_different_length_are_one_order(tmp_path):
     """Two questions of three and of two options: their orders differ, though each has one."""
     path = record_cell(tmp_path, "bbq", "Q", 0.6, SMALL)
     table = pq.read_table(path)
@@ -236,7 +242,7 @@ def test_questions_with_more_options_than_others_are_no_second_order(tmp_path):
     assert set(summarise(tmp_path, "m", num_resamples=20)["order"]) == {"all"}
 
 
-def test_items_are_read_lazily_and_only_where_the_filter_leads(tmp_path):
+def test_items_dataset_opens_only_filtered_files(tmp_path):
     run = record_run(tmp_path / "run", SMALL)
     dataset = items_dataset(run)
     assert dataset.schema.names[: len(ITEM_FACTS)] == [field.name for field in ITEM_FACTS]
@@ -262,7 +268,7 @@ def test_items_are_read_lazily_and_only_where_the_filter_leads(tmp_path):
         items_dataset(run, experiment="law_school", condition="Q")
 
 
-def test_a_file_damaged_in_its_rows_is_an_error_of_one_line(tmp_path):
+def test_file_damaged_in_its_rows(tmp_path):
     run = record_run(tmp_path / "run", Size(steps=(0, 2), templates=2, blocks=1))
     path = run / CHECKPOINT / "evaluation" / "bbq.Q.parquet"
     content = bytearray(path.read_bytes())
@@ -273,9 +279,8 @@ def test_a_file_damaged_in_its_rows_is_an_error_of_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_the_files_hold_plain_types_that_other_tools_read(run, tmp_path):
+def test_files_are_readable_by_other_tools(run, frame, tmp_path):
     number = write_items(tmp_path / "items.parquet", run, experiment="bbq")
-    write_results(run, num_resamples=20)
     for path in (tmp_path / "items.parquet", run / "results.parquet"):
         for field in pq.read_schema(path):
             kind = field.type
@@ -300,7 +305,7 @@ def test_the_files_hold_plain_types_that_other_tools_read(run, tmp_path):
     )
 
 
-def test_a_threshold_that_is_not_reached_is_infinity_in_a_dataframe(statistics):
+def test_threshold_not_reached_is_infinity(statistics):
     frame = rows(statistics, "thresholds")
     said = [row["value"] for row in statistics["thresholds"]]
     assert "not reached" in said
@@ -309,7 +314,7 @@ def test_a_threshold_that_is_not_reached_is_infinity_in_a_dataframe(statistics):
     assert rows({"thresholds": []}, "thresholds").empty
 
 
-def test_several_runs_are_joined(tmp_path):
+def test_several_runs(tmp_path):
     size = Size(
         models=(("m", 1000),), steps=(0, 2), templates=3, blocks=1, occupations=6, students=5
     )
@@ -325,7 +330,7 @@ def test_several_runs_are_joined(tmp_path):
     assert set(load(run, other, num_resamples=20)["run"]) == {"recorded", "other"}
 
 
-def test_effects_and_growths_carry_their_tests(statistics):
+def test_families_and_corrected_p_values(statistics):
     growth = rows(statistics, "growth")
     headline = growth[growth["family"].notna()]
     assert set(headline["family"]) == {"growth, over items"}
@@ -340,7 +345,7 @@ def test_effects_and_growths_carry_their_tests(statistics):
     assert effects["from_step"].isna().all()
 
 
-def test_choices_and_probabilities_stand_side_by_side(statistics):
+def test_side_by_side(statistics):
     frame = rows(statistics, "side_by_side").set_index(["experiment", "model", "condition"])
     frame = frame[frame["quantity"] == "effect"]
     both = frame.loc[("bbq", "small", "Q+IF")]
@@ -358,7 +363,7 @@ def test_choices_and_probabilities_stand_side_by_side(statistics):
     assert law["undefined_because"] == "law_school measures no expected_difference"
 
 
-def test_several_seeds_have_rows_and_sentences_of_their_own(tmp_path):
+def test_comparisons_over_seeds(tmp_path):
     size = Size(
         steps=(0, 10), seeds=(0, 1, 2), categories=("Age",), templates=3, blocks=1,
         occupations=10, students=6,
@@ -383,17 +388,9 @@ def test_several_seeds_have_rows_and_sentences_of_their_own(tmp_path):
     assert row["standard_error"] == pytest.approx(np.std(each, ddof=1) / np.sqrt(3))
     assert row["family"] == "growth, over seeds"
     assert row["left_out"] == []
-    said = " ".join(summary(statistics))
-    assert "the same with training seeds as the unit: nano" in said
-    assert "3 seeds" in said
-    assert "for each tenfold number of parameters: it changes at step 10 by" in said
-    assert "(over seeds)" in said
-    cautions = " ".join(caveats(statistics))
-    assert "one training run per model" not in cautions
-    assert "Only where seeds are named as the unit" in cautions
 
 
-def test_a_seed_without_a_value_is_left_out_by_name(tmp_path):
+def test_seed_without_a_value(tmp_path):
     size = Size(
         models=(("m", 1000),), steps=(0, 10), seeds=(0, 1), categories=("Age",), templates=3,
         blocks=1, occupations=10, students=6,
@@ -411,21 +408,7 @@ def test_a_seed_without_a_value_is_left_out_by_name(tmp_path):
     assert growth["left_out"][0].startswith("seed 1: the cells were measured on different items")
 
 
-def test_the_verdict_tells_trends_thresholds_and_corrected_tests(statistics):
-    (small,) = [one for one in verdicts(statistics) if one.title == "small"]
-    sentences = " ".join(s for part in small.paragraphs for s in part.sentences)
-    assert "On a straight line through all 3 steps this difference changes by" in sentences
-    assert "With probabilities in the place of choices, it changes by" in sentences
-    assert "corrected p" in sentences
-    assert "; 80% power for " in sentences
-    assert "(no bias)" in sentences
-    said = " ".join(caveats(statistics))
-    assert "Holm" in said
-    assert "without a correction" not in said
-    assert "after Holm's correction" in " ".join(summary(statistics))
-
-
-def test_every_key_and_column_is_documented(statistics):
+def test_keys_and_columns_are_documented(statistics):
     text = (ROOT / "docs/reference/statistics.md").read_text(encoding="utf-8")
     names = [*COLUMNS, *statistics, *statistics["about"]]
     names += [field.name for field in ITEM_FACTS]
@@ -436,7 +419,7 @@ def test_every_key_and_column_is_documented(statistics):
     assert missing == []
 
 
-def test_a_stand_alone_model_has_no_step_and_no_seed(tmp_path):
+def test_stand_alone_model(tmp_path):
     for condition in ("Q", "Q+IF"):
         record_cell(tmp_path / "model", "bbq", condition, 0.4, SMALL)
     frame = summarise(tmp_path / "model", "org/model[1]", num_resamples=50)
@@ -444,63 +427,3 @@ def test_a_stand_alone_model_has_no_step_and_no_seed(tmp_path):
     assert set(frame["model"]) == {"org/model[1]"}
     with pytest.raises(InputError, match="no evaluation files"):
         summarise(tmp_path, "nothing")
-
-
-def printed(table):
-    console = Console(width=100, record=True, file=None, force_terminal=False)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
-
-
-def test_the_closing_table_fits_100_columns_and_shows_first_and_last_step(run):
-    text = printed(closing_table(load(run, num_resamples=50)))
-    assert "…" not in text
-    assert max(map(len, text.splitlines())) <= 100
-    steps = [line.split()[1] for line in text.splitlines() if line.split()[:1] == ["nano"]]
-    assert steps == ["0", "10"]
-    assert "Match stats" in text
-
-
-def test_the_closing_table_of_stand_alone_models_names_models_and_accuracies(tmp_path):
-    for experiment in ("bbq", "law_school"):
-        record_cell(tmp_path / "model", experiment, "Q", 0.4, SMALL)
-    frame = summarise(tmp_path / "model", "org/a-rather-long-model-name-7B[1]", num_resamples=50)
-    text = printed(closing_table(frame))
-    first_column = "".join(line.split()[0] for line in text.splitlines()[5:] if line.strip())
-    assert "org/a-rather-long-model-name-7B[1]" in first_column  # folded, never cut
-    assert "…" not in text
-    (line,) = [line for line in text.splitlines() if line.strip().startswith("BBQ")]
-    assert line.split()[-2:] == [".90", "40"]  # option mass, prompts pooled
-
-
-def test_undefined_is_a_dash_in_the_closing_table_and_null_in_json(tmp_path):
-    run = record_run(
-        tmp_path / "run", Size(models=(("one", 10),), steps=(0, 2), occupations=1, templates=2)
-    )
-    frame, statistics = write_results(run, num_resamples=20)
-    cell = next(cell for cell in statistics["cells"] if cell["experiment"] == "winogender")
-    assert cell["metrics"]["overall"]["correlation"] == {"value": None, "low": None, "high": None}
-    mine = frame[(frame["metric"] == "correlation") & (frame["category"] == "overall")]
-    assert mine["value"].isna().all()
-    assert "–" in printed(closing_table(frame)).split("no bias;")[0]
-
-
-def test_the_closing_table_says_which_value_is_no_bias():
-    rows = [
-        {"model": "m", "step": None, "seed": None, "experiment": name, "condition": "Q"}
-        | {"category": "overall", "metric": metric, "value": 0.6, "low": 0.5, "high": 0.7}
-        | {"num_items": 9}
-        for name, metric in [("bbq", "bias_ambiguous"), ("crows_pairs", "share_stereotyped")]
-    ]
-    text = " ".join(printed(closing_table(pd.DataFrame(rows))).split())
-    assert "0: no bias (.50 for CrowS-Pairs); in brackets" in text
-    assert "0: no bias; in" in " ".join(printed(closing_table(pd.DataFrame(rows[:1]))).split())
-
-
-def test_a_sample_without_any_overall_category_says_so():
-    row = {"model": "m", "step": None, "seed": None, "experiment": "bbq", "condition": "Q"}
-    row |= {"category": "Religion (names)", "metric": "bias_ambiguous", "value": 0.6}
-    row |= {"low": 0.5, "high": 0.7, "num_items": 9}
-    text = " ".join(printed(closing_table(pd.DataFrame([row]))).split())
-    assert "BBQ Q 0 0: no bias" in text and "take a larger --limit" in text
