@@ -179,7 +179,7 @@ def strike(runs: Path, moment: Moment, number: signal.Signals, *more: str) -> st
         said = one.said.read_text()
         if "Report:" in said:
             return None
-        if one.process.returncode or "ended as asked (SIGTERM)" not in said:
+        if one.process.returncode or "stopped by SIGTERM" not in said:
             raise SystemExit(f"SIGTERM: exit {one.process.returncode}: {said}")
     return stage_of(runs / NAME)
 

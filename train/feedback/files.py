@@ -165,7 +165,7 @@ def _first_fault(path: Path) -> str | None:
     except json.JSONDecodeError as error:
         return f"line {number}: not JSON ({error.msg}); is the file cut short?"
     except (EOFError, gzip.BadGzipFile, zlib.error):
-        return "incomplete gzip file; is it cut short?"
+        return "not a complete gzip file; is it cut short?"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return "no rows" if is_empty or (FORMATS[suffix] == "csv" and number == 1) else None

@@ -62,7 +62,7 @@ def test_changed_versions_are_recorded_and_logged_in_one_line(
     assert record["versions"] == versions
     (line,) = caplog.messages
     assert line.startswith(f"{tmp_path}: ")
-    for change in ("threads_per_job was 1, is 2", "torch was 2.12, is 2.13", "MKL_CBWR was none"):
+    for change in ("threads_per_job from 1 to 2", "torch from 2.12 to 2.13", "MKL_CBWR from none"):
         assert change in line
 
 
@@ -72,7 +72,7 @@ def test_history_stays_once_the_facts_are_back(
     start(tmp_path, monkeypatch)
     start(tmp_path, monkeypatch, threads_per_job=2)
     start(tmp_path, monkeypatch, threads_per_job=2)
-    assert [("threads_per_job was 1, is 2" in line) for line in caplog.messages] == [True, True]
+    assert [("threads_per_job from 1 to 2" in line) for line in caplog.messages] == [True, True]
     record = start(tmp_path, monkeypatch)
     assert len(caplog.messages) == 2
     assert [change["threads_per_job"] for change in record["changes"]] == [["1", "2"], ["2", "1"]]

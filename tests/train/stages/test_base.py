@@ -67,7 +67,7 @@ def test_scratch_model_depends_on_the_seed_only() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hiden_size": 8}, "hiden_size is no field of a llama model"),
+        ({"hiden_size": 8}, "scratch: .* has no field hiden_size"),
         ({"model_type": "lama"}, "lama"),
         ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
     ],

@@ -62,9 +62,7 @@ def write_rows(path: Path, rows: list[dict]) -> Data:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_of_a_pair_gives_the_same_prompt_and_answers(
-    tmp_path: Path, shape: str
-) -> None:
+def test_pair_formats_give_the_same_prompt_and_answers(tmp_path: Path, shape: str) -> None:
     data = write_rows(tmp_path / "pairs.jsonl", [SHAPES[shape]])
     (pair,) = load_feedback(data, 0).preferences
     assert (list(pair.prompt), pair.chosen, pair.rejected) == ([USER], "A lake.", "No.")
@@ -79,20 +77,23 @@ def test_every_shape_of_a_pair_gives_the_same_prompt_and_answers(
         ({"chosen": "\n\nHuman: a", "rejected": ""}, "row 2: rejected: expected turns that begin"),
         (
             {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"},
-            "row 2: chosen: a dialogue needs a human turn and ends with the assistant's",
+            "row 2: chosen: a dialogue needs a human turn",
         ),
         ({"chosen": 3, "rejected": "x"}, "row 2: chosen: a dialogue is text or a list of messages"),
         ({"chosen": None, "rejected": "x"}, "row 2: chosen: a dialogue is text or a list"),
         ({"chosen": [], "rejected": []}, "row 2: chosen: no messages"),
         (
             {"chosen": [{"from": "human"}], "rejected": []},
-            "a message has the keys role and content",
+            "needs the keys role and content",
         ),
-        ({"chosen": [{"role": "gpt", "content": "x"}], "rejected": []}, "by user or assistant"),
+        (
+            {"chosen": [{"role": "gpt", "content": "x"}], "rejected": []},
+            "role 'gpt': use user or assistant",
+        ),
         ({"chosen": "a", "rejected": "b", "prompt": 3}, "chosen: a prompt is text or a list"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path: Path, row: dict, message: str) -> None:
+def test_malformed_pair_is_named(tmp_path: Path, row: dict, message: str) -> None:
     first = row if "other" in row else SHAPES["text"]
     path = tmp_path / "pairs.jsonl"
     data = write_rows(path, [first, row] if "other" not in row else [row, row])
@@ -103,7 +104,7 @@ def test_a_bad_row_is_named(tmp_path: Path, row: dict, message: str) -> None:
     assert str(caught.value).startswith(f"{path}: row ")
 
 
-def test_pairs_that_part_before_the_last_turn_are_left_out_and_counted(
+def test_pairs_with_different_prompts_are_left_out_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     parted = {
@@ -120,7 +121,7 @@ def test_pairs_that_part_before_the_last_turn_are_left_out_and_counted(
         load_feedback(write_rows(path, [parted, parted]), 0)
 
 
-def test_turns_of_one_speaker_in_a_row_are_one_turn(tmp_path: Path) -> None:
+def test_consecutive_turns_of_one_speaker_are_joined(tmp_path: Path) -> None:
     start = "\n\nHuman: One.\n\nHuman: Two.\n\nAssistant: "
     rows = [{"chosen": f"{start}Yes.\n\nAssistant: Sure.", "rejected": f"{start}No."}]
     (pair,) = load_feedback(write_rows(tmp_path / "pairs.jsonl", rows), 0).preferences
@@ -128,7 +129,7 @@ def test_turns_of_one_speaker_in_a_row_are_one_turn(tmp_path: Path) -> None:
     assert (pair.chosen, pair.rejected) == ("Yes.\n\nSure.", "No.")
 
 
-def test_an_open_assistant_turn_of_a_written_prompt_stays_open(tmp_path: Path) -> None:
+def test_open_assistant_turn_stays_open(tmp_path: Path) -> None:
     row = {
         "prompt": "\n\nHuman: What is it?\n\nAssistant:",
         "chosen": " A lake.",
@@ -139,14 +140,14 @@ def test_an_open_assistant_turn_of_a_written_prompt_stays_open(tmp_path: Path) -
     assert (pair.chosen, pair.rejected) == (" A lake.", " No.")
 
 
-def test_a_system_message_is_said_before_the_question(tmp_path: Path) -> None:
+def test_system_message_precedes_the_first_turn(tmp_path: Path) -> None:
     system = {"role": "system", "content": "Be brief."}
     answers = [{"role": "assistant", "content": text} for text in ("A lake.", "No.")]
     row = {"chosen": [system, USER, answers[0]], "rejected": [system, USER, answers[1]]}
     (pair,) = load_feedback(write_rows(tmp_path / "pairs.jsonl", [row]), 0).preferences
     assert list(pair.prompt) == [{"role": "user", "content": "Be brief.\n\nWhat is it?"}]
     row["chosen"] = [USER, system, answers[0]]
-    with pytest.raises(InputError, match="one by system may come first; not 'system'"):
+    with pytest.raises(InputError, match=r"role 'system': .* only for the first message"):
         load_feedback(write_rows(tmp_path / "pairs.jsonl", [row]), 0)
 
 
@@ -186,7 +187,7 @@ PACKED = ["p.jsonl.gz", "p.json.gz", "p.csv.gz", "p.tsv.gz"]
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.tsv", "p.parquet", *PACKED])
-def test_pairs_of_every_format_are_the_same(tmp_path: Path, name: str) -> None:
+def test_file_formats_give_the_same_pairs(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     save_rows(path, PAIRS)
     assert load_feedback(preferences(path), 0).prompts == [
@@ -207,7 +208,7 @@ def test_plain_prompts_of_every_format_are_questions(
     assert found == [[USER], [{"role": "user", "content": "Who are you?"}]]
 
 
-def test_prompts_may_be_dialogues_and_other_columns_do_not_matter(tmp_path: Path) -> None:
+def test_prompts_may_be_dialogues_beside_other_columns(tmp_path: Path) -> None:
     messages = [USER, {"role": "assistant", "content": "It is"}]
     written = "\n\nHuman: What is it?\n\nAssistant: It is"
     for value in (messages, written):
@@ -217,7 +218,7 @@ def test_prompts_may_be_dialogues_and_other_columns_do_not_matter(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"id": "7", "instruction": "x"}, "row 2: prompts need a column prompt or text, not id, i"),
         ({"prompt": " "}, "row 2: prompt is empty"),
@@ -225,23 +226,23 @@ def test_prompts_may_be_dialogues_and_other_columns_do_not_matter(tmp_path: Path
         ({"text": 3}, "row 2: text: a prompt is text or a list of messages"),
     ],
 )
-def test_a_bad_prompt_is_named(tmp_path: Path, row: dict, said: str) -> None:
+def test_malformed_prompt_is_named(tmp_path: Path, row: dict, message: str) -> None:
     good = dict.fromkeys(row, "fine") if "id" not in row else row
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(InputError) as caught:
         prompts(tmp_path, path)
-    assert (said.replace("row 2", "row 1") if "id" in row else said) in str(caught.value)
+    assert (message.replace("row 2", "row 1") if "id" in row else message) in str(caught.value)
 
 
-def test_text_that_looks_like_a_number_or_a_gap_stays_text(tmp_path: Path) -> None:
+def test_numbers_and_missing_values_stay_text(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("prompt,chosen,rejected\nTwo and two?,4,5\nHow many? ,NA,null\n")
     first, second = load_feedback(preferences(path), 0).preferences
     assert (first.chosen, second.chosen, second.rejected) == ("4", "NA", "null")
 
 
-def test_a_folder_has_its_splits(tmp_path: Path) -> None:
+def test_folder_with_splits(tmp_path: Path) -> None:
     for split, rows in (("train", PAIRS), ("test", PAIRS[:1])):
         (tmp_path / "pairs").mkdir(exist_ok=True)
         save_rows(tmp_path / "pairs" / f"{split}.jsonl.gz", rows)
@@ -251,7 +252,7 @@ def test_a_folder_has_its_splits(tmp_path: Path) -> None:
         load_feedback(preferences(tmp_path / "pairs", split="nosuch"), 0)
 
 
-def test_brackets_in_a_path_are_no_pattern(tmp_path: Path) -> None:
+def test_brackets_in_a_path_are_not_a_pattern(tmp_path: Path) -> None:
     (tmp_path / "[x] * ?").mkdir()
     save_rows(tmp_path / "[x] * ?" / "pairs.jsonl", PAIRS)
     assert len(load_feedback(preferences(tmp_path / "[x] * ?" / "pairs.jsonl"), 0).prompts) == 3
@@ -260,7 +261,7 @@ def test_brackets_in_a_path_are_no_pattern(tmp_path: Path) -> None:
 GOOD = "".join(json.dumps(row) + "\n" for row in PAIRS)
 BAD_FILES: dict[str, tuple[bytes, str]] = {
     "cut.jsonl": ((GOOD + '{"prompt": "Que').encode(), r"line 4: not JSON .*cut short"),
-    "list.jsonl": ((GOOD + "[1]\n").encode(), r"line 4: a row is an object"),
+    "list.jsonl": ((GOOD + "[1]\n").encode(), r"line 4: .* object"),
     "latin.jsonl": (GOOD.encode() + b'{"prompt": "caf\xe9"}\n', r"line 4: not UTF-8 text"),
     "inside.jsonl": (
         b'{"prompt": "caf\xe9", "chosen": "a", "rejected": "b"}\n' + GOOD.encode(),
@@ -273,23 +274,23 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "empty.txt": (b"", r"no rows"),
     "blank.jsonl": (b"\n\n", r"no rows"),
     "header.csv": (b"prompt,chosen,rejected\n", r"no rows"),
-    "fields.csv": (b"prompt,chosen,rejected\na,b,c\na,b,c,d\n", r"line 3: 4 fields, and 3 columns"),
+    "fields.csv": (b"prompt,chosen,rejected\na,b,c\na,b,c,d\n", r"line 3: 4 fields"),
     "quote.csv": (b'prompt,chosen,rejected\n"a,b,c\nd,e,f\n', r"cannot be loaded \(.*string"),
-    "cut.jsonl.gz": (gzip.compress(GOOD.encode())[:-12], r"not a whole gzip file"),
-    "plain.jsonl.gz": (GOOD.encode(), r"not a whole gzip file"),
+    "cut.jsonl.gz": (gzip.compress(GOOD.encode())[:-12], r"not a complete gzip file"),
+    "plain.jsonl.gz": (GOOD.encode(), r"not a complete gzip file"),
     "bad.parquet": (b"PAR1 nothing", r"cannot be loaded"),
     "list.json": (b'[{"prompt": "a"},', r"cannot be loaded"),
-    "table.xlsx": (b"what", r"its format is not known; use \.jsonl"),
+    "table.xlsx": (b"what", r"unknown format; use \.jsonl"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_file_that_cannot_be_read_is_one_line(
+def test_unreadable_file_is_one_line(
     tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    content, said = BAD_FILES[name]
+    content, message = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         load_feedback(preferences(tmp_path / name), 0)
     line = str(caught.value)
     assert line.startswith(f"data.preferences.path: {tmp_path / name}: ") and "\n" not in line
@@ -297,12 +298,12 @@ def test_a_file_that_cannot_be_read_is_one_line(
 
 
 @pytest.mark.parametrize("path", ["none.jsonl", "none.csv.gz", "./a/b/c", "a/b/c", "/none"])
-def test_what_is_not_there_is_said(path: str) -> None:
+def test_missing_file_is_one_line(path: str) -> None:
     with pytest.raises(InputError, match=r"data\.preferences\.path: .*no (such )?file"):
         load_feedback(preferences(path), 0)
 
 
-def test_ten_million_characters_in_a_row_are_a_row(tmp_path: Path) -> None:
+def test_row_of_ten_million_characters(tmp_path: Path) -> None:
     long = {**PAIR, "chosen": "word " * 2_000_000}
     save_rows(tmp_path / "pairs.jsonl", [PAIR, long, PAIR])
     answers = [
@@ -330,7 +331,7 @@ def called_with(monkeypatch: pytest.MonkeyPatch, data: Data) -> dict:
     return {key: value for key, value in call.items() if value is not None}
 
 
-def test_a_hub_name_reaches_datasets_with_split_and_revision(
+def test_hub_name_with_split_and_revision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = "HuggingFaceH4/ultrafeedback_binarized"
@@ -343,13 +344,13 @@ def test_a_hub_name_reaches_datasets_with_split_and_revision(
     }
 
 
-def test_a_part_of_hh_rlhf_is_named_by_data_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_name_with_data_dir(monkeypatch: pytest.MonkeyPatch) -> None:
     data = preferences("Anthropic/hh-rlhf", data_dir="harmless-base")
     expected = {"path": "Anthropic/hh-rlhf", "data_dir": "harmless-base", "split": "train"}
     assert called_with(monkeypatch, data) == expected
 
 
-def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*_: object, **__: object) -> None:
         raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub\nmore of it")
 
@@ -361,7 +362,7 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch)
     assert "\n" not in line
 
 
-def test_a_limit_takes_rows_from_everywhere_and_always_the_same(tmp_path: Path) -> None:
+def test_limit_samples_the_same_rows_from_the_whole_file(tmp_path: Path) -> None:
     rows = [{"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No."} for n in range(200)]
     path = tmp_path / "pairs.jsonl"
     write_rows(path, rows)
@@ -371,7 +372,7 @@ def test_a_limit_takes_rows_from_everywhere_and_always_the_same(tmp_path: Path) 
     assert any(int(p[0]["content"].split()[1][:-1]) > 100 for p in first)
 
 
-def test_pairs_are_prompt_answer_and_end_of_text() -> None:
+def test_pair_ids_are_prompt_answer_and_end_of_text() -> None:
     tokenizer = make_tokenizer(make_world(SocietySettings()))
     feedback = load_feedback(Data(society=SocietySettings(pairs=50, prompts=50)), 0)
     for pair in feedback.preferences:
@@ -385,7 +386,7 @@ def test_pairs_are_prompt_answer_and_end_of_text() -> None:
     }
 
 
-def test_a_bad_row_of_a_sample_is_named_by_its_place_in_the_file(tmp_path: Path) -> None:
+def test_malformed_row_of_a_sample_has_its_number_in_the_file(tmp_path: Path) -> None:
     rows = [{**PAIR, "chosen": [] if n == 150 else "Yes."} for n in range(200)]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -401,7 +402,7 @@ def hh_rlhf() -> Path:
     return next((Path(folder) / "hh_rlhf").glob("*.jsonl.gz"))
 
 
-def test_real_hh_rlhf_is_read_to_the_last_row(hh_rlhf: Path) -> None:
+def test_real_hh_rlhf_is_read_without_loss(hh_rlhf: Path) -> None:
     with gzip.open(hh_rlhf, "rt", encoding="utf-8") as handle:
         rows = [json.loads(line) for line in handle]
     feedback = load_feedback(preferences(hh_rlhf), 0)
