@@ -1,1 +1,1 @@
-"""Public data sets: where they come from, how they are fetched and verified."""
+"""Public data sets: their sources, downloads and checksums."""

@@ -1,8 +1,8 @@
-"""Downloads of published files: resumed where they broke off, and whole and right or not at all.
+"""Download published files: interrupted downloads resume, and only verified files appear.
 
-What arrives goes into a hidden .part file beside its place and is renamed once its digest is the
-catalogue's. The digest is what decides, so no header of a server is ever trusted: the worst a wrong
-one does is that the download starts over.
+Data go into a hidden .part file beside the target, which is renamed once its digest is that of the
+catalogue. Since the digest decides, no server header is trusted: the worst that a wrong header can
+do is make the download start over.
 """
 
 import hashlib
@@ -23,19 +23,19 @@ from urllib.parse import urlsplit
 
 from selfcorrect.evaluate.data.catalogue import LOCAL_HOSTS, DataSet, check_file, is_allowed
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.progress import Progress, no_progress
 
-Progress = Callable[[int, int], None]  # bytes that are here, bytes there will be
 CHUNK_BYTES = 64 * 1024
 SLOWEST_BYTES_PER_SECOND = 1024
-PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # worth another attempt
+TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})  # worth another attempt
 
 
 class Unreachable(RunFailure):
-    """Every attempt failed on the way: there is little point in asking for more at once."""
+    """The source cannot be reached after all attempts, so other files will fail as well."""
 
 
-class _Passing(Exception):
-    """A fault of the connection or of the server that the next attempt may not meet."""
+class _TransientFault(Exception):
+    """A fault of the connection or the server that another attempt may not meet."""
 
 
 def fetch_set(
@@ -45,23 +45,23 @@ def fetch_set(
     timeout_seconds: float = 30.0,
     attempts: int = 5,
     pause_seconds: float = 1.0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> list[Path]:
-    """Download the files of a data set that `data_dir` lacks; returns the new ones.
+    """Download the files of a data set that `data_dir` lacks; return the new ones.
 
-    `progress` is told the file's path in the catalogue, the bytes that are here, and all of them. A
-    file that is there and right, plain or with .gz behind its name, is left as it is. Raises
-    InputError where another file stands in the place of one; Unreachable where the source cannot be
-    reached; and RunFailure, after the other files were tried, where a file cannot be had.
+    `progress` is called with (path in the catalogue, bytes done, bytes in total). A file that is
+    right, plain or with .gz appended to its name, is kept. Raises InputError if a different file
+    has the name of a published one, Unreachable if the source cannot be reached, and RunFailure,
+    after the other files have been tried, if a file cannot be downloaded.
     """
     findings = [check_file(file, data_dir) for file in data_set.files]
     for finding in findings:
         if finding.state == "different":
             raise InputError(
-                f"{finding.path}: not the published file ({finding.reason}); move it away, then "
+                f"{finding.path}: not the published file ({finding.reason}); move it away and "
                 "fetch again"
             )
-    new: list[Path] = []
+    downloaded: list[Path] = []
     failures: list[RunFailure] = []
     for finding in findings:
         if finding.state == "right":
@@ -77,9 +77,10 @@ def fetch_set(
                 timeout_seconds=timeout_seconds,
                 attempts=attempts,
                 pause_seconds=pause_seconds,
-                progress=partial(progress, file.path) if progress else None,
+                progress=progress,
+                stage=file.path,
             )
-            new.append(path)
+            downloaded.append(path)
         except Unreachable:
             raise
         except RunFailure as failure:
@@ -87,7 +88,7 @@ def fetch_set(
     if failures:
         more = f" (and {len(failures) - 1} more of this set)" if len(failures) > 1 else ""
         raise RunFailure(f"{failures[0]}{more}")
-    return new
+    return downloaded
 
 
 def fetch_file(
@@ -99,22 +100,24 @@ def fetch_file(
     timeout_seconds: float = 30.0,
     attempts: int = 5,
     pause_seconds: float = 1.0,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
+    stage: str = "",
 ) -> None:
     """Download one file of known length and digest to `path`.
 
-    `timeout_seconds` is the longest silence, and the window in which at least 1 KiB a second must
-    come; the pause before another attempt doubles each time. A second process that wants the same
-    file waits for the first and then finds it there. Raises RunFailure in one line; what arrived is
-    kept for the next time, unless it is wrong.
+    `timeout_seconds` bounds the silence of the server, and is the window over which at least 1 KiB
+    a second must arrive. The pause before another attempt doubles each time. A second process that
+    downloads the same file waits for the first one. `progress` is called with (stage, bytes done,
+    bytes in total). Raises RunFailure in one line; received data are kept for the next call, unless
+    they are wrong.
     """
     if not is_allowed(url):
-        raise RunFailure(f"{url}: refused; only addresses that begin with https:// are fetched")
+        raise RunFailure(f"{url}: refused; only https:// URLs are downloaded")
     part = path.with_name(f".{path.name}.part")
     if part.is_dir():
-        raise RunFailure(f"{part}: a folder, where a download is kept meanwhile; move it away")
-    with _one_at_a_time(path):
-        if path.exists():  # another process was faster
+        raise RunFailure(f"{part}: a folder blocks this download's temporary file; move it away")
+    with _exclusive(path):
+        if path.exists():  # downloaded by another process
             return
         fault = "no attempt was made"
         for attempt in range(attempts):
@@ -122,25 +125,27 @@ def fetch_file(
                 time.sleep(pause_seconds * 2 ** (attempt - 1))
             resumed = part.exists()
             try:
-                _download(url, part, num_bytes, timeout_seconds, progress)
-            except _Passing as error:
+                _download(
+                    url, part, num_bytes, timeout_seconds, partial(progress, stage or path.name)
+                )
+            except _TransientFault as error:
                 fault = str(error)
                 continue
             if _digest(part) == sha256:
                 part.replace(path)
                 return
             part.unlink()
-            fault = "what arrived is not the published file (another checksum); it was removed"
-            if not resumed:  # otherwise the old beginning may be what was wrong
+            fault = "the data are not the published file (checksum mismatch) and were removed"
+            if not resumed:  # otherwise the older data may be at fault: try once more
                 raise RunFailure(f"{url}: {fault}")
         kept = part.stat().st_size if part.exists() else 0
-        state = f"{kept:,} of {num_bytes:,} bytes are here; run the same command again to go on"
+        state = f"{kept:,} of {num_bytes:,} bytes are kept; run the same command again to resume"
         raise Unreachable(f"{url}: {fault}; {state}")
 
 
 @contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Wait until no other process is at work on `path`, and keep others out meanwhile."""
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock on `path`, waiting for other processes that hold it."""
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,14 +153,18 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
     with lock.open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-        # Only after success: whoever waits on this lock, or makes a new one, then finds the file.
+        # Only after success: processes that wait on this lock or make a new one find the file.
         lock.unlink(missing_ok=True)
 
 
 def _download(
-    url: str, part: Path, num_bytes: int, timeout_seconds: float, progress: Progress | None
+    url: str,
+    part: Path,
+    num_bytes: int,
+    timeout_seconds: float,
+    progress: Callable[[int, int], None],
 ) -> None:
-    """Bring `part` from what it holds to `num_bytes` with one request."""
+    """Complete `part` to `num_bytes` with one request."""
     here = part.stat().st_size if part.exists() else 0
     if here == num_bytes:
         return
@@ -163,11 +172,11 @@ def _download(
         part.unlink()
         here = 0
     with _request(url, here, num_bytes, part, timeout_seconds) as response:
-        if response.status != 206:  # the server begins at the beginning, whatever it was asked
+        if response.status != 206:  # the server ignores the range and sends all
             here = 0
         decoder = _decoder(response, url, part)
         if decoder is None:
-            _refuse_other_length(response, here, num_bytes, url)
+            _check_length(response, here, num_bytes, url)
         with part.open("ab" if here else "wb") as handle:
             for chunk in _chunks(response, timeout_seconds):
                 data = _unpacked(decoder, chunk, num_bytes + 1) if decoder else chunk
@@ -175,21 +184,20 @@ def _download(
                 if here > num_bytes:
                     break
                 handle.write(data)
-                if progress is not None:
-                    progress(here, num_bytes)
+                progress(here, num_bytes)
             handle.flush()
             os.fsync(handle.fileno())
     if here > num_bytes:
         part.unlink()
         raise RunFailure(f"{url}: sends more than the {num_bytes:,} bytes of the published file")
     if here < num_bytes:
-        raise _Passing(f"broke off after {here:,} bytes")
+        raise _TransientFault(f"connection closed after {here:,} bytes")
 
 
 def _request(
     url: str, here: int, num_bytes: int, part: Path, timeout_seconds: float
 ) -> http.client.HTTPResponse:
-    """The server's answer, from byte `here` on where it grants that."""
+    """Return the server's response, from byte `here` on if the server supports ranges."""
     headers = {"Accept-Encoding": "identity", "User-Agent": "selfcorrect"}
     if here:
         headers["Range"] = f"bytes={here}-"
@@ -203,13 +211,13 @@ def _request(
         raise _http_fault(error, url, part) from None
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         raise _connection_fault(error, url, timeout_seconds) from None
-    granted = rf"bytes {here}-{num_bytes - 1}/({num_bytes}|\*)"
+    content_range = rf"bytes {here}-{num_bytes - 1}/({num_bytes}|\*)"
     if response.status == 206 and not re.fullmatch(
-        granted, response.headers.get("Content-Range", "")
+        content_range, response.headers.get("Content-Range", "")
     ):
         response.close()
         part.unlink(missing_ok=True)
-        raise _Passing("the server sends another part than it was asked for")
+        raise _TransientFault("the server sent a different range than requested")
     if response.status not in (200, 206):
         response.close()
         raise RunFailure(f"{url}: the server answers {response.status} {response.reason}")
@@ -217,16 +225,16 @@ def _request(
 
 
 def _http_fault(error: urllib.error.HTTPError, url: str, part: Path) -> Exception:
-    if error.code == 416:  # what is here is no beginning of what is there
+    if error.code == 416:  # the kept data are not a prefix of the server's file
         part.unlink(missing_ok=True)
-        return _Passing("the server refuses to go on from what is here")
+        return _TransientFault("the server refuses to resume from the kept data")
     if 300 <= error.code < 400:
-        return RunFailure(f"{url}: redirects to a place that is refused ({error.reason})")
-    if error.code in PASSING:
-        return _Passing(f"the server answers {error.code} {error.reason}")
+        return RunFailure(f"{url}: redirects to a refused URL ({error.reason})")
+    if error.code in TRANSIENT_STATUSES:
+        return _TransientFault(f"the server answers {error.code} {error.reason}")
     return RunFailure(
-        f"{url}: the server answers {error.code} {error.reason}; put the file into the data folder "
-        "by hand where you have it"
+        f"{url}: the server answers {error.code} {error.reason}; if you have the "
+        "file, copy it into the data folder"
     )
 
 
@@ -234,16 +242,16 @@ def _connection_fault(error: Exception, url: str, timeout_seconds: float) -> Exc
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(reason, ssl.SSLCertVerificationError):
         return RunFailure(
-            f"{url}: its certificate cannot be verified ({reason.verify_message}); SSL_CERT_FILE "
-            "names the certificates that are trusted"
+            f"{url}: cannot verify its certificate ({reason.verify_message}); set SSL_CERT_FILE to "
+            "the file of trusted certificates"
         )
     if isinstance(reason, TimeoutError):
-        return _Passing(f"no answer within {timeout_seconds:g} seconds")
-    return _Passing(f"no connection ({getattr(reason, 'strerror', None) or reason})")
+        return _TransientFault(f"no answer within {timeout_seconds:g} seconds")
+    return _TransientFault(f"no connection ({getattr(reason, 'strerror', None) or reason})")
 
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to https alone; from this very machine, also to this very machine."""
+    """Follow redirects to https only; from this machine, also to this machine."""
 
     def __init__(self, url: str) -> None:
         self.local = urlsplit(url).hostname in LOCAL_HOSTS
@@ -259,18 +267,20 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _decoder(response: http.client.HTTPResponse, url: str, part: Path) -> Any:
-    """What unpacks the answer of a server that packs though it was asked not to; None otherwise.
+    """Return a decoder if the server compresses the response although asked not to, else None.
 
-    A .gz file is taken as it comes: that its bytes are gzip is no packing by the server.
+    A published .gz file is not decoded: its bytes are gzip to begin with.
     """
     encoding = response.headers.get("Content-Encoding", "identity").lower()
     if encoding == "identity" or part.name.endswith(".gz.part"):
         return None
     if encoding not in ("gzip", "x-gzip"):
-        raise RunFailure(f"{url}: the server sends the file packed as {encoding}")
-    if response.status == 206:  # a part of the packed bytes is of no use
+        raise RunFailure(
+            f"{url}: the server sends unsupported encoding {encoding}; copy the file by hand"
+        )
+    if response.status == 206:  # a range of compressed bytes cannot be decoded
         part.unlink(missing_ok=True)
-        raise _Passing("the server packs what it sends")
+        raise _TransientFault("the server compresses its response")
     return zlib.decompressobj(wbits=31)
 
 
@@ -278,31 +288,31 @@ def _unpacked(decoder: Any, chunk: bytes, at_most: int) -> bytes:
     try:
         data: bytes = decoder.decompress(chunk, at_most)
     except zlib.error:
-        raise _Passing("what arrives is said to be gzip and is not") from None
+        raise _TransientFault("the response claims to be gzip but is not") from None
     return data
 
 
-def _refuse_other_length(
-    response: http.client.HTTPResponse, here: int, num_bytes: int, url: str
-) -> None:
+def _check_length(response: http.client.HTTPResponse, here: int, num_bytes: int, url: str) -> None:
     stated = response.headers.get("Content-Length", "")
     if stated.isdecimal() and here + int(stated) != num_bytes:
         raise RunFailure(
-            f"{url}: the server states {here + int(stated):,} bytes, the published file has "
+            f"{url}: the server announces {here + int(stated):,} bytes, but the published file has "
             f"{num_bytes:,}"
         )
 
 
 def _chunks(response: http.client.HTTPResponse, timeout_seconds: float) -> Iterator[bytes]:
-    """The body as it arrives; _Passing where it stalls, drips, or breaks."""
+    """Yield the body in chunks; _TransientFault if it stalls, drips or breaks off."""
     since, arrived = time.monotonic(), 0
     while True:
         try:
             chunk = response.read1(CHUNK_BYTES)
         except TimeoutError:
-            raise _Passing(f"nothing came for {timeout_seconds:g} seconds") from None
+            raise _TransientFault(f"no data for {timeout_seconds:g} seconds") from None
         except (OSError, http.client.HTTPException) as error:
-            raise _Passing(f"broke off ({str(error) or type(error).__name__})") from None
+            raise _TransientFault(
+                f"connection broke off ({str(error) or type(error).__name__})"
+            ) from None
         if not chunk:
             return
         yield chunk
@@ -310,7 +320,7 @@ def _chunks(response: http.client.HTTPResponse, timeout_seconds: float) -> Itera
         elapsed = time.monotonic() - since
         if elapsed > timeout_seconds:
             if arrived < SLOWEST_BYTES_PER_SECOND * elapsed:
-                raise _Passing(f"{arrived:,} bytes in {elapsed:.0f} seconds are too few")
+                raise _TransientFault(f"too slow: {arrived:,} bytes in {elapsed:.0f} seconds")
             since, arrived = time.monotonic(), 0
 
 

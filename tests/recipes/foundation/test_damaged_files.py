@@ -170,7 +170,7 @@ def test_changed_feedback_ends_the_run_and_a_changed_benchmark_is_said_once(
 def test_files_that_are_not_as_published_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalogue, "_said", set())
+    monkeypatch.setattr(catalogue, "_warned", set())
     (tmp_path / "winogender").mkdir()
     (tmp_path / "winogender" / "templates.tsv").write_text("mine\n")
     warn_if_unpublished(tmp_path, ["bbq"])
@@ -178,7 +178,7 @@ def test_files_that_are_not_as_published_are_said(
     warn_if_unpublished(tmp_path, ["bbq", "winogender"])
     warn_if_unpublished(tmp_path, ["bbq", "winogender"])
     (line,) = caplog.messages
-    assert "templates.tsv: not as it is published" in line
+    assert "templates.tsv: differs from the published file" in line
 
 
 def test_edited_recipe_of_a_run_is_used_with_one_warning(

@@ -31,7 +31,7 @@ from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.commands.__main__ import main
 from selfcorrect.train.job import run_job
 from selfcorrect.train.run import prepare_run, train_run
-from tests.evaluate.data.test_fetch import SHA256, TEXT, Server, get, partial, serve  # noqa: F401
+from tests.support.file_server import SHA256, TEXT, Server, get, send_rest
 from tests.support.killed_child import die
 from tests.support.small_runs import FEW
 
@@ -220,9 +220,9 @@ def test_a_disk_that_fills_up_within_a_cell_keeps_the_parts_that_are_whole(
 
 def test_a_full_disk_while_fetching_keeps_no_wrong_file_and_goes_on_with_room(
     disk: Disk,
-    serve: Callable[..., Server],  # noqa: F811
+    serve: Callable[..., Server],
 ) -> None:
-    server = serve(lambda _, handler: partial(handler, TEXT))
+    server = serve(lambda _, handler: send_rest(handler, TEXT))
     path = disk.place / "data" / "file.txt"
     path.parent.mkdir()
     disk.fill()

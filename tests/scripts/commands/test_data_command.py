@@ -96,11 +96,11 @@ def test_different_file_is_reported_and_kept(
     changed.parent.mkdir(parents=True)
     changed.write_text('{"a": 3}\n')
     assert data_command(monkeypatch, "check") == 1
-    assert f"{changed}: 1 rows of 2, 9 bytes of 18, another checksum" in capsys.readouterr().out
+    assert f"{changed}: 1 rows of 2, 9 bytes of 18, checksum mismatch" in capsys.readouterr().out
     assert data_command(monkeypatch, "list") == 0
     assert "0 of 1, 1 different" in capsys.readouterr().out
     assert data_command(monkeypatch, "fetch", "--all") == 2
-    assert "move it away, then fetch again" in capsys.readouterr().err
+    assert "move it away and fetch again" in capsys.readouterr().err
     assert changed.read_text() == '{"a": 3}\n'
     assert (folder / "data" / "two" / "two.csv").read_bytes() == FILES["two"]
 
@@ -135,9 +135,9 @@ def test_unreachable_source_ends_the_command_at_once(
     [
         (["fetch"], 2, "--all; available: one, two, pairs"),
         (["fetch", "--all", "one"], 2, "name data sets or give --all"),
-        (["fetch", "thre"], 2, "data set 'thre': there is none; there are one, two, pairs"),
-        (["check", "thre"], 2, "data set 'thre': there is none"),
-        (["list", "thre"], 2, "data set 'thre': there is none"),
+        (["fetch", "thre"], 2, "unknown data set 'thre'; choose from one, two, pairs"),
+        (["check", "thre"], 2, "unknown data set 'thre'"),
+        (["list", "thre"], 2, "unknown data set 'thre'"),
         (["check"], 1, "contains no data set"),
     ],
 )
