@@ -1,8 +1,8 @@
-"""Which of the paper's qualitative findings a run shows: one number each, and a rule for all.
+"""Judge which of the paper's qualitative findings a run shows, by one number and one rule.
 
-A number is taken over training seeds (mean, and Student's interval with the seed as the unit), with
-each seed's own interval over items beside it where the statistics have one. The rule was fixed
-before the study was looked at: docs/results/study/log.md.
+A number is a mean over training seeds with Student's interval over seeds, and each seed's own
+interval over items where the statistics have one. The rule was fixed before the study's results
+were seen: docs/results/study/log.md.
 """
 
 import math
@@ -28,7 +28,7 @@ class Number:
     low: float | None
     high: float | None
     seeds: tuple[tuple[float, float | None, float | None], ...] = ()
-    p_value: float | None = None  # over seeds, that it is 0
+    p_value: float | None = None  # of the mean over seeds being 0
 
     def __str__(self) -> str:
         if self.value is None:
@@ -36,16 +36,16 @@ class Number:
         return compact_with_interval({"value": self.value, "low": self.low, "high": self.high})
 
     def side(self) -> int:
-        """1 or -1 where the interval over seeds lies on one side of zero, else 0."""
+        """Return 1 or -1 if the interval over seeds is on that side of zero, else 0."""
         return _side(self.low, self.high)
 
     def side_in_all_seeds(self) -> int:
-        """1 or -1 where every seed's interval over items lies on that side, else 0."""
+        """Return 1 or -1 if every seed's interval over items is on that side of zero, else 0."""
         sides = {_side(low, high) for _, low, high in self.seeds}
         return sides.pop() if len(sides) == 1 else 0
 
     def judged(self, expected: int) -> str:
-        """The word for it, where the paper has a number on the side `expected` (1 or -1)."""
+        """Return the judgement, given the side (1 or -1) of the paper's number."""
         if self.side() == expected:
             return APPEARS
         if self.side() == -expected:
@@ -55,6 +55,9 @@ class Number:
         return OPPOSITE_SEEDS if self.side_in_all_seeds() == -expected else NOT_SHOWN
 
 
+UNDEFINED = Number(None, None, None)
+
+
 def _side(low: float | None, high: float | None) -> int:
     if low is None or high is None:
         return 0
@@ -62,112 +65,114 @@ def _side(low: float | None, high: float | None) -> int:
 
 
 def over(values: Sequence[float]) -> Number:
-    """Mean of one value a seed, with Student's interval and p-value where the seeds differ."""
-    found = mean_over_seeds(values)
-    if math.isnan(found["p_value"]):
-        return Number(found["value"], None, None)
-    return Number(found["value"], found["low"], found["high"], p_value=found["p_value"])
+    """Return the mean of one value per seed, with interval and p-value if the seeds differ."""
+    mean = mean_over_seeds(values)
+    if math.isnan(mean["p_value"]):
+        return Number(mean["value"], None, None)
+    return Number(mean["value"], mean["low"], mean["high"], p_value=mean["p_value"])
 
 
 @dataclass(frozen=True)
 class Results:
-    """The statistics of one run of several seeds, asked for one number at a time."""
+    """The statistics of one run with several seeds, by number."""
 
     statistics: Row
     values: dict[tuple[Any, ...], float | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for cell in self.statistics["cells"]:
-            for metric, found in cell["metrics"].get(OVERALL, {}).items():
+            for metric, result in cell["metrics"].get(OVERALL, {}).items():
                 key = (cell["model"], cell["seed"], cell["step"], cell["experiment"])
-                self.values[(*key, cell["condition"], metric)] = found["value"]
+                self.values[(*key, cell["condition"], metric)] = result["value"]
 
     @property
     def models(self) -> dict[str, int]:
-        """Parameters by model, small to large."""
-        found = {cell["model"]: cell["parameters"] for cell in self.statistics["cells"]}
-        return dict(sorted(found.items(), key=lambda pair: pair[1]))
+        """Parameters by model, in ascending order."""
+        parameters = {cell["model"]: cell["parameters"] for cell in self.statistics["cells"]}
+        return dict(sorted(parameters.items(), key=lambda pair: pair[1]))
 
     @property
     def seeds(self) -> list[int]:
-        """The training seeds."""
+        """The training seeds, in ascending order."""
         return sorted({cell["seed"] for cell in self.statistics["cells"]})
 
     @property
     def steps(self) -> list[int]:
-        """The kept steps."""
+        """The steps of the checkpoints, in ascending order."""
         return sorted({cell["step"] for cell in self.statistics["cells"]})
 
     def conditions(self, experiment: str) -> set[str]:
-        """What was asked in an experiment."""
+        """Return the conditions that an experiment was measured under."""
         cells = self.statistics["cells"]
         return {cell["condition"] for cell in cells if cell["experiment"] == experiment}
 
     def at(
         self, model: str, step: int, experiment: str, condition: str, metric: str | None = None
     ) -> list[float]:
-        """The metric (default: the headline) of each seed; none at all where one is undefined."""
+        """Return the metric (default: the headline) of each seed; [] if one is undefined."""
         metric = metric or get_experiment(experiment).headline
-        found = [
+        values = [
             self.values.get((model, seed, step, experiment, condition, metric))
             for seed in self.seeds
         ]
-        return [] if None in found else [value for value in found if value is not None]
+        return [] if None in values else [value for value in values if value is not None]
 
     def mean(
         self, model: str, step: int, experiment: str, condition: str, metric: str | None = None
     ) -> Number:
-        """The metric over seeds."""
-        found = self.at(model, step, experiment, condition, metric)
-        return over(found) if found else Number(None, None, None)
+        """Return the mean of the metric over seeds."""
+        values = self.at(model, step, experiment, condition, metric)
+        return over(values) if values else UNDEFINED
 
     def between(self, model: str, step: int, experiment: str, condition: str, minus: str) -> Number:
-        """The headline metric under `condition` less that under `minus`, seed by seed."""
+        """Return the headline metric under `condition` less that under `minus`, over seeds."""
         first = self.at(model, step, experiment, condition)
         second = self.at(model, step, experiment, minus)
         if not first or not second:
-            return Number(None, None, None)
+            return UNDEFINED
         return over([a - b for a, b in zip(first, second, strict=True)])
 
     def compared(self, kind: str, model: str, experiment: str, condition: str) -> Number:
-        """An effect at the last step, its growth, or a metric's change (kind) from first to last.
+        """Return an "effect" at the last step, its "growth", or a metric's "change" (`kind`).
 
-        `kind` is "effect", "growth" or "change"; an effect is metric(Q) - metric(condition).
+        An effect is metric(Q) - metric(condition); growth and change are from the first step on.
         """
         names = {"effect": "effects", "growth": "growth", "change": "changes"}
         wanted: dict[str, Any] = {"model": model, "experiment": experiment, "condition": condition}
         wanted |= {"metric": get_experiment(experiment).headline, "step": self.steps[-1]}
         each = list(_matching(self.statistics[names[kind]], wanted))
-        whole = list(_matching(self.statistics["over_seeds"], {**wanted, "kind": kind}))
-        return _number(whole, each)
+        over_seeds = list(_matching(self.statistics["over_seeds"], {**wanted, "kind": kind}))
+        return _number(over_seeds, each)
 
     def slope(self, experiment: str, condition: str, quantity: str, against: str) -> Number:
-        """A trend over sizes: per tenfold parameters ("log10_parameters"), at the last step."""
+        """Return a trend over sizes, such as the slope per tenfold parameters, at the last step."""
         wanted = {"model": None, "experiment": experiment, "condition": condition}
         wanted |= {"metric": get_experiment(experiment).headline}
         wanted |= {"quantity": quantity, "against": against}
         rows = list(_matching(self.statistics["trends"], wanted))
-        whole = [row for row in rows if row["unit"] == "seeds"]
-        return _number(whole, [r for r in rows if r["unit"] == "items" and r["seed"] is not None])
+        over_seeds = [row for row in rows if row["unit"] == "seeds"]
+        return _number(
+            over_seeds, [r for r in rows if r["unit"] == "items" and r["seed"] is not None]
+        )
 
 
 def _matching(rows: Iterable[Row], wanted: Row) -> Iterable[Row]:
     return (row for row in rows if all(row.get(key) == value for key, value in wanted.items()))
 
 
-def _number(whole: Sequence[Row], each: Sequence[Row]) -> Number:
-    if not whole or whole[0]["value"] is None:
-        return Number(None, None, None)
+def _number(over_seeds: Sequence[Row], each: Sequence[Row]) -> Number:
+    if not over_seeds or over_seeds[0]["value"] is None:
+        return UNDEFINED
     seeds = tuple((row["value"], row["low"], row["high"]) for row in each)
-    row = whole[0]
+    row = over_seeds[0]
     return Number(row["value"], row["low"], row["high"], seeds, row["p_value"])
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One of the paper's findings, the number that stands for it by model, and the words for it.
+    """One of the paper's findings, and the number that represents it, by model.
 
-    Where the finding is about sizes, there is one number, under the key "all sizes".
+    A finding about sizes has one number, with the key "all sizes".
     """
 
     title: str
@@ -176,7 +181,7 @@ class Finding:
     expected: int
 
     def words(self) -> str:
-        """The judgement; by model where models differ."""
+        """Return the judgement, by model if models differ."""
         judged = {name: number.judged(self.expected) for name, number in self.by_model.items()}
         if len(set(judged.values())) == 1:
             return next(iter(judged.values()))
@@ -190,7 +195,7 @@ ALL_SIZES = "all sizes"
 
 
 def findings(results: Results) -> list[Finding]:
-    """The paper's qualitative findings in its order, as far as what was asked allows."""
+    """Return the paper's qualitative findings in the paper's order."""
     last = results.steps[-1]
 
     def each(take: Callable[[str], Number]) -> dict[str, Number]:
@@ -216,32 +221,32 @@ def findings(results: Results) -> list[Finding]:
             f"bias under Q less that under Q+IF, step {last}", compared("effect", "bbq", "Q+IF"), 1,
         ),
         Finding(
-            "What the instruction does grows with RLHF steps (BBQ)",
-            f"that difference at step {last} less that at step 0",
+            "The instruction's effect grows with RLHF steps (BBQ)",
+            f"that effect at step {last} less that at step 0",
             compared("growth", "bbq", "Q+IF"), 1,
         ),
         Finding(
-            "What it does grows with size (BBQ)",
-            f"slope of that difference over log10 parameters, step {last}",
+            "The instruction's effect grows with size (BBQ)",
+            f"slope of that effect over log10 parameters, step {last}",
             over_sizes("Q+IF", "effect", "log10_parameters"), 1,
         ),
         Finding(
-            "Larger models profit more from the same steps (BBQ)",
-            "slope, over log10 parameters, of the difference's slope over steps",
+            "Larger models gain more from the same steps (BBQ)",
+            "slope, over log10 parameters, of the effect's slope over steps",
             over_sizes("Q+IF", "effect", "step_x_log10_parameters"), 1,
         ),
         Finding(
-            "With reasoning first it is stronger than with the instruction alone (BBQ)",
+            "With reasoning the effect is larger than with the instruction alone (BBQ)",
             f"bias under Q+IF less that under Q+IF+CoT, step {last}, over seeds alone",
             each(lambda m: results.between(m, last, "bbq", "Q+IF", "Q+IF+CoT")), 1,
         ),
         Finding(
-            "Admissions: unasked, the doubted group is admitted less (law school)",
+            "Admissions: without an instruction, the doubted group is admitted less (law school)",
             f"p(yes) of the doubted less the favoured group under Q, step {last}, over seeds alone",
             corrected("law_school", "Q"), -1,
         ),
         Finding(
-            "Admissions: the instruction and RLHF move the difference up (law school)",
+            "Admissions: instruction and RLHF raise the difference (law school)",
             f"difference under Q+IF at step {last} less that at step 0",
             compared("change", "law_school", "Q+IF"), 1,
         ),
@@ -256,12 +261,12 @@ def findings(results: Results) -> list[Finding]:
             corrected("law_school", "Q+IF+CoT"), 1,
         ),
         Finding(
-            "Pronouns: asked to match the statistics, models do so more than unasked (Winogender)",
+            "Pronouns: asked to match the statistics, models follow them more closely (Winogender)",
             f"correlation under Match stats less that under Q, step {last}, over seeds alone",
             each(lambda m: results.between(m, last, "winogender", "Match stats", "Q")), 1,
         ),
         Finding(
-            "Pronouns: asked to be fair, the correlation falls (Winogender)",
+            "Pronouns: the instruction lowers the correlation (Winogender)",
             f"correlation under Q less that under Q+IF, step {last}",
             compared("effect", "winogender", "Q+IF"), 1,
         ),
@@ -269,21 +274,21 @@ def findings(results: Results) -> list[Finding]:
 
 
 def adjusted(judged: Sequence[Finding]) -> dict[tuple[str, str], float]:
-    """Holm's p-values over all numbers that have one, by the finding's title and the model."""
+    """Return Holm's p-values over all numbers with a p-value, by finding's title and model."""
     rows: list[dict[str, Any]] = [
-        {"run": "", "family": "findings", "p_value": number.p_value, "at": (finding.title, model)}
+        {"run": "", "family": "findings", "p_value": number.p_value, "key": (finding.title, model)}
         for finding in judged
         for model, number in finding.by_model.items()
     ]
     correct(rows)
-    return {row["at"]: row["p_adjusted"] for row in rows if row["p_adjusted"] is not None}
+    return {row["key"]: row["p_adjusted"] for row in rows if row["p_adjusted"] is not None}
 
 
 def no_step_effects(results: Results) -> dict[tuple[str, str], Number]:
-    """Winogender's correlation at the last step less that at the first, by model and condition.
+    """Return Winogender's correlation at the last step less that at the first step.
 
-    The paper sees no clear dependence on steps here, which no test can show: intervals say how
-    large a change is still possible.
+    Keys are model and condition. The paper finds no clear dependence on steps here. No test can
+    show that, but intervals state how large a change is still possible.
     """
     conditions = ("Q", "Q+IF", "Q+IF+CoT", "Match stats")
     return {

