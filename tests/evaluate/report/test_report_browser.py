@@ -1,4 +1,4 @@
-"""The report in headless Chromium: opened from disk, sorted, filtered, a transcript looked up.
+"""The report in headless Chromium: sorting, filtering and the transcript browser.
 
 Needs the `selenium` package, and Chromium with its driver on the PATH (Debian: chromium and
 chromium-driver); skips where they are missing.
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from selfcorrect.evaluate.report.page import write_comparison, write_report
-from tests.support.recorded_run import HOSTILE, Size, record_run
+from tests.support.recorded_run import HOSTILE, SMALL, Size, record_run
 
 pytestmark = pytest.mark.browser
 
@@ -26,7 +26,7 @@ if CHROMIUM is None or DRIVER is None:
     pytest.skip("no Chromium with chromedriver here: apt install chromium chromium-driver",
                 allow_module_level=True)  # fmt: skip
 
-SMALL = Size(steps=(0, 2, 10), templates=4, blocks=1, occupations=10, students=10)
+
 BAD_ITEM = "Age/0</script><img src=x onerror=\"document.title='taken'\">\u202e"
 MEGABYTE = "\u202e\x07</script><script>document.title='taken'</script>" * 20_000
 
@@ -95,7 +95,7 @@ def column(driver, table, place):
 BBQ = 'table[aria-labelledby="results-bbq"]'
 
 
-def test_nothing_is_fetched_and_only_one_file_is_needed(opened, page):
+def test_no_network_access(opened, page):
     loaded = opened.execute_script(
         "return performance.getEntriesByType('resource').map((entry) => entry.name)"
     )
@@ -103,7 +103,7 @@ def test_nothing_is_fetched_and_only_one_file_is_needed(opened, page):
     assert page.stat().st_size < 20_000_000
 
 
-def test_tables_sort_by_keyboard_and_say_so(opened):
+def test_sorting_by_keyboard(opened):
     header = opened.find_element(By.XPATH, "//table[@aria-labelledby='results-bbq']//th[4]")
     assert header.text == "Step" and header.get_attribute("aria-sort") is None
     button = header.find_element(By.TAG_NAME, "button")
@@ -118,7 +118,7 @@ def test_tables_sort_by_keyboard_and_say_so(opened):
     assert len(opened.find_elements(By.CSS_SELECTOR, f"{BBQ} [aria-sort]")) == 1
 
 
-def test_tables_filter_by_words(opened):
+def test_filtering_rows(opened):
     label = "Filter rows of BBQ: every checkpoint and condition"
     field = opened.find_element(By.CSS_SELECTOR, f'input[aria-label="{label}"]')
     field.send_keys("SMALL q+if+cot")
@@ -132,7 +132,7 @@ def test_tables_filter_by_words(opened):
     assert column(opened, BBQ, 1) == []
 
 
-def test_a_transcript_shows_every_checkpoint_and_condition_side_by_side(opened):
+def test_transcript_of_an_item(opened):
     Select(part(opened, "experiment")).select_by_visible_text("Winogender")
     Select(part(opened, "model")).select_by_visible_text("nano, seed 0")
     part(opened, "search").send_keys("occupation-7")
@@ -146,9 +146,9 @@ def test_a_transcript_shows_every_checkpoint_and_condition_side_by_side(opened):
     rows = table.find_elements(By.CSS_SELECTOR, "tbody tr")
     assert [r.find_element(By.TAG_NAME, "th").text for r in rows] == ["Asked", "0", "2", "10"]
     cot = rows[-1].find_elements(By.TAG_NAME, "td")[2].text
-    assert "Own text: Both could be true. So it goes." in cot
-    assert "stopped at the token limit" in cot  # the recorded run cuts every seventh
-    assert "his 0." in cot and "chosen" in cot and "mass on the options 0.900" in cot
+    assert "Model's text: Both could be true. So it goes." in cot
+    assert "cut off at the token limit" in cot  # the recorded run cuts every seventh
+    assert "his 0." in cot and "chosen" in cot and "probability on the options 0.900" in cot
     part(opened, "conditions").find_elements(By.TAG_NAME, "input")[1].click()
     heads = [h.text for h in part(opened, "table").find_elements(By.CSS_SELECTOR, "thead th")]
     assert heads == ["Step", "Q", "Q+IF+CoT", "Match stats"]
@@ -157,7 +157,7 @@ def test_a_transcript_shows_every_checkpoint_and_condition_side_by_side(opened):
     assert part(opened, "table").text == ""
 
 
-def test_items_are_walked_by_buttons_and_said_aloud(opened):
+def test_previous_and_next_item(opened):
     first = part(opened, "table").find_element(By.TAG_NAME, "caption").text
     part(opened, "next").send_keys(Keys.ENTER)
     assert part(opened, "status").text.startswith("Item 2 of 40: ")
@@ -167,7 +167,7 @@ def test_items_are_walked_by_buttons_and_said_aloud(opened):
     assert part(opened, "status").get_attribute("role") == "status"
 
 
-def test_hostile_texts_stay_text(opened):
+def test_hostile_texts_are_escaped(opened):
     part(opened, "search").send_keys("onerror")
     table = part(opened, "table")
     assert "Age/0</script><img src=x onerror=" in table.text
@@ -178,7 +178,8 @@ def test_hostile_texts_stay_text(opened):
     assert len(opened.find_elements(By.TAG_NAME, "script")) == 2
 
 
-def test_everything_that_acts_can_be_reached_and_has_a_name(opened):
+def test_accessibility(opened):
+    """Controls have names and can be reached by keyboard."""
     nameless = opened.execute_script(
         "return Array.from(document.querySelectorAll('button, input, select, [role=region], img'))"
         ".filter((one) => !(one.labels && one.labels.length) && !one.textContent.trim()"
@@ -192,10 +193,10 @@ def test_everything_that_acts_can_be_reached_and_has_a_name(opened):
     )
     assert unreachable == 0
     opened.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
-    assert opened.switch_to.active_element.text == "To the verdict"
+    assert opened.switch_to.active_element.text == "Skip to the verdict"
 
 
-def test_with_one_run_there_is_no_choice_of_runs(opened):
+def test_single_run_has_no_run_selector(opened):
     assert not part(opened, "run").is_displayed()
 
 
@@ -210,7 +211,7 @@ def comparison(tmp_path_factory):
     return write_comparison([first, second], folder / "out", num_resamples=20)
 
 
-def test_several_runs_are_compared_in_one_page(chromium, comparison):
+def test_comparison_page(chromium, comparison):
     chromium.get(comparison.as_uri())
     assert comparison.stat().st_size < 20_000_000
     runs = Select(part(chromium, "run"))
@@ -239,7 +240,7 @@ def test_several_runs_are_compared_in_one_page(chromium, comparison):
     assert chromium.get_log("browser") == []
 
 
-def test_a_narrow_screen_scrolls_tables_and_not_the_page(opened):
+def test_narrow_screen(opened):
     size = {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
@@ -250,7 +251,7 @@ def test_a_narrow_screen_scrolls_tables_and_not_the_page(opened):
         opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_without_javascript_tables_and_figures_remain_and_the_rest_says_so(page):
+def test_without_javascript(page):
     driver = start(javascript=False)
     try:
         driver.get(page.as_uri())
@@ -258,7 +259,7 @@ def test_without_javascript_tables_and_figures_remain_and_the_rest_says_so(page)
         assert driver.find_element(By.TAG_NAME, "img").is_displayed()
         assert not driver.find_element(By.ID, "browser").is_displayed()
         said = driver.find_element(By.TAG_NAME, "noscript").text
-        assert "The browser of transcripts needs JavaScript" in said
+        assert "JavaScript" in said
         shown = [b for b in driver.find_elements(By.TAG_NAME, "button") if b.is_displayed()]
         assert shown == []  # no button that does nothing
     finally:

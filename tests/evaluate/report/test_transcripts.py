@@ -1,4 +1,4 @@
-"""What the browser of transcripts gets: whole items, bounded in size, with what was truly asked."""
+"""The transcript browser's data: complete items, bounded in size, with the questions asked."""
 
 import json
 from itertools import pairwise
@@ -54,23 +54,24 @@ def measured(tmp_path_factory):
     return run
 
 
-def of(run, **how):
-    return transcripts({"run": run}, **how)
+def transcripts_of(run, **options):
+    return transcripts({"run": run}, **options)
 
 
-def load(found):
-    assert found.data is not None
-    (one,) = json.loads(str(found.data))
-    assert one["run"] == "run"
-    return one["data"]
+def load(shown):
+    """Return the data of the only run."""
+    assert shown.data is not None
+    (run,) = json.loads(str(shown.data))
+    assert run["run"] == "run"
+    return run["data"]
 
 
 def words(data, entry):
     return data["texts"][entry[0] if isinstance(entry, list) else entry]
 
 
-def test_every_item_is_whole_and_its_numbers_are_those_of_the_files(recorded):
-    data = load(of(recorded, num_items=6))
+def test_items_have_all_answers_of_the_files(recorded):
+    data = load(transcripts_of(recorded, num_items=6))
     assert [words(data, e["title"]) for e in data["experiments"]] == [
         "BBQ", "Winogender", "Law school admission",
     ]  # fmt: skip
@@ -78,9 +79,9 @@ def test_every_item_is_whole_and_its_numbers_are_those_of_the_files(recorded):
     bbq = data["experiments"][0]
     assert [words(data, name) for name in bbq["conditions"]] == ["Q", "Q+IF", "Q+IF+CoT"]
     assert len(bbq["items"]) == 6
-    places = [(m, step, c) for m in range(2) for step in (0, 2) for c in range(3)]
+    keys = [(m, step, c) for m in range(2) for step in (0, 2) for c in range(3)]
     for item in bbq["items"]:
-        assert sorted(tuple(answer[:3]) for answer in item["answers"]) == places
+        assert sorted(tuple(answer[:3]) for answer in item["answers"]) == keys
     path = recorded / "small/seed-0/ppo/checkpoint-2/evaluation/bbq.Q+IF.parquet"
     rows = {row["item"]: row for row in pq.read_table(path).to_pylist()}
     for item in bbq["items"]:
@@ -94,7 +95,7 @@ def test_every_item_is_whole_and_its_numbers_are_those_of_the_files(recorded):
         assert "right" in item["tags"][str(row["label"])]
 
 
-def test_items_are_spread_over_categories_and_over_all_of_a_category(recorded):
+def test_items_are_spread_over_categories(recorded):
     path = recorded / "nano/seed-0/ppo/checkpoint-0/evaluation/bbq.Q.parquet"
     chosen = _choose([path], 9)
     categories = [item.partition("/")[0] for item in chosen]
@@ -109,7 +110,7 @@ def test_items_are_spread_over_categories_and_over_all_of_a_category(recorded):
     assert len(_choose([path], 1000)) == 48
 
 
-def test_items_that_every_file_holds_come_before_those_of_one_file(tmp_path):
+def test_items_of_most_files_come_first(tmp_path):
     run = record_run(tmp_path / "run", Size(models=(("one", 1),), steps=(0, 2), templates=2))
     folder = run / "one/seed-0/ppo"
     path = folder / "checkpoint-2/evaluation/bbq.Q.parquet"
@@ -119,10 +120,10 @@ def test_items_that_every_file_holds_come_before_those_of_one_file(tmp_path):
     assert set(_choose(paths, 100)) == set(table["item"].to_pylist()[3:8])
 
 
-def test_what_was_asked_is_shown_for_every_order_with_the_answers_to_it(measured):
-    found = of(measured)
-    assert len(found.notes) == 1
-    data = load(found)
+def test_questions_by_order_of_options(measured):
+    shown = transcripts_of(measured)
+    assert len(shown.notes) == 1
+    data = load(shown)
     bbq, _, law = data["experiments"]
     cot = [words(data, name) for name in bbq["conditions"]].index("Q+IF+CoT")
     for item in bbq["items"]:
@@ -135,33 +136,36 @@ def test_what_was_asked_is_shown_for_every_order_with_the_answers_to_it(measured
             assert [role for role, *_ in turns] == ["human", "assistant"] * 2
             assert words(data, turns[1][1]).endswith(data["sample"])
             (options,) = {tuple(map(str, a[5])) for a in answers if a[3] == order}
-            shown = [data["texts"][int(o.strip("[]"))].strip() for o in options]
+            options_text = [data["texts"][int(o.strip("[]"))].strip() for o in options]
             question = words(data, turns[0][1])
-            assert sorted(shown, key=question.rindex) == shown  # in the order that was asked
+            assert (
+                sorted(options_text, key=question.rindex) == options_text
+            )  # in the order that was asked
     assert all(len(item["asked"][0]) == 1 for item in law["items"])
 
 
-def test_what_was_asked_is_not_guessed_when_the_recipe_asks_something_else_now(measured, tmp_path):
+def test_questions_of_a_changed_recipe_are_not_shown(measured, tmp_path):
     recipe = (measured / "recipe.yaml").read_text(encoding="utf-8")
     try:
         changed = recipe.replace("permutations: 3", "permutations: 1")
         (measured / "recipe.yaml").write_text(changed, encoding="utf-8")
-        found = of(measured)
+        shown = transcripts_of(measured)
     finally:
         (measured / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    assert "What was asked is not shown for bbq Q, bbq Q+IF, bbq Q+IF+CoT:" in found.notes[1]
-    bbq, winogender, _ = load(found)["experiments"]
+    assert "bbq Q, bbq Q+IF, bbq Q+IF+CoT are not shown" in shown.notes[1]
+    bbq, winogender, _ = load(shown)["experiments"]
     assert not any(any(item["asked"]) for item in bbq["items"])
     assert all(all(item["asked"]) for item in winogender["items"])
 
 
-def test_a_run_whose_recipe_cannot_be_read_says_why_and_names_no_folder(recorded):
-    _, note = of(recorded).notes
-    assert note.startswith("What was asked cannot be shown: recipe.yaml: ")
+def test_unreadable_recipe(recorded):
+    """The note gives the reason, without the folder."""
+    _, note = transcripts_of(recorded).notes
+    assert "cannot be shown: recipe.yaml: " in note
     assert str(recorded.parent) not in note
 
 
-def test_hostile_text_is_data_cut_and_spelt_out(tmp_path):
+def test_hostile_texts_are_cut_and_escaped(tmp_path):
     run = record_run(tmp_path / "run", Size(models=(("one", 1),), steps=(0,), templates=2))
     path = run / "one/seed-0/ppo/checkpoint-0/evaluation/bbq.Q+IF+CoT.parquet"
     table = pq.read_table(path)
@@ -169,9 +173,9 @@ def test_hostile_text_is_data_cut_and_spelt_out(tmp_path):
     rows[0]["samples"] = [HOSTILE + "\u2028</script><!--" * 70_000, "second"]
     changed = type(table).from_pylist(rows, schema=table.schema)
     pq.write_table(changed, path)
-    found = of(run)
-    assert "<" not in str(found.data) and "\u2028" not in str(found.data)
-    data = load(found)
+    shown = transcripts_of(run)
+    assert "<" not in str(shown.data) and "\u2028" not in str(shown.data)
+    data = load(shown)
     (item,) = [i for i in data["experiments"][0]["items"] if words(data, i["id"]) == "Age/0"]
     (answer,) = [a for a in item["answers"] if a[2] == 2]
     long, second = answer[9]
@@ -182,7 +186,7 @@ def test_hostile_text_is_data_cut_and_spelt_out(tmp_path):
     assert len(second) == 1 and words(data, second) == "second"
 
 
-def test_undefined_probabilities_are_null_and_a_tie_chooses_nothing(tmp_path):
+def test_undefined_probabilities_and_ties(tmp_path):
     run = record_run(tmp_path / "run", Size(models=(("one", 1),), steps=(0,), templates=2))
     path = run / "one/seed-0/ppo/checkpoint-0/evaluation/law_school.Q.parquet"
     table = pq.read_table(path)
@@ -190,7 +194,7 @@ def test_undefined_probabilities_are_null_and_a_tie_chooses_nothing(tmp_path):
     rows[0] |= {"probabilities": None, "logprobs": [float("-inf")] * 2, "mass": 0.0}
     rows[1] |= {"probabilities": [0.5, 0.5], "logprobs": [-1.0, -1.0]}
     pq.write_table(type(table).from_pylist(rows, schema=table.schema), path)
-    data = load(of(run, num_items=100))
+    data = load(transcripts_of(run, num_items=100))
     law = data["experiments"][2]
     answers = {words(data, i["id"]): a for i in law["items"] for a in i["answers"] if a[2] == 0}
     first, second = answers[rows[0]["item"]], answers[rows[1]["item"]]
@@ -198,28 +202,28 @@ def test_undefined_probabilities_are_null_and_a_tie_chooses_nothing(tmp_path):
     assert (second[6], second[7]) == ([0.5, 0.5], None)
 
 
-def test_the_size_is_bounded_by_fewer_items_and_the_page_says_how_many(recorded):
-    whole, budget = of(recorded), 30_000
-    assert len(str(whole.data)) > budget
-    found = of(recorded, budget=budget)
-    assert len(str(found.data)) <= budget
-    for experiment, name in zip(load(found)["experiments"], ("BBQ", "Winogender"), strict=False):
-        assert f"{name}: {len(experiment['items'])} of " in found.notes[0]
-    nothing = of(recorded, budget=100)
+def test_budget_limits_the_number_of_items(recorded):
+    budget = 30_000
+    assert len(str(transcripts_of(recorded).data)) > budget
+    shown = transcripts_of(recorded, budget=budget)
+    assert len(str(shown.data)) <= budget
+    for experiment, name in zip(load(shown)["experiments"], ("BBQ", "Winogender"), strict=False):
+        assert f"{name}: {len(experiment['items'])} of " in shown.notes[0]
+    nothing = transcripts_of(recorded, budget=100)
     assert nothing.data is None and "too many checkpoints and conditions" in nothing.notes[0]
 
 
-def test_several_runs_bring_their_own_items_and_share_the_budget(recorded, measured):
+def test_several_runs_share_the_budget(recorded, measured):
     named = {"a <b>\u202e": recorded, "second": measured}
-    found = transcripts(named)
-    data = json.loads(str(found.data))
+    shown = transcripts(named)
+    data = json.loads(str(shown.data))
     assert [one["run"] for one in data] == ["a <b>⟨U+202E⟩", "second"]
-    assert "<" not in str(found.data)
-    alone = load(of(measured))
+    assert "<" not in str(shown.data)
+    alone = load(transcripts_of(measured))
     assert data[1]["data"] == alone
-    assert [note.split(":")[0] for note in found.notes] == ["a <b>\u202e"] * 2 + ["second"]
+    assert [note.split(":")[0] for note in shown.notes] == ["a <b>\u202e"] * 2 + ["second"]
     budget = 150_000
     assert len(str(transcripts(named, budget=budget).data)) <= budget + 100
-    assert len(str(found.data)) > budget
+    assert len(str(shown.data)) > budget
     twice = transcripts({"a": recorded, "b": recorded})
     assert [note.split(":")[0] for note in twice.notes] == ["a, b"] * 2  # said once
