@@ -1,4 +1,4 @@
-# Sourced by quickstart and test: makes .venv and installs the package with pinned versions.
+# Sourced by quickstart and test: make .venv and install the package with pinned versions.
 # Usage: prepare_environment [extra]
 prepare_environment() {
     local extra="${1:+[$1]}" python="" candidate
@@ -14,12 +14,12 @@ prepare_environment() {
         return 2
     fi
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    # What was installed, and from what: unchanged files need no second installation.
+    # A record of the installed extra and of the files it came from; unchanged files are not reinstalled.
     local wanted
     wanted="$extra $(cat pyproject.toml constraints.txt | cksum)"
     if [ "$(cat .venv/selfcorrect-installed 2>/dev/null)" != "$wanted" ]; then
         echo "installing into .venv (once)" >&2
-        # torch first and by its exact version: a range would bring the CUDA build on Linux.
+        # torch first and by its exact version: a range would install the CUDA build on Linux.
         .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
         .venv/bin/pip install --quiet --disable-pip-version-check \
             --constraint constraints.txt --editable ".$extra"

@@ -90,7 +90,7 @@ def parallelism_of(
     if zero is None:
         zero = 0
         if launch.deepspeed is not None and count > 1:
-            zero = deepspeed_settings(launch.deepspeed, gpu)["zero_optimization"]["stage"]
+            zero = int(deepspeed_settings(launch.deepspeed, gpu)["zero_optimization"]["stage"])
     return Parallelism(count, zero, gpu)
 
 

@@ -1,6 +1,6 @@
-"""Show the packages to type checkers: links under build/typing, from pyproject's own mapping.
+"""Link the packages under build/typing, where type checkers and editors find them.
 
-mypy and pyright do not follow setuptools' package-dir; they follow `mypy_path = build/typing`.
+mypy and pyright do not read setuptools' package-dir; pyproject.toml names build/typing to both.
 """
 
 import shutil

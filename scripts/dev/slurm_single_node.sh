@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A real SLURM of one node on this machine, without systemd and cgroups: to try `selfcorrect launch
-# --cluster slurm` where there is no cluster. For root, with Debian's slurm-wlm and munge installed.
+# Run a real SLURM with one node on this machine, without systemd and cgroups, to try `selfcorrect
+# launch --cluster slurm` without a cluster. Needs root, and Debian's slurm-wlm and munge.
 #
-#   scripts/dev/slurm_single_node.sh start FOLDER     configuration, state and logs go into FOLDER
+#   scripts/dev/slurm_single_node.sh start FOLDER     writes configuration, state and logs to FOLDER
 #   scripts/dev/slurm_single_node.sh stop FOLDER
-#   export SLURM_CONF=FOLDER/slurm.conf           for sbatch, squeue, sinfo ... and the launcher
+#   export SLURM_CONF=FOLDER/slurm.conf           for sbatch, squeue, sinfo ... and selfcorrect launch
 set -euo pipefail
 what="${1:?start or stop}" folder="$(mkdir -p "${2:?a folder}" && cd "$2" && pwd)"
 export SLURM_CONF="$folder/slurm.conf"

@@ -37,13 +37,13 @@ def test_optimum_of_two_answers_by_hand():
         assert figures["objective"] < best.item()
 
 
-def test_reward_counts_targets_against_the_number_asked_for(problem):
+def test_reward_compares_target_tokens_with_the_prompt(problem):
     ids = problem.tokenizer(["a d b <eos>", "a b c a", "<eos>"])["input_ids"]
     assert ids[2] == [1]
     assert learning_problems.closeness(["two", "two", "four"], ids) == [1.0, 0.5, 0.0]
 
 
-def test_enumerated_answers_have_the_probabilities_of_sampling(problem):
+def test_enumerated_probabilities_match_the_model(problem):
     model = learning.AutoModelForCausalLM.from_pretrained(problem.policy)
     prompts = torch.tensor(problem.tokenizer(["one", "three"])["input_ids"])
     joint = learning_problems.log_probabilities(model, prompts, end=1, length=3)
@@ -65,7 +65,7 @@ def test_enumerated_answers_have_the_probabilities_of_sampling(problem):
     assert joint[0, at([1, 1, 1])].item() == pytest.approx(alone(0, [1]), abs=1e-5)
 
 
-def test_toy_runs_end_to_end(problem, tmp_path, monkeypatch):
+def test_toy_end_to_end(problem, tmp_path, monkeypatch):
     """Two steps of PPO and GRPO: all figures are there; the page keeps the words around them."""
     monkeypatch.setattr(learning, "EXACT_EVERY", 1)
     methods = ("PPO, separate critic", "GRPO, unscaled")

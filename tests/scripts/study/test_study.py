@@ -102,11 +102,11 @@ def test_one_rule_judges_every_number(number: Number, expected: int, word: str) 
      (-0.0031, "−.003"), (0.00001, ".00"), (1.0, "1.00"), (-1.256, "−1.26"), (0.996, "1.00"),
      (10.5, "10.50")],
 )  # fmt: skip
-def test_numbers_are_short_and_never_minus_zero(value: float, text: str) -> None:
+def test_numbers_have_two_decimals_and_no_minus_zero(value: float, text: str) -> None:
     assert compact(value) == text
 
 
-def test_a_mean_over_seeds_has_students_interval() -> None:
+def test_mean_over_seeds_has_students_interval() -> None:
     number = over([0.1, 0.2, 0.4])
     spread = stats.t.ppf(0.975, 2) * np.std([0.1, 0.2, 0.4], ddof=1) / np.sqrt(3)
     assert number.value == pytest.approx(0.7 / 3)
@@ -115,13 +115,13 @@ def test_a_mean_over_seeds_has_students_interval() -> None:
     assert over([0.2, 0.2]) == Number(0.2, None, None)
 
 
-def test_holm_corrects_over_all_numbers_judged() -> None:
+def test_holm_corrects_over_all_judged_numbers() -> None:
     one = Finding("a", "", {"m": Number(0.1, 0, 0, p_value=0.01), "n": Number(0, None, None)}, 1)
     two = Finding("b", "", {"m": Number(0.1, 0, 0, p_value=0.03)}, 1)
     assert adjusted([one, two]) == {("a", "m"): 0.02, ("b", "m"): 0.03}
 
 
-def test_numbers_are_those_of_the_statistics(results: Results) -> None:
+def test_numbers_match_statistics(results: Results) -> None:
     assert list(results.models) == ["nano", "small"] and results.seeds == [0, 1, 2]
     bias = results.at("small", 16, "bbq", "Q")
     cells = [
@@ -150,7 +150,7 @@ def test_numbers_are_those_of_the_statistics(results: Results) -> None:
     assert len(slope.seeds) == 3
 
 
-def test_what_was_planted_is_found_and_what_was_not_is_not(results: Results) -> None:
+def test_planted_effects_are_judged_and_no_others(results: Results) -> None:
     words = {finding.title: finding.words() for finding in findings(results)}
     assert words["The instruction works after RLHF (BBQ)"] == "appears"
     assert words["The instruction's effect grows with RLHF steps (BBQ)"] == "appears"
@@ -158,13 +158,13 @@ def test_what_was_planted_is_found_and_what_was_not_is_not(results: Results) -> 
                                   " (law school)"]  # fmt: skip
 
 
-def test_a_condition_that_was_not_asked_is_undefined(results: Results) -> None:
+def test_missing_condition_is_undefined(results: Results) -> None:
     assert results.mean("small", 16, "winogender", "Q+neutral") == Number(None, None, None)
     missing = results.between("small", 16, "winogender", "Q", "Q+neutral")
     assert (str(missing), missing.judged(1)) == ("undefined", "not shown")
 
 
-def test_the_page_is_made_of_the_runs_records(runs: Path, tmp_path: Path, results: Results) -> None:
+def test_page_is_written_from_the_records(runs: Path, tmp_path: Path, results: Results) -> None:
     (tmp_path / "discussion.md").write_text("Said *by hand*, {{ as it stands }}.\n")
     page.main([str(runs), "--docs", str(tmp_path)])
     written = (tmp_path / "index.md").read_text(encoding="utf-8")
@@ -183,9 +183,7 @@ def test_the_page_is_made_of_the_runs_records(runs: Path, tmp_path: Path, result
     assert (tmp_path / "index.md").read_text(encoding="utf-8") == again
 
 
-def test_without_a_finished_ladder_one_line_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unfinished_ladder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         page.main([str(tmp_path), "--docs", str(tmp_path)])
     assert caught.value.code == 2
@@ -193,7 +191,7 @@ def test_without_a_finished_ladder_one_line_says_so(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_ablation_stands_beside_its_reference_seed_by_seed(runs: Path) -> None:
+def test_ablations_are_compared_seed_by_seed(runs: Path) -> None:
     arms = arms_of(runs)
     assert list(arms) == ["society-ablation", "ablation-sft"]
     _, bbq, others = arm_tables(arms)

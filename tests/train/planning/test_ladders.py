@@ -1,4 +1,4 @@
-"""The shipped ladders: complete, planned, and with the plan's numbers in their comments."""
+"""The shipped ladders: complete, accepted by the libraries, and with current estimates."""
 
 import re
 import sys
@@ -16,25 +16,24 @@ LADDERS = [path for path in shipped_recipes() if options_of(path.read_text(encod
 PAPER_STEPS = [0, 50, *range(100, 1001, 100)]
 
 
-def test_every_ladder_is_there() -> None:
+def test_all_ladders_are_shipped() -> None:
     assert {path.stem for path in LADDERS} == {
         "pythia-full", "pythia-lora", "qwen25-full", "qwen25-lora", "olmo2-full", "olmo2-lora",
         "smollm2-full", "smollm2-lora", "smollm2-135m-cpu",
     }  # fmt: skip
-    # The quickstart is planned too, in test_plan, and the society's other recipes are like it; any
-    # other recipe needs the plan's comment.
+    # Only recipes on a society may lack the comment with the estimate.
     for path in set(shipped_recipes()) - set(LADDERS):
         assert load_recipe(str(path)).data.society is not None
 
 
 @pytest.mark.parametrize("path", LADDERS, ids=lambda path: path.stem)
-def test_a_header_says_what_the_plan_says(path: Path) -> None:
+def test_headers_are_current(path: Path) -> None:
     """After a change: python scripts/study/ladder_headers.py"""
     assert path.read_text(encoding="utf-8") == renewed(path)
 
 
 @pytest.mark.parametrize("path", LADDERS, ids=lambda path: path.stem)
-def test_a_ladder_is_known_offline_and_keeps_the_papers_steps(path: Path) -> None:
+def test_ladders_are_known_offline_and_keep_the_papers_steps(path: Path) -> None:
     recipe = load_recipe(str(path))
     for model in recipe.models:
         assert model.path in KNOWN_MODELS
@@ -44,7 +43,7 @@ def test_a_ladder_is_known_offline_and_keeps_the_papers_steps(path: Path) -> Non
 
 
 @pytest.mark.parametrize("path", LADDERS, ids=lambda path: path.stem)
-def test_the_libraries_take_a_ladders_settings(path: Path) -> None:
+def test_libraries_accept_ladder_settings(path: Path) -> None:
     from transformers import TrainingArguments  # noqa: F401  (its import first: it is slow)
     from trl import RewardConfig
 
@@ -65,7 +64,7 @@ def test_the_libraries_take_a_ladders_settings(path: Path) -> None:
             lora_config(section, lora, task)
 
 
-def test_ladders_go_as_far_as_they_say() -> None:
+def test_ladders_span_their_sizes() -> None:
     sizes = {path.stem: [m.path for m in load_recipe(str(path)).models] for path in LADDERS}
     assert sizes["pythia-lora"][0] == "EleutherAI/pythia-70m"
     assert sizes["pythia-lora"][-1] == "EleutherAI/pythia-12b"
@@ -75,36 +74,36 @@ def test_ladders_go_as_far_as_they_say() -> None:
     assert sizes["smollm2-full"][-1] == "HuggingFaceTB/SmolLM2-1.7B"
 
 
-SCALE = (ROOT / "docs/results/planning-accuracy.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/results/planning-accuracy.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", LADDERS, ids=lambda path: path.stem)
-def test_the_page_on_scale_has_a_ladders_hours_and_disk(path: Path) -> None:
+def test_page_has_each_ladders_hours_and_disk(path: Path) -> None:
     comment = path.read_text(encoding="utf-8")
     times = re.search(r"In all (.*?) one model after the other, (.*?) of one", comment)
     disk = re.search(r"disk (.*?) GB,", comment)
     assert times is not None and disk is not None
-    row = next(line for line in SCALE.splitlines() if line.startswith(f"| `{path.stem}` |"))
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{path.stem}` |"))
     assert row.endswith(f"| {times[1]} | {times[2]} | {disk[1]} |")
 
 
-def test_the_page_on_scale_has_the_papers_grid_as_it_is_planned(
+def test_page_has_the_papers_grid(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["paper_grid.py"])
     paper_grid.main()
     table = capsys.readouterr().out.rpartition("\n\n")[0]
     assert len(table.splitlines()) == 2 + 8 + 1
-    assert table in SCALE
+    assert table in PAGE
 
 
 @pytest.mark.parametrize("options", [[], ["--limit", "2000"], ["--conditions", "Q,Q+IF"]])
-def test_the_page_on_scale_says_what_evaluation_costs(
+def test_page_has_the_cost_of_evaluation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["paper_grid.py", *options])
     paper_grid.main()
-    table, _, said = capsys.readouterr().out.strip().rpartition("\n\n")
-    tokens = said.split()[0]
+    table, _, sentence = capsys.readouterr().out.strip().rpartition("\n\n")
+    tokens = sentence.split()[0]
     share = table.splitlines()[-2].split("|")[-3].strip()
-    assert f"| {tokens} | {share} |" in SCALE
+    assert f"| {tokens} | {share} |" in PAGE
