@@ -13,7 +13,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from selfcorrect.evaluate.callback import SelfCorrectionCallback
-from selfcorrect.train.distributed.worker import spare_the_compiler
+from selfcorrect.train.distributed.worker import skip_inference_kernel
 from tests.support.tiny_models import tiny_plan, tiny_tokenizer
 
 PROMPTS = [
@@ -26,7 +26,7 @@ def main() -> None:
     """Train for two updates, save the model, and write facts.json of this rank."""
     torch.set_num_threads(1)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        spare_the_compiler()
+        skip_inference_kernel()
     folder, mode = Path(sys.argv[1]), sys.argv[2]
     arguments = SFTConfig(
         output_dir=str(folder / "out"), max_steps=2, learning_rate=1e-2, logging_steps=1,
