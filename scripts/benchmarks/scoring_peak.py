@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from selfcorrect.evaluate.prompts.tokenized import Request, continuations
-from selfcorrect.evaluate.scoring.packed import PACK_TOKENS, PackedEngine
+from selfcorrect.evaluate.scoring.limits import PACK_TOKENS
+from selfcorrect.evaluate.scoring.packed import PackedEngine
 from selfcorrect.evaluate.scoring.token_trie import pack
 from selfcorrect.scripts.benchmarks.scoring import planned_requests
 from selfcorrect.scripts.commands.data_folder import default_data_dir

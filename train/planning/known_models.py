@@ -1,10 +1,9 @@
 """Shapes of the shipped ladders' models, so that their memory is estimated without the hub.
 
-Facts of each model's published config.json, https://huggingface.co/<name>/blob/main/config.json,
-looked up on 2026-11-23 and compared with the parameter counts their authors publish: Pythia's table
-of non-embedding parameters (Biderman et al. 2023, arXiv:2304.01373; EleutherAI/pythia),
-the Qwen2.5 model cards, the OLMo 2 and SmolLM2 model cards. tests/train/planning/test_plan.py holds
-both together.
+From each model's published config.json, https://huggingface.co/<name>/blob/main/config.json, read on
+2026-11-23. tests/train/planning/test_model_shape.py compares them with published parameter counts:
+Pythia's table of non-embedding parameters (Biderman et al. 2023, arXiv:2304.01373) and the model
+cards of Qwen2.5, OLMo 2 and SmolLM2.
 """
 
 from typing import Any
@@ -20,7 +19,7 @@ _GATED = (
     "tie_word_embeddings",
 )
 
-# hidden size, layers, heads, vocabulary; the MLP is four times as wide, embeddings are untied
+# hidden size, layers, heads, vocabulary; the MLP is four times as wide, embeddings are not tied
 _PYTHIA = {
     "EleutherAI/pythia-70m": (512, 6, 8, 50304),
     "EleutherAI/pythia-160m": (768, 12, 12, 50304),

@@ -1,4 +1,4 @@
-"""The benchmark of learning: its exact optimum, its enumeration, and one short run of it all."""
+"""The learning benchmark: its exact optimum, its enumeration, and a short run."""
 
 import json
 import math
