@@ -95,9 +95,9 @@ def test_sigkill_at_any_stage_resumes_bitwise(finished: Path, tmp_path: Path) ->
         Moment(f"{job}/ppo.work/checkpoint-8"),
         Moment("figures/effects.png"),
     ]
-    told, differing = drill(tmp_path / "runs", finished, plan, signal.SIGKILL)
+    kills, differing = drill(tmp_path / "runs", finished, plan, signal.SIGKILL)
     assert differing == []
-    assert [row[2] for row in told] == [
+    assert [row[2] for row in kills] == [
         *("base", "reward", "evaluation, checkpoint-0", "ppo", "report")
     ]
 
@@ -208,7 +208,7 @@ def test_ctrl_c_leaves_no_process_and_a_second_run_is_refused(tmp_path: Path) ->
         command(runs, *more), cwd=runs.parent
     )  # the same command beside it is refused, and disturbs nothing
     assert second.returncode == 2
-    assert re.search(r"seed-[01]: process \d+ on \S+, since .* is training here", second.stderr)
+    assert re.search(r"seed-[01]: process \d+ on \S+ \(since .*\) is training here", second.stderr)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, shown = process.communicate(timeout=SECONDS)

@@ -54,8 +54,9 @@ def test_equal_stages_are_copied_and_the_others_trained(
     commit = json.loads((source / "run.json").read_text())["commit"]
     names = [f"tiny/seed-0/{stage}" for stage in taken]
     assert facts["taken"] == [{"from": "small", "commit": commit, "stages": names}]
-    # The run trains to its end, and what is there is not taken twice.
-    assert (run / "tiny/seed-0/ppo/checkpoint-1/model.safetensors").is_file()
+    # The run trains to its end, and finished stages are not copied twice.
+    policy = run / "tiny/seed-0" / recipe.policy.method
+    assert (policy / "checkpoint-1/model.safetensors").is_file()
     assert copy_stages(recipe, run, source, reusable_stages(recipe, source)) == []
 
 
