@@ -1,7 +1,7 @@
 """Shapes of the shipped ladders' models, so that their memory is estimated without the hub.
 
-From each model's published config.json, https://huggingface.co/<name>/blob/main/config.json, read on
-2026-11-23. tests/train/planning/test_model_shape.py compares them with published parameter counts:
+From each model's published config.json (https://huggingface.co/<name>/blob/main/config.json, on
+2026-11-23). tests/train/planning/test_model_shape.py compares them with published parameter counts:
 Pythia's table of non-embedding parameters (Biderman et al. 2023, arXiv:2304.01373) and the model
 cards of Qwen2.5, OLMo 2 and SmolLM2.
 """
