@@ -1,4 +1,7 @@
-"""Damaged files are named or made anew, and odd input ends in one line; drills run all of it."""
+"""Damaged files are reported or recomputed, and odd input ends in one line.
+
+These are samples; the full drills are tests/drills/damage.py and fuzz.py.
+"""
 
 import hashlib
 import logging
@@ -19,7 +22,7 @@ from selfcorrect.scripts.commands import report as command
 from selfcorrect.train.run import prepare_run, train_run
 from tests.drills import damage, fuzz_files, fuzz_targets
 from tests.drills.damage_inputs import recipe_on, write_pairs
-from tests.drills.damage_readers import kinds
+from tests.drills.damage_readers import all_kinds
 from tests.drills.damage_run import adapter_run, small_run
 from tests.drills.fuzz import run_target
 
@@ -29,13 +32,13 @@ EXAMPLES = 15
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two finished runs, small and adapter, and small.work, which small had to resume from."""
+    """Train two small runs; small.work keeps the training states of the first."""
     runs = tmp_path_factory.mktemp("damage") / "runs"
     adapter_run(runs, small_run(runs))
     return runs
 
 
-def test_a_record_of_which_any_bit_changed_is_refused_or_says_the_same(tmp_path: Path) -> None:
+def test_flipped_bit_in_a_record_is_refused_or_harmless(tmp_path: Path) -> None:
     path, facts = tmp_path / "record.json", {"step": 12, "kl": 0.5, "note": "é\n"}
     write_record(path, facts)
     data = path.read_bytes()
@@ -54,15 +57,13 @@ def test_a_record_of_which_any_bit_changed_is_refused_or_says_the_same(tmp_path:
     assert read_record(path, "") == {"step": 1}  # of an older version
 
 
-def test_every_kind_of_file_damaged_is_named_made_anew_or_without_effect(
-    runs: Path, tmp_path: Path
-) -> None:
-    mine = shutil.copytree(runs, tmp_path / "runs")
+def test_damaged_files_of_every_kind_are_reported_or_recomputed(runs: Path, tmp_path: Path) -> None:
+    copies = shutil.copytree(runs, tmp_path / "runs")
     room = tmp_path / "room"
     room.mkdir()
-    run = mine / "small"
-    every = list(kinds(run, mine / "adapter", mine / "small.work", room))
-    roots = [run, mine / "adapter", mine / "small.work", room]
+    run = copies / "small"
+    every = list(all_kinds(run, copies / "adapter", copies / "small.work", room))
+    roots = [run, copies / "adapter", copies / "small.work", room]
 
     def sampled(kind, flips, chance, all_of=damage.mutations):
         return random.Random(kind.name).sample(list(all_of(kind, flips, chance)), MUTATIONS_A_KIND)
@@ -73,13 +74,13 @@ def test_every_kind_of_file_damaged_is_named_made_anew_or_without_effect(
         table = damage.drill(every, roots, 4, 1, failures.append)
     assert not failures
     assert len(table) > 80
-    states = [name for name in table if name.startswith("state to resume from")]
+    states = [name for name in table if name.startswith("training state")]
     assert len(states) >= 13
     assert all(table[name]["recomputed"] == MUTATIONS_A_KIND for name in states)
     assert table["checkpoint: model.safetensors"]["named"] == MUTATIONS_A_KIND
 
 
-def test_a_reader_that_takes_damage_in_silence_is_found_out(tmp_path: Path) -> None:
+def test_drill_detects_a_reader_that_accepts_damage(tmp_path: Path) -> None:
     path, other = tmp_path / "a.txt", tmp_path / "b.txt"
     path.write_text("right")
     other.write_text("wrong")
@@ -90,7 +91,7 @@ def test_a_reader_that_takes_damage_in_silence_is_found_out(tmp_path: Path) -> N
     assert len(failures) == table["silent"] + table["traceback"]
 
 
-def test_resumed_past_damage_a_run_ends_with_the_same_bytes(
+def test_run_resumed_past_damage_is_bitwise_equal(
     runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, run = runs / "small", tmp_path / "small"
@@ -105,9 +106,9 @@ def test_resumed_past_damage_a_run_ends_with_the_same_bytes(
     recipe = load_recipe(str(run / "recipe.yaml"))
     prepare_run(recipe, run)
     train_run(recipe, run, lambda *_: None)
-    said = "\n".join(caplog.messages)
+    messages = "\n".join(caplog.messages)
     for name in ("optimizer.safetensors", "checkpoint-2/model.safetensors", "templates.tsv"):
-        assert f"{name}: damaged or replaced" in said
+        assert f"{name}: damaged or replaced" in messages
     assert weights_and_cells(run) == weights_and_cells(whole)
 
 
@@ -122,7 +123,7 @@ def weights_and_cells(run: Path) -> dict[str, str]:
     return {name: digest for name, digest in digests(run).items() if name.endswith(names)}
 
 
-def test_a_damaged_table_of_results_is_made_anew(runs: Path, tmp_path: Path, monkeypatch, caplog):
+def test_damaged_results_are_recomputed(runs: Path, tmp_path: Path, monkeypatch, caplog):
     run = shutil.copytree(runs / "small", tmp_path / "small")
     from selfcorrect.evaluate.results import write_results
 
@@ -146,7 +147,7 @@ def test_a_damaged_table_of_results_is_made_anew(runs: Path, tmp_path: Path, mon
     assert drawn == [run]
 
 
-def test_changed_feedback_ends_the_run_and_a_changed_benchmark_is_said_once(
+def test_changed_feedback_ends_the_run_and_a_changed_benchmark_is_logged_once(
     runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pairs, run = tmp_path / "pairs.jsonl", tmp_path / "run"
@@ -167,7 +168,7 @@ def test_changed_feedback_ends_the_run_and_a_changed_benchmark_is_said_once(
         check_inputs(recipe, run, training=True)
 
 
-def test_files_that_are_not_as_published_are_said(
+def test_unpublished_benchmark_file_is_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(catalogue, "_warned", set())
@@ -213,7 +214,7 @@ def test_checksum_mark_of_earlier_versions_is_still_verified(tmp_path: Path) -> 
         read_record(path, "")
 
 
-def test_whatever_is_read_ends_in_success_or_one_line(
+def test_odd_input_ends_in_success_or_one_line(
     runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from transformers import AutoTokenizer
@@ -234,7 +235,7 @@ def test_whatever_is_read_ends_in_success_or_one_line(
     assert sum(counted["read"] for counted in counts.values()) > 100
 
 
-def test_a_reader_that_breaks_the_promise_is_found_out() -> None:
+def test_fuzzing_detects_a_reader_that_raises() -> None:
     from hypothesis import strategies as st
 
     with pytest.raises(ZeroDivisionError):
@@ -242,5 +243,5 @@ def test_a_reader_that_breaks_the_promise_is_found_out() -> None:
 
 
 @pytest.mark.parametrize("kind", [InputError, damage.RunFailure])
-def test_an_error_is_one_line_whatever_it_quotes(kind: type[Exception]) -> None:
+def test_error_message_is_one_line_whatever_it_quotes(kind: type[Exception]) -> None:
     assert str(kind("a:\n b\r\n\tc")) == "a: b c"

@@ -1,6 +1,6 @@
 """Full and read-only disks, too few file handles, too little memory: one line, nothing lost.
 
-The disks are small file systems in memory; where mounting is not permitted these tests skip.
+The disks are small file systems in memory; the tests skip if mounting is not permitted.
 """
 
 import errno
@@ -48,23 +48,23 @@ SMALLEST = [
 
 
 class Disk:
-    """A file system of its own, which can be filled to the last byte, or made read-only."""
+    """A separate file system, which can be filled to the last byte or made read-only."""
 
-    def __init__(self, place: Path, megabytes: int) -> None:
-        self.place = place
+    def __init__(self, path: Path, megabytes: int) -> None:
+        self.path = path
         options = f"size={megabytes}m"
         done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)],
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)],
             capture_output=True,
             text=True,
         )
         if done.returncode:
             pytest.skip(
-                f"NO FULL DISK WAS TRIED: mounting is not permitted ({done.stderr.strip()})"
+                f"no full disk was tested: mounting is not permitted ({done.stderr.strip()})"
             )
 
     def fill(self) -> None:
-        with (self.place / "ballast").open("wb", buffering=0) as handle:
+        with (self.path / "ballast").open("wb", buffering=0) as handle:
             for size in (2**20, 2**12, 1):
                 try:
                     while True:
@@ -73,24 +73,24 @@ class Disk:
                     assert error.errno == errno.ENOSPC
 
     def make_room(self) -> None:
-        (self.place / "ballast").unlink()
+        (self.path / "ballast").unlink()
 
     def remount(self, mode: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{mode}", str(self.place)], check=True)
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(self.path)], check=True)
 
 
 @pytest.fixture
 def disk() -> Iterator[Disk]:
-    place = Path(tempfile.mkdtemp(prefix="selfcorrect-disk-"))
+    path = Path(tempfile.mkdtemp(prefix="selfcorrect-disk-"))
     try:
-        yield Disk(place, 48)
+        yield Disk(path, 48)
     finally:
-        subprocess.run(["umount", "-l", str(place)], capture_output=True)
-        place.rmdir()
+        subprocess.run(["umount", "-l", str(path)], capture_output=True)
+        path.rmdir()
 
 
 def before(stage: str, whole: Path, run: Path) -> Path:
-    """A copy of the run as it stands before a stage."""
+    """Copy the run as it was before a stage."""
     shutil.copytree(whole, run)
     for later in STAGES[STAGES.index(stage) :]:
         shutil.rmtree(run / "tiny" / "seed-0" / later)
@@ -102,7 +102,7 @@ def train(recipe: Recipe, run: Path, notify: Callable[[str, int, int], None]) ->
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Digests of weights and evaluation files."""
+    """Return the checksums of weights and evaluation files."""
     return {
         str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
         for suffix in ("safetensors", "parquet")
@@ -117,7 +117,7 @@ def recipe() -> Recipe:
 
 @pytest.fixture(scope="module")
 def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on a disk with room."""
+    """Return a finished run on a disk with room."""
     run = tmp_path_factory.mktemp("limits") / "small"
     prepare_run(recipe, run)
     train(recipe, run, lambda *_: None)
@@ -125,7 +125,7 @@ def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exit_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """The command's exit code and its one line on stderr, below its progress."""
+    """Return the command's exit code and its one line on stderr, below its progress."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["selfcorrect", *arguments])
         main()
@@ -140,14 +140,14 @@ def exit_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[i
     ("stage", "step"),
     [("base", 2), ("reward", 999), ("ppo", 0), ("ppo", 1), ("ppo", 999)],
 )
-def test_a_disk_that_fills_up_is_one_line_and_with_room_the_run_goes_on_to_the_same_bytes(
+def test_full_disk_is_one_line_and_the_run_resumes_bitwise(
     recipe: Recipe, whole: Path, disk: Disk, stage: str, step: int
 ) -> None:
-    """Step 999 stands for a stage's last: what is written next is the stage's own folder."""
-    run = before(stage, whole, disk.place / "small")
+    """Step 999 means a stage's last step, after which the stage's folder is written."""
+    run = before(stage, whole, disk.path / "small")
 
     def fill_at(now: str, done: int, total: int) -> None:
-        if now == stage and done >= min(step, total) and not (disk.place / "ballast").exists():
+        if now == stage and done >= min(step, total) and not (disk.path / "ballast").exists():
             disk.fill()
 
     with pytest.raises(RunFailure, match="no space left on the disk; make room") as caught:
@@ -161,10 +161,10 @@ def test_a_disk_that_fills_up_is_one_line_and_with_room_the_run_goes_on_to_the_s
     assert contents(run) == contents(whole)
 
 
-def test_a_full_disk_while_measuring_or_reporting_leaves_what_was_there(
+def test_full_disk_while_measuring_or_reporting_keeps_existing_files(
     recipe: Recipe, whole: Path, disk: Disk, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = disk.place / "small"
+    run = disk.path / "small"
     shutil.copytree(whole, run)
     cells = list(run.rglob("*.parquet"))
     for path in cells:
@@ -186,12 +186,12 @@ def test_a_full_disk_while_measuring_or_reporting_leaves_what_was_there(
     assert not list(run.rglob("*.part"))
 
 
-def test_a_disk_that_fills_up_within_a_cell_keeps_the_parts_that_are_whole(
+def test_full_disk_within_a_cell_keeps_the_intact_parts(
     recipe: Recipe, whole: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("selfcorrect.evaluate.measuring.measure._SLICE_ITEMS", 4)
     monkeypatch.setattr("selfcorrect.evaluate.measuring.measure._PART_ITEMS", 4)
-    run = shutil.copytree(whole, disk.place / "small")
+    run = shutil.copytree(whole, disk.path / "small")
     folder = run / "tiny" / "seed-0" / "ppo" / "checkpoint-2"
     (cell,) = (folder / "evaluation").glob("*.parquet")
     expected, _ = read_cell(cell)
@@ -214,16 +214,16 @@ def test_a_disk_that_fills_up_within_a_cell_keeps_the_parts_that_are_whole(
     assert not cell.exists()
     disk.make_room()
     score(lambda name, done, total: seen.append(done))
-    assert seen[0] == 8  # it goes on where the disk was full
+    assert seen[0] == 8  # resumed where the disk was full
     pd.testing.assert_frame_equal(read_cell(cell)[0], expected)
 
 
-def test_a_full_disk_while_fetching_keeps_no_wrong_file_and_goes_on_with_room(
+def test_full_disk_while_fetching_leaves_no_file_and_resumes(
     disk: Disk,
     serve: Callable[..., Server],
 ) -> None:
     server = serve(lambda _, handler: send_rest(handler, TEXT))
-    path = disk.place / "data" / "file.txt"
+    path = disk.path / "data" / "file.txt"
     path.parent.mkdir()
     disk.fill()
     with pytest.raises(OSError, match="No space left") as caught:
@@ -235,22 +235,22 @@ def test_a_full_disk_while_fetching_keeps_no_wrong_file_and_goes_on_with_room(
     assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
 
 
-def test_a_read_only_run_is_shown_when_finished_and_otherwise_refused_in_one_line(
+def test_read_only_run_is_shown_if_finished_else_refused(
     recipe: Recipe, whole: Path, disk: Disk, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = disk.place / "small"
+    run = disk.path / "small"
     shutil.copytree(whole, run)
     write_report(run, num_resamples=20)
-    (run / "tiny" / "seed-0" / "ppo" / "stage.json").rename(disk.place / "aside")
+    (run / "tiny" / "seed-0" / "ppo" / "stage.json").rename(disk.path / "aside")
     before = contents(run)
     disk.remount("ro")
-    asked = ["run", "quickstart", *SMALLEST, "--runs-dir", str(disk.place)]
+    asked = ["run", "quickstart", *SMALLEST, "--runs-dir", str(disk.path)]
     code, shown = exit_of(asked, capsys)
     assert code == 1 and "the file system is read-only; mount it for writing" in shown
     code, shown = exit_of(["report", str(run)], capsys)
     assert code == 1 and "the file system is read-only" in shown
     disk.remount("rw")
-    (disk.place / "aside").rename(run / "tiny" / "seed-0" / "ppo" / "stage.json")
+    (disk.path / "aside").rename(run / "tiny" / "seed-0" / "ppo" / "stage.json")
     disk.remount("ro")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["selfcorrect", *asked])
@@ -261,7 +261,7 @@ def test_a_read_only_run_is_shown_when_finished_and_otherwise_refused_in_one_lin
     assert contents(run) == before
 
 
-def test_too_few_file_handles_are_one_line_and_with_more_the_run_goes_on(
+def test_too_few_file_handles_are_one_line_and_the_run_resumes(
     recipe: Recipe, whole: Path, tmp_path: Path
 ) -> None:
     run = before("reward", whole, tmp_path / "small")
@@ -282,8 +282,8 @@ def test_too_few_file_handles_are_one_line_and_with_more_the_run_goes_on(
     assert contents(run) == contents(whole)
 
 
-def test_a_memory_limit_is_one_line(tmp_path: Path) -> None:
-    """A model of 3 GB in a process that may have half a GB more than it has now."""
+def test_memory_limit_is_one_line(tmp_path: Path) -> None:
+    """Train a model of 3 GB in a process that may allocate half a GB more."""
     large = "{model_type: llama, hidden_size: 8192, intermediate_size: 32768, " \
         "num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2}"  # fmt: skip
     model = f"models=[{{name: tiny, scratch: {large}}}]"
@@ -294,7 +294,7 @@ def test_a_memory_limit_is_one_line(tmp_path: Path) -> None:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limit = pages * resource.getpagesize() + 2**29
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            with (tmp_path / "said").open("w") as sys.stderr:
+            with (tmp_path / "stderr").open("w") as sys.stderr:
                 arguments = ["run", "quickstart", *SMALLEST, model, "--runs-dir", str(tmp_path)]
                 sys.argv = ["selfcorrect", *arguments]
                 main()
@@ -303,15 +303,13 @@ def test_a_memory_limit_is_one_line(tmp_path: Path) -> None:
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)
-    *progress, line = (tmp_path / "said").read_text().splitlines()
+    *progress, line = (tmp_path / "stderr").read_text().splitlines()
     assert os.waitstatus_to_exitcode(status) == 1, line
     assert "not enough memory; lower launch.jobs" in line
     assert all(one.startswith("tiny seed 0: ") for one in progress)
 
 
-def test_a_child_that_is_killed_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_child_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfcorrect.train.run._child", die)
     recipe = load_recipe("quickstart", [*SMALLEST, "seeds=[0, 1]", "launch.jobs=2"])
     with pytest.raises(RunFailure, match=r"was killed \(out of memory\?\); .* lower launch"):
@@ -323,7 +321,7 @@ def test_a_child_that_is_killed_is_one_line(
     [lambda: torch.empty(2**50, dtype=torch.uint8), lambda: bytearray(2**60)],
     ids=["torch", "python"],
 )
-def test_memory_that_cannot_be_had_is_one_line(tmp_path: Path, fails: Callable) -> None:
+def test_failed_allocation_is_one_line(tmp_path: Path, fails: Callable) -> None:
     with (
         pytest.raises(RunFailure, match="not enough memory; lower launch"),
         explain_machine_faults(tmp_path),
