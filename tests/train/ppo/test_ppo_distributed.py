@@ -1,4 +1,4 @@
-"""Sums over two real processes (gloo); whole trainings are in test_ppo_engines.py."""
+"""Sums over two real processes (gloo); complete trainings are in test_ppo_engines.py."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 WHITEN = """
 import json, sys, torch, torch.distributed as dist
@@ -21,31 +21,32 @@ def reduce(sums):
     dist.all_reduce(sums)
     return sums
 half = slice(3 * rank, 3 * rank + 3)
-mine = whiten(x[half], mask[half], reduce)
-gap = (mine - whiten(x, mask)[half]).abs().max().item()
-whole = explained_variance(x * 0.9, x, mask)
-both = explained_variance(x[half] * 0.9, x[half], mask[half], reduce)
-json.dump({"gap": gap, "whole": whole, "both": both}, open(f"{sys.argv[1]}/{rank}.json", "w"))
+whitened = whiten(x[half], mask[half], reduce)
+gap = (whitened - whiten(x, mask)[half]).abs().max().item()
+single = explained_variance(x * 0.9, x, mask)
+reduced = explained_variance(x[half] * 0.9, x[half], mask[half], reduce)
+facts = {"gap": gap, "single": single, "reduced": reduced}
+json.dump(facts, open(f"{sys.argv[1]}/{rank}.json", "w"))
 dist.barrier()
 dist.destroy_process_group()  # gloo's threads may abort a process that ends without
 """
 
 
-def in_two_processes(folder: Path, code: str, *arguments: str) -> list[dict]:
+def run_in_two_processes(folder: Path, code: str) -> list[dict]:
     script = folder / "worker.py"
     script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += [str(script), str(folder), *arguments]
+    command += [str(script), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CI": "1"}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=environment, check=False
+        command, capture_output=True, text=True, timeout=900, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_whitening_over_two_processes_is_whitening_of_the_whole_batch(tmp_path: Path) -> None:
-    for facts in in_two_processes(tmp_path, WHITEN):
+def test_whitening_in_two_processes_equals_whitening_the_complete_batch(tmp_path: Path) -> None:
+    for facts in run_in_two_processes(tmp_path, WHITEN):
         assert facts["gap"] < 1e-5
-        assert facts["both"] == pytest.approx(facts["whole"], abs=1e-6)
+        assert facts["reduced"] == pytest.approx(facts["single"], abs=1e-6)

@@ -1,4 +1,4 @@
-"""What a run logs, through the Trainer's `report_to`, against figures worked out row by row."""
+"""Metrics that a run logs through `report_to`, against numbers computed row by row."""
 
 import copy
 import json
@@ -7,21 +7,22 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from selfcorrect.train.ppo.timing import PhaseClock
+from selfcorrect.train.ppo import timing
+from selfcorrect.train.ppo.timing import PhaseTimer
 from tests.support import ROOT
-from tests.train.ppo.test_ppo_trainer import (  # noqa: F401  (home and quiet are fixtures)
-    Rollouts,
-    home,
+from tests.support.ppo_models import (
+    END,
+    RecordingReward,
     make_tokenizer,
     make_trainer,
-    quiet,
+    target_share,
 )
 
 STEPS, EPOCHS, ROWS = 3, 2, 8
@@ -31,90 +32,83 @@ SETTINGS = {
     "missing_eos_penalty": 0.4, "score_shift": 0.1, "score_scale": 0.5, "beta": 0.2,
     "kl_target": 0.5, "kl_horizon": 50, "lr_scheduler_type": "constant",
 }  # fmt: skip
-NAMES = {
+METRICS = {
     "objective/score", "objective/score_std", "objective/rlhf_reward", "objective/kl",
-    "objective/kl_coef", "entropy", "clip_ratio/region_mean", "value/clip_fraction", "value/loss",
-    "value/explained_variance", "completions/mean_length", "completions/min_length",
+    "objective/kl_coef", "entropy", "clip_ratio/region_mean", "clip_ratio/low_mean",
+    "clip_ratio/high_mean", "clip_ratio/low_min", "clip_ratio/high_max", "value/clip_fraction",
+    "value/loss", "value/explained_variance", "completions/mean_length", "completions/min_length",
     "completions/max_length", "completions/ended_by_eos", "num_tokens", "episodes", "ppo_step",
 }  # fmt: skip
 TIMES = {"time/generate", "time/score", "time/train", "tokens_per_second"}
 
 
+def skip_without(package: str) -> None:
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed, so logging to it is not tested")
+
+
 class Snapshots(TrainerCallback):
-    """Weights of policy and head before the first update and after each; seconds in between."""
+    """Weights of policy and head before the first update and after each."""
 
-    def __init__(self):
-        self.trainer, self.taken, self.seconds = None, [], 0.0
+    def __init__(self) -> None:
+        self.trainer, self.weights = None, []
 
-    def take(self):
-        trainer = self.trainer
-        self.seconds += time.perf_counter() - self.left if self.taken else 0.0
-        weights = {
-            k: v for k, v in trainer.language_model.state_dict().items() if "critic" not in k
-        }
-        self.taken.append(copy.deepcopy((weights, trainer.critic.head.state_dict())))
-        self.left = time.perf_counter()
+    def on_train_begin(self, args, state, control, **_):
+        policy = self.trainer.language_model.state_dict()
+        policy = {name: tensor for name, tensor in policy.items() if "critic" not in name}
+        self.weights.append(copy.deepcopy((policy, self.trainer.critic.head.state_dict())))
 
-    def on_train_begin(self, args, state, control, **unused):
-        self.take()
-
-    def on_step_end(self, args, state, control, **unused):
-        self.take()
+    on_step_end = on_train_begin
 
 
 @pytest.fixture(scope="module")
-def run(home, tmp_path_factory):  # noqa: F811
+def run(models, tmp_path_factory):
     """A run of three PPO steps: its trainer, rollouts, snapshots and folder."""
-    if not _installed("tensorboard"):
-        pytest.skip("tensorboard is not installed: nothing is known of report_to; pip install it")
+    skip_without("tensorboard")
     folder = tmp_path_factory.mktemp("logged")
-    rollouts, snapshots = Rollouts(), Snapshots()
-    trainer = make_trainer(
-        home, folder, reward=rollouts, callbacks=[snapshots], report_to=["tensorboard"], **SETTINGS
+    reward, snapshots = RecordingReward(), Snapshots()
+    trainer = snapshots.trainer = make_trainer(
+        models, folder, reward=reward, callbacks=[snapshots], report_to=["tensorboard"], **SETTINGS
     )
     torch.nn.init.normal_(trainer.critic.head.weight, std=0.2)
-    snapshots.trainer = trainer
     trainer.train()
-    return trainer, rollouts, snapshots, folder
+    return trainer, reward, snapshots, folder
 
 
-def _installed(name: str) -> bool:
-    return find_spec(name) is not None
-
-
-def events(folder) -> dict[str, dict[int, float]]:
-    """Scalars of the event files below a folder: name, optimizer update, value."""
+def read_events(folder) -> dict[str, dict[int, float]]:
+    """Return the scalars of the event files below a folder: name, optimizer update, value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found: dict[str, dict[int, float]] = {}
+    scalars: dict[str, dict[int, float]] = {}
     for path in folder.rglob("events.out.tfevents*"):
         file = EventAccumulator(str(path.parent)).Reload()
         for tag in file.Tags()["scalars"]:
-            found[tag] = {event.step: event.value for event in file.Scalars(tag)}
-    return found
+            scalars[tag] = {event.step: event.value for event in file.Scalars(tag)}
+    return scalars
 
 
-def evaluate(home, weights, head, prompt, completion):  # noqa: F811
-    """Log-probabilities, entropies and values of one row without padding."""
-    model = AutoModelForCausalLM.from_pretrained(home / "base")
+def evaluate(models, weights, head, prompt, completion):
+    """Return log-probabilities, entropies and values of one row without padding."""
+    model = AutoModelForCausalLM.from_pretrained(models / "base")
     model.load_state_dict(weights)
     with torch.no_grad():
-        out = model(torch.tensor([prompt + completion]), output_hidden_states=True)
-        every = out.logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        chosen = every.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
-        hidden = out.hidden_states[-1][0, len(prompt) - 1 : -1]
+        output = model(torch.tensor([prompt + completion]), output_hidden_states=True)
+        distribution = output.logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        log_probs = distribution.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
+        hidden = output.hidden_states[-1][0, len(prompt) - 1 : -1]
         values = hidden @ head["weight"][0] + head["bias"]
-    return chosen.tolist(), (-(every.exp() * every).sum(-1)).tolist(), values.tolist()
+    entropies = -(distribution.exp() * distribution).sum(-1)
+    return log_probs.tolist(), entropies.tolist(), values.tolist()
 
 
-def by_hand(home, taken, step, rollout, coefficient, args):  # noqa: F811
-    """The figures of one PPO step, from weights before and after its first update."""
+def expected_metrics(models, snapshots, step, rollout, coefficient, args):
+    """Return the metrics of one PPO step, from weights before and after its first update."""
     tokenizer, (prompts, completions, scores) = make_tokenizer(), rollout
     rendered = [f"Human: {prompt[0]['content']} Assistant:" for prompt in prompts]
     rows = list(zip(tokenizer(rendered)["input_ids"], completions, strict=True))
-    first = [evaluate(home, *taken[EPOCHS * step], *row) for row in rows]
-    second = [evaluate(home, *taken[EPOCHS * step + 1], *row) for row in rows]
-    reference = [evaluate(home, *taken[0], *row)[0] for row in rows]
+    first = [evaluate(models, *snapshots[EPOCHS * step], *row) for row in rows]
+    second = [evaluate(models, *snapshots[EPOCHS * step + 1], *row) for row in rows]
+    reference = [evaluate(models, *snapshots[0], *row)[0] for row in rows]
     kl, total, advantages, targets = [], [], [], []
     for (old, _, values), ref, completion, score in zip(
         first, reference, completions, scores, strict=True
@@ -122,32 +116,38 @@ def by_hand(home, taken, step, rollout, coefficient, args):  # noqa: F811
         kl.append(sum(a - b for a, b in zip(old, ref, strict=True)))
         rewards = [-coefficient * (a - b) for a, b in zip(old, ref, strict=True)]
         rewards[-1] += (score - args.score_shift) / args.score_scale
-        rewards[-1] -= 0.0 if completion[-1] == 1 else args.missing_eos_penalty
+        rewards[-1] -= 0.0 if completion[-1] == END else args.missing_eos_penalty
         total.append(sum(rewards))
-        running, following = 0.0, 0.0
-        of_row = []
+        running, next_value = 0.0, 0.0
+        row_advantages = []
         for reward, value in zip(rewards[::-1], values[::-1], strict=True):
-            running = reward + following - value + args.lam * running
-            following = value
-            of_row.insert(0, running)
-        advantages += of_row
-        targets += [a + v for a, v in zip(of_row, values, strict=True)]
+            running = reward + next_value - value + args.lam * running
+            next_value = value
+            row_advantages.insert(0, running)
+        advantages += row_advantages
+        targets += [a + v for a, v in zip(row_advantages, values, strict=True)]
     old, entropy, old_values = ([x for row in first for x in row[i]] for i in range(3))
     new, new_entropy, values = ([x for row in second for x in row[i]] for i in range(3))
     mean, deviation = statistics.fmean(advantages), statistics.pstdev(advantages)
     whitened = [(a - mean) / deviation for a in advantages]
     ratios = [math.exp(a - b) for a, b in zip(new, old, strict=True)]
-    clipped = [
-        (r < 0.8 and a < 0) or (r > 1.2 and a > 0) for r, a in zip(ratios, whitened, strict=True)
-    ]
+    low = [r < 0.8 and a < 0 for r, a in zip(ratios, whitened, strict=True)]
+    high = [r > 1.2 and a > 0 for r, a in zip(ratios, whitened, strict=True)]
     errors, value_clipped = [], []
-    for value, was, target in zip(values, old_values, targets, strict=True):
-        near = min(max(value, was - 0.2), was + 0.2)
+    for value, old_value, target in zip(values, old_values, targets, strict=True):
+        near = min(max(value, old_value - 0.2), old_value + 0.2)
         errors.append(max((value - target) ** 2, (near - target) ** 2) / 2)
         value_clipped.append((near - target) ** 2 > (value - target) ** 2)
-    before = [(v - t) ** 2 / 2 for v, t in zip(old_values, targets, strict=True)]
+    first_errors = [(v - t) ** 2 / 2 for v, t in zip(old_values, targets, strict=True)]
     residuals = [t - v for v, t in zip(old_values, targets, strict=True)]
     lengths = [len(completion) for completion in completions]
+
+    def row_means(clipped):
+        ends = [sum(lengths[: i + 1]) for i in range(ROWS)]
+        return [
+            statistics.fmean(clipped[end - n : end]) for end, n in zip(ends, lengths, strict=True)
+        ]
+
     return {
         "objective/score": statistics.fmean(scores),
         "objective/score_std": statistics.pstdev(scores),
@@ -155,125 +155,149 @@ def by_hand(home, taken, step, rollout, coefficient, args):  # noqa: F811
         "objective/kl": statistics.fmean(kl),
         "objective/kl_coef": coefficient,
         "entropy": (statistics.fmean(entropy) + statistics.fmean(new_entropy)) / 2,
-        "clip_ratio/region_mean": statistics.fmean(clipped) / 2,  # the first ratios are all 1
+        # The first update's ratios are all 1, so nothing is clipped in it.
+        "clip_ratio/low_mean": statistics.fmean(low) / 2,
+        "clip_ratio/high_mean": statistics.fmean(high) / 2,
+        "clip_ratio/region_mean": statistics.fmean(a or b for a, b in zip(low, high, strict=True))
+        / 2,
+        "clip_ratio/low_min": min(row_means(low)) / 2,
+        "clip_ratio/high_max": max(row_means(high)) / 2,
         "value/clip_fraction": statistics.fmean(value_clipped) / 2,
-        "value/loss": (statistics.fmean(before) + statistics.fmean(errors)) / 2,
+        "value/loss": (statistics.fmean(first_errors) + statistics.fmean(errors)) / 2,
         "value/explained_variance": 1
         - statistics.pvariance(residuals) / statistics.pvariance(targets),
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
-        "completions/ended_by_eos": statistics.fmean(c[-1] == 1 for c in completions),
+        "completions/ended_by_eos": statistics.fmean(c[-1] == END for c in completions),
         "num_tokens": sum(lengths) + sum(len(prompt) for prompt, _ in rows),
         "episodes": ROWS * (step + 1),
         "ppo_step": step + 1,
     }
 
 
-def test_tensorboard_has_every_figure_as_worked_out_by_hand(run, home):  # noqa: F811
-    trainer, rollouts, snapshots, folder = run
-    logged = events(folder)
-    coefficient, tokens, clips, moved = 0.2, 0, 0.0, 0.0
+def test_tensorboard_has_every_metric_as_computed_by_row(run, models):
+    trainer, reward, snapshots, folder = run
+    events = read_events(folder)
+    coefficient, tokens, clipped, moved = 0.2, 0, 0.0, 0.0
     for step in range(STEPS):
-        figures = by_hand(
-            home, snapshots.taken, step, rollouts.seen[step], coefficient, trainer.args
+        expected = expected_metrics(
+            models, snapshots.weights, step, reward.calls[step], coefficient, trainer.args
         )
-        tokens = figures["num_tokens"] = figures["num_tokens"] + tokens
-        assert figures.keys() == NAMES
-        found = {name: logged[f"train/{name}"][EPOCHS * (step + 1)] for name in NAMES}
-        assert found == pytest.approx(figures, rel=1e-3, abs=2e-4)
-        error = min(max(figures["objective/kl"] / 0.5 - 1, -0.2), 0.2)
+        tokens = expected["num_tokens"] = expected["num_tokens"] + tokens
+        assert expected.keys() == METRICS
+        logged = {name: events[f"train/{name}"][EPOCHS * (step + 1)] for name in METRICS}
+        assert logged == pytest.approx(expected, rel=1e-3, abs=2e-4)
+        error = min(max(expected["objective/kl"] / 0.5 - 1, -0.2), 0.2)
         coefficient *= 1 + error * ROWS / 50
-        clips, moved = clips + found["clip_ratio/region_mean"], moved + found["objective/kl"]
-    assert clips > 0 and moved > 0.01, "nothing happened that a wrong figure could miss"
+        clipped, moved = clipped + logged["clip_ratio/high_max"], moved + logged["objective/kl"]
+    assert clipped > 0 and moved > 0.01, "nothing happened that a wrong metric could miss"
+    assert tokens == trainer.tokens
 
 
-def test_times_and_tokens_a_second_add_up_to_the_run(run):
-    trainer, _, snapshots, folder = run
-    logged = events(folder)
-    assert {f"train/{name}" for name in TIMES} <= logged.keys()
-    phases = [logged[f"train/time/{phase}"] for phase in ("generate", "score", "train")]
-    assert all(seconds > 0 for phase in phases for seconds in phase.values())
-    spent = {update: sum(phase[update] for phase in phases) for update in phases[0]}
-    assert 0.7 * snapshots.seconds < sum(spent.values()) < snapshots.seconds
-    before = 0.0
-    for update, rate in logged["train/tokens_per_second"].items():
-        tokens = logged["train/num_tokens"][update]
-        assert rate == pytest.approx((tokens - before) / spent[update], rel=1e-3)
-        before = tokens
-    assert before == trainer.tokens
+# ---- times -------------------------------------------------------------------------------------
 
 
-def test_a_phase_within_a_phase_is_timed_once(monkeypatch):
-    now = iter([0.0, 1.0, 4.0, 10.0, 20.0, 25.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    clock = PhaseClock()
-    with clock.phase("score"), clock.phase("generate"):
-        pass
-    clock.on_pre_optimizer_step(None, None, None)
-    clock.on_optimizer_step(None, None, None)
-    assert clock.tokens_per_second(60) == pytest.approx(60 / 15)
-    assert clock.tokens_per_second(60) is None
-    assert clock.since_last_log() == {"generate": 3.0, "score": 7.0, "train": 5.0}
-    assert clock.since_last_log() == {"generate": 0.0, "score": 0.0, "train": 0.0}
+class Clock:
+    """Stands still until told to advance."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def delay(self, seconds, function):
+        """Return the function, which then takes `seconds` on this clock."""
+
+        def delayed(*args, **kwargs):
+            self.now += seconds
+            return function(*args, **kwargs)
+
+        return delayed
 
 
-def test_a_rate_is_logged_where_a_ppo_step_is_finished(home, tmp_path):  # noqa: F811
-    trainer = make_trainer(home, tmp_path, max_steps=8)  # 4 updates a PPO step, all logged
+def test_times_of_each_phase_and_tokens_per_second(models, tmp_path, monkeypatch):
+    """A step generates (7 s), scores (5 s), and makes 4 updates (loss 2 s, optimizer 3 s)."""
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    reward = clock.delay(5, target_share)
+    trainer = make_trainer(models, tmp_path, reward=reward, max_steps=8)
+    trainer._generate_single_turn = clock.delay(7, trainer._generate_single_turn)
+    trainer._compute_loss = clock.delay(2, trainer._compute_loss)
+    trainer.create_optimizer()
+    trainer.optimizer.step = clock.delay(3, trainer.optimizer.step)
     trainer.train()
-    rates = [entry.get("tokens_per_second") for entry in trainer.state.log_history[:8]]
+    log = [entry for entry in trainer.state.log_history if "ppo_step" in entry]
+    for phase, seconds in {
+        "generate": [7, 0, 0, 0],
+        "score": [5, 0, 0, 0],
+        "train": [5] * 4,
+    }.items():
+        assert [entry[f"time/{phase}"] for entry in log] == seconds * 2, phase
+    tokens = [entry.get("num_tokens") for entry in log]
+    rates = [entry.get("tokens_per_second") for entry in log]
     assert [rate is not None for rate in rates] == [False, False, False, True] * 2
+    assert rates[3] == tokens[0] / 32 and rates[7] == (tokens[4] - tokens[0]) / 32
 
 
-def test_wandb_offline_has_the_figures(home, tmp_path, monkeypatch):  # noqa: F811
-    if not _installed("wandb"):
-        pytest.skip("wandb is not installed, so no run was seen logging to it")
+def test_phase_inside_a_phase_is_counted_once(monkeypatch):
+    now = iter([0.0, 1.0, 4.0, 10.0, 20.0, 25.0])
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    timer = PhaseTimer()
+    with timer.phase("score"), timer.phase("generate"):
+        pass
+    timer.on_pre_optimizer_step(None, None, None)
+    timer.on_optimizer_step(None, None, None)
+    assert timer.tokens_per_second(60) == pytest.approx(60 / 15)
+    assert timer.tokens_per_second(60) is None
+    assert timer.since_last_log() == {"generate": 3.0, "score": 7.0, "train": 5.0}
+    assert timer.since_last_log() == {"generate": 0.0, "score": 0.0, "train": 0.0}
+
+
+# ---- other services ----------------------------------------------------------------------------
+
+
+def test_wandb_offline_has_the_metrics(models, tmp_path, monkeypatch):
+    skip_without("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     import wandb
 
-    trainer = make_trainer(home, tmp_path / "out", report_to=["wandb"], **SETTINGS)
+    trainer = make_trainer(models, tmp_path / "out", report_to=["wandb"], **SETTINGS)
     trainer.train()
     summary = dict(wandb.run.summary)
     wandb.finish()
     last = trainer.state.log_history[-2]
-    for name in NAMES | TIMES:
+    for name in METRICS | TIMES:
         assert summary[f"train/{name}"] == pytest.approx(last[name]), name
     assert list(tmp_path.rglob("*.wandb"))
 
 
-TRACKIO = """
+TRACKIO = f"""
 import json, sys
-sys.path[:0] = [sys.argv[1]]
-import tests.train.ppo.test_ppo_logging as t
-import tests.train.ppo.test_ppo_trainer as own
 from pathlib import Path
 from trackio.sqlite_storage import SQLiteStorage
-home, folder = Path(sys.argv[2]), Path(sys.argv[3])
-trainer = own.make_trainer(home, folder / "out", report_to=["trackio"], run_name="seen",
-                           project="tiny", **t.SETTINGS)
+from tests.support.ppo_models import make_trainer
+models, folder = Path(sys.argv[1]), Path(sys.argv[2])
+trainer = make_trainer(models, folder / "out", report_to=["trackio"], run_name="logged",
+                       project="tiny", **{SETTINGS})
 trainer.train()
-history = SQLiteStorage.get_logs("tiny", "seen")
-(folder / "seen.json").write_text(json.dumps([trainer.state.log_history[-2], history]))
+history = SQLiteStorage.get_logs("tiny", "logged")
+(folder / "logged.json").write_text(json.dumps([trainer.state.log_history[-2], history]))
 """
 
 
-def test_trackio_has_the_figures(home, tmp_path):  # noqa: F811
-    if not _installed("trackio"):
-        pytest.skip("trackio is not installed, so no run was seen logging to it")
-    script = tmp_path / "seen.py"
-    script.write_text(TRACKIO)
-    arguments = [str(ROOT), str(home), str(tmp_path)]
-    # Read when it is imported, so only a process of its own keeps it out of the user's cache.
+@pytest.mark.timeout(1000)
+def test_trackio_has_the_metrics(models, tmp_path):
+    """In a process of its own: trackio reads its folder's name once, on import."""
+    skip_without("trackio")
     environment = {
-        **os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": ":".join(sys.path),
+        **os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": str(ROOT),
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True,
-        timeout=200, check=False,
+        [sys.executable, "-c", TRACKIO, str(models), str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    last, history = json.loads((tmp_path / "seen.json").read_text())
-    kept = [entry for entry in history if "train/ppo_step" in entry][-1]
-    for name in NAMES | TIMES:
-        assert kept[f"train/{name}"] == pytest.approx(last[name]), name
+    last, history = json.loads((tmp_path / "logged.json").read_text())
+    logged = [entry for entry in history if "train/ppo_step" in entry][-1]
+    for name in METRICS | TIMES:
+        assert logged[f"train/{name}"] == pytest.approx(last[name]), name

@@ -1,4 +1,4 @@
-"""The arithmetic of PPO against numbers worked out by hand and against slow loops."""
+"""The arithmetic of PPO against numbers computed by hand and against slow loops."""
 
 import math
 import random
@@ -22,12 +22,12 @@ def ragged(seed: int, rows: int = 6, width: int = 7) -> tuple[torch.Tensor, ...]
 def slow_advantages(rewards, values, gamma, lam):
     """One row without padding: the sum of discounted errors, as the paper writes it."""
     steps = len(rewards)
-    following = [*values[1:], 0.0]
-    errors = [rewards[t] + gamma * following[t] - values[t] for t in range(steps)]
+    next_values = [*values[1:], 0.0]
+    errors = [rewards[t] + gamma * next_values[t] - values[t] for t in range(steps)]
     return [sum((gamma * lam) ** k * errors[t + k] for k in range(steps - t)) for t in range(steps)]
 
 
-def test_advantages_of_one_row_worked_out_by_hand():
+def test_advantages_of_one_row_by_hand():
     # gamma 0.5, lambda 0.5; errors: 1 + .5*4 - 2 = 1; 0 + .5*6 - 4 = -1; 2 + 0 - 6 = -4.
     # Advantages from the end: -4; -1 + .25*-4 = -2; 1 + .25*-2 = 0.5. Returns add the values.
     rewards = torch.tensor([[1.0, 0.0, 2.0, 9.0]])
@@ -40,7 +40,7 @@ def test_advantages_of_one_row_worked_out_by_hand():
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.99, 0.0)])
-def test_advantages_of_ragged_rows_are_those_of_each_row_alone(seed, gamma, lam):
+def test_advantages_of_ragged_rows_equal_those_of_each_row_alone(seed, gamma, lam):
     rewards, values, mask = ragged(seed)
     advantages, targets = losses.advantages_and_returns(rewards, values, mask, gamma, lam)
     for row in range(len(mask)):
@@ -53,7 +53,7 @@ def test_advantages_of_ragged_rows_are_those_of_each_row_alone(seed, gamma, lam)
         assert not advantages[row, n:].any() and not targets[row, n:].any()
 
 
-def test_advantages_pass_over_tokens_that_the_policy_did_not_sample():
+def test_advantages_skip_tokens_that_the_policy_did_not_sample():
     rewards, values, _ = ragged(3, rows=1, width=5)
     mask = torch.tensor([[1.0, 0.0, 1.0, 0.0, 1.0]])
     advantages, _ = losses.advantages_and_returns(rewards * mask, values, mask, 0.9, 0.8)
@@ -62,11 +62,11 @@ def test_advantages_pass_over_tokens_that_the_policy_did_not_sample():
     assert advantages[0, kept].tolist() == pytest.approx(slow, abs=1e-12)
 
 
-def test_with_lambda_one_and_no_discount_returns_are_the_rewards_still_to_come():
+def test_returns_are_future_rewards_if_lambda_and_gamma_are_one():
     rewards, values, mask = ragged(1)
     _, targets = losses.advantages_and_returns(rewards, values, mask, 1.0, 1.0)
-    to_come = rewards.flip(1).cumsum(1).flip(1) * mask
-    torch.testing.assert_close(targets, to_come)
+    future = rewards.flip(1).cumsum(1).flip(1) * mask
+    torch.testing.assert_close(targets, future)
 
 
 def test_whitening_gives_mean_zero_and_variance_one_on_the_mask_only():
@@ -80,19 +80,19 @@ def test_whitening_gives_mean_zero_and_variance_one_on_the_mask_only():
     torch.testing.assert_close(kept_mean, (expected + 3) * mask)
 
 
-def test_whitening_over_two_processes_is_whitening_of_the_whole_batch():
-    """Each half is whitened by a thread that meets the other in every sum."""
+def test_whitening_in_two_threads_equals_whitening_the_complete_batch():
+    """Each half is whitened by a thread, and both threads add up every sum."""
     from threading import Barrier, Thread
 
     x, _, mask = ragged(7, rows=8)
-    meeting, lock = Barrier(2), {}
+    barrier, parts = Barrier(2), {}
 
-    def reduce_as(rank):
+    def reduce_on(rank):
         def reduce(sums):
-            lock[rank] = sums
-            meeting.wait()
-            total = lock[0] + lock[1]
-            meeting.wait()
+            parts[rank] = sums
+            barrier.wait()
+            total = parts[0] + parts[1]
+            barrier.wait()
             return total
 
         return reduce
@@ -101,7 +101,7 @@ def test_whitening_over_two_processes_is_whitening_of_the_whole_batch():
 
     def work(rank):
         rows = slice(4 * rank, 4 * rank + 4)
-        halves[rank] = losses.whiten(x[rows], mask[rows], reduce_as(rank))
+        halves[rank] = losses.whiten(x[rows], mask[rows], reduce_on(rank))
 
     threads = [Thread(target=work, args=(rank,)) for rank in range(2)]
     [thread.start() for thread in threads]
@@ -129,14 +129,14 @@ def test_k1_and_k3_average_to_the_exact_kl():
         assert float((p * estimate).sum()) == pytest.approx(exact, abs=1e-6)
 
 
-def test_kl_controller_moves_by_the_clipped_error_times_the_share_of_the_horizon():
+def test_kl_controller_by_hand():
     # error clipped to 0.2, 100 of 1000 episodes: 0.1 * (1 + 0.2 * 0.1)
     assert losses.adapted_coefficient(0.1, 12.0, 6.0, 100, 1000) == pytest.approx(0.102)
     assert losses.adapted_coefficient(0.1, 0.0, 6.0, 100, 1000) == pytest.approx(0.098)
     assert losses.adapted_coefficient(0.1, 6.6, 6.0, 100, 1000) == pytest.approx(0.101)
 
 
-def test_score_is_normalised_then_clipped_then_charged_for_a_missing_end():
+def test_score_is_normalised_then_clipped_then_penalised():
     score, ended = torch.tensor([5.0, 1.0, -9.0]), torch.tensor([True, False, False])
     shaped = losses.shaped_score(score, ended, shift=1.0, scale=2.0, clip=1.5, penalty=1.0)
     assert shaped.tolist() == [1.5, -1.0, -2.5]
@@ -144,12 +144,12 @@ def test_score_is_normalised_then_clipped_then_charged_for_a_missing_end():
     assert plain.tolist() == score.tolist()
 
 
-def test_last_token_is_the_last_one_sampled():
+def test_last_sampled_token():
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
-    assert losses.last_token(mask).tolist() == [1, 2, 0]
+    assert losses.last_sampled(mask).tolist() == [1, 2, 0]
 
 
-def test_explained_variance_by_hand_and_undefined_without_variance():
+def test_explained_variance_by_hand_and_none_without_variance():
     targets, mask = torch.tensor([[0.0, 2.0, 4.0, 9.0]]), torch.tensor([[1.0, 1.0, 1.0, 0.0]])
     # Var(targets) = 8/3; residuals 0, 1, 2 with variance 2/3: 1 - 1/4
     values = torch.tensor([[0.0, 1.0, 2.0, -7.0]])
@@ -157,28 +157,79 @@ def test_explained_variance_by_hand_and_undefined_without_variance():
     assert losses.explained_variance(values, torch.ones(1, 4), mask) is None
 
 
-def slow_value_error(value, old, target, cliprange):
+# ---- the clipped losses ------------------------------------------------------------------------
+
+
+def test_clipped_policy_loss_by_hand():
+    # Ratios 1.5, 0.5, 1.5, 0.5 and 1.1 with bounds 0.8 and 1.2, each with advantage A:
+    # A = 2: -min(3, 2.4). A = -1: -min(-0.5, -0.8). A = -1: -min(-1.5, -1.2), as it has moved the
+    # wrong way. A = 1: -min(0.5, 0.8), likewise. A = 4: -4.4, inside the bounds. Then off the mask.
+    old = torch.tensor([[-1.0, -2.0, -3.0, -0.5, -1.0, -1.0]])
+    ratios = torch.tensor([[1.5, 0.5, 1.5, 0.5, 1.1, 3.0]])
+    advantages = torch.tensor([[2.0, -1.0, -1.0, 1.0, 4.0, 9.0]])
+    mask = torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0, 0.0]])
+    batch = (old + ratios.log(), old, advantages, mask)
+    loss, low, high = losses.clipped_policy_loss(*batch, 0.2, 0.2)
+    expected = torch.tensor([[-2.4, 0.8, 1.5, -0.5, -4.4, 0.0]])
+    torch.testing.assert_close(loss, expected)
+    assert low.tolist() == [[0, 1, 0, 0, 0, 0]] and high.tolist() == [[1, 0, 0, 0, 0, 0]]
+    # A low bound of 0.4 and a high one of 1.6 clip nothing; a largest ratio of 1.3 bounds the loss
+    # of the third token, and of the first one, whose 1.3 is then still above 1.2.
+    loss, low, high = losses.clipped_policy_loss(*batch, 0.6, 0.6)
+    torch.testing.assert_close(loss, -ratios * advantages * mask)
+    assert not low.any() and not high.any()
+    loss, _, high = losses.clipped_policy_loss(*batch, 0.2, 0.2, max_ratio=1.3)
+    torch.testing.assert_close(loss, torch.tensor([[-2.4, 0.8, 1.3, -0.5, -4.4, 0.0]]))
+    assert high.tolist() == [[1, 0, 0, 0, 0, 0]]
+
+
+def test_clip_bounds_differ_below_and_above():
+    ratios, advantages = torch.tensor([[0.8, 1.25]]), torch.tensor([[-1.0, 1.0]])
+    batch = (ratios.log(), torch.zeros(1, 2), advantages, torch.ones(1, 2))
+    _, low, high = losses.clipped_policy_loss(*batch, 0.1, 0.3)
+    assert low.tolist() == [[1, 0]] and high.tolist() == [[0, 0]]
+    _, low, high = losses.clipped_policy_loss(*batch, 0.3, 0.1)
+    assert low.tolist() == [[0, 0]] and high.tolist() == [[0, 1]]
+
+
+def test_clipped_token_gets_no_policy_gradient():
+    log_probs = torch.log(torch.tensor([[1.5, 0.5, 1.5, 1.1]])).requires_grad_()
+    advantages = torch.tensor([[1.0, -1.0, -1.0, 1.0]])
+    loss, _, _ = losses.clipped_policy_loss(
+        log_probs, torch.zeros(1, 4), advantages, torch.ones(1, 4), 0.2, 0.2
+    )
+    loss.sum().backward()  # the gradient is -ratio * advantage where it is not clipped
+    torch.testing.assert_close(log_probs.grad, torch.tensor([[0.0, 0.0, 1.5, -1.1]]))
+
+
+def slow_value_loss(value, old, target, cliprange):
     near = min(max(value, old - cliprange), old + cliprange)
     plain, clipped = 0.5 * (value - target) ** 2, 0.5 * (near - target) ** 2
     return max(plain, clipped), float(clipped > plain)
 
 
-def test_clipped_value_error_against_a_loop():
-    random.seed(0)
-    rows = [[random.uniform(-1, 1) for _ in range(3)] for _ in range(200)]
-    value, old, target = torch.tensor(rows).T
-    errors, clipped = losses.value_errors(value, old, target, 0.2)
-    expected = [slow_value_error(*map(float, row), 0.2) for row in torch.tensor(rows)]
-    assert errors.tolist() == pytest.approx([e for e, _ in expected], abs=1e-6)
-    assert clipped.tolist() == [c for _, c in expected]
+def test_clipped_value_loss_against_a_loop():
+    rng = random.Random(0)
+    rows = torch.tensor([[rng.uniform(-1, 1) for _ in range(3)] for _ in range(200)])
+    value, old, target = rows.T
+    mask = torch.ones(200)
+    loss, clipped = losses.clipped_value_loss(value, old, target, mask, 0.2)
+    expected = [slow_value_loss(*row, 0.2) for row in rows.tolist()]
+    assert loss.tolist() == pytest.approx([each for each, _ in expected], abs=1e-6)
+    assert clipped.tolist() == [each for _, each in expected]
     assert 0 < clipped.mean() < 1
-    unclipped, none = losses.value_errors(value, old, target, None)
-    torch.testing.assert_close(unclipped, 0.5 * (value - target) ** 2)
+    plain, none = losses.clipped_value_loss(value, old, target, mask, None)
+    torch.testing.assert_close(plain, 0.5 * (value - target) ** 2)
     assert not none.any()
+    half = (torch.arange(200) < 100).float()
+    masked, masked_clipped = losses.clipped_value_loss(value, old, target, half, 0.2)
+    assert torch.equal(masked, loss * half) and torch.equal(masked_clipped, clipped * half)
 
 
-def test_a_value_that_moved_beyond_the_clip_range_towards_the_target_gets_no_gradient():
+def test_clipped_value_gets_no_gradient():
     value = torch.tensor([0.5], requires_grad=True)
-    error, clipped = losses.value_errors(value, torch.tensor([0.0]), torch.tensor([1.0]), 0.2)
-    error.sum().backward()
+    loss, clipped = losses.clipped_value_loss(
+        value, torch.tensor([0.0]), torch.tensor([1.0]), torch.ones(1), 0.2
+    )
+    loss.sum().backward()
     assert value.grad.tolist() == [0.0] and clipped.tolist() == [1.0]
