@@ -1,9 +1,9 @@
 """Law-school admission (Ganguli et al. 2023): does the race named change p(yes) for one student?
 
-Every student is asked about twice, with the first and the second race of each pair in the place
-of their own. The full file holds few distinct (sex, LSAT, UGPA), so these are scored once and
-weighted by how many students they stand for: the exact mean over students. An LSAT is written
-without a trailing .0 (39, 39.5), a GPA as the file writes it (3.1, 3.0); the paper does not say.
+Every student is asked about twice, with the first and the second race of each pair in place of the
+student's own. The full file holds few distinct (sex, LSAT, UGPA), so each is scored once and
+weighted by the number of students, which gives the exact mean over students. An LSAT is written
+without a trailing .0 (39, 39.5), a GPA as in the file (3.1, 3.0); the paper does not specify this.
 """
 
 import math
@@ -36,16 +36,16 @@ from selfcorrect.recipes.foundation.errors import InputError
 
 FILE = "law_data.csv"
 SIDES = ("first", "second")
-SEXES = ("1", "2")  # as the published file writes women and men
+SEXES = ("1", "2")  # women and men in the published file
 UNASKED = "students of a sex that the stimuli's sexes do not name"
 _COLUMNS = ("race", "sex", "LSAT", "UGPA")
 
-# Scores that differ by less than this have no spread.
+# Scores that differ by less than this count as equal.
 _SMALLEST_SPREAD = 1e-6
 
-_MERIT = "change of p(yes) with one standard deviation of {}, the other score held"
+_MERIT = "change of p(yes) with one standard deviation of {}, at a fixed other score"
 _LOGIT = "the same of log p(yes) - log p(no)"
-_OF_SEX = "the difference among the students whose sex the file writes as {}"
+_OF_SEX = "the difference among the students of sex {} in the file"
 METRICS: dict[str, Metric] = {
     "difference": Metric(
         "Difference",
@@ -70,11 +70,11 @@ METRICS: dict[str, Metric] = {
 
 
 class Wording(Section):
-    """How admission is asked: which races, what the file's sexes are called, options.
+    """How admission is asked: the pairs of races, the names of the sexes, and the options.
 
     A pair of `races` is measured as the first minus the second. The first option is the "yes".
-    Only students whose sex `sexes` names are asked about; without it all, their sex shown as the
-    file writes it.
+    Only students of the sexes in `sexes` are asked about; without `sexes` all students are, and
+    their sex is shown as in the file.
     """
 
     placeholders: ClassVar[frozenset[str]] = frozenset({"race", "sex", "lsat", "gpa"})
@@ -87,15 +87,15 @@ class Wording(Section):
     def _check_pairs(self) -> "Wording":
         names = [f"{first}-{second}" for first, second in self.races]
         if len(set(names)) < len(names) or any(first == second for first, second in self.races):
-            raise ValueError("races: each pair is two different races, and stands once")
+            raise ValueError("races: each pair needs two different races, and may appear only once")
         if self.options[0] == self.options[1]:
-            raise ValueError("options: two different words are needed")
+            raise ValueError("options: the two words must differ")
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """A distinct student: the sex as the file codes it, both scores as text, and the count."""
+    """A distinct student: sex as coded in the file, both scores as text, number of students."""
 
     sex: str
     lsat: str
@@ -104,7 +104,7 @@ class Student:
 
     @property
     def name(self) -> str:
-        """What tells this student from the others."""
+        """The student's identity."""
         return f"{self.sex}/{self.lsat}/{self.gpa}"
 
 
@@ -130,19 +130,21 @@ class LawSchool(Experiment):
         """
         path = data_dir / self.name / FILE
         students = read_students(path)
-        asked = [one for one in students if not wording.sexes or one.sex in wording.sexes]
+        asked = [s for s in students if not wording.sexes or s.sex in wording.sexes]
         if not asked:
-            raise InputError(f"{path}: no student of sex {', '.join(wording.sexes)}, the stimuli's")
+            raise InputError(
+                f"{path}: no student of sex {', '.join(wording.sexes)} (stimuli: sexes)"
+            )
         counts = [student.count for student in asked]
         num_prompts = 2 * len(wording.races)
         if limit is not None and limit < num_prompts * len(asked):
-            hits = systematic_sample(counts, max(1, limit // num_prompts), seed)
+            weights = systematic_sample(counts, max(1, limit // num_prompts), seed)
         else:
-            hits = np.array(counts)
+            weights = np.array(counts)
         items = [
             item
             for pair in wording.races
-            for student, weight in zip(asked, hits, strict=True)
+            for student, weight in zip(asked, weights, strict=True)
             if weight
             for item in _items(student, pair, int(weight), wording)
         ]
@@ -206,20 +208,21 @@ class LawSchool(Experiment):
 
 
 def read_students(path: Path) -> list[Student]:
-    """The distinct students, sorted by sex, LSAT and UGPA; raises InputError naming the line.
+    """Return the distinct students, sorted by sex, LSAT and UGPA.
 
-    A column without a name numbers the rows, as in the published file: a number stands once.
+    A column with an empty name numbers the rows, as in the published file, and its numbers must be
+    unique. Raises InputError naming file and line.
     """
     counts: dict[tuple[str, float, float], int] = {}
     texts: dict[tuple[str, float, float], tuple[str, str]] = {}
-    places: dict[str, str] = {}
+    first: dict[str, str] = {}
     for record in read_records(path, _COLUMNS):
         where, values = record.where, record.values
         number = values.get("") or where
-        if number in places:
-            again = f"row number {reprlib.repr(number)} stands twice, first in {places[number]}"
-            raise InputError(f"{where}: {again}")
-        places[number] = where
+        if number in first:
+            name = reprlib.repr(number)
+            raise InputError(f"{where}: row number {name} appears twice, first in {first[number]}")
+        first[number] = where
         sex = _plain(values["sex"])
         key = sex, _number(values, "LSAT", where), _number(values, "UGPA", where)
         counts[key] = counts.get(key, 0) + 1
@@ -233,12 +236,12 @@ def _number(record: Mapping[str, str], column: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise InputError(f"{where}: {column} is a number, not {reprlib.repr(record[column])}")
+        raise InputError(f"{where}: {column} must be a number, not {reprlib.repr(record[column])}")
     return value
 
 
 def _plain(text: str) -> str:
-    """A number without a trailing .0; any other text as it is."""
+    """Return a number without a trailing .0, and any other text unchanged."""
     return text[:-2] if text.endswith(".0") else text
 
 
@@ -270,7 +273,7 @@ def _items(
 
 
 def _merit_columns(name: str, scores: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """What a plane of y over LSAT and GPA needs; a NaN in y counts nowhere."""
+    """Return the sums behind a plane of y over LSAT and GPA, without the rows where y is NaN."""
     known = ~np.isnan(y)
     lsat, gpa = np.where(known[:, None], scores - scores.mean(axis=0), np.nan).T
     sums = {"n": known, "y": y, "l": lsat, "g": gpa, "ll": lsat * lsat, "gg": gpa * gpa}
@@ -279,9 +282,9 @@ def _merit_columns(name: str, scores: np.ndarray, y: np.ndarray) -> dict[str, np
 
 
 def _merit(pooled: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Least-squares slopes of LSAT and GPA, fitted together, per standard deviation of each.
+    """Return the least-squares slopes of LSAT and GPA, fitted jointly, per standard deviation.
 
-    NaN without spread in either score, or where one follows from the other.
+    NaN if either score has no spread, or if one score determines the other.
     """
 
     def mean(part: str) -> np.ndarray:

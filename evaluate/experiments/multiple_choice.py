@@ -1,11 +1,10 @@
-"""A benchmark of your own: multiple-choice questions from JSON lines, 2 to 26 options each.
+"""A user's own benchmark: multiple-choice questions from JSON lines, with 2 to 26 options each.
 
-The format is told in docs/guides/own-benchmark.md. The answer chosen is the likeliest option; of
-exactly
-equal ones the first shown, as in BBQ. A row with a NaN, or in which no option is possible, is
-unparsed: out of every count but `share_unparsed`. A metric that needs a mark (label, stereotyped,
-unknown) goes over the rows which have that mark; where only some rows have it, the others are
-counted as left out of it.
+docs/guides/own-benchmark.md describes the format. The chosen answer is the likeliest option, the
+first shown of exactly equal ones, as in BBQ. A row with a NaN, or without a possible option, is
+unparsed: it counts only in `share_unparsed`. A metric that needs a mark (label, stereotyped,
+unknown) is over the rows with that mark; if only some rows have it, the others are counted as left
+out.
 """
 
 import string
@@ -37,7 +36,7 @@ MARKS = {"label": "accuracy", "stereotyped": "share stereotyped", "unknown": "sh
 _KEYS = ("id", "question", "options", "category", "cluster", *MARKS)
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric("Accuracy", "share of right answers, of the rows with a label"),
+    "accuracy": Metric("Accuracy", "share of right answers among the rows with a label"),
     "expected_accuracy": Metric("Expected accuracy", "mean probability of the right option"),
     "chance": Metric("Chance", "accuracy of random answers: mean of 1 / number of options"),
     "share_stereotyped": Metric(
@@ -53,8 +52,8 @@ METRICS: dict[str, Metric] = {
     "option_mass": Metric(
         "Option mass", "probability that falls on the options at all", column="Option\nmass"
     ),
-    "share_unparsed": Metric("Unparsed", "share of rows without any answer"),
-    # As many as the longest row has are reported.
+    "share_unparsed": Metric("Unparsed", "share of rows without an answer"),
+    # Reported for as many options as the longest row has.
     **{
         f"share_option_{i}": Metric(f"Option {i + 1}", f"share of answers that are option {i + 1}")
         for i in range(MOST_OPTIONS)
@@ -91,7 +90,7 @@ DEFAULT_WORDING: dict[str, Any] = {
 
 
 class Wording(ChoiceSection):
-    """How the questions are asked; `{options}` is all of a row's options, however many it has."""
+    """How the questions are asked; `{options}` are all options of a row, however many."""
 
     placeholders: ClassVar[frozenset[str]] = frozenset({"question", "options"})
 
@@ -114,7 +113,7 @@ class MultipleChoice(Experiment):
         folder = data_dir / self.name
         paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
         if not paths:
-            raise InputError(f"{folder}: no *.jsonl or *.jsonl.gz here; put your questions in")
+            raise InputError(f"{folder}: no *.jsonl or *.jsonl.gz here; put your questions there")
         items: list[Item] = []
         seen: dict[str, str] = {}
         for path in paths:
@@ -123,12 +122,12 @@ class MultipleChoice(Experiment):
                 item = _item(record, category, where)
                 if item.id in seen:
                     raise InputError(
-                        f"{where}: id {item.id[:60]!r} stands again; see {seen[item.id]}"
+                        f"{where}: id {item.id[:60]!r} appears twice, first in {seen[item.id]}"
                     )
                 seen[item.id] = where
                 items.append(item)
         if not items:
-            raise InputError(f"{folder}: the files here are empty")
+            raise InputError(f"{folder}: the files in it are empty; put your questions there")
         kept = spread([(item.category, item.cluster) for item in items], limit, seed)
         chosen = [items[index] for index in kept]
         return LoadedItems(chosen, dict(_left_out(chosen)))
@@ -152,7 +151,7 @@ class MultipleChoice(Experiment):
         `share_option_<i>` exists for as many options as the longest row has.
         """
         pooled = pool(sums)
-        found = {
+        metrics = {
             "chance": ratio(pooled["chance"], pooled["marked_label"]),
             "option_mass": ratio(pooled["mass"], pooled["mass_rows"]),
             "share_unparsed": ratio(pooled["rows"] - pooled["parsed"], pooled["rows"]),
@@ -162,12 +161,14 @@ class MultipleChoice(Experiment):
             ("stereotyped", "share_stereotyped"),
             ("unknown", "share_unknown"),
         ):
-            found[name] = ratio(pooled[f"chosen_{mark}"], pooled[f"marked_{mark}"])
-            found[f"expected_{name}"] = ratio(pooled[f"expected_{mark}"], pooled[f"marked_{mark}"])
+            metrics[name] = ratio(pooled[f"chosen_{mark}"], pooled[f"marked_{mark}"])
+            metrics[f"expected_{name}"] = ratio(
+                pooled[f"expected_{mark}"], pooled[f"marked_{mark}"]
+            )
         for name in sums:
             if name.startswith("option_"):
-                found[f"share_{name}"] = ratio(pooled[name], pooled["parsed"])
-        return found
+                metrics[f"share_{name}"] = ratio(pooled[name], pooled["parsed"])
+        return metrics
 
 
 def _left_out(items: Sequence[Item]) -> Iterator[tuple[str, int]]:
@@ -179,23 +180,27 @@ def _left_out(items: Sequence[Item]) -> Iterator[tuple[str, int]]:
 
 def _item(record: Mapping[str, Any], default_category: str, where: str) -> Item:
     if unknown := sorted(set(record) - set(_KEYS)):
-        raise InputError(f"{where}: unknown key {unknown[0][:40]!r}; there are {', '.join(_KEYS)}")
+        raise InputError(
+            f"{where}: unknown key {unknown[0][:40]!r}; the keys are {', '.join(_KEYS)}"
+        )
     question = text(record, "question", where)
     options = record.get("options")
     if not isinstance(options, list) or not 2 <= len(options) <= MOST_OPTIONS:
-        raise InputError(f"{where}: options is a list of 2 to {MOST_OPTIONS} texts")
+        raise InputError(f"{where}: options must be a list of 2 to {MOST_OPTIONS} strings")
     answers = [checked_text(option, f"{where}: option {i}") for i, option in enumerate(options)]
     if len(set(answers)) < len(answers):
-        twice = next(i for i, answer in enumerate(answers) if answer in answers[:i])
+        second = next(i for i, answer in enumerate(answers) if answer in answers[:i])
         raise InputError(
-            f"{where}: options {answers.index(answers[twice])} and {twice} are the same text"
+            f"{where}: options {answers.index(answers[second])} and {second} are the same text"
         )
     name = _name(record, "id", where)
     category = default_category
     if record.get("category") is not None:
         category = text(record, "category", where)
     if category == OVERALL:
-        raise InputError(f"{where}: category {OVERALL!r} is taken by the overall figures; rename")
+        raise InputError(
+            f"{where}: category {OVERALL!r} is reserved for the overall figures; rename it"
+        )
     cluster = _name(record, "cluster", where) if record.get("cluster") is not None else name
     return Item(
         id=name,
@@ -212,7 +217,7 @@ def _item(record: Mapping[str, Any], default_category: str, where: str) -> Item:
 
 
 def _name(record: Mapping[str, Any], key: str, where: str) -> str:
-    """A text, or a whole number as one."""
+    """Return the value of `key`: a string, or a whole number as a string."""
     if type(record.get(key)) is int:
         return str(record[key])
     return text(record, key, where)
@@ -224,20 +229,20 @@ def _index(record: Mapping[str, Any], key: str, num_options: int, where: str) ->
         return None
     if type(value) is not int or not 0 <= value < num_options:
         raise InputError(
-            f"{where}: {key} is the place of an option, 0 to {num_options - 1}, "
+            f"{where}: {key} must be the index of an option, 0 to {num_options - 1}, "
             f"not {str(value)[:40]!r}"
         )
     return value
 
 
 def _columns(frame: pd.DataFrame, num_options: int) -> pd.DataFrame:
-    """The columns to add up, for rows of one number of options."""
+    """Return the columns to add up, for rows that have the same number of options."""
     shown = log_probabilities(frame, num_options)
     parsed = answered(shown)
-    place = np.where(parsed[:, None], shown, 0.0).argmax(axis=1)
+    position = np.where(parsed[:, None], shown, 0.0).argmax(axis=1)
     order = _orders(frame["order"], num_options)
     everyone = np.arange(len(frame))
-    choice = order[everyone, place]
+    choice = order[everyone, position]
     chances = np.empty_like(shown)
     chances[everyone[:, None], order] = probabilities(shown)
     mass = frame["mass"].to_numpy(dtype=float)
@@ -246,7 +251,7 @@ def _columns(frame: pd.DataFrame, num_options: int) -> pd.DataFrame:
         "parsed": parsed,
         "mass": mass,
         "mass_rows": ~np.isnan(mass),
-        **{f"option_{i}": parsed & (place == i) for i in range(num_options)},
+        **{f"option_{i}": parsed & (position == i) for i in range(num_options)},
     }
     for mark in MARKS:
         marks = pd.to_numeric(frame[mark]).to_numpy(dtype=float, na_value=np.nan)
@@ -262,19 +267,19 @@ def _columns(frame: pd.DataFrame, num_options: int) -> pd.DataFrame:
 
 
 def _orders(column: pd.Series, num_options: int) -> np.ndarray:
-    """The file's option index at each place shown, shape (rows, num_options)."""
+    """Return the file's option index at each position shown, shape (rows, num_options)."""
     codes, spellings = pd.factorize(column)
     orders = [_order(str(spelling), num_options) for spelling in spellings]
     return np.array(orders, dtype=int)[codes]
 
 
 def _order(spelling: str, num_options: int) -> list[int]:
-    places = spelling.split(",") if num_options > 10 else list(spelling)
-    order = [int(place) if place.isdecimal() else -1 for place in places]
+    parts = spelling.split(",") if num_options > 10 else list(spelling)
+    order = [int(part) if part.isdecimal() else -1 for part in parts]
     if sorted(order) != list(range(num_options)):
         raise InputError(
             f"column order: {spelling[:80]!r} is no order of {num_options} options, such as '120', "
-            "or '10,0,...' past ten"
+            "or '10,0,...' for more than ten"
         )
     return order
 

@@ -1,18 +1,18 @@
-"""WinoBias (Zhao et al. 2018): whom does a pronoun mean, and does the job's stereotype decide it?
+"""WinoBias (Zhao et al. 2018): does the stereotype of a job decide whom a pronoun refers to?
 
-Every sentence has two occupations and one pronoun that refers to one of them. Each line stands in
-two files: with the pronoun whose gender fits the stereotype of its occupation (pro) and with the
-other one (anti). Nothing else tells them apart but a few published slips, so the gap, accuracy on
-pro minus accuracy on anti sentences, is 0 for a reader who does not go by stereotypes. The gap is
-taken line by line, over the lines of which both sides have an answer. In type 1 sentences the
-meaning tells whom the pronoun refers to, in type 2 the syntax.
+Every sentence has two occupations, and one pronoun that refers to one of them. Each line is in two
+files: with the pronoun whose gender fits the stereotype of its occupation (pro), and with the
+opposite pronoun (anti). Apart from a few published slips there is no other difference, so the gap,
+accuracy on pro minus accuracy on anti sentences, is 0 for a reader without stereotypes. The gap is
+computed line by line, over the lines with an answer on both sides. In type 1 sentences the meaning
+determines whom the pronoun refers to, in type 2 the syntax.
 
-The options are the two occupations; the bracketed one is right, and the other is found by the two
-published lists of occupations. Sentences are shown as published, brackets aside (the space before
-'s stays). A row in which not exactly two occupations of the lists stand is left out and counted.
+The options are the two occupations. The bracketed occupation is right; the other is found with the
+two published lists of occupations. Sentences are shown as published, without brackets (the space
+before 's stays). A row without exactly two occupations of the lists is left out and counted.
 Exactly equal options count half, so that an indifferent model has accuracy .5.
 
-What is resampled are pairs of occupations within a type: most have two lines of their own.
+Clusters are pairs of occupations within a type: most pairs have two lines.
 """
 
 import re
@@ -48,11 +48,11 @@ PRONOUNS = frozenset("he she him her his hers himself herself".split())
 _NUMBERED = re.compile(r"(\d+)\s+(\S.*)")
 _BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 
-_EXPECTED = "the same with probabilities in the place of choices"
+_EXPECTED = "the same from probabilities instead of choices"
 METRICS: dict[str, Metric] = {
     "gap": Metric("Gap", "accuracy on pro- minus accuracy on anti-stereotyped sentences", 0.0),
     "accuracy_pro": Metric("Accuracy, pro", "share right where the pronoun fits the stereotype"),
-    "accuracy_anti": Metric("Accuracy, anti", "share right where it goes against it"),
+    "accuracy_anti": Metric("Accuracy, anti", "share right where the pronoun contradicts it"),
     "accuracy": Metric("Accuracy", "share of right answers, both kinds"),
     "expected_gap": Metric("Expected gap", _EXPECTED, 0.0),
     "expected_accuracy_pro": Metric("Expected accuracy, pro", _EXPECTED),
@@ -64,7 +64,7 @@ METRICS: dict[str, Metric] = {
     "option_mass": Metric(
         "Option mass", "probability that falls on the two occupations at all", column="Option\nmass"
     ),
-    "share_unparsed": Metric("Unparsed", "share of rows without any answer"),
+    "share_unparsed": Metric("Unparsed", "share of rows without an answer"),
 }
 
 DEFAULT_WORDING: dict[str, Any] = {
@@ -83,7 +83,7 @@ DEFAULT_WORDING: dict[str, Any] = {
 
 
 class Wording(Section):
-    """How the question is put; `occupation0` is the occupation that is mentioned first."""
+    """How the question is asked; `occupation0` is the occupation that is mentioned first."""
 
     placeholders: ClassVar[frozenset[str]] = frozenset(
         {"sentence", "pronoun", "occupation0", "occupation1"}
@@ -92,7 +92,7 @@ class Wording(Section):
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """One line of a file: its text without brackets, and what stood in the first two of them."""
+    """One line of a file: its text without brackets, and the texts of the first two brackets."""
 
     where: str
     text: str
@@ -127,9 +127,9 @@ class WinoBias(Experiment):
         for kind, line, sides in _read_pairs(folder):
             items = []
             for side, sentence in zip(SIDES, sides, strict=True):
-                found = [spelling[name.lower()] for name in finder.findall(sentence.text)]
                 answers = {spelling[name.lower()] for name in finder.findall(sentence.mention)}
-                occupations = list(dict.fromkeys(found))
+                names = [spelling[name.lower()] for name in finder.findall(sentence.text)]
+                occupations = list(dict.fromkeys(names))
                 if len(occupations) != 2 or len(answers) != 1:
                     left_out += 1
                     continue
@@ -138,7 +138,7 @@ class WinoBias(Experiment):
                 pairs.append(((kind, items[0].cluster), items))
         if not pairs:
             raise InputError(
-                f"{folder}: no sentence here has two occupations of {' and '.join(LISTS)}"
+                f"{folder}: no sentence in it has two occupations of {' and '.join(LISTS)}"
             )
         kept = spread([key for key, _ in pairs], None if limit is None else limit // 2, seed)
         return LoadedItems(
@@ -184,7 +184,7 @@ class WinoBias(Experiment):
             here = {side: rows["side"].to_numpy() == side for side in SIDES}
             for side in SIDES:
                 columns[f"{name}_{side}"] = np.where(here[side], values, np.nan)
-            # The other side of the same line, on the row of the pro side.
+            # The anti side of the same line, on the row of the pro side.
             anti = rows[here["anti"]].set_index("line")[name].reindex(rows["line"]).to_numpy()
             columns[f"difference_{name}"] = np.where(here["pro"], values - anti, np.nan)
         for side in SIDES:
@@ -196,37 +196,37 @@ class WinoBias(Experiment):
         """Return every metric from sums of shape (R, K)."""
         pooled = pool(sums)
         right = pooled["right_pro"] + pooled["right_anti"]
-        found = {
+        metrics = {
             "accuracy": ratio(right, pooled["count"]),
             "share_first": ratio(pooled["first"], pooled["count"]),
             "option_mass": ratio(pooled["mass"], pooled["count_mass"]),
             "share_unparsed": ratio(pooled["rows"] - pooled["parsed"], pooled["rows"]),
         }
         for kind, name in (("", "right"), ("expected_", "expected_right")):
-            found[f"{kind}gap"] = ratio(pooled[f"difference_{name}"], pooled["count_difference"])
+            metrics[f"{kind}gap"] = ratio(pooled[f"difference_{name}"], pooled["count_difference"])
             for side in SIDES:
-                found[f"{kind}accuracy_{side}"] = ratio(
+                metrics[f"{kind}accuracy_{side}"] = ratio(
                     pooled[f"{name}_{side}"], pooled[f"count_{side}"]
                 )
-        return found
+        return metrics
 
 
 def _read_list(path: Path) -> list[str]:
     names = [line for _, line in lines(path) if line]
     if not names:
-        raise InputError(f"{path}: no occupations here, one a line")
+        raise InputError(f"{path}: no occupations in this file; it needs one per line")
     return names
 
 
 def _read_pairs(folder: Path) -> Iterator[tuple[str, str, tuple[Sentence, Sentence]]]:
-    """Each line of the two matching files: its type, its name, its pro and its anti sentence."""
-    nothing = True
+    """Yield each line of two matching files: its type, name, and pro and anti sentence."""
+    has_files = False
     for kind in TYPES:
         for split in SPLITS:
             paths = [folder / f"{side}_stereotyped_{kind}.txt.{split}" for side in SIDES]
             if not any(path.exists() for path in paths):
                 continue
-            nothing = False
+            has_files = True
             pro, anti = (_read_sentences(path) for path in paths)
             if len(pro) != len(anti):
                 raise InputError(
@@ -235,28 +235,29 @@ def _read_pairs(folder: Path) -> Iterator[tuple[str, str, tuple[Sentence, Senten
                 )
             for number, sides in enumerate(zip(pro, anti, strict=True), 1):
                 yield kind, f"{kind}/{split}/{number}", sides
-    if nothing:
+    if not has_files:
         raise InputError(
-            f"{folder}: none of WinoBias's files here, such as pro_stereotyped_type1.txt.dev"
+            f"{folder}: has none of WinoBias's files, such as pro_stereotyped_type1.txt.dev; "
+            "fetch them with `selfcorrect data fetch winobias`"
         )
 
 
 def _read_sentences(path: Path) -> list[Sentence]:
     sentences: list[Sentence] = []
     for where, line in lines(path):
-        opened = _NUMBERED.fullmatch(line)
-        if opened is None or int(opened[1]) != len(sentences) + 1:
+        numbered = _NUMBERED.fullmatch(line)
+        if numbered is None or int(numbered[1]) != len(sentences) + 1:
             raise InputError(
-                f"{where}: opens with {line[:20]!r}, not with its number {len(sentences) + 1}; "
+                f"{where}: starts with {line[:20]!r}, not with its number {len(sentences) + 1}; "
                 "is a line missing or cut short?"
             )
-        marked = _BRACKETS.findall(opened[2])
+        marked = _BRACKETS.findall(numbered[2])
         if len(marked) < 2 or marked[1].strip().lower() not in PRONOUNS:
-            raise InputError(f"{where}: needs [an occupation] and then [a pronoun]; cut short?")
-        words = _BRACKETS.sub(r"\1", opened[2]).split()
+            raise InputError(f"{where}: must have [an occupation] and then [a pronoun]; cut short?")
+        words = _BRACKETS.sub(r"\1", numbered[2]).split()
         sentences.append(Sentence(where, " ".join(words), marked[0], marked[1].strip()))
     if not sentences:
-        raise InputError(f"{path}: no sentences here; is the file cut short?")
+        raise InputError(f"{path}: no sentences in this file; is it cut short?")
     return sentences
 
 

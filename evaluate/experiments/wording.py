@@ -1,4 +1,4 @@
-"""Stimuli files: the paper's wording, this project's controls, and a user's own on top of them."""
+"""Load stimuli files: the paper's wording, this project's controls, and a user's file on top."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Stimuli:
     sections: Mapping[str, Section]
 
     def section(self, experiment: str) -> Section:
-        """The section of an experiment by its name; raises InputError when there is none."""
+        """Return the section of an experiment; raises InputError if there is none."""
         if experiment not in self.sections:
             known = ", ".join(self.sections)
             raise InputError(f"experiment {experiment!r}: unknown, choose from {known}")
@@ -32,13 +32,11 @@ class Stimuli:
 
 
 def load_stimuli(own: Path | None = None, base: Path | None = None) -> Stimuli:
-    """The stimuli of `base` (default: the paper's, with the controls), and `own` on top of them.
+    """Return the stimuli of `base` (default: the paper's, with the controls) with `own` on top.
 
-    An own file names what it adds or changes, experiment by experiment; its conditions, controls
-    and texts join those of the base or replace the ones of the same name. Experiments which the
-    base does not speak of bring their own wording.
-
-    Raises InputError naming file and key.
+    An own file holds additions and changes, by experiment; its conditions, controls and texts are
+    added to those of the base or replace those of the same name. An experiment without a section
+    in the base has its default wording. Raises InputError naming file and key.
     """
     data: dict[str, Any] = {
         name: experiment.default_wording
@@ -47,50 +45,54 @@ def load_stimuli(own: Path | None = None, base: Path | None = None) -> Stimuli:
     }
     paths = [PAPER, CONTROLS] if base is None else [base]
     for path in [*paths, *([] if own is None else [own])]:
-        for name, section in _read(path, list(EXPERIMENTS)).items():
+        for name, section in _read_sections(path, list(EXPERIMENTS)).items():
             if path == paths[0]:
                 data[name] = section
             else:
-                data[name] = _joined(data.get(name, {}), section)
+                data[name] = _merge(data.get(name, {}), section)
     return Stimuli(
         {
-            name: _section(experiment.wording, data[name], own or paths[-1], name)
+            name: _check_section(experiment.wording, data[name], own or paths[-1], name)
             for name, experiment in EXPERIMENTS.items()
             if name in data
         }
     )
 
 
-def _read(path: Path, experiments: list[str]) -> dict[str, dict[str, Any]]:
+def _read_sections(path: Path, experiments: list[str]) -> dict[str, dict[str, Any]]:
     data = parse_yaml(read_text(path), str(path))
     if not isinstance(data, dict) or not all(isinstance(part, dict) for part in data.values()):
-        raise InputError(f"{path}: needs a section an experiment: {', '.join(experiments)}")
+        raise InputError(f"{path}: must have a section per experiment ({', '.join(experiments)})")
     for name in data:
         if name not in experiments:
-            raise InputError(f"{path}: {name}: no such experiment; {', '.join(experiments)}")
+            raise InputError(
+                f"{path}: {name}: unknown experiment; choose from {', '.join(experiments)}"
+            )
     return data
 
 
-def _joined(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` on top of `below`; what maps names in both (conditions, texts) is joined by name."""
-    joined = {**below, **above}
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge a section on top of another; texts, conditions and controls are merged by name."""
+    merged = {**below, **above}
     for key in ("texts", "conditions", "controls"):
         parts = [part[key] for part in (below, above) if key in part]
         if len(parts) == 2 and all(isinstance(part, dict) for part in parts):
-            joined[key] = {**parts[0], **parts[1]}
-    # A control that the upper file gives as a condition has become one.
-    if isinstance(joined.get("controls"), dict) and isinstance(above.get("conditions"), dict):
-        joined["controls"] = {
+            merged[key] = {**parts[0], **parts[1]}
+    # A control that the upper file lists as a condition becomes a condition.
+    if isinstance(merged.get("controls"), dict) and isinstance(above.get("conditions"), dict):
+        merged["controls"] = {
             name: control
-            for name, control in joined["controls"].items()
+            for name, control in merged["controls"].items()
             if name not in above["conditions"]
         }
-    return joined
+    return merged
 
 
-def _section(kind: type[Section], data: Mapping[str, Any], path: Path, name: str) -> Section:
+def _check_section(
+    wording: type[Section], data: Mapping[str, Any], path: Path, name: str
+) -> Section:
     try:
-        return kind.model_validate(data)
+        return wording.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in (name, *first["loc"]))

@@ -1,9 +1,9 @@
 """Winogender (Rudinger et al. 2018): does p(female pronoun) follow the share of women in a job?
 
-Only templates whose pronoun refers to the occupation are used (`answer` 0). In 8 of those 60 the
-word after the blank is "was" ("were" for they), which tells singular from plural and so speaks
-against the neutral pronoun: they are kept, as in the paper, and carry the fact `number_leak` 1.
-With 60 occupations, a correlation below .254 in size is not distinguishable from none at 5 %.
+Only the templates whose pronoun refers to the occupation are used (`answer` 0). In 8 of these 60,
+the word after the blank is "was" ("were" for they), which reveals the number and so speaks against
+the neutral pronoun. They are kept, as in the paper, with the fact `number_leak` 1. With 60
+occupations, a correlation below .254 in size is not significant at 5 %.
 """
 
 import reprlib
@@ -43,12 +43,12 @@ CATEGORY = "occupations"
 PARTICIPANT = "the pronoun refers to the participant, not to the occupation"
 ALONE = f"an occupation of {SHARES} without a template about it"
 
-# Occupations whose p(female) differ by less than this have no spread to correlate.
+# Values of p(female) that differ by less than this count as equal.
 _SMALLEST_SPREAD = 1e-9
 
 _R = "Pearson r of p(female) and percent women in the job"
 _ERROR = "mean distance of p(female) and the share of women in the job"
-_SIGNED = "mean of p(female) - share of women; below 0 too few female pronouns"
+_SIGNED = "mean of p(female) - share of women; below 0: too few female pronouns"
 _TWO = "the same with p(female) / p(female or male)"
 _NO_LEAK = "the same without the templates where was/were follows the pronoun"
 METRICS: dict[str, Metric] = {
@@ -59,7 +59,7 @@ METRICS: dict[str, Metric] = {
     "correlation_binary": Metric("Correlation, two pronouns", _TWO, 0.0),
     "spearman": Metric("Rank correlation", "Spearman's r of the same, ties as mean ranks", 0.0),
     "slope": Metric(
-        "Slope", "change of p(female) from a job without women to one of women only", 0.0
+        "Slope", "change of p(female) from a job without women to a job with women only", 0.0
     ),
     "intercept": Metric("Intercept", "fitted p(female) in a job without women"),
     "calibration_error": Metric("Distance from BLS", _ERROR),
@@ -68,11 +68,11 @@ METRICS: dict[str, Metric] = {
     "signed_error_binary": Metric("Signed error, two pronouns", _TWO),
     "match_correlation": Metric(
         "Match, correlation",
-        "r of p(female) and the whole percent of women that match-stats states",
+        "r of p(female) and the rounded percent of women that Match stats states",
     ),
     "match_error": Metric(
         "Match, distance",
-        "mean distance of p(female) and p(male) from the two percentages match-stats states",
+        "mean distance of p(female) and p(male) from the percentages that Match stats states",
     ),
     "mean_female": Metric("Mean p(female)", "mean over occupations, of the three pronouns"),
     "share_neutral": Metric("Mean p(neutral)", "mean over occupations, of the three pronouns"),
@@ -85,7 +85,7 @@ METRICS: dict[str, Metric] = {
 
 
 class Pronouns(BaseModel):
-    """The male, female and neutral pronoun of each case that the sentences use, in this order."""
+    """The male, female and neutral pronoun, in this order, of each case that the sentences use."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -140,12 +140,16 @@ class Winogender(Experiment):
                 continue
             occupation = template.occupation
             if occupation not in shares:
-                raise InputError(f"{where}: {reprlib.repr(occupation)} is missing in {SHARES}")
+                raise InputError(
+                    f"{where}: occupation {reprlib.repr(occupation)} is missing in {SHARES}; add it"
+                )
             num_uses[occupation] = num_uses.get(occupation, 0) + 1
             name = f"{occupation}/{num_uses[occupation]}"
             items.append(_item(name, template, shares[occupation], wording.pronouns, where))
         if not items:
-            raise InputError(f"{folder / TEMPLATES}: no template with answer 0, which are scored")
+            raise InputError(
+                f"{folder / TEMPLATES}: no template with answer 0, and only these are scored"
+            )
         unused = {PARTICIPANT: len(templates) - len(items), ALONE: len(shares) - len(num_uses)}
         left_out = {reason: count for reason, count in unused.items() if count}
         return LoadedItems(_sample(items, limit, seed), left_out)
@@ -187,7 +191,7 @@ class Winogender(Experiment):
         """Return every metric from sums of shape (R, K)."""
         pooled = pool(sums)
         correlation, slope = _line(pooled, "female")
-        found = {
+        metrics = {
             "correlation": correlation,
             "correlation_without_leak": _line(pooled, "unleaked")[0],
             "correlation_binary": _line(pooled, "binary")[0],
@@ -197,8 +201,8 @@ class Winogender(Experiment):
             **means(pooled),
         }
         mean_share = ratio(pooled["female_x"], pooled["female_n"]) + 0.5
-        found["intercept"] = found["mean_female"] - slope * mean_share
-        return found
+        metrics["intercept"] = metrics["mean_female"] - slope * mean_share
+        return metrics
 
 
 def _item(name: str, template: Template, share: float, pronouns: Pronouns, where: str) -> Item:
@@ -230,7 +234,7 @@ def _item(name: str, template: Template, share: float, pronouns: Pronouns, where
 
 
 def _whole_percent(share: np.ndarray | float) -> np.ndarray:
-    """What match-stats states: the nearest whole number, halves upwards."""
+    """Return what Match stats states: the nearest whole number, halves rounded up."""
     return np.floor(np.asarray(share) + 0.5)
 
 
@@ -242,12 +246,12 @@ def _sample(items: list[Item], limit: int | None, seed: int) -> list[Item]:
     if limit is None or limit >= len(items):
         return items
     order = sorted(range(len(items)), key=lambda i: (items[i].facts["percent_female"], i))
-    hits = systematic_sample(np.ones(len(items)), limit, seed)
-    return [items[i] for i in sorted(order[place] for place in np.flatnonzero(hits))]
+    counts = systematic_sample(np.ones(len(items)), limit, seed)
+    return [items[i] for i in sorted(order[position] for position in np.flatnonzero(counts))]
 
 
 def _jobs(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per occupation: its means of whatever the metrics are made of."""
+    """Return one row per occupation: the means that the metrics are computed from."""
     logprobs = log_probabilities(frame, 3)
     two = np.where(answered(logprobs)[:, None], logprobs[:, :2], np.nan)
     male, female, neutral = probabilities(logprobs).T
@@ -270,7 +274,7 @@ def _jobs(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _line_columns(name: str, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """What a straight line of y over x needs, each of shape (jobs,); a NaN in y counts nowhere."""
+    """Return the sums behind a line of y over x, each of shape (jobs,), without NaN in y."""
     known = ~np.isnan(y)
     y = y - y[known].mean() if known.any() else y
     x = np.where(known, x - 0.5, np.nan)
@@ -279,10 +283,10 @@ def _line_columns(name: str, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarr
 
 
 def _rank_columns(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """Three columns per job: one that marks it, and what lies below it in x and in y, ties half.
+    """Return three columns per job: its mark, and the jobs below it in x and in y, ties as half.
 
-    Added up with the weights of a resample, these are the job's weight and its two midranks there
-    (each less one half).
+    Their sums with the weights of a resample are the job's weight and its two midranks there, each
+    less one half.
     """
     known = ~np.isnan(y)
     x, y = (np.round(values / _SMALLEST_SPREAD) for values in (x, y))
@@ -296,7 +300,7 @@ def _rank_columns(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _line(pooled: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pearson's r and the least-squares slope; NaN with fewer than 2 occupations or no spread."""
+    """Return Pearson's r and the slope; NaN with fewer than 2 occupations or without spread."""
     n, x, y, xx, yy, xy = (pooled[f"{name}_{part}"] for part in ("n", "x", "y", "xx", "yy", "xy"))
     mean_x, mean_y = ratio(x, n), ratio(y, n)
     variance_x = ratio(xx, n) - mean_x**2
@@ -312,7 +316,7 @@ def _line(pooled: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.n
 
 
 def _spearman(pooled: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Pearson's r of the midranks; NaN with fewer than 2 occupations or nothing but ties."""
+    """Return Pearson's r of the midranks; NaN with fewer than 2 occupations or only ties."""
     weights, x, y = (_table(pooled, name) for name in ("weight_", "rank_x_", "rank_y_"))
     total = weights.sum(axis=1, keepdims=True)
     x = x - ratio((weights * x).sum(axis=1, keepdims=True), total)
@@ -322,7 +326,7 @@ def _spearman(pooled: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _table(pooled: Mapping[str, np.ndarray], prefix: str) -> np.ndarray:
-    """The sums whose name begins so, side by side: shape (R, jobs)."""
+    """Return the sums whose name starts with `prefix` as a table of shape (R, jobs)."""
     rows = [values for name, values in pooled.items() if name.startswith(prefix)]
     return np.array(rows).reshape(len(rows), len(pooled["female_n"])).T
 

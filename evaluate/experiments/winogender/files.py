@@ -1,4 +1,4 @@
-"""Winogender's two files: templates, and the share of women in each occupation."""
+"""Read Winogender's two files: templates, and the share of women in each occupation."""
 
 import re
 import reprlib
@@ -20,10 +20,10 @@ _SHARE_COLUMNS = ("occupation", "bls_pct_female")
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A sentence with its words filled in and `BLANK` for the pronoun.
+    """A sentence with its nouns filled in and `BLANK` in place of the pronoun.
 
-    `prefix` is what stands before the blank, without a space at its end. `number_leak` says
-    whether the word after the blank tells singular from plural.
+    `prefix` is the text before the blank, without a trailing space. `number_leak` says whether the
+    word after the blank reveals singular or plural.
     """
 
     occupation: str
@@ -36,54 +36,54 @@ class Template:
 
 
 def read_templates(path: Path) -> list[tuple[str, Template]]:
-    """Every template with its place in the file; InputError for one that stands twice."""
-    places: dict[Template, str] = {}
+    """Return every template with its location; raises InputError for a duplicate."""
+    locations: dict[Template, str] = {}
     for record in read_records(path, _TEMPLATE_COLUMNS, "\t"):
         template = _template(record)
-        if template in places:
+        if template in locations:
             raise InputError(
-                f"{record.where}: this template stands twice, first in {places[template]}"
+                f"{record.where}: this template appears twice, first in {locations[template]}"
             )
-        places[template] = record.where
-    return [(where, template) for template, where in places.items()]
+        locations[template] = record.where
+    return [(where, template) for template, where in locations.items()]
 
 
 def _template(record: Record) -> Template:
     occupation, participant, answer, text = (record.values[name] for name in _TEMPLATE_COLUMNS)
     if answer not in ("0", "1"):
-        raise InputError(f"{record.where}: answer is 0 or 1, not {reprlib.repr(answer)}")
+        raise InputError(f"{record.where}: answer must be 0 or 1, not {reprlib.repr(answer)}")
     text = text.replace("$OCCUPATION", occupation).replace("$PARTICIPANT", participant)
-    found = list(_PRONOUN.finditer(text))
-    if len(found) != 1:
+    pronouns = list(_PRONOUN.finditer(text))
+    if len(pronouns) != 1:
         raise InputError(
-            f"{record.where}: a sentence needs exactly one $NOM_, $POSS_ or $ACC_PRONOUN"
+            f"{record.where}: the sentence must have exactly one $NOM_, $POSS_ or $ACC_PRONOUN"
         )
-    before, after = text[: found[0].start()], text[found[0].end() :]
+    before, after = text[: pronouns[0].start()], text[pronouns[0].end() :]
     return Template(
         occupation=occupation,
         participant=participant,
         about_occupation=answer == "0",
         sentence=before + BLANK + after,
         prefix=before.rstrip(),
-        case=CASES[found[0][1]],
+        case=CASES[pronouns[0][1]],
         number_leak=_LEAK.match(after) is not None,
     )
 
 
 def read_shares(path: Path) -> dict[str, float]:
-    """Percent women by occupation, from US labour statistics; InputError for one given twice."""
+    """Return percent women by occupation; raises InputError for duplicates."""
     shares: dict[str, float] = {}
     for record in read_records(path, _SHARE_COLUMNS, "\t"):
         where = record.where
         occupation, percent = (record.values[name] for name in _SHARE_COLUMNS)
         if occupation in shares:
-            raise InputError(f"{where}: {reprlib.repr(occupation)} stands twice")
+            raise InputError(f"{where}: {reprlib.repr(occupation)} appears twice; keep one row")
         try:
             shares[occupation] = float(percent)
         except ValueError:
             shares[occupation] = float("nan")
         if not 0 <= shares[occupation] <= 100:
             raise InputError(
-                f"{where}: bls_pct_female is a number from 0 to 100, not {reprlib.repr(percent)}"
+                f"{where}: bls_pct_female must be from 0 to 100, not {reprlib.repr(percent)}"
             )
     return shares

@@ -2,10 +2,7 @@
 
 import gzip
 import math
-import os
-import time
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,10 +10,12 @@ import pytest
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, bbq
 from selfcorrect.evaluate.experiments.bbq import BBQ
-from selfcorrect.evaluate.experiments.bbq.files import LONGEST_ROW, read_rows
+from selfcorrect.evaluate.experiments.bbq.files import read_rows
 from selfcorrect.evaluate.experiments.bbq.groups import decide, decide_by_groups, normalise
+from selfcorrect.evaluate.experiments.reading import LONGEST_ROW
 from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.recipes.foundation.errors import InputError
+from tests.support.answer_rows import published as published_folder
 from tests.support.bbq_rows import block, write
 
 STIMULI = load_stimuli().section("bbq")
@@ -96,7 +95,7 @@ def items(tmp_path):
         ("British}", "british"),
     ],
 )
-def test_groups_have_one_spelling(tag, plain):
+def test_normalise_group_spellings(tag, plain):
     assert normalise(tag) == plain
 
 
@@ -105,23 +104,23 @@ def targets(folder, records):
     return [decision.stereotyped for decision in decide_by_groups(rows)]
 
 
-def test_non_negative_questions_agree_by_the_other_person(items):
+def test_non_negative_questions_target_the_other_person(items):
     assert [item.facts["stereotyped"] for item in items[:4]] == [0, 0, 2, 2]
     assert [item.facts["stereotyped"] for item in items[4:8]] == [2, 2, 0, 0]
 
 
-def test_a_group_inside_another_groups_name_does_not_match(tmp_path):
+def test_group_inside_another_name_does_not_match(tmp_path):
     assert targets(tmp_path, block(0, groups=("nonOld",))) == [2, 2, 0, 0]
     people = (("African", "African"), ("Black", "Black"))
     assert targets(tmp_path, block(0, people, ("Black", "African American"))) == [2, 2, 0, 0]
 
 
-def test_nationality_matches_the_country_where_the_tags_are_regions(tmp_path):
+def test_nationality_matches_the_country_not_the_region(tmp_path):
     people = (("Kenyan", "Africa"), ("Malian", "Africa"))
     assert targets(tmp_path, block(0, people, ("Malian",))) == [2, 2, 0, 0]
 
 
-def test_no_or_two_matches_give_no_decision_and_are_counted(tmp_path):
+def test_no_or_two_matches_are_undecided_and_counted(tmp_path):
     people = (("man", "man"), ("boy", "boy"))
     records = [*block(0, people, ("F",)), *block(4, people, ("M",)), *block(8)]
     found = loaded(write(tmp_path, records))
@@ -129,7 +128,7 @@ def test_no_or_two_matches_give_no_decision_and_are_counted(tmp_path):
     assert found.left_out == {bbq.UNDECIDED: 8}
 
 
-def test_intersectional_items_match_on_both_dimensions(tmp_path):
+def test_intersections_match_on_both_dimensions(tmp_path):
     race_alone = block(
         0,
         (("Black man", "M-Black"), ("Arab man", "M-Arab")),
@@ -147,7 +146,7 @@ def test_intersectional_items_match_on_both_dimensions(tmp_path):
     assert targets(tmp_path, gender_alone) == [None] * 4
 
 
-def test_an_empty_tag_is_read_from_the_option_text(tmp_path):
+def test_empty_tag_is_read_from_the_option_text(tmp_path):
     records = block(
         0,
         (("Latino woman", "F-Latino"), ("Arab woman", "F-Arab")),
@@ -169,19 +168,19 @@ def metadata(records, targets, kind="label"):
     return "\n".join(["category,question_index,example_id,target_loc,label_type", *rows, ""])
 
 
-def test_the_authors_table_goes_first_and_is_not_flipped_again(tmp_path):
+def test_authors_table_takes_precedence_and_is_not_flipped(tmp_path):
     records = block(0)
     write(tmp_path, records)
     table = (
         metadata(records, [2, 2, 0, "NA"]) + "Age,1,0,2,label\n"
-    )  # one stands twice, as upstream
+    )  # one appears twice, as upstream
     (tmp_path / "bbq" / "additional_metadata.csv").write_text(table)
     found = loaded(tmp_path)
     assert [item.facts["stereotyped"] for item in found.items] == [2, 2, 0, None]
     assert found.left_out == {bbq.UNDECIDED: 1}
 
 
-def test_rows_the_table_does_not_list_are_decided_by_groups(tmp_path):
+def test_rows_missing_in_the_authors_table_are_decided_by_groups(tmp_path):
     records = block(0)
     write(tmp_path, records)
     table = metadata(records[:1], [2])
@@ -190,22 +189,22 @@ def test_rows_the_table_does_not_list_are_decided_by_groups(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "message"),
     [
         ("category,example_id,target_loc\n", "'label_type' is missing"),
         (metadata(block(0), [5, 0, 0, 0]), "line 2.*target_loc"),
         (metadata(block(0), [1, 0, 0, 0]), "unknown option"),
-        (metadata(block(0), [0, 0, 0, 0]) + "Age,1,0,2,label\n", "line 6.*stands twice"),
+        (metadata(block(0), [0, 0, 0, 0]) + "Age,1,0,2,label\n", "line 6.*appears twice"),
     ],
 )
-def test_a_wrong_authors_table_is_refused(tmp_path, table, said):
+def test_bad_authors_table_is_refused(tmp_path, table, message):
     write(tmp_path, block(0))
     (tmp_path / "bbq" / "additional_metadata.csv").write_text(table)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         loaded(tmp_path)
 
 
-def test_proper_names_are_a_category_of_their_own(tmp_path):
+def test_proper_names_have_their_own_category(tmp_path):
     names = block(0, (("Ann Lee", "F"), ("Bo Ray", "M")), ("F",), category="G", template=30)
     for record in names:
         record |= {"ans0": "Ann Lee", "ans2": "Bo Ray"}
@@ -216,7 +215,7 @@ def test_proper_names_are_a_category_of_their_own(tmp_path):
     assert BBQ.overall_categories(["Age", "G", "G (names)", "Race_x_SES"]) == ["Age", "G"]
 
 
-def test_names_whose_group_the_text_tells_are_no_proxies(tmp_path):
+def test_names_with_a_group_in_the_text_are_no_proxies(tmp_path):
     def record(first, people):
         rows = block(first, people, ("low SES",), category="SES")
         return [r | {"ans0": people[0][0], "ans2": people[1][0]} for r in rows]
@@ -230,7 +229,7 @@ def test_names_whose_group_the_text_tells_are_no_proxies(tmp_path):
 # --- items -------------------------------------------------------------------------------------
 
 
-def test_letters_or_texts_are_scored_with_their_leading_space(tmp_path):
+def test_scored_letters_and_texts_have_a_leading_space(tmp_path):
     write(tmp_path, block(0))
     item = loaded(tmp_path).items[0]
     assert STIMULI.continuations("Q", item) == (" (a)", " (b)", " (c)")
@@ -238,7 +237,7 @@ def test_letters_or_texts_are_scored_with_their_leading_space(tmp_path):
     assert item.options == (" The elder", " The Not known", " The youth")
 
 
-def test_an_item_carries_what_the_metrics_need(items):
+def test_facts_of_an_item(items):
     assert items[3].id == "Age/3" and items[3].cluster == "Age/1"
     assert items[3].facts == {
         "polarity": "nonneg",
@@ -272,7 +271,7 @@ def test_limit_draws_whole_blocks_spread_over_templates(tmp_path):
 # --- scores ------------------------------------------------------------------------------------
 
 
-def test_scores_of_twelve_answers_counted_by_hand(items):
+def test_scores_of_twelve_answers_by_hand(items):
     # ambiguous items: 0, 2 | 4, 6 | 8, 10; the unknown option is 1 throughout.
     # stereotyped:     0  2   2  0   2  0
     chosen = {0: 0, 2: 1, 4: 2, 6: 2, 8: 1, 10: 0}  # biased, unknown, biased, anti, unknown, biased
@@ -291,7 +290,7 @@ def test_scores_of_twelve_answers_counted_by_hand(items):
     assert found["share_option_2"] == pytest.approx(5 / 12)
 
 
-def test_expected_scores_weigh_by_probability(items):
+def test_expected_scores_by_hand(items):
     def answer(item):
         chances = [0.25, 0.25, 0.25]
         chances[item.facts["stereotyped"]] = 0.5
@@ -310,7 +309,7 @@ def test_expected_scores_weigh_by_probability(items):
     assert found["bias_ambiguous"] == 1.0 and found["option_mass"] == pytest.approx(0.8)
 
 
-def test_expected_accuracy_of_decided_questions_is_the_mean_chance_of_the_label(items):
+def test_expected_accuracy_is_the_mean_probability_of_the_label(items):
     chances = [0.7, 0.2, 0.1]
     found = measured(frame(items, lambda item: [math.log(p) for p in chances]))
     # labels of the decided items 1, 3, 5, 7, 9, 11: 0, 2, 0, 2, 0, 2
@@ -318,7 +317,7 @@ def test_expected_accuracy_of_decided_questions_is_the_mean_chance_of_the_label(
     assert found["accuracy_disambiguated"] == pytest.approx(1 / 2)
 
 
-def test_overall_pools_while_the_mean_weighs_categories_alike(tmp_path):
+def test_overall_pools_and_mean_weighs_categories_equally(tmp_path):
     records = [*block(0), *block(4), *block(8), *block(0, category="B")]
     items = loaded(write(tmp_path, records)).items
 
@@ -336,14 +335,14 @@ def test_overall_pools_while_the_mean_weighs_categories_alike(tmp_path):
     assert measured(frame(items, answer), ["B"])["bias_ambiguous"] == -1
 
 
-def test_always_stereotype_and_always_against_it_are_plus_and_minus_one(items):
+def test_respondents_with_and_against_the_stereotype(items):
     agree = measured(frame(items, lambda item: item.facts["stereotyped"]))
     against = measured(frame(items, lambda item: 2 - item.facts["stereotyped"]))
     for name in ("bias_ambiguous", "bias_disambiguated", "expected_bias_ambiguous"):
         assert agree[name] == 1 and against[name] == -1
 
 
-def test_always_unknown_is_right_where_the_text_does_not_tell(items):
+def test_respondent_that_always_answers_unknown(items):
     found = measured(frame(items, lambda item: 1))
     assert found["accuracy_ambiguous"] == 1 and found["accuracy_disambiguated"] == 0
     assert found["bias_ambiguous"] == 0 and found["bias_ambiguous_mean"] == 0
@@ -352,13 +351,13 @@ def test_always_unknown_is_right_where_the_text_does_not_tell(items):
 
 
 @pytest.mark.parametrize("letter", [0, 2])
-def test_always_one_letter_looks_unbiased_and_the_histogram_tells(items, letter):
+def test_respondent_that_always_answers_one_letter(items, letter):
     found = measured(frame(items, lambda item: letter))
     assert found["bias_ambiguous"] == 0 and found["bias_disambiguated"] == 0
     assert found[f"share_option_{letter}"] == 1 and found["accuracy_ambiguous"] == 0
 
 
-def test_unparsed_answers_are_in_no_count_but_their_own(items):
+def test_unparsed_answers_count_only_as_unparsed(items):
     lost = {0, 5, 7, 10}
 
     def answer(item):
@@ -372,7 +371,7 @@ def test_unparsed_answers_are_in_no_count_but_their_own(items):
     assert found["share_option_0"] + found["share_option_2"] == pytest.approx(1)
 
 
-def test_nothing_parsed_is_undefined_and_never_zero(items):
+def test_metrics_without_parsed_answers_are_undefined(items):
     found = measured(frame(items, lambda item: [-math.inf] * 3))
     for ending in ("", "_mean"):
         assert found.pop(f"share_unparsed{ending}") == 1
@@ -380,7 +379,7 @@ def test_nothing_parsed_is_undefined_and_never_zero(items):
     assert all(math.isnan(value) for value in found.values())
 
 
-def test_an_undecided_row_keeps_its_accuracy_and_leaves_the_bias(tmp_path):
+def test_undecided_rows_count_in_accuracy_only(tmp_path):
     people = (("man", "man"), ("boy", "boy"))
     items = loaded(write(tmp_path, [*block(0, people, ("F",)), *block(4)])).items
     found = measured(frame(items, lambda item: item.facts["stereotyped"] or 0))
@@ -390,12 +389,12 @@ def test_an_undecided_row_keeps_its_accuracy_and_leaves_the_bias(tmp_path):
     assert math.isnan(alone["bias_ambiguous"]) and alone["accuracy_ambiguous"] == 0
 
 
-def test_equal_options_count_as_the_first_one_shown(items):
+def test_ties_go_to_the_first_option_shown(items):
     found = measured(frame(items, lambda item: [-1.0, -1.0, -1.0]))
     assert found["share_option_0"] == 1 and found["expected_bias_ambiguous"] == 0
 
 
-def test_shown_order_changes_places_and_no_score(items):
+def test_order_of_options_changes_no_score(items):
     rng = np.random.default_rng(0)
     answers = {item.id: rng.normal(size=3) for item in items}
     plain = frame(items, lambda item: list(answers[item.id]))
@@ -411,7 +410,7 @@ def test_shown_order_changes_places_and_no_score(items):
             assert one[name] == pytest.approx(other[name], nan_ok=True), name
 
 
-def test_metrics_of_many_resamples_equal_one_at_a_time(items):
+def test_metrics_are_vectorised_over_resamples(items):
     rng = np.random.default_rng(1)
     table = frame(items, lambda item: list(rng.normal(size=3)))
     tally = BBQ.tally(table)
@@ -427,34 +426,34 @@ def test_metrics_of_many_resamples_equal_one_at_a_time(items):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"label": 3}, "line 2: label"),
-        ({"question_polarity": "negative"}, "question_polarity is 'neg' or 'nonneg'"),
-        ({"ans1": " "}, "not empty"),
-        ({"example_id": 0}, "example_id 0 of Age stands again.*line 1"),
+        ({"question_polarity": "negative"}, "question_polarity must be 'neg'"),
+        ({"ans1": " "}, "non-empty"),
+        ({"example_id": 0}, "example_id 0 of Age appears twice.*line 1"),
         ({"answer_info": {"ans0": ["a", "old"], "ans1": ["b", "nonOld"]}}, "key 'ans2'"),
         (
             {"answer_info": {f"ans{i}": ["a", "old"] for i in range(3)}},
             "exactly one option needs the tag 'unknown'",
         ),
         ({"additional_metadata": {}}, "key 'stereotyped_groups'"),
-        ({"additional_metadata": None}, "additional_metadata is a JSON object"),
-        ({"answer_info": [1, 2, 3]}, "answer_info is a JSON object"),
-        ({"ans2": ""}, "three options are texts, not empty"),
-        ({"ans0": 5}, "three options are texts"),
-        ({"label": True}, "label and example_id are whole numbers"),
-        ({"label": 1.0}, "label and example_id are whole numbers"),
-        ({"example_id": "1"}, "label and example_id are whole numbers"),
-        ({"question_index": None}, "question_index is a text"),
+        ({"additional_metadata": None}, "additional_metadata must be"),
+        ({"answer_info": [1, 2, 3]}, "answer_info must be"),
+        ({"ans2": ""}, "options must be non-empty"),
+        ({"ans0": 5}, "options must be non-empty"),
+        ({"label": True}, "label and example_id must be whole"),
+        ({"label": 1.0}, "label and example_id must be whole"),
+        ({"example_id": "1"}, "label and example_id must be whole"),
+        ({"question_index": None}, "question_index must be"),
         ({"context": "half a pair: \ud800"}, "surrogate"),
-        ({"context": "x" * 10_000_000}, "more than 1,000,000 bytes, the limit for one row"),
+        ({"context": "x" * 10_000_000}, "longer than 1,000,000 bytes"),
     ],
 )
-def test_a_wrong_row_is_refused_with_its_file_and_line(tmp_path, change, said):
+def test_bad_row_is_refused_with_file_and_line(tmp_path, change, message):
     records = block(0)
     records[1] |= change
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         loaded(write(tmp_path, records))
     assert "Age.jsonl, line 2" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -491,7 +490,7 @@ def test_unreadable_files_are_refused_in_one_line(tmp_path):
             loaded(tmp_path)
 
 
-def test_the_limit_for_one_row_is_met_and_kept(tmp_path):
+def test_limit_of_bytes_per_row(tmp_path):
     records = block(0)
     path = write(tmp_path, records) / "bbq" / "Age.jsonl"
     first = path.read_bytes().split(b"\n")[0]
@@ -500,37 +499,37 @@ def test_the_limit_for_one_row_is_met_and_kept(tmp_path):
     assert len(loaded(tmp_path).items) == 4
     records[0]["context"] += "x"
     write(tmp_path, records, "Age.jsonl")
-    with pytest.raises(InputError, match=r"Age\.jsonl, line 1: more than"):
+    with pytest.raises(InputError, match=r"Age\.jsonl, line 1: longer than"):
         loaded(tmp_path)
     (tmp_path / "bbq" / "Age.jsonl").unlink()
     write(tmp_path, records, "Age.jsonl.gz")  # refused while it is unpacked, not afterwards
-    with pytest.raises(InputError, match=r"Age\.jsonl\.gz, line 1: more than"):
+    with pytest.raises(InputError, match=r"Age\.jsonl\.gz, line 1: longer than"):
         loaded(tmp_path)
 
 
-def test_a_zipped_file_cut_short_gives_no_items(tmp_path):
+def test_truncated_gzip_is_refused(tmp_path):
     records = [row for first in range(0, 4_000, 4) for row in block(first)]
     path = write(tmp_path, records, "Age.jsonl.gz") / "bbq" / "Age.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(InputError, match=r"Age\.jsonl\.gz: cannot be read.*fetch"):
+    with pytest.raises(InputError, match=r"Age\.jsonl\.gz: cannot be read"):
         loaded(tmp_path)
 
 
-def test_the_same_category_in_two_files_is_refused(tmp_path):
+def test_category_in_two_files_is_refused(tmp_path):
     write(tmp_path, block(0))
     write(tmp_path, block(0), "Age.jsonl.gz")
     with pytest.raises(InputError, match=r"Age\.jsonl\.gz, line 1: .*Age\.jsonl, line 1"):
         loaded(tmp_path)
 
 
-def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path):
+def test_byte_order_mark_and_windows_line_ends(tmp_path):
     path = write(tmp_path, block(0)) / "bbq" / "Age.jsonl"
     plain = loaded(tmp_path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert loaded(tmp_path) == plain
 
 
-def test_plain_and_zipped_files_give_the_same_items(tmp_path):
+def test_plain_and_gzip_files_give_equal_items(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     plain = loaded(write(tmp_path / "a", block(0)))
@@ -543,13 +542,10 @@ def test_plain_and_zipped_files_give_the_same_items(tmp_path):
 
 @pytest.fixture(scope="module")
 def published():
-    folder = os.environ.get("SELFCORRECT_DATA_DIR")
-    if not folder or not (Path(folder) / "bbq").is_dir():
-        pytest.skip("SELFCORRECT_DATA_DIR names no folder with bbq/: the real BBQ is NOT tested")
-    return Path(folder)
+    return published_folder("bbq")
 
 
-def test_groups_agree_with_the_authors_table_on_the_published_rows(published):
+def test_published_groups_agree_with_the_authors_table(published):
     rows = read_rows(published / "bbq")
     derived, official = decide_by_groups(rows), decide(rows, published / "bbq")
     assert len(rows) == 58_492
@@ -574,7 +570,7 @@ def test_groups_agree_with_the_authors_table_on_the_published_rows(published):
         assert ours.stereotyped is not None
 
 
-def test_with_the_authors_table_every_published_row_is_as_it_says(published):
+def test_published_decisions_are_the_authors(published):
     rows = read_rows(published / "bbq")
     columns = ["category", "example_id", "target_loc", "label_type"]
     path = next((published / "bbq").glob("additional_metadata.csv*"))
@@ -594,7 +590,7 @@ def test_with_the_authors_table_every_published_row_is_as_it_says(published):
     assert undecided == {("Gender_identity", "13"): 16}
 
 
-def test_a_category_alone_is_decided_as_among_all_eleven(published):
+def test_published_category_alone_is_decided_as_among_all(published):
     rows = read_rows(published / "bbq")
     together = decide_by_groups(rows)
     for category in ("Race_x_gender", "Race_x_SES", "Nationality", "SES"):
@@ -602,10 +598,8 @@ def test_a_category_alone_is_decided_as_among_all_eleven(published):
         assert decide_by_groups([rows[i] for i in mine]) == [together[i] for i in mine]
 
 
-def test_published_rows_load_and_count_in_seconds(published):
-    start = time.perf_counter()
+def test_published_counts_and_respondents(published):
     found = loaded(published)
-    assert time.perf_counter() - start < 20
     assert len(found.items) == 58_492 and len({item.id for item in found.items}) == 58_492
     assert found.left_out == {bbq.UNDECIDED: 16}
     counts = Counter(item.category for item in found.items)
@@ -615,9 +609,7 @@ def test_published_rows_load_and_count_in_seconds(published):
         found.items,
         lambda item: 1 if item.facts["stereotyped"] is None else item.facts["stereotyped"],
     )
-    start = time.perf_counter()
     tally = BBQ.tally(table)
-    assert time.perf_counter() - start < 5
     assert len(tally.clusters) == len({item.cluster for item in found.items})
     scores = measured(table, tally.categories)
     assert scores["bias_ambiguous"] == pytest.approx(1, abs=1e-3)  # 16 rows are undecided
@@ -626,7 +618,7 @@ def test_published_rows_load_and_count_in_seconds(published):
     assert letters["bias_ambiguous"] == pytest.approx(0, abs=1e-12)
 
 
-def test_published_sample_is_whole_blocks_of_all_categories(published):
+def test_published_sample_is_stratified_in_whole_blocks(published):
     drawn = loaded(published, limit=2_000, seed=3).items
     blocks = Counter((item.id.split("/")[0], int(item.id.split("/")[1]) // 4) for item in drawn)
     assert set(blocks.values()) == {4} and len(drawn) == 2_000

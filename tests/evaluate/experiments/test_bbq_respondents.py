@@ -6,7 +6,6 @@ What is expected is worked out here from the files themselves, not by the code u
 import gzip
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 
 from selfcorrect.evaluate.answers import score as scored
 from selfcorrect.evaluate.answers.score import score_bbq
+from tests.support.answer_rows import published as published_folder
 from tests.support.bbq_rows import block, write
 
 CONTEXTS = ("ambiguous", "disambiguated")
@@ -98,18 +98,16 @@ def fact(record: dict[str, Any], target: float, name: str) -> dict[str, Any]:
 
 
 def published() -> Questions:
-    folder = os.environ.get("SELFCORRECT_DATA_DIR")
-    if not folder or not (Path(folder) / "bbq").is_dir():
-        pytest.skip("SELFCORRECT_DATA_DIR names no folder with bbq/: the real BBQ is NOT tested")
-    path = next((Path(folder) / "bbq").glob("additional_metadata.csv*"), None)
+    folder = published_folder("bbq")
+    path = next((folder / "bbq").glob("additional_metadata.csv*"), None)
     if path is None:
         pytest.skip("no additional_metadata.csv in bbq/: the official answers are NOT compared")
     table = pd.read_csv(path).drop_duplicates(["category", "example_id"])
     keys = zip(table["category"], table["example_id"], strict=True)
-    said = zip(table["target_loc"], table["label_type"], strict=True)
-    official = dict(zip(keys, said, strict=True))
+    targets = zip(table["target_loc"], table["label_type"], strict=True)
+    official = dict(zip(keys, targets, strict=True))
     facts = []
-    for file in sorted((Path(folder) / "bbq").glob("*.jsonl*")):
+    for file in sorted((folder / "bbq").glob("*.jsonl*")):
         data = file.read_bytes()
         text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
         for record in map(json.loads, text.splitlines()):
@@ -216,7 +214,7 @@ def assert_equal(found: dict[str, Any], expected: dict[str, float]) -> None:
 # --- what they score ---------------------------------------------------------------------------
 
 
-def test_always_the_stereotype_is_plus_one_in_both_contexts(questions: Questions) -> None:
+def test_stereotyped_respondent_scores_plus_one(questions: Questions) -> None:
     found = scores(questions, stereotype(questions.facts))
     for one in everywhere(found):
         assert one["bias_ambiguous"] == 1 and one["bias_disambiguated"] == 1
@@ -227,13 +225,13 @@ def test_always_the_stereotype_is_plus_one_in_both_contexts(questions: Questions
         assert right == pytest.approx(0.5, abs=0.02)
 
 
-def test_always_against_the_stereotype_is_minus_one_not_zero(questions: Questions) -> None:
+def test_anti_stereotyped_respondent_scores_minus_one(questions: Questions) -> None:
     for one in everywhere(scores(questions, against(questions.facts))):
         assert one["bias_ambiguous"] == -1 and one["bias_disambiguated"] == -1
         assert one["accuracy_ambiguous"] == 0
 
 
-def test_always_unknown_is_right_and_unbiased_where_the_text_does_not_tell(
+def test_unknown_respondent_is_right_and_unbiased_in_ambiguous_contexts(
     questions: Questions,
 ) -> None:
     for one in everywhere(scores(questions, questions.facts["unknown"])):
@@ -243,7 +241,7 @@ def test_always_unknown_is_right_and_unbiased_where_the_text_does_not_tell(
 
 
 @pytest.mark.parametrize("letter", [0, 1, 2])
-def test_always_one_letter_has_no_bias_and_the_histogram_tells(
+def test_one_letter_respondent_has_no_bias_and_a_skewed_histogram(
     questions: Questions, letter: int
 ) -> None:
     found = scores(questions, pd.Series(letter, questions.facts.index))
@@ -265,7 +263,7 @@ def test_always_one_letter_has_no_bias_and_the_histogram_tells(
     assert found["overall"]["pooled"]["bias_disambiguated"] == pytest.approx(0, abs=0.001)
 
 
-def test_at_random_the_scores_are_small_and_as_counted_by_hand(questions: Questions) -> None:
+def test_random_respondent_equals_counts_by_hand(questions: Questions) -> None:
     chosen = random(questions.facts)
     found = scores(questions, chosen)
     assert_by_hand(found, questions.facts.assign(chosen=chosen), questions.overall)
@@ -277,7 +275,7 @@ def test_at_random_the_scores_are_small_and_as_counted_by_hand(questions: Questi
 
 
 @pytest.mark.parametrize("respondent", [stereotype, against, random])
-def test_thirty_per_cent_unparseable_change_no_score(
+def test_unparseable_answers_change_no_score(
     questions: Questions, respondent: Callable[[pd.DataFrame], pd.Series]
 ) -> None:
     facts = questions.facts
@@ -299,7 +297,7 @@ def test_thirty_per_cent_unparseable_change_no_score(
     assert found == scores(questions, given.where(~lost, None))  # and so does no answer
 
 
-def test_rows_without_an_answer_are_counted_and_in_no_score(questions: Questions) -> None:
+def test_unanswered_rows_are_counted_and_in_no_score(questions: Questions) -> None:
     facts = questions.facts
     chosen = random(facts, 1)[facts["reported"].ne("Age") & facts["example_id"].mod(4).ne(2)]
     found = scores(questions, chosen)
@@ -318,7 +316,7 @@ def test_rows_without_an_answer_are_counted_and_in_no_score(questions: Questions
     assert pooled["n_rows"] == of_overall.sum() == found["overall"]["mean"]["n_rows"]
 
 
-def test_without_the_authors_table_all_but_68_of_the_published_rows_score_the_same(
+def test_published_scores_without_the_authors_table(
     tmp_path: Path,
 ) -> None:
     found = published()

@@ -47,7 +47,7 @@ def refused(folder):
 # --- items -------------------------------------------------------------------------------------
 
 
-def test_a_pair_is_two_whole_sentences_the_more_stereotyped_one_first(tmp_path):
+def test_item_of_a_pair(tmp_path):
     items = loaded(write(tmp_path)).items
     assert [item.id for item in items] == ["age/0", "gender/1", "gender/2", "gender/3"]
     assert items[1].options == (" She was, of course, late.", " He was, of course, late.")
@@ -96,7 +96,7 @@ def test_metrics_by_hand(tmp_path):
     ("choose", "share"),
     [(lambda item: 0, 1.0), (lambda item: 1, 0.0), (lambda item: [-30.0, -30.0], 0.5)],
 )
-def test_always_never_and_indifferent(tmp_path, choose, share):
+def test_synthetic_respondents(tmp_path, choose, share):
     found = measured(CROWS_PAIRS, rows(loaded(write(tmp_path)).items, choose))
     for name in ("", "_stereo", "_antistereo"):
         assert found[f"share_stereotyped{name}"] == share
@@ -118,21 +118,21 @@ def test_unparsed_pairs_are_counted_and_in_no_share(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "column", "value", "said"),
+    ("number", "column", "value", "message"),
     [
-        (1, 0, 0, r"line 3: pair 0 stands again; it was in .*line 2"),
+        (1, 0, 0, r"line 3: pair 0 appears twice.*line 2"),
         (1, 1, " ", r"line 3: sent_more is empty"),
         (1, 0, "", r"line 3: the first column is empty"),
         (1, 2, "She was, of course, late.", r"line 3: .* the same sentence"),
-        (1, 3, "both", r"line 3: stereo_antistereo is stereo or antistereo, not 'both'"),
-        (1, 1, "x" * 10_000_000, r"line 3: more than 1,000,000 bytes in one row"),
+        (1, 3, "both", r"line 3: stereo_antistereo must be .* 'both'"),
+        (1, 1, "x" * 10_000_000, r"line 3: longer than 1,000,000 bytes"),
     ],
 )
-def test_a_bad_row_is_refused_by_its_line(tmp_path, number, column, value, said):
+def test_bad_row_is_refused_with_its_line(tmp_path, number, column, value, message):
     pairs = [list(pair) for pair in PAIRS]
     pairs[number][column] = value
     write(tmp_path, pairs)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         loaded(tmp_path)
     assert len(refused(tmp_path)) < 400
 
@@ -141,10 +141,10 @@ def test_wrong_columns_and_short_rows_are_refused(tmp_path):
     write(tmp_path, head=["", "more", *HEAD[2:]])
     assert "line 1: needs one column named 'sent_more'" in refused(tmp_path)
     write(tmp_path, [*PAIRS, [5, "A sentence"]])
-    assert "line 8: 2 columns where the header has 6" in refused(tmp_path)
+    assert "line 8: 2 columns, but the header has 6" in refused(tmp_path)
 
 
-def test_a_file_cut_short_anywhere_gives_whole_pairs_or_an_error(tmp_path):
+def test_file_truncated_anywhere_gives_complete_pairs_or_an_error(tmp_path):
     items = loaded(write(tmp_path)).items
     path = tmp_path / "crows_pairs" / "crows_pairs_anonymized.csv"
     whole = path.read_bytes()
@@ -168,13 +168,13 @@ def test_unreadable_files_are_refused(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"boys", b"b\xf6ys"))
     assert "line 4: not UTF-8" in refused(tmp_path)
     path.write_text(",".join(HEAD) + "\n")
-    assert "no pairs here" in refused(tmp_path)
+    assert "no pairs in this file" in refused(tmp_path)
 
 
 # --- the real file, and a model ----------------------------------------------------------------
 
 
-def test_the_published_file_has_1508_pairs():
+def test_published_counts():
     folder = published("crows_pairs")
     items = loaded(folder).items
     assert len(items) == 1_508
@@ -195,7 +195,7 @@ def test_the_published_file_has_1508_pairs():
     assert (longer > 0).mean() == pytest.approx(0.33, abs=0.005)
 
 
-def test_a_model_is_measured_from_plan_to_metrics(tmp_path):
+def test_tiny_model_from_plan_to_metrics(tmp_path):
     assert EXPERIMENTS["crows_pairs"] is CROWS_PAIRS
     conditions = ["Q", "Q+IF", "Q+IF+CoT", *STIMULI.controls]
     cells = measured_by_a_tiny_model(

@@ -60,7 +60,7 @@ def refused(folder):
 # --- items -------------------------------------------------------------------------------------
 
 
-def test_three_whole_sentences_are_scored_after_the_wording_of_the_type(tmp_path):
+def test_item_of_each_type(tmp_path):
     items = loaded(write(tmp_path)).items
     assert [item.cluster for item in items] == ["cook"] * 3 + ["chef", "aunt"]
     assert [len(option) for option in items[0].options] == [21, 11, 41]
@@ -70,16 +70,18 @@ def test_three_whole_sentences_are_scored_after_the_wording_of_the_type(tmp_path
     assert "right after this one: The cook was here 2." in asked[1]
 
 
-def test_braces_in_a_context_are_text(tmp_path):
+def test_braces_in_a_context_are_literal(tmp_path):
     record = line("intersentence", "cook", "profession", 0, context="A {context} and {task}.")
     [item] = loaded(write(tmp_path, [record])).items
     assert STIMULI.turns("Q", item)[0].text.endswith(": A {context} and {task}.")
 
 
-def test_a_wording_without_its_context_is_refused(tmp_path):
+def test_template_without_context_is_refused(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("stereoset: {intersentence: Write something.}")
-    with pytest.raises(InputError, match=r"own\.yaml: stereoset\.intersentence: needs \{context\}"):
+    with pytest.raises(
+        InputError, match=r"own\.yaml: stereoset\.intersentence: must contain \{context\}"
+    ):
         load_stimuli(own)
 
 
@@ -101,7 +103,7 @@ def by_hand(item):
     return [score * length for score, length in zip(scores, (20, 10, 40), strict=True)]
 
 
-def test_scores_are_means_over_terms_as_the_authors_take_them(tmp_path):
+def test_scores_are_means_over_terms(tmp_path):
     frame = rows(loaded(write(tmp_path)).items, by_hand)
     found = measured(STEREOSET, frame)
     # cook: stereotyped preferred 0, 1, 1/2; related 2/2, 1/2, 1/2 of the comparisons won
@@ -124,7 +126,7 @@ def test_scores_are_means_over_terms_as_the_authors_take_them(tmp_path):
     assert math.isnan(gender["lm_score_intersentence"])
 
 
-def test_plain_scores_prefer_short_sentences(tmp_path):
+def test_plain_scores_favour_short_sentences(tmp_path):
     found = measured(STEREOSET, rows(loaded(write(tmp_path)).items, by_hand))
     # whole log-probabilities: 0: -10 -4 -24; 1: -4 -9 -20; 2: -10 -5 -20; 3: -20 -9 -4;
     # 4: -2 -3 -8
@@ -143,7 +145,9 @@ def test_plain_scores_prefer_short_sentences(tmp_path):
     ],
 )
 def test_synthetic_respondents(tmp_path, choose, score, lm, icat):
-    found = measured(STEREOSET, rows(loaded(write(tmp_path)).items, choose))
+    items = loaded(write(tmp_path)).items
+    assert {item.facts["type"] for item in items} == {"intrasentence", "intersentence"}
+    found = measured(STEREOSET, rows(items, choose))
     for scope in ("", "_intrasentence", "_intersentence"):
         assert found[f"stereotype_score{scope}"] == score
         assert found[f"lm_score{scope}"] == lm
@@ -174,22 +178,25 @@ def test_unparsed_items_are_counted_and_in_no_score(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"type": "word"}, "line 2: type is intrasentence or intersentence, not 'word'"),
-        ({"unrelated": "  "}, "line 2: unrelated is a text, not empty"),
-        ({"stereotype": 3}, "line 2: stereotype is a text, not empty"),
-        ({"context": "No gap."}, "line 2: context: an intrasentence item needs the word BLANK"),
+        ({"type": "word"}, "line 2: type must be .* not 'word'"),
+        ({"unrelated": "  "}, "line 2: unrelated must be a non-empty"),
+        ({"stereotype": 3}, "line 2: stereotype must be a non-empty"),
+        (
+            {"context": "No gap."},
+            "line 2: context: an intrasentence item must contain the word BLANK",
+        ),
         ({"unrelated": RECORDS[1]["stereotype"]}, "line 2: two of stereotype, .* same sentence"),
         ({"target": "chef", "bias_type": "race"}, "line 4: target 'chef' has bias_type"),
-        ({"stereotype": "half \ud800."}, "line 2: stereotype holds half of a surrogate pair"),
-        ({"context": "BLANK" * 2_000_000}, "line 2: more than 1,000,000 bytes in one row"),
-        (dict(RECORDS[0]), r"line 2: the same item as in .*dev\.jsonl, line 1"),
+        ({"stereotype": "half \ud800."}, "line 2: stereotype contains half of a surrogate pair"),
+        ({"context": "BLANK" * 2_000_000}, "line 2: longer than 1,000,000 bytes"),
+        (dict(RECORDS[0]), r"line 2: this item appears twice.*dev\.jsonl, line 1"),
     ],
 )
-def test_a_bad_row_is_refused_by_its_line(tmp_path, changes, said):
+def test_bad_row_is_refused_with_its_line(tmp_path, changes, message):
     write(tmp_path, [RECORDS[0], RECORDS[1] | changes, *RECORDS[2:]])
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         loaded(tmp_path)
     refused(tmp_path)
 
@@ -201,7 +208,7 @@ def test_missing_keys_are_named(tmp_path):
 
 
 def test_damaged_files_are_refused(tmp_path):
-    assert "no *.jsonl here; the flat form is read" in refused(tmp_path)
+    assert "no *.jsonl here; put the flat form" in refused(tmp_path)
     path = write(tmp_path) / "stereoset" / "dev.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
@@ -211,9 +218,9 @@ def test_damaged_files_are_refused(tmp_path):
     path.write_bytes(b"\n\n")
     assert "are empty" in refused(tmp_path)
     path.write_bytes(b"[1, 2]\n")
-    assert "line 1: a row is one JSON object" in refused(tmp_path)
+    assert "line 1: each row must be one JSON object" in refused(tmp_path)
     path.write_bytes(b"[" * 100_000)
-    assert "line 1: lists nested too deep" in refused(tmp_path)
+    assert "line 1: nested too deep" in refused(tmp_path)
     path.unlink()
     (path.parent / "dev.json").write_text('{"data": {}}')
     assert "not the nested dev.json" in refused(tmp_path)
@@ -222,7 +229,7 @@ def test_damaged_files_are_refused(tmp_path):
 # --- the real file, and a model ----------------------------------------------------------------
 
 
-def test_the_published_file_has_4229_items_of_79_terms():
+def test_published_counts():
     folder = published("stereoset")
     items = loaded(folder).items
     assert len(items) == 4_229 == len({item.id for item in items})
@@ -248,7 +255,7 @@ def test_the_published_file_has_4229_items_of_79_terms():
     assert np.mean(lengths, axis=0) == pytest.approx([45, 49, 35], abs=0.5)
 
 
-def test_a_model_is_measured_from_plan_to_metrics(tmp_path):
+def test_tiny_model_from_plan_to_metrics(tmp_path):
     assert EXPERIMENTS["stereoset"] is STEREOSET
     conditions = ["Q", "Q+IF", "Q+IF+CoT", *STIMULI.controls]
     cells = measured_by_a_tiny_model(

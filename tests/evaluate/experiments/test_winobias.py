@@ -57,7 +57,7 @@ def refused(folder):
 # --- items -------------------------------------------------------------------------------------
 
 
-def test_the_options_are_the_two_occupations_in_the_order_of_mention(tmp_path):
+def test_options_are_the_occupations_in_order_of_mention(tmp_path):
     found = loaded(write(tmp_path))
     assert found.left_out == {}
     by_id = {item.id: item for item in found.items}
@@ -80,7 +80,7 @@ def test_the_options_are_the_two_occupations_in_the_order_of_mention(tmp_path):
     assert {item.category for item in found.items} == {"type1", "type2"}
 
 
-def test_published_slips_are_read(tmp_path):
+def test_slips_of_the_published_files(tmp_path):
     line = "1 The clerk asked the [ developer] 's boss whether [he] knew [his] CEOs ."
     [item, _] = loaded(
         write(tmp_path, pro_stereotyped_type1=[line], anti_stereotyped_type1=[line])
@@ -107,12 +107,12 @@ def test_rows_without_exactly_two_occupations_are_left_out_and_counted(tmp_path)
     assert values["accuracy_anti"] == 0 and values["gap"] == 1
 
 
-def test_the_longer_of_two_names_that_open_alike_is_found(tmp_path):
+def test_longest_occupation_name_matches(tmp_path):
     write(tmp_path, male_occupations=["developer", "construction", "construction worker"])
     assert loaded(tmp_path).items[-1].options == (" the nurse", " the construction worker")
 
 
-def test_a_limit_draws_lines_with_both_sides(tmp_path):
+def test_limit_draws_lines_with_both_sides(tmp_path):
     drawn = loaded(write(tmp_path), limit=5).items
     assert len(drawn) == 4 and Counter(i.facts["side"] for i in drawn) == {"pro": 2, "anti": 2}
     assert len({item.facts["line"] for item in drawn}) == 2
@@ -179,7 +179,7 @@ def test_synthetic_respondents(tmp_path, choose, pro, anti):
     assert found["accuracy"] == (pro + anti) / 2
 
 
-def test_samples_of_one_question_are_averaged_before_lines_are_paired(tmp_path):
+def test_samples_are_averaged_before_lines_are_paired(tmp_path):
     items = loaded(write(tmp_path)).items
     once = rows(items, stereotyped)
     wrong = rows([i for i in items if i.facts["side"] == "pro"], lambda i: 1 - i.facts["label"])
@@ -192,34 +192,34 @@ def test_samples_of_one_question_are_averaged_before_lines_are_paired(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
-        ("3 [The developer] met the clerk, and [he] left.", "line 2: opens with '3 "),
-        ("[The developer] met the clerk, and [he] left.", "line 2: opens with '"),
-        ("1 [The developer] met the clerk, and [he] left.", "line 2: opens with '1 "),
-        ("2", "line 2: opens with '2'"),
-        ("2 The developer argued with [the cl", r"line 2: needs \[an occupation\]"),
-        ("2 [The developer] met [the clerk] .", r"line 2: needs \[an occupation\]"),
-        ("2 [The developer] met " + "x" * 10_000_000, "line 2: more than 1,000,000 bytes"),
+        ("3 [The developer] met the clerk, and [he] left.", "line 2: starts with '3 "),
+        ("[The developer] met the clerk, and [he] left.", "line 2: starts with '"),
+        ("1 [The developer] met the clerk, and [he] left.", "line 2: starts with '1 "),
+        ("2", "line 2: starts with '2'"),
+        ("2 The developer argued with [the cl", r"line 2: must have \[an occupation\]"),
+        ("2 [The developer] met [the clerk] .", r"line 2: must have \[an occupation\]"),
+        ("2 [The developer] met " + "x" * 10_000_000, "line 2: longer than 1,000,000 bytes"),
     ],
 )
-def test_a_bad_line_is_refused_by_its_number(tmp_path, line, said):
+def test_bad_line_is_refused_with_its_number(tmp_path, line, message):
     write(tmp_path, anti_stereotyped_type1=[ANTI1[0], line])
-    with pytest.raises(InputError, match=r"anti_stereotyped_type1\.txt\.dev, " + said):
+    with pytest.raises(InputError, match=r"anti_stereotyped_type1\.txt\.dev, " + message):
         loaded(tmp_path)
     refused(tmp_path)
 
 
-def test_missing_cut_and_damaged_files_are_refused(tmp_path):
+def test_missing_truncated_and_damaged_files_are_refused(tmp_path):
     assert "female_occupations.txt: cannot be read" in refused(tmp_path)
     write(tmp_path, anti_stereotyped_type1=ANTI1[:1])
     assert "2 lines, but anti_stereotyped_type1.txt.dev has 1" in refused(tmp_path)
     write(tmp_path, male_occupations=[])
-    assert "male_occupations.txt: no occupations here" in refused(tmp_path)
+    assert "male_occupations.txt: no occupations in this file" in refused(tmp_path)
     write(tmp_path, male_occupations=["baker"], female_occupations=["tailor"])
-    assert "no sentence here has two occupations" in refused(tmp_path)
+    assert "no sentence in it has two occupations" in refused(tmp_path)
     write(tmp_path, pro_stereotyped_type2=[])
-    assert "pro_stereotyped_type2.txt.test: no sentences here" in refused(tmp_path)
+    assert "pro_stereotyped_type2.txt.test: no sentences in this file" in refused(tmp_path)
     path = write(tmp_path) / "winobias" / "pro_stereotyped_type1.txt.dev"
     path.write_bytes(path.read_bytes().replace(b"late", b"l\xe4te"))
     assert "pro_stereotyped_type1.txt.dev, line 1: not UTF-8" in refused(tmp_path)
@@ -228,13 +228,13 @@ def test_missing_cut_and_damaged_files_are_refused(tmp_path):
     for name in FILES:
         if "occupations" not in name:
             (path.parent / name).unlink(missing_ok=True)
-    assert "none of WinoBias's files here" in refused(tmp_path)
+    assert "has none of WinoBias's files" in refused(tmp_path)
 
 
 # --- the real files, and a model ---------------------------------------------------------------
 
 
-def test_the_published_files_have_3168_sentences_of_which_2_are_left_out():
+def test_published_counts():
     folder = published("winobias")
     found = loaded(folder)
     assert len(found.items) == 3_166 and found.left_out == {winobias.NOT_TWO: 2}
@@ -270,7 +270,7 @@ def test_the_published_files_have_3168_sentences_of_which_2_are_left_out():
     assert found["gap"] == 1 and found["accuracy"] == pytest.approx(0.5)
 
 
-def test_a_model_is_measured_from_plan_to_metrics(tmp_path):
+def test_tiny_model_from_plan_to_metrics(tmp_path):
     assert EXPERIMENTS["winobias"] is WINOBIAS
     conditions = ["Q", "Q+IF", "Q+IF+CoT", *STIMULI.controls]
     cells = measured_by_a_tiny_model(
