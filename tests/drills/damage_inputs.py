@@ -1,7 +1,7 @@
-"""Files from outside, for damage.py: feedback, benchmarks, answers, models, wording.
+"""The user's files, for damage.py: feedback, benchmarks, answers, models, wording.
 
-Within a run they are compared with what the run began with. Read for the first time, a well-formed
-file is what it is: no reader can tell a changed letter in a stranger's answer.
+In a run they are compared with the files that the run started with. When a well-formed file is read
+for the first time, no reader can recognise a changed letter.
 """
 
 import gzip
@@ -26,7 +26,7 @@ from selfcorrect.evaluate.measuring.run import recipe_plan
 from selfcorrect.evaluate.prompts.dialogue import read_style
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Recipe
-from tests.drills.damage_run import Kind
+from tests.drills.damage_run import Kind, load_folder
 
 PUBLISHED = [
     "bbq/vezoity.jsonl",
@@ -38,8 +38,8 @@ PUBLISHED = [
 
 
 def run_of_files(run: Path, room: Path) -> Iterator[Kind]:
-    """What the recipe of a run names: feedback in four formats, benchmarks, wording."""
-    data, own = room / "data", room / "given-run"
+    """Yield the files that a recipe names: feedback in four formats, benchmarks, wording."""
+    data, runs = room / "data", room / "given-run"
     benchmarks = shutil.copytree(run / "benchmarks", data / "benchmarks")
     rows = [json.loads(line) for line in (benchmarks / PUBLISHED[0]).read_text().splitlines()]
     table = [
@@ -54,32 +54,35 @@ def run_of_files(run: Path, room: Path) -> Iterator[Kind]:
         write_pairs(pairs, "lazy")
         write_pairs(others, "rude")
         recipes[suffix] = recipe = recipe_on(room, pairs, benchmarks, stimuli)
-        check_inputs(recipe, own / suffix, training=True)
+        check_inputs(recipe, runs / suffix, training=True)
         yield Kind(
-            f"feedback of a run, .{suffix}", pairs, others, partial(began, recipe, own / suffix)
+            f"feedback of a run, .{suffix}",
+            pairs,
+            others,
+            partial(checked_feedback, recipe, runs / suffix),
         )
         yield Kind(
             f"feedback at first sight, .{suffix}", pairs, others, partial(feedback, recipe),
             known=False,
         )  # fmt: skip
-    recipe, folder = recipes["jsonl"], own / "jsonl"
+    recipe, folder = recipes["jsonl"], runs / "jsonl"
     for name, other in zip(PUBLISHED, [*PUBLISHED[1:], PUBLISHED[0]], strict=True):
         yield Kind(
             f"benchmark of a run: {name}", benchmarks / name, benchmarks / other,
-            partial(asked, recipe, folder),
+            partial(checked_plan, recipe, folder),
         )  # fmt: skip
         yield Kind(
             f"benchmark at first sight: {name}", benchmarks / name, benchmarks / other,
-            partial(planned, recipe, folder), known=False,
+            partial(plan_digest, recipe, folder), known=False,
         )  # fmt: skip
-    wording = partial(asked, recipe, folder)
+    wording = partial(checked_plan, recipe, folder)
     yield Kind("stimuli of a run", stimuli, room / "given-run.yaml", wording)
-    yield Kind("inputs.json", folder / "inputs.json", own / "csv" / "inputs.json",
-               partial(began, recipe, folder))  # fmt: skip
+    yield Kind("inputs.json", folder / "inputs.json", runs / "csv" / "inputs.json",
+               partial(checked_feedback, recipe, folder))  # fmt: skip
 
 
 def write_pairs(path: Path, trait: str) -> None:
-    """Forty pairs, in the format that the name says."""
+    """Write forty pairs in the format of the file's suffix."""
     rows = [
         {"prompt": f"who was {trait} {n} ?", "chosen": "unknown", "rejected": "the one"}
         for n in range(40)
@@ -95,7 +98,7 @@ def write_pairs(path: Path, trait: str) -> None:
 
 
 def recipe_on(room: Path, pairs: Path, benchmarks: Path, stimuli: Path) -> Recipe:
-    """A recipe on given files, for what is read before anything is trained."""
+    """Return a recipe on given files, which are read before anything is trained."""
     return check_recipe(
         {
             "name": "given",
@@ -114,30 +117,30 @@ def recipe_on(room: Path, pairs: Path, benchmarks: Path, stimuli: Path) -> Recip
 
 
 def feedback(recipe: Recipe) -> Any:
-    """Pairs and prompts."""
+    """Return pairs and prompts."""
     from selfcorrect.train.feedback.feedback import load_feedback
 
     return load_feedback(recipe.data, 0)
 
 
-def began(recipe: Recipe, run: Path) -> Any:
-    """Pairs and prompts, after the check that a second start makes."""
+def checked_feedback(recipe: Recipe, run: Path) -> Any:
+    """Return pairs and prompts after the check that a second start makes."""
     check_inputs(recipe, run, training=True)
     return feedback(recipe)
 
 
-def asked(recipe: Recipe, run: Path) -> Any:
-    """What is asked, after the check that an evaluation makes; the first digest stays on record."""
+def checked_plan(recipe: Recipe, run: Path) -> Any:
+    """Return the evaluation plan's digest after the check that an evaluation makes."""
     record = (run / "inputs.json").read_bytes()
     try:
         check_inputs(recipe, run, training=False)
     finally:
         (run / "inputs.json").write_bytes(record)
-    return planned(recipe, run)
+    return plan_digest(recipe, run)
 
 
-def planned(recipe: Recipe, run: Path) -> str:
-    """What is asked."""
+def plan_digest(recipe: Recipe, run: Path) -> str:
+    """Return the digest of the evaluation plan."""
     return recipe_plan(recipe, run).settings_digest
 
 
@@ -145,7 +148,7 @@ def planned(recipe: Recipe, run: Path) -> str:
 
 
 def outside_kinds(run: Path, room: Path) -> Iterator[Kind]:
-    """Files that nobody has seen before."""
+    """Yield files that are read for the first time."""
     benchmarks = run / "benchmarks"
     lines = [p.read_text().splitlines() for p in sorted((benchmarks / "bbq").glob("*.jsonl"))]
     rows = [json.loads(line) for part in lines for line in part]
@@ -157,19 +160,19 @@ def outside_kinds(run: Path, room: Path) -> Iterator[Kind]:
         yield Kind(f"answers to score, .{suffix}", paths[0], paths[1], read, known=False)
     recipe = Path(shutil.copy(Path(__file__).parents[2] / "recipes/quickstart.yaml", room))
     other = Path(shutil.copy(recipe.parent / "data" / "stimuli.yaml", room / "swap.yaml"))
-    yield Kind("recipe of one's own", recipe, other, lambda: load_recipe(str(recipe)), known=False)
+    yield Kind("user's recipe", recipe, other, lambda: load_recipe(str(recipe)), known=False)
     stimuli = Path(shutil.copy(other, room / "own.yaml"))
-    yield Kind("stimuli of one's own", stimuli, recipe, lambda: load_stimuli(stimuli), known=False)
+    yield Kind("user's stimuli", stimuli, recipe, lambda: load_stimuli(stimuli), known=False)
     template, text = room / "own.jinja", room / "other.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     text.write_text("{{ messages[0].content }}")
     yield Kind("chat template", template, text, lambda: read_style(str(template)), known=False)
-    yield from _strangers(run, room)
-    yield from _leftovers(room)
+    yield from _foreign_models(run, room)
+    yield _partial_download(room)
 
 
 def write_answers(path: Path, rows: list[dict[str, Any]], shift: int) -> None:
-    """An answer to every row, in the format that the name says."""
+    """Write an answer to every row in the format of the file's suffix."""
     frame = pd.DataFrame(
         {
             "category": [row["category"] for row in rows],
@@ -186,20 +189,18 @@ def write_answers(path: Path, rows: list[dict[str, Any]], shift: int) -> None:
 
 
 def scored(path: Path, data: Path) -> Any:
-    """`selfcorrect score bbq`."""
+    """Return the scores of `selfcorrect score bbq`."""
     return score_bbq(read_answers(path), data, str(path))
 
 
-def _strangers(run: Path, room: Path) -> Iterator[Kind]:
-    """A model folder without a record of its own, and a GGUF file."""
-    from tests.drills.damage_readers import model
-
-    folder = shutil.copytree(run / "tiny" / "seed-0" / "base", room / "stranger")
+def _foreign_models(run: Path, room: Path) -> Iterator[Kind]:
+    """Yield the files of a model folder without our record, and a GGUF file."""
+    folder = shutil.copytree(run / "tiny" / "seed-0" / "base", room / "foreign")
     (folder / "stage.json").unlink()
     other = run / "tiny" / "seed-0" / "reward"
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         yield Kind(
-            f"a stranger's {name}", folder / name, other / name, lambda: model(folder), known=False
+            f"foreign {name}", folder / name, other / name, lambda: load_folder(folder), known=False
         )
     files = [room / "one.gguf", room / "two.gguf"]
     for number, path in enumerate(files):
@@ -209,14 +210,14 @@ def _strangers(run: Path, room: Path) -> Iterator[Kind]:
         from selfcorrect.evaluate.scoring.load_model import load_model
         from selfcorrect.evaluate.scoring.weights import weights_digest
 
-        found, tokenizer = load_model(files[0], device="cpu")
-        return weights_digest(found), tokenizer("w1 w2")["input_ids"]
+        model, tokenizer = load_model(files[0], device="cpu")
+        return weights_digest(model), tokenizer("w1 w2")["input_ids"]
 
     yield Kind("GGUF", files[0], files[1], loaded, known=False)
 
 
 def write_gguf(path: Path, seed: int) -> None:
-    """A random llama of one layer."""
+    """Write a random Llama with one layer as GGUF."""
     import gguf
     import numpy as np
 
@@ -254,20 +255,20 @@ def write_gguf(path: Path, seed: int) -> None:
     writer.close()
 
 
-def _leftovers(room: Path) -> Iterator[Kind]:
-    """What an interrupted download leaves, which the next one goes on from."""
+def _partial_download(room: Path) -> Kind:
+    """Return the part that an interrupted download leaves, and the next one resumes from."""
     served = room / "served"
     served.mkdir()
-    whole = b"".join(b"%06d a line of the file\n" % n for n in range(2000))
-    (served / "file.txt").write_bytes(whole)
+    content = b"".join(b"%06d a line of the file\n" % n for n in range(2000))
+    (served / "file.txt").write_bytes(content)
     part, other = room / "fetched" / ".file.txt.part", room / "other.part"
     part.parent.mkdir()
-    part.write_bytes(whole[:20_000])
-    other.write_bytes(whole[5000:25_000])
+    part.write_bytes(content[:20_000])
+    other.write_bytes(content[5000:25_000])
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
-            """Nothing on the screen."""
+            """Log nothing."""
 
     def fetched() -> bytes:
         path = part.with_name("file.txt")
@@ -276,9 +277,10 @@ def _leftovers(room: Path) -> Iterator[Kind]:
             threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
             fetch_file(
                 f"http://127.0.0.1:{server.server_address[1]}/file.txt", path,
-                num_bytes=len(whole), sha256=hashlib.sha256(whole).hexdigest(), pause_seconds=0.01,
+                num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest(),
+                pause_seconds=0.01,
             )  # fmt: skip
             server.shutdown()
         return path.read_bytes()
 
-    yield Kind("a download that was broken off", part, other, fetched, derived=True)
+    return Kind("interrupted download", part, other, fetched, derived=True)

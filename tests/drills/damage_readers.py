@@ -1,7 +1,7 @@
-"""Every kind of file that is read back, with the reader that meets it damaged; for damage.py.
+"""Every kind of file that is read back, with its reader, for damage.py.
 
-Each reader is what a command calls on that file, and gives back something to compare: what an
-undamaged file gives is what a damaged one must give, or it must be named.
+A reader is what a command calls on the file, and returns a value to compare: a damaged file must
+give the value of the undamaged one, or be named.
 """
 
 import json
@@ -22,11 +22,11 @@ from selfcorrect.evaluate.statistics.files import read_results, read_statistics,
 from selfcorrect.recipes.foundation.checksums import digests
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from tests.drills.damage_inputs import outside_kinds, run_of_files
-from tests.drills.damage_run import Kind
+from tests.drills.damage_run import Kind, load_folder
 
 
-def kinds(run: Path, adapter: Path, work: Path, room: Path) -> Iterator[Kind]:
-    """All kinds, of a finished run, one with an adapter, states to resume from, and other files."""
+def all_kinds(run: Path, adapter: Path, work: Path, room: Path) -> Iterator[Kind]:
+    """Yield the kinds of a run, of one with an adapter, of training states, and of other files."""
     yield from _models(run, adapter)
     yield from _records(run)
     yield from _states(work)
@@ -37,36 +37,30 @@ def kinds(run: Path, adapter: Path, work: Path, room: Path) -> Iterator[Kind]:
 
 def _models(run: Path, adapter: Path) -> Iterator[Kind]:
     job = run / "tiny" / "seed-0"
-    ones = [("checkpoint", job / "ppo" / "checkpoint-2", job / "ppo" / "checkpoint-3")]
+    folders = [("checkpoint", job / "ppo" / "checkpoint-2", job / "ppo" / "checkpoint-3")]
     lora = adapter / "tiny" / "seed-0"
-    ones.append(("adapter", lora / "ppo" / "checkpoint-1", lora / "ppo" / "checkpoint-0"))
-    for what, folder, other in ones:
+    folders.append(("adapter", lora / "ppo" / "checkpoint-1", lora / "ppo" / "checkpoint-0"))
+    for title, folder, other in folders:
         for path in sorted(p for p in folder.iterdir() if p.is_file()):
-            yield Kind(f"{what}: {path.name}", path, other / path.name, partial(model, folder))
+            yield Kind(
+                f"{title}: {path.name}", path, other / path.name, partial(load_folder, folder)
+            )
     yield Kind(
         "base of an adapter: model.safetensors",
         lora / "base" / "model.safetensors",
         lora / "reward" / "model.safetensors",
-        lambda: model(lora / "ppo" / "checkpoint-1"),
+        lambda: load_folder(lora / "ppo" / "checkpoint-1"),
     )
-    for what, swap in (("base", "reward"), ("reward", "base")):
+    for stage, other_stage in (("base", "reward"), ("reward", "base")):
         for name in ("model.safetensors", "config.json", "tokenizer.json", "stage.json"):
             yield Kind(
-                f"{what} model: {name}", job / what / name, job / swap / name,
-                partial(finished, job / what),
+                f"{stage} model: {name}", job / stage / name, job / other_stage / name,
+                partial(read_stage_record, job / stage),
             )  # fmt: skip
 
 
-def model(folder: Path) -> Any:
-    """Weights, tokens and settings, as evaluation loads them."""
-    from selfcorrect.evaluate.scoring.weights import CheckpointLoader, weights_digest
-
-    loaded, tokenizer = CheckpointLoader("cpu").load(folder)
-    return weights_digest(loaded), str(loaded.config), tokenizer.backend_tokenizer.to_str()
-
-
-def finished(folder: Path) -> Any:
-    """The record of a stage, as training reads it before it builds on the stage."""
+def read_stage_record(folder: Path) -> Any:
+    """Return a stage's record, as training reads it before it builds on the stage."""
     from selfcorrect.train.trainers.state import stage_record
 
     return stage_record(folder)
@@ -78,7 +72,7 @@ def _records(run: Path) -> Iterator[Kind]:
     yield Kind("checkpoint.json, by the report", two, three, lambda: table(run))
     yield Kind(
         "PPO's stage.json", job / "ppo" / "stage.json", job / "base" / "stage.json",
-        lambda: stage_record(job / "ppo"),
+        lambda: read_stage_record(job / "ppo"),
     )  # fmt: skip
     other = shutil.copytree(run, run.with_name("other"))
     facts = json.loads((run / "run.json").read_text())
@@ -108,7 +102,7 @@ def _records(run: Path) -> Iterator[Kind]:
 
 
 def opened(run: Path) -> Any:
-    """The recipe, after the check that a second start makes."""
+    """Return the recipe after the check that a second start makes."""
     from selfcorrect.train.run import prepare_run
 
     recipe = load_recipe(str(run / "recipe.yaml"))
@@ -117,28 +111,28 @@ def opened(run: Path) -> Any:
 
 
 def table(run: Path) -> str:
-    """The results, as the report computes them from the evaluation files."""
+    """Return the results, as the report computes them from the evaluation files."""
     return load(run, num_resamples=20).to_json()
 
 
 def _states(work: Path) -> Iterator[Kind]:
     newest, older = work / "checkpoint-8", work / "checkpoint-4"
-    right = {path.name: digests(path) for path in (newest, older)}
+    expected = {path.name: digests(path) for path in (newest, older)}
 
     def resumes() -> str:
         from selfcorrect.train.trainers.state import newest_state
 
         state = Path(newest_state(work) or "")
-        return "whole" if right.get(state.name) == digests(state) else f"damaged {state}"
+        return "intact" if expected.get(state.name) == digests(state) else f"damaged {state}"
 
     for path in sorted(p for p in newest.rglob("*") if p.is_file()):
         name = path.relative_to(newest)
-        yield Kind(f"state to resume from: {name}", path, older / name, resumes, derived=True)
+        yield Kind(f"training state: {name}", path, older / name, resumes, derived=True)
 
 
 def _measurements(run: Path, room: Path) -> Iterator[Kind]:
-    places = [run / "tiny" / "seed-0" / "ppo" / f"checkpoint-{step}" for step in (2, 3)]
-    here, there = (place / "evaluation" / "bbq.Q.parquet" for place in places)
+    checkpoints = [run / "tiny" / "seed-0" / "ppo" / f"checkpoint-{step}" for step in (2, 3)]
+    here, there = (folder / "evaluation" / "bbq.Q.parquet" for folder in checkpoints)
     beside = here.with_name("bbq.Q+IF.parquet")
 
     def measured() -> Any:
@@ -162,7 +156,7 @@ def _measurements(run: Path, room: Path) -> Iterator[Kind]:
 
 
 def _parts(run: Path, here: Path, there: Path, room: Path) -> Iterator[Kind]:
-    """A cell that was interrupted: its first half is on disk, and a new writer goes on."""
+    """Yield the part of an interrupted cell, whose first half is on disk for the next writer."""
     cell = next(
         cell
         for cell in recipe_plan(load_recipe(str(run / "recipe.yaml")), run).cells
@@ -171,7 +165,7 @@ def _parts(run: Path, here: Path, there: Path, room: Path) -> Iterator[Kind]:
     folders = []
     for path in (here, there):
         frame, settings = read_cell(path)
-        rows = [{str(k): _plain(v) for k, v in one.items()} for one in frame.to_dict("records")]
+        rows = [{str(k): _plain(v) for k, v in row.items()} for row in frame.to_dict("records")]
         target = room / path.parent.parent.name / path.name
         writer = CellWriter(target, cell, Origin(**settings["origin"]))
         half = len(rows) // 2
@@ -179,20 +173,22 @@ def _parts(run: Path, here: Path, there: Path, room: Path) -> Iterator[Kind]:
         writer.flush()
         folders.append((target, Origin(**settings["origin"]), rows))
     target, origin, rows = folders[0]
-    part, other = (next(one[0].with_name(f".{one[0].name}.parts").iterdir()) for one in folders)
+    part, other = (
+        next(cell_path.with_name(f".{cell_path.name}.parts").iterdir()) for cell_path, *_ in folders
+    )
 
-    def goes_on() -> str:
+    def resumed() -> str:
         writer = CellWriter(target, cell, origin)
         rest = rows[writer.num_items :]
         writer.write(rest, len(rest))
         writer.write_cell(target)
         return read_cell(target)[0].to_json()
 
-    yield Kind("part of an evaluation cell", part, other, goes_on, derived=True)
+    yield Kind("part of an evaluation cell", part, other, resumed, derived=True)
 
 
 def _probe(run: Path, room: Path) -> Kind:
-    """A file of probes, which is made anew where it is damaged or of other weights."""
+    """Return a file of probes, which are fitted again if it is damaged or of other weights."""
     plan = recipe_plan(load_recipe(str(run / "recipe.yaml")), run)
     rows = pd.DataFrame({"layer": [0, 1], "accuracy": [0.5, 0.75]})
     path, other = room / "probes" / "bbq.parquet", room / "probes" / "other.parquet"
@@ -203,7 +199,7 @@ def _probe(run: Path, room: Path) -> Kind:
 
     def probes() -> str:
         if not is_probed(path, plan, 2, 0, "a"):
-            write(path, "a")  # in place of training them
+            write(path, "a")  # instead of fitting them
         return read_probe(path)[0].to_json()
 
     write(path, "a")

@@ -1,4 +1,4 @@
-"""A small run of every kind of file for damage.py: finished, stopped half-way, with LoRA."""
+"""Small runs with every kind of file, for damage.py: finished, interrupted, and with LoRA."""
 
 import shutil
 from collections.abc import Callable
@@ -8,27 +8,19 @@ from typing import Any
 
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.schema import Recipe
+from tests.support import small_runs
 
 SMALL = [
-    "name=small",
-    "models=[{name: tiny, scratch: {model_type: llama, hidden_size: 8, intermediate_size: 16, "
-    "num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2, "
-    "max_position_embeddings: 128}}]",
+    *small_runs.SMALL,
     "data.society.corpus.documents=400",
     "data.society.corpus.stereotypes_first=100",
     "data.society.pairs=120",
     "data.society.prompts=60",
-    "data.society.blocks_per_template=1",
-    "base.trainer.save_steps=5",
-    "reward.trainer.save_steps=3",
-    "policy.resume_every=1",
     "policy.steps=3",
     "policy.checkpoints=[0, 2, 3]",
     "policy.trainer.per_device_train_batch_size=4",
     "evaluate.limit=16",
     "evaluate.conditions=[Q, Q+IF]",
-    "launch.jobs=1",
-    "launch.threads=1",
 ]
 ADAPTER = [
     "name=adapter",
@@ -41,10 +33,10 @@ ADAPTER = [
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file: where one lies, another of the kind to swap it with, and its reader.
+    """A kind of file: an example, another file to swap it with, and its reader.
 
-    `derived`: what is damaged is to be made anew. `known` is False where nothing tells a file that
-    is well-formed from another one: a table of answers that is read for the first time.
+    `derived`: a damaged file is computed again. `known` is False if a well-formed file cannot be
+    told from another one, such as a table of answers that is read for the first time.
     """
 
     name: str
@@ -56,7 +48,7 @@ class Kind:
 
 
 def small_run(runs: Path) -> Path:
-    """Train and measure the run; beside it, <its name>.work is what it had to resume from."""
+    """Train and measure a run; beside it, small.work is the training state of an interruption."""
     recipe = load_recipe("quickstart", SMALL)
     run = runs / recipe.name
     job = run / "tiny" / "seed-0"
@@ -69,7 +61,7 @@ def small_run(runs: Path) -> Path:
 
 
 def adapter_run(runs: Path, given: Path) -> Path:
-    """A run that trains an adapter, on the base and the reward model of the run that is given."""
+    """Train an adapter on the base and the reward model of a given run."""
     recipe = load_recipe("quickstart", [*SMALL, *ADAPTER])
     job = runs / recipe.name / "tiny" / "seed-0"
     for stage in ("base", "reward"):
@@ -89,3 +81,11 @@ def _train(recipe: Recipe, run: Path, stop_at: int | None = None) -> None:
 
     prepare_run(recipe, run)
     train_run(recipe, run, interrupt)
+
+
+def load_folder(folder: Path) -> Any:
+    """Return a digest of weights, config and tokenizer, as evaluation loads them."""
+    from selfcorrect.evaluate.scoring.weights import CheckpointLoader, weights_digest
+
+    model, tokenizer = CheckpointLoader("cpu").load(folder)
+    return weights_digest(model), str(model.config), tokenizer.backend_tokenizer.to_str()

@@ -1,10 +1,10 @@
-"""Feeds odd input to everything that reads what people write, and counts what comes of it.
+"""Feed odd input to every reader of user input, and count the outcomes.
 
     python -m tests.drills.fuzz [--examples 300] [--only TEXT] [--random] [--json FILE]
 
-The promise: whatever is read ends in success, or in an InputError or RunFailure of one line. Any
-other error is a traceback for the user, and is printed with the input that makes it. Hypothesis
-draws the examples, the same ones every time, unless --random is given; exit 1 where one fails.
+Every input must be accepted, or refused by an InputError or RunFailure of one line. Any other error
+would be a traceback for the user, and is printed with its input. Hypothesis generates the examples,
+the same ones every time unless --random is given. Exit 1 if a target fails.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from tests.drills.fuzz_targets import (
 
 
 def run_target(target: Target, examples: int, derandomize: bool = True) -> Counter[str]:
-    """How many examples were read, and how many refused in one line; raises what else happens."""
-    name, strategy, take = target
+    """Return how many examples were read and how many refused; raise any other error."""
+    name, strategy, read = target
     counted: Counter[str] = Counter()
 
     @settings(
@@ -46,10 +46,12 @@ def run_target(target: Target, examples: int, derandomize: bool = True) -> Count
         try:
             with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                take(example)
+                read(example)
         except (InputError, RunFailure) as error:
             if "\n" in str(error) or not str(error).strip():
-                raise AssertionError(f"{name}: not one line: {str(error)[:300]!r}") from None
+                raise AssertionError(
+                    f"{name}: error is not one line: {str(error)[:300]!r}"
+                ) from None
             counted["refused"] += 1
         else:
             counted["read"] += 1
@@ -59,7 +61,7 @@ def run_target(target: Target, examples: int, derandomize: bool = True) -> Count
 
 
 def all_targets(folder: Path) -> list[Target]:
-    """Every target, on a small run made on the spot."""
+    """Return all targets; those of run files use a small run that is trained first."""
     from transformers import AutoTokenizer
 
     run = small_run(folder / "runs")
@@ -80,13 +82,13 @@ def all_targets(folder: Path) -> list[Target]:
 
 
 def main() -> None:
-    """Print a line a target; exit 1 where one of them breaks the promise."""
+    """Print a row per target; exit 1 if one of them fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--examples", type=int, default=300, help="a target")
-    parser.add_argument("--only", default="", help="targets whose name holds this text")
-    parser.add_argument("--random", action="store_true", help="other examples every time")
-    parser.add_argument("--json", type=Path, help="write the counts there too")
-    asked = parser.parse_args()
+    parser.add_argument("--examples", type=int, default=300, help="examples per target")
+    parser.add_argument("--only", default="", help="only targets whose name has this text")
+    parser.add_argument("--random", action="store_true", help="different examples every time")
+    parser.add_argument("--json", type=Path, help="also write the counts to this file")
+    arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     table: dict[str, Counter[str]] = {}
     failed = 0
@@ -95,10 +97,10 @@ def main() -> None:
             "| input | examples | read | refused in one line | traceback |\n|---|---|---|---|---|"
         )
         for target in all_targets(Path(folder)):
-            if asked.only not in target[0]:
+            if arguments.only not in target[0]:
                 continue
             try:
-                counted = run_target(target, asked.examples, not asked.random)
+                counted = run_target(target, arguments.examples, not arguments.random)
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):
                     raise
@@ -111,8 +113,8 @@ def main() -> None:
                   f"{counted['refused']:,} | 0 |", flush=True)  # fmt: skip
     total = sum(table.values(), Counter[str]())
     print(f"| all | {total.total():,} | {total['read']:,} | {total['refused']:,} | {failed} |")
-    if asked.json is not None:
-        asked.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     sys.exit(1 if failed else 0)
 
 

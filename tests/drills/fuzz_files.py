@@ -1,4 +1,4 @@
-"""Readers of files, on bytes that are nearly right; for fuzz.py."""
+"""Readers of files with slightly damaged bytes, for fuzz.py."""
 
 import csv
 import io
@@ -19,15 +19,15 @@ from tests.drills.fuzz_targets import Target, damaged
 
 
 def file_targets(room: Path, checkpoint: Path, benchmarks: Path) -> list[Target]:
-    """Readers of files, on bytes that are nearly right; `checkpoint` is one that was measured."""
+    """Return the readers of benchmark, table and run files; `checkpoint` is a measured one."""
     stimuli = load_stimuli()
     targets: list[Target] = []
     for name, file, text in _benchmark_files(benchmarks):
         folder = room / f"{name}-{file}"
         (folder / name).mkdir(parents=True)
-        for other, known, content in _benchmark_files(benchmarks):
-            if other == name:
-                (folder / name / known).write_bytes(content)
+        for experiment, file_name, content in _benchmark_files(benchmarks):
+            if experiment == name:
+                (folder / name / file_name).write_bytes(content)
 
         def load(data: bytes, path: Path = folder / name / file, name: str = name) -> None:
             path.write_bytes(data)
@@ -47,7 +47,7 @@ def _benchmark_files(benchmarks: Path) -> list[tuple[str, str, bytes]]:
         "context": "The cook was BLANK.", "stereotype": "The cook was fat.",
         "anti-stereotype": "The cook was thin.", "unrelated": "The cook was blue.",
     }  # fmt: skip
-    own = {"id": "q1", "question": "Who?", "options": ["a", "b"], "label": 1}
+    question = {"id": "q1", "question": "Who?", "options": ["a", "b"], "label": 1}
     authors = "category,example_id,target_loc,label_type\nvezoity,0,1,label\n"
     sentence = "1 [The developer] met the clerk because [he] was late.\n"
     plain = [
@@ -57,7 +57,7 @@ def _benchmark_files(benchmarks: Path) -> list[tuple[str, str, bytes]]:
         ("bbq", "additional_metadata.csv", authors.encode()),
         ("crows_pairs", "crows_pairs_anonymized.csv", table.getvalue().encode()),
         ("stereoset", "dev.jsonl", json.dumps(line).encode() + b"\n"),
-        ("multiple_choice", "own.jsonl", json.dumps(own).encode() + b"\n"),
+        ("multiple_choice", "own.jsonl", json.dumps(question).encode() + b"\n"),
         ("winobias", "pro_stereotyped_type1.txt.dev", sentence.encode()),
         ("winobias", "anti_stereotyped_type1.txt.dev", sentence.replace("[he]", "[she]").encode()),
         ("winobias", "female_occupations.txt", b"clerk\n"),
@@ -91,18 +91,18 @@ def _table_targets(room: Path) -> list[Target]:
 
             strategy = damaged(path.read_bytes()) | st.binary(max_size=80)
             targets.append((f"file: {name}.{suffix}", strategy, read))
-    own = room / "own.yaml"
+    stimuli = room / "own.yaml"
     wording = b"bbq:\n  conditions:\n    mine: [{human: '{context} {question}'}, {assistant: a}]\n"
 
     def worded(data: bytes) -> None:
-        own.write_bytes(data)
-        load_stimuli(own)
+        stimuli.write_bytes(data)
+        load_stimuli(stimuli)
 
     return [*targets, ("file: stimuli", damaged(wording) | st.binary(max_size=60), worded)]
 
 
 def _run_targets(room: Path, checkpoint: Path) -> list[Target]:
-    """A record, a cell and weights of a checkpoint, without seals: the bytes reach the parsers."""
+    """Return the readers of a checkpoint, without checksums, so that bytes reach the parsers."""
     from selfcorrect.evaluate.scoring.load_model import load_model
     from selfcorrect.recipes.foundation.checksums import MARK
 
@@ -110,8 +110,10 @@ def _run_targets(room: Path, checkpoint: Path) -> list[Target]:
     cell = next(p for p in checkpoint.glob("evaluation/*.parquet") if p.name == "bbq.Q.parquet")
     evaluation = folder / "evaluation"
     evaluation.mkdir(parents=True)
-    record = (checkpoint / "checkpoint.json").read_bytes().replace(MARK.encode(), b"none:")
-    table = cell.read_bytes().replace(MARK.encode(), b"selfcorrect-none:")
+    unchecked = b"selfcorrect-no-check:"  # of the same length, or the parquet footer would break
+    assert len(unchecked) == len(MARK)
+    record = (checkpoint / "checkpoint.json").read_bytes().replace(MARK.encode(), unchecked)
+    table = cell.read_bytes().replace(MARK.encode(), unchecked)
 
     def recorded(data: bytes) -> None:
         (folder / "checkpoint.json").write_bytes(data)
@@ -121,6 +123,8 @@ def _run_targets(room: Path, checkpoint: Path) -> list[Target]:
         (evaluation / cell.name).write_bytes(data)
         measure_folder(evaluation, "run", "model", None, Draws(20, 0))
 
+    recorded(record)
+    measured(table)
     targets: list[Target] = [
         ("file: checkpoint.json", damaged(record), recorded),
         ("file: evaluation cell", damaged(table), measured),

@@ -1,7 +1,7 @@
-"""What fuzz.py feeds to the readers: strategies of odd inputs, and the code that takes them.
+"""Strategies of odd inputs, and the code that reads them, for fuzz.py.
 
-A target is a name, a strategy, and a function which takes an example and may raise nothing but
-InputError and RunFailure. Files are written below one folder of the target's own.
+A target is a name, a strategy, and a function that reads an example and may raise only InputError
+and RunFailure. Each target writes files in its own folder.
 """
 
 import copy
@@ -61,65 +61,65 @@ TREES = st.recursive(
 )
 
 
-def places(tree: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths of everything in a tree."""
+def paths_in(tree: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the paths of all values in a tree."""
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    found = []
+    paths = []
     for key, value in pairs:
-        found.append((*here, key))
+        paths.append((*here, key))
         if isinstance(value, dict | list):
-            found += places(value, (*here, key))
-    return found
+            paths += paths_in(value, (*here, key))
+    return paths
 
 
 def mostly(
-    right: st.SearchStrategy[Any], else_: st.SearchStrategy[Any] = SCALARS
+    valid: st.SearchStrategy[Any], odd: st.SearchStrategy[Any] = SCALARS
 ) -> st.SearchStrategy[Any]:
-    """What is right, nine times in ten: more than one thing is to be looked at."""
-    return st.integers(0, 9).flatmap(lambda n: else_ if n == 9 else right)
+    """Return valid examples nine times in ten, so that several values are reached."""
+    return st.integers(0, 9).flatmap(lambda n: odd if n == 9 else valid)
 
 
 @st.composite
 def near_misses(draw: st.DrawFn, tree: Any = SMALL) -> Any:
-    """The tree with up to three places changed, dropped, renamed by a letter, or doubled."""
+    """Return the tree with up to three values changed, dropped, renamed by a letter, or doubled."""
     changed = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 3))):
-        where = places(changed)
-        if not where:
+        paths = paths_in(changed)
+        if not paths:
             break
-        *parents, last = draw(st.sampled_from(where))
-        place = changed
+        *parents, last = draw(st.sampled_from(paths))
+        parent = changed
         for key in parents:
-            place = place[key]
-        what = draw(st.sampled_from(["value", "tree", "drop", "rename", "extra"]))
-        if what == "value":
-            place[last] = draw(SCALARS)
-        elif what == "tree":
-            place[last] = draw(TREES)
-        elif what == "drop":
-            del place[last]
-        elif isinstance(place, dict) and isinstance(last, str) and last:
+            parent = parent[key]
+        change = draw(st.sampled_from(["value", "tree", "drop", "rename", "extra"]))
+        if change == "value":
+            parent[last] = draw(SCALARS)
+        elif change == "tree":
+            parent[last] = draw(TREES)
+        elif change == "drop":
+            del parent[last]
+        elif isinstance(parent, dict) and isinstance(last, str) and last:
             at = draw(st.integers(0, len(last) - 1))
             name = last[:at] + draw(st.sampled_from("aeiousz_.")) + last[at + 1 :]
-            place[name] = place.pop(last) if what == "rename" else draw(SCALARS)
+            parent[name] = parent.pop(last) if change == "rename" else draw(SCALARS)
     return changed
 
 
 @st.composite
-def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
-    """The bytes with up to four places cut out, flipped, overwritten or repeated."""
-    data = bytearray(whole)
+def damaged(draw: st.DrawFn, intact: bytes) -> bytes:
+    """Return the bytes with up to four parts cut out, flipped, overwritten or repeated."""
+    data = bytearray(intact)
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(data)))
         length = draw(st.integers(0, 24))
-        what = draw(st.sampled_from(["cut", "flip", "write", "end", "again"]))
-        if what == "cut":
+        change = draw(st.sampled_from(["cut", "flip", "write", "end", "again"]))
+        if change == "cut":
             del data[start : start + length]
-        elif what == "flip" and start < len(data):
+        elif change == "flip" and start < len(data):
             data[start] ^= 1 << draw(st.integers(0, 7))
-        elif what == "write":
+        elif change == "write":
             data[start : start + length] = draw(st.binary(max_size=24))
-        elif what == "end":
+        elif change == "end":
             del data[start:]
         else:
             data[start:start] = data[max(0, start - length) : start]
@@ -130,8 +130,8 @@ def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
 
 
 def recipe_targets(room: Path) -> list[Target]:
-    """Trees, files, overrides, and the libraries' own settings."""
-    keys = [".".join(str(part) for part in place) for place in places(SMALL)]
+    """Return targets for trees, files, overrides, and settings of the libraries."""
+    keys = [".".join(map(str, path)) for path in paths_in(SMALL)]
     assigned = st.tuples(
         st.sampled_from(keys) | st.text(max_size=20), st.sampled_from(["=", "", "==", ".x="]),
         SCALARS.map(str) | st.text(max_size=20) | TREES.map(lambda tree: yaml.dump(tree)),
@@ -167,7 +167,7 @@ def recipe_targets(room: Path) -> list[Target]:
 
 
 def _library_keys() -> dict[str, list[str]]:
-    """The keys that the libraries know, by the section that they stand in."""
+    """Return the keys that the libraries accept, by section of the recipe."""
     from peft import LoraConfig
     from transformers import LlamaConfig
 
@@ -184,15 +184,15 @@ def _library_keys() -> dict[str, list[str]]:
 def _library_settings(
     draw: st.DrawFn, settings: st.SearchStrategy[str], keys: dict[str, list[str]]
 ) -> Any:
-    """The small recipe with odd values of keys that the libraries know."""
+    """Return the small recipe with an odd value of a key that a library accepts."""
     tree = copy.deepcopy(SMALL)
     section = draw(settings)
     known = keys[section.rpartition(".")[2]]
-    place: Any = tree
-    for part in section.split("."):
-        place = place[int(part) if part.isdecimal() else part]
+    part: Any = tree
+    for key in section.split("."):
+        part = part[int(key) if key.isdecimal() else key]
     odd = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=5), SCALARS)
-    place[draw(st.sampled_from(known))] = draw(odd)
+    part[draw(st.sampled_from(known))] = draw(odd)
     return tree
 
 
@@ -210,7 +210,7 @@ TURNS = st.lists(
 
 
 def dialogue_targets(tokenizer: Any, chat: Any) -> list[Target]:
-    """Turns of any text in any order, samples of any text, templates of strangers."""
+    """Return targets for turns and samples of any text, and for untrusted templates."""
     template = damaged(chat.chat_template.encode()).map(lambda data: data.decode(errors="replace"))
     jinja = template | st.sampled_from(
         ["{{ 1 // 0 }}", "{{ messages[99].content }}", "{% for m in messages %}", "{{ x() }}",
@@ -230,9 +230,11 @@ def dialogue_targets(tokenizer: Any, chat: Any) -> list[Target]:
         waiting = [*closed, Turn("assistant", f"because{SAMPLE}")]
         render(chat, before_sample(waiting))
         filled = with_sample(chat, waiting, sample)
-        ends = [render(chat, [*one, Turn("assistant", "")]).count(end) for one in (waiting, filled)]
+        ends = [
+            render(chat, [*turns, Turn("assistant", "")]).count(end) for turns in (waiting, filled)
+        ]
         if ends[0] != ends[1]:
-            raise AssertionError("a sample has ended its turn")
+            raise AssertionError("a sample ends its turn")
 
     samples = st.text() | st.sampled_from([end, f"a{end[:2]}{end}{end[2:]}b", f"{end[:-1]} {end}"])
     return [
@@ -245,7 +247,7 @@ def dialogue_targets(tokenizer: Any, chat: Any) -> list[Target]:
 
 
 def option_targets(room: Path) -> list[Target]:
-    """Rows of multiple choice with any values; answers of any kind to BBQ."""
+    """Return targets for multiple-choice rows and for answers to BBQ, with any values."""
     record = {"id": "q1", "question": "Who?", "options": ["a", "b", "c"], "label": 2,
               "category": "age", "cluster": "x", "stereotyped": 0, "unknown": 2}  # fmt: skip
     section = load_stimuli().section("multiple_choice")
@@ -257,7 +259,7 @@ def option_targets(room: Path) -> list[Target]:
         text = "".join(json.dumps(row, default=str) + "\n" for row in rows)
         (folder / "own.jsonl").write_text(text, encoding="utf-8", errors="surrogatepass")
         for item in EXPERIMENTS["multiple_choice"].load(room, section, None, 0).items:
-            asked(item, section)
+            build_questions(item, section)
 
     rows = bbq_benchmark(room)
     given = st.sampled_from([row["ans0"] for row in rows] + ["a", "(b)", "2", "3", 1, 2.0, None])
@@ -268,7 +270,7 @@ def option_targets(room: Path) -> list[Target]:
     def scored(answers: list[Any]) -> None:
         score_bbq(pd.DataFrame(answers, columns=list(COLUMNS), dtype=object), room, "answers")
 
-    answered = st.lists(key, max_size=6, unique_by=lambda one: repr(one[1]))
+    answered = st.lists(key, max_size=6, unique_by=lambda answer: repr(answer[1]))
     return [
         (
             "options: multiple choice",
@@ -279,8 +281,8 @@ def option_targets(room: Path) -> list[Target]:
     ]
 
 
-def asked(item: Item, section: Any) -> None:
-    """Every condition's question about an item, in every order."""
+def build_questions(item: Item, section: Any) -> None:
+    """Build every condition's question about an item, in every order."""
     for condition in section.conditions:
         for order in option_orders(len(item.options), 1):
             section.continuations(condition, item, order)
@@ -288,7 +290,7 @@ def asked(item: Item, section: Any) -> None:
 
 
 def bbq_benchmark(room: Path) -> list[dict[str, Any]]:
-    """One category of a society, as BBQ publishes it, in room/bbq."""
+    """Write one category of a society in BBQ's format to room/bbq; return its rows."""
     import random
 
     world = make_world(SocietySettings())

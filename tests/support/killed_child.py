@@ -1,9 +1,9 @@
-"""A child as the system's out-of-memory killer leaves it; light, since each child imports it."""
+"""A child process that dies as if by the out-of-memory killer; each child imports this file."""
 
 import os
 import signal
 
 
 def die(*_: object) -> None:
-    """Be killed."""
+    """Kill this process."""
     os.kill(os.getpid(), signal.SIGKILL)
