@@ -58,23 +58,30 @@ def write(path: Path, **entries: object) -> Path:
 
 def test_every_data_set_has_source_and_terms() -> None:
     sets = catalogue()
-    assert [name for name, one in sets.items() if one.kind == "benchmark"] == BENCHMARKS
-    assert [name for name, one in sets.items() if one.kind == "feedback"] == [
+    assert [name for name, data_set in sets.items() if data_set.kind == "benchmark"] == BENCHMARKS
+    assert [name for name, data_set in sets.items() if data_set.kind == "feedback"] == [
         "hh_rlhf_test",
         "hh_rlhf",
         "ultrafeedback",
     ]
-    for name, one in sets.items():
-        assert one.licence and ("arXiv:" in one.citation or "doi:" in one.citation), name
-        assert one.revision in one.address or one.hub, name
-        for file in one.files:
-            assert one.url(file).startswith("https://") and one.revision in one.url(file)
-            assert "{" not in one.url(file)
+    for name, data_set in sets.items():
+        assert data_set.licence and (
+            "arXiv:" in data_set.citation or "doi:" in data_set.citation
+        ), name
+        assert data_set.revision in data_set.address or data_set.hub, name
+        for file in data_set.files:
+            assert data_set.url(file).startswith("https://") and data_set.revision in data_set.url(
+                file
+            )
+            assert "{" not in data_set.url(file)
     assert sets["law_school"].licence == "none stated"
 
 
 def test_rows_of_a_set_count_its_items() -> None:
-    rows = {name: {file.path: file.rows for file in one.files} for name, one in catalogue().items()}
+    rows = {
+        name: {file.path: file.rows for file in data_set.files}
+        for name, data_set in catalogue().items()
+    }
     bbq = {path: number for path, number in rows["bbq"].items() if path.endswith(".jsonl")}
     assert (len(bbq), sum(bbq.values()), catalogue()["bbq"].rows) == (11, 58_492, 58_492)
     assert catalogue()["winogender"].rows == rows["winogender"]["winogender/templates.tsv"]
@@ -92,7 +99,7 @@ def test_files_go_to_the_folders_of_their_experiments() -> None:
 def test_repository_contains_no_data_files() -> None:
     assert CATALOGUE.stat().st_size < 30_000
     folder = CATALOGUE.parents[2]
-    names = {Path(file.path).name for one in catalogue().values() for file in one.files}
+    names = {Path(file.path).name for data_set in catalogue().values() for file in data_set.files}
     inside = ("recipes", "evaluate", "train", "scripts", "tests", "docs")
     kept = {path.name.removesuffix(".gz") for part in inside for path in (folder / part).rglob("*")}
     assert not names & kept
@@ -162,14 +169,14 @@ def test_plain_and_packed_files_are_checked_by_their_text(tmp_path: Path) -> Non
     packed.parent.mkdir()
     for level in (1, 9):  # other bytes, the same text
         packed.write_bytes(gzip.compress(TEXT, level))
-        found = check_file(FILE, tmp_path)
-        assert (found.state, found.rows, found.path) == ("right", 2, packed)
+        finding = check_file(FILE, tmp_path)
+        assert (finding.state, finding.rows, finding.path) == ("right", 2, packed)
     plain = tmp_path / "small" / "a.jsonl"
     plain.write_bytes(TEXT)
     assert check_file(FILE, tmp_path).path == plain
     packed.write_bytes(gzip.compress(TEXT + TEXT))  # both are read: one wrong is wrong
-    found = check_file(FILE, tmp_path)
-    assert (found.state, found.path) == ("different", packed)
+    finding = check_file(FILE, tmp_path)
+    assert (finding.state, finding.path) == ("different", packed)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +193,8 @@ def test_reason_of_a_different_file(
 ) -> None:
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "a.jsonl").write_bytes(content)
-    found = check_file(FILE, tmp_path)
-    assert (found.state, found.rows, found.reason) == ("different", rows, reason)
+    finding = check_file(FILE, tmp_path)
+    assert (finding.state, finding.rows, finding.reason) == ("different", rows, reason)
 
 
 @pytest.mark.parametrize(
@@ -243,13 +250,13 @@ def test_real_files_are_as_published() -> None:
     if not folder:
         pytest.skip("SELFCORRECT_DATA_DIR is not set: no real file is checked")
     checked = 0
-    for name, one in catalogue().items():
-        for found in check_set(one, Path(folder)):
-            assert (found.state, found.rows) == ("right", found.file.rows), (name, found)
+    for name, data_set in catalogue().items():
+        for finding in check_set(data_set, Path(folder)):
+            assert (finding.state, finding.rows) == ("right", finding.file.rows), (name, finding)
             checked += 1
-            if found.file.packed:  # what is downloaded, where the source publishes it packed
-                raw = found.path.read_bytes()
-                expected = (found.file.packed.bytes, found.file.packed.sha256)
+            if finding.file.packed:  # what is downloaded, where the source publishes it packed
+                raw = finding.path.read_bytes()
+                expected = (finding.file.packed.bytes, finding.file.packed.sha256)
                 assert (len(raw), hashlib.sha256(raw).hexdigest()) == expected
     assert checked == 29
     (law,) = check_set(catalogue()["law_school"], Path(folder))

@@ -71,8 +71,8 @@ def test_next_call_resumes_from_kept_data(serve: Callable[..., Server], tmp_path
     assert "run the same command again" in line and f"{third:,} of {len(TEXT):,} bytes" in line
     failure(breaking.url, path, attempts=1)
     get(breaking.url, path, attempts=2)
-    asked = [None, f"bytes={third}-", f"bytes={2 * third}-"]
-    assert breaking.ranges == [*asked, f"bytes={3 * third}-"][: len(breaking.ranges)]
+    expected = [None, f"bytes={third}-", f"bytes={2 * third}-"]
+    assert breaking.ranges == [*expected, f"bytes={3 * third}-"][: len(breaking.ranges)]
     assert path.read_bytes() == TEXT and left(tmp_path) == ["file.txt"]
 
 
@@ -454,12 +454,12 @@ def test_file_published_packed_is_kept_packed(serve: Callable[..., Server], tmp_
 
 def test_different_file_is_never_overwritten(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve(by_path)
-    own = tmp_path / "small" / "1.jsonl"
-    own.parent.mkdir()
-    own.write_text("my own\n")
+    different = tmp_path / "small" / "1.jsonl"
+    different.parent.mkdir()
+    different.write_text("my own\n")
     with pytest.raises(InputError, match=r"1\.jsonl: not the published file .*move it away"):
         fetch_set(data_set(server, *TEXTS), tmp_path)
-    assert own.read_text() == "my own\n" and server.ranges == []
+    assert different.read_text() == "my own\n" and server.ranges == []
 
 
 def test_missing_file_does_not_prevent_the_others(

@@ -97,9 +97,9 @@ def test_scores_are_those_of_the_rendered_dialogue(tmp_path, cells):
 
 def test_sample_is_part_of_the_final_prompt(tmp_path, cells):
     model, tokenizer = tiny_model(), tiny_tokenizer(chat=True)
-    asked: list[str] = []
+    prompts: list[str] = []
     seen = model.register_forward_pre_hook(
-        lambda _, args, kwargs: asked.extend(tokenizer.batch_decode(kwargs["input_ids"])),
+        lambda _, args, kwargs: prompts.extend(tokenizer.batch_decode(kwargs["input_ids"])),
         with_kwargs=True,
     )
     [path] = measure(EvaluationPlan([cells.cells[2]]), model, tokenizer, tmp_path / "out")
@@ -109,7 +109,7 @@ def test_sample_is_part_of_the_final_prompt(tmp_path, cells):
         words = tokenizer.decode(
             tokenizer("because" + row.samples[0], add_special_tokens=False).input_ids
         )
-        finals = [text for text in asked if f"<|assistant|> {words} </s> <|user|> who" in text]
+        finals = [text for text in prompts if f"<|assistant|> {words} </s> <|user|> who" in text]
         assert finals, row.samples
 
 
@@ -118,12 +118,12 @@ def test_sample_and_scores_do_not_depend_on_other_items(tmp_path, cells):
     cell = cells.cells[2]
     alone = replace(cell, loaded=LoadedItems(cell.items[4:5]))
     frames = []
-    for index, one in enumerate([cell, alone]):
-        [path] = measure(EvaluationPlan([one]), model, tokenizer, tmp_path / str(index))
+    for index, part in enumerate([cell, alone]):
+        [path] = measure(EvaluationPlan([part]), model, tokenizer, tmp_path / str(index))
         frames.append(read_cell(path)[0])
-    whole, single = frames[0].iloc[4], frames[1].iloc[0]
-    assert list(whole["samples"]) == list(single["samples"])
-    assert list(whole["logprobs"]) == pytest.approx(list(single["logprobs"]), abs=1e-5)
+    together, single = frames[0].iloc[4], frames[1].iloc[0]
+    assert list(together["samples"]) == list(single["samples"])
+    assert list(together["logprobs"]) == pytest.approx(list(single["logprobs"]), abs=1e-5)
 
 
 def test_measured_cells_are_skipped_and_others_measured_again(tmp_path, cells):
@@ -144,7 +144,7 @@ def test_measured_cells_are_skipped_and_others_measured_again(tmp_path, cells):
     damaged.write_bytes(first[damaged][:200])
     foreign.write_bytes(b"not parquet")
     middle = bytearray(first[cut])
-    middle[40:80] = bytes(40)  # the footer is whole, a column is not
+    middle[40:80] = bytes(40)  # the footer is intact, a column is not
     cut.write_bytes(middle)
     measure(cells, model, tokenizer, out)
     assert {path: path.read_bytes() for path in paths} == first
@@ -161,9 +161,9 @@ def test_settings_digest_covers_every_setting_but_not_the_folder(tmp_path, cells
     plain, _, chain, _ = cells.cells
     assert plain.settings_digest != cells.cells[1].settings_digest
     other_item = replace(plain.items[0], options=(" he", " her", " they"))
-    asked = Condition(dialogue=[Turn("human", "?"), Turn("assistant", "")])
+    changed_condition = Condition(dialogue=[Turn("human", "?"), Turn("assistant", "")])
     section = plain.section.model_copy(
-        update={"conditions": {**plain.section.conditions, "Q": asked}}
+        update={"conditions": {**plain.section.conditions, "Q": changed_condition}}
     )
     variants = [
         replace(plain, loaded=LoadedItems([other_item, *plain.items[1:]])),
@@ -248,17 +248,17 @@ def test_draws_are_rows_with_different_samples(tmp_path):
     assert list(sampled["draw"][:6]) == [0, 1, 2, 0, 1, 2]
     texts = [samples[0] for samples in sampled["samples"]]
     assert len(set(texts)) > 12
-    one = tiny_plan(tmp_path / "data", ["Q+IF+CoT"], samples=1, max_new_tokens=12)
-    [path] = measure(one, model, tokenizer, tmp_path / "one")
+    single = tiny_plan(tmp_path / "data", ["Q+IF+CoT"], samples=1, max_new_tokens=12)
+    [path] = measure(single, model, tokenizer, tmp_path / "one")
     first = [samples[0] for samples in read_cell(path)[0]["samples"]]
     assert first == [text for text, draw in zip(texts, sampled["draw"], strict=True) if draw == 0]
 
 
 def test_rounds_of_samples_follow_each_other_in_the_dialogue(tmp_path):
     model, tokenizer = tiny_model(sharpness=2), tiny_tokenizer(chat=True)
-    asked: list[str] = []
+    prompts: list[str] = []
     seen = model.register_forward_pre_hook(
-        lambda _, args, kwargs: asked.extend(tokenizer.batch_decode(kwargs["input_ids"])),
+        lambda _, args, kwargs: prompts.extend(tokenizer.batch_decode(kwargs["input_ids"])),
         with_kwargs=True,
     )
     cells = tiny_plan(tmp_path / "data", ["reviews 2"])
@@ -270,25 +270,25 @@ def test_rounds_of_samples_follow_each_other_in_the_dialogue(tmp_path):
         words = tokenizer.decode(tokenizer(first, add_special_tokens=False).input_ids)
         more = tokenizer.decode(tokenizer("because" + second, add_special_tokens=False).input_ids)
         opened = f"<|assistant|> {words} </s> <|user|> who ? </s> <|assistant|> {more} </s>"
-        assert any(" ".join(opened.split()) in " ".join(text.split()) for text in asked)
+        assert any(" ".join(opened.split()) in " ".join(text.split()) for text in prompts)
     assert any(first != second for first, second in frame["samples"])
 
 
 def test_custom_chat_template_is_used_and_checked(tmp_path):
-    template = tmp_path / "mine.jinja"
+    template = tmp_path / "custom.jinja"
     template.write_text(
         "{% for message in messages %}{{ message.role[0] }} : {{ message.content }} . "
         "{% endfor %}{% if add_generation_prompt %}a :{% endif %}"
     )
     cells = tiny_plan(tmp_path / "data", ["Q"], style=str(template))
-    model, tokenizer, asked = tiny_model(), tiny_tokenizer(chat=True), []
+    model, tokenizer, prompts = tiny_model(), tiny_tokenizer(chat=True), []
     seen = model.register_forward_pre_hook(
-        lambda _, args, kwargs: asked.extend(tokenizer.batch_decode(kwargs["input_ids"])),
+        lambda _, args, kwargs: prompts.extend(tokenizer.batch_decode(kwargs["input_ids"])),
         with_kwargs=True,
     )
     measure(cells, model, tokenizer, tmp_path / "out")
     seen.remove()
-    assert any(text.startswith("<unk> : who went ? the doctor told") for text in asked)
+    assert any(text.startswith("<unk> : who went ? the doctor told") for text in prompts)
     other = tiny_plan(tmp_path / "data", ["Q"])
     assert cells.settings_digest != other.settings_digest
     template.write_text("hello")
@@ -378,7 +378,7 @@ def test_interrupted_evaluation_resumes_bitwise(tmp_path, cells, monkeypatch, co
     monkeypatch.setattr(measuring, "_SLICE_ITEMS", 2)  # six items in three slices
     plan = EvaluationPlan([cell for cell in cells.cells if cell.condition == condition])
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    whole = measure(plan, model, tokenizer, tmp_path / "whole")
+    uninterrupted = measure(plan, model, tokenizer, tmp_path / "whole")
 
     def stop(name: str, done: int, total: int) -> None:
         if done == 4:
@@ -386,12 +386,12 @@ def test_interrupted_evaluation_resumes_bitwise(tmp_path, cells, monkeypatch, co
 
     with pytest.raises(Stopped):
         measure(plan, model, tokenizer, tmp_path / "out", stop)
-    assert not (tmp_path / "out" / whole[0].name).exists()
+    assert not (tmp_path / "out" / uninterrupted[0].name).exists()
     again: list[int] = []
     measure(plan, model, tokenizer, tmp_path / "out", lambda *call: again.append(call[1]))
     assert again == [4, 6]
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
-        path.name: path.read_bytes() for path in whole
+        path.name: path.read_bytes() for path in uninterrupted
     }
 
 
@@ -402,7 +402,7 @@ def test_unusable_parts_are_not_resumed_from(tmp_path, cells, monkeypatch, limit
     monkeypatch.setattr(measuring, *limit)
     pair = EvaluationPlan([cells.cells[0], cells.cells[1]])
     tokenizer = tiny_tokenizer()
-    whole = measure(pair, tiny_model(), tokenizer, tmp_path / "whole")
+    uninterrupted = measure(pair, tiny_model(), tokenizer, tmp_path / "whole")
 
     def stop(*call: object) -> None:
         if call[1] == 4:
@@ -433,7 +433,7 @@ def test_unusable_parts_are_not_resumed_from(tmp_path, cells, monkeypatch, limit
     assert resumed_at(tiny_model()) == 0
     first = leave_parts()[0]
     damaged = bytearray(first.read_bytes())
-    damaged[60] ^= 0xFF  # its end is whole, a column is not
+    damaged[60] ^= 0xFF  # the footer is intact, a column is not
     first.write_bytes(damaged)
     assert resumed_at(tiny_model()) == 0
     first = leave_parts()[0]
@@ -444,7 +444,7 @@ def test_unusable_parts_are_not_resumed_from(tmp_path, cells, monkeypatch, limit
         )
     assert resumed_at(tiny_model()) == 0
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
-        path.name: path.read_bytes() for path in whole
+        path.name: path.read_bytes() for path in uninterrupted
     }
 
 

@@ -94,8 +94,8 @@ def test_law_school_instruction_is_between_the_two_paragraphs():
 
 
 def test_open_turns_end_without_a_space():
-    asked = section("bbq")
-    for condition in [*asked.conditions.values(), *asked.controls.values()]:
+    stimuli = section("bbq")
+    for condition in [*stimuli.conditions.values(), *stimuli.controls.values()]:
         opened = condition.dialogue[-1].text
         assert opened == opened.rstrip()
 
@@ -112,9 +112,9 @@ def test_value_with_the_sample_marker_is_refused():
 
 
 def test_number_of_samples_per_condition():
-    asked = section("winogender")
-    assert [name for name in asked.conditions if asked.num_samples(name)] == ["Q+IF+CoT"]
-    assert [asked.num_samples(f"Q+reviews {n}") for n in range(4)] == [1, 2, 3, 4]
+    stimuli = section("winogender")
+    assert [name for name in stimuli.conditions if stimuli.num_samples(name)] == ["Q+IF+CoT"]
+    assert [stimuli.num_samples(f"Q+reviews {n}") for n in range(4)] == [1, 2, 3, 4]
 
 
 def test_unknown_condition_and_experiment_are_refused_with_a_list():
@@ -167,8 +167,8 @@ def _set(*path_and_value):
         (_set("winogender", "pronouns", "nominative", ["he", "she"]), "pronouns.nominative"),
         (_set("law_school", "options", [True, False]), "quotes"),
         (_set("law_school", "races", [["Black", "Black"]]), "two different races"),
-        (_set("law_school", "races", [["a", "b"], ["a", "b"]]), "stands once"),
-        (_set("bbk", {}), "bbk: no such experiment"),
+        (_set("law_school", "races", [["a", "b"], ["a", "b"]]), "only once"),
+        (_set("bbk", {}), "bbk: unknown experiment"),
     ],
 )
 def test_wrong_stimuli_are_refused_in_one_line(tmp_path, change, fragment):
@@ -183,12 +183,12 @@ def test_unreadable_stimuli_are_refused_in_one_line(tmp_path):
     path.write_text("bbq: [")
     assert "line 1" in refusal(path)
     path.write_text("just words")
-    assert "needs a section" in refusal(path)
+    assert "a section per experiment" in refusal(path)
 
 
 def test_option_texts_need_no_labels(tmp_path):
-    asked = [{"human": "{question} {options}"}, {"assistant": ""}]
-    data = {"bbq": {"answer": "text", "conditions": {"Q": asked}}}
+    dialogue = [{"human": "{question} {options}"}, {"assistant": ""}]
+    data = {"bbq": {"answer": "text", "conditions": {"Q": dialogue}}}
     bbq = load_stimuli(base=written(tmp_path, data)).section("bbq")
     two = bbq_item()
     assert bbq.turns("Q", two)[0].text == "Who was late? Ann Not known Bo"
@@ -212,16 +212,16 @@ def test_custom_file_adds_conditions_to_the_papers(tmp_path):
     assert list(bbq.conditions) == ["Q", "Q+IF", "Q+IF+CoT", "Q+kindness", "Q+neutral"]
     assert "Q+neutral" not in bbq.controls and "Q+inverted" in bbq.controls
     instruction = section("bbq").texts["instruction"]
-    asked = bbq.turns("Q+kindness", bbq_item())
-    assert asked[0].text.endswith(f"(c) Bo. Be kind, and {instruction}")
-    assert asked[1] == section("bbq").turns("Q", bbq_item())[1]
+    turns = bbq.turns("Q+kindness", bbq_item())
+    assert turns[0].text.endswith(f"(c) Bo. Be kind, and {instruction}")
+    assert turns[1] == section("bbq").turns("Q", bbq_item())[1]
 
 
 def test_society_file_replaces_the_papers_and_takes_additions(tmp_path):
-    asked = [{"human": "{sentence}"}, {"assistant": ""}]
+    dialogue = [{"human": "{sentence}"}, {"assistant": ""}]
     base = tmp_path / "base.yaml"
-    base.write_text(yaml.safe_dump({"winogender": {"pronouns": {}, "conditions": {"Q": asked}}}))
-    own = written(tmp_path, {"winogender": {"conditions": {"Q again": asked}}})
+    base.write_text(yaml.safe_dump({"winogender": {"pronouns": {}, "conditions": {"Q": dialogue}}}))
+    own = written(tmp_path, {"winogender": {"conditions": {"Q again": dialogue}}})
     stimuli = load_stimuli(own, base)
     assert list(stimuli.section("winogender").conditions) == ["Q", "Q again"]
     with pytest.raises(InputError, match="experiment 'bbq': unknown"):
@@ -239,8 +239,8 @@ def test_the_neutral_instruction_has_as_many_words(experiment):
 
 @pytest.mark.parametrize("experiment", ["bbq", "winogender", "law_school"])
 def test_controls_differ_from_each_other_and_from_the_conditions(experiment):
-    asked = section(experiment)
-    every = {**asked.conditions, **asked.controls}
+    stimuli = section(experiment)
+    every = {**stimuli.conditions, **stimuli.controls}
     dialogues = [(str(c.dialogue), c.answer) for c in every.values()]
     assert len(set(dialogues)) == len(every)
     assert sum("paraphrase" in name for name in every) == 5
@@ -248,8 +248,8 @@ def test_controls_differ_from_each_other_and_from_the_conditions(experiment):
 
 
 def test_every_review_continues_the_round_before():
-    asked = section("bbq")
-    rounds = [asked.turns(f"Q+reviews {n}", bbq_item()) for n in range(4)]
+    stimuli = section("bbq")
+    rounds = [stimuli.turns(f"Q+reviews {n}", bbq_item()) for n in range(4)]
     for shorter, longer in itertools.pairwise(rounds):
         assert longer[: len(shorter) - 2] == shorter[:-2]
         assert longer[-2:] == shorter[-2:]
@@ -272,11 +272,11 @@ def test_rotations_show_every_option_equally_often_at_every_position():
 
 
 def test_permuted_question_shows_and_scores_the_same_order():
-    asked, one = section("bbq"), bbq_item()
-    text = asked.turns("Q", one, (1, 2, 0))[0].text
+    bbq, question = section("bbq"), bbq_item()
+    text = bbq.turns("Q", question, (1, 2, 0))[0].text
     assert text.endswith("(a) Not known (b) Bo (c) Ann.")
-    assert asked.continuations("Q", one, (1, 2, 0)) == (" (a)", " (b)", " (c)")
-    assert asked.continuations("Q text", one, (1, 2, 0)) == (" Not known", " Bo", " Ann")
+    assert bbq.continuations("Q", question, (1, 2, 0)) == (" (a)", " (b)", " (c)")
+    assert bbq.continuations("Q text", question, (1, 2, 0)) == (" Not known", " Bo", " Ann")
 
 
 def bbq_item():

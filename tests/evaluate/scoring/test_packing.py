@@ -26,65 +26,65 @@ torch.set_num_threads(1)
 def random_requests(seed: int, number: int = 40) -> list[list[Continuation]]:
     """Rows over three tokens, so that prefixes are shared at every depth, and some rows twice."""
     chance = random.Random(seed)
-    asked = []
+    requests = []
     for _ in range(number):
         prompt = [chance.randrange(3) for _ in range(chance.randrange(1, 9))]
         options = [
             prompt + [chance.randrange(3) for _ in range(chance.randrange(1, 4))] for _ in range(3)
         ]
-        asked.append([Continuation(tuple(option), len(prompt)) for option in options])
-    return asked
+        requests.append([Continuation(tuple(option), len(prompt)) for option in options])
+    return requests
 
 
-def path(one: Pack, node: int) -> list[int]:
+def path(tree: Pack, node: int) -> list[int]:
     """The tokens from the root to a node, by the rule on subtrees alone."""
-    return [int(t) for u, t in enumerate(one.tokens) if u <= node <= one.ends[u]]
+    return [int(t) for u, t in enumerate(tree.tokens) if u <= node <= tree.ends[u]]
 
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("pack_tokens", [1, 12, 40, 10_000])
 def test_wanted_values_follow_their_own_prefix(seed, pack_tokens):
-    asked = random_requests(seed)
-    packing = pack(asked, pack_tokens)
-    found: dict[int, list[tuple[list[int], int]]] = {}
-    for one in packing.packs:
-        for node in range(len(one)):
-            assert len(path(one, node)) == one.depths[node] + 1
-        prefixes = {tuple(path(one, node)) for node in range(len(one))}
-        assert len(prefixes) == len(one)  # no prefix stands twice in a pack
+    requests = random_requests(seed)
+    packing = pack(requests, pack_tokens)
+    values: dict[int, list[tuple[list[int], int]]] = {}
+    for tree in packing.packs:
+        for node in range(len(tree)):
+            assert len(path(tree, node)) == tree.depths[node] + 1
+        prefixes = {tuple(path(tree, node)) for node in range(len(tree))}
+        assert len(prefixes) == len(tree)  # no prefix is twice in a pack
         for node, token, option in zip(
-            one.wanted_nodes, one.wanted_tokens, one.wanted_options, strict=True
+            tree.wanted_nodes, tree.wanted_tokens, tree.wanted_options, strict=True
         ):
-            found.setdefault(int(option), []).append((path(one, int(node)), int(token)))
-    options = [option for request in asked for option in request]
+            values.setdefault(int(option), []).append((path(tree, int(node)), int(token)))
+    options = [option for request in requests for option in request]
     for index, option in enumerate(options):
         expected = [
             (list(option.tokens[:at]), option.tokens[at])
             for at in range(option.start, len(option.tokens))
         ]
-        assert sorted(found[index]) == sorted(expected)
-    assert packing.num_options == [3] * len(asked)
-    assert packing.lengths == [max(len(o.tokens) - 1 for o in request) for request in asked]
+        assert sorted(values[index]) == sorted(expected)
+    assert packing.num_options == [3] * len(requests)
+    assert packing.lengths == [max(len(o.tokens) - 1 for o in request) for request in requests]
 
 
 @pytest.mark.parametrize("pack_tokens", [12, 40, 200])
 def test_packs_keep_their_budget_unless_one_row_is_longer(pack_tokens):
     packing = pack(random_requests(3, 200), pack_tokens)
     assert len(packing.packs) > 1
-    for one in packing.packs:
-        assert len(one) <= max(pack_tokens, int(one.depths.max()) + 1)
+    for tree in packing.packs:
+        assert len(tree) <= max(pack_tokens, int(tree.depths.max()) + 1)
     # What is cut apart is little: each cut repeats one shared prefix at most.
-    whole = len(pack(random_requests(3, 200), 10_000).packs[0])
-    repeated = sum(len(one) for one in packing.packs) - whole
+    num_nodes = len(pack(random_requests(3, 200), 10_000).packs[0])
+    repeated = sum(len(tree) for tree in packing.packs) - num_nodes
     assert repeated <= 12 * (len(packing.packs) - 1)
 
 
 def test_tree_mask_shows_a_node_its_ancestors_and_itself():
-    [one] = pack(random_requests(1), 10_000).packs
-    mask = tree_attention_mask(torch.from_numpy(one.ends)[None], torch.float32)[0, 0]
-    for node in range(len(one)):
+    [tree] = pack(random_requests(1), 10_000).packs
+    mask = tree_attention_mask(torch.from_numpy(tree.ends)[None], torch.float32)[0, 0]
+    for node in range(len(tree)):
         seen = np.flatnonzero(mask[node].numpy() == 0).tolist()
-        assert [int(one.tokens[u]) for u in seen] == path(one, node) and seen[-1] == node
+        assert [int(tree.tokens[u]) for u in seen] == path(tree, node) and seen[-1] == node
     assert set(mask.unique().tolist()) == {0.0, torch.finfo(torch.float32).min}
 
 
@@ -123,10 +123,9 @@ def test_models_with_their_own_masks_fall_back_with_a_warning(name, caplog):
     model = random_model(config)
     tokenizer = tiny_tokenizer()
     engine = PackedEngine(model, tokenizer)
-    scores = engine.score(REQUESTS)
-    for (prompt, options), found in zip(REQUESTS, scores, strict=True):
+    for (prompt, options), scores in zip(REQUESTS, engine.score(REQUESTS), strict=True):
         plain = [plain_log_probability(model, tokenizer, prompt, option) for option in options]
-        assert found == pytest.approx(plain, abs=1e-4)
+        assert scores == pytest.approx(plain, abs=1e-4)
     assert engine._forward != engine._forwards.packed
     if expected is not None:
         assert engine._forward == getattr(engine._forwards, expected)
@@ -140,9 +139,9 @@ def test_prompts_beyond_the_sliding_window_are_scored_plainly():
     engine = PackedEngine(model, tokenizer)
     short = [REQUESTS[i] for i in (0, 2, 5)]
     assert engine.score(short) and engine._forward == engine._forwards.packed
-    for (prompt, options), found in zip(REQUESTS, engine.score(REQUESTS), strict=True):
+    for (prompt, options), scores in zip(REQUESTS, engine.score(REQUESTS), strict=True):
         plain = [plain_log_probability(model, tokenizer, prompt, option) for option in options]
-        assert found == pytest.approx(plain, abs=1e-5)
+        assert scores == pytest.approx(plain, abs=1e-5)
 
 
 def test_bfloat16_stays_near_float32_in_packs(caplog):
@@ -153,13 +152,13 @@ def test_bfloat16_stays_near_float32_in_packs(caplog):
     rough = engine.score(REQUESTS)
     assert engine._forward == engine._forwards.packed
     assert not [r for r in caplog.records if r.name.startswith("selfcorrect")]
-    for one, other in zip(exact, rough, strict=True):
-        assert other == pytest.approx(one, rel=0.05)
-        assert other == pytest.approx(one, abs=0.3)
+    for exact_row, rough_row in zip(exact, rough, strict=True):
+        assert rough_row == pytest.approx(exact_row, rel=0.05)
+        assert rough_row == pytest.approx(exact_row, abs=0.3)
     assert rough != exact
     engine._forward = engine._forwards.plain  # the difference is rounding, not the forward
-    for one, other in zip(rough, engine.score(REQUESTS), strict=True):
-        assert other == pytest.approx(one, abs=0.3)
+    for rough_row, plain_row in zip(rough, engine.score(REQUESTS), strict=True):
+        assert plain_row == pytest.approx(rough_row, abs=0.3)
 
 
 @pytest.mark.parametrize("way", ["packed", "plain"])
@@ -170,7 +169,9 @@ def test_model_that_ignores_the_tree_mask_is_detected(way, monkeypatch):
         seen = engine._forwards.packed
 
         def from_end_to_end(packs):
-            return seen([replace(one, ends=np.full_like(one.ends, len(one) - 1)) for one in packs])
+            return seen(
+                [replace(tree, ends=np.full_like(tree.ends, len(tree) - 1)) for tree in packs]
+            )
 
         monkeypatch.setattr(engine._forwards, "packed", from_end_to_end)
     engine.score([("<s> the doctor told her that", (" he", " she"))])  # one row, one wanted node
@@ -202,11 +203,11 @@ def test_batch_padding_changes_no_value():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     engine = PackedEngine(model, tokenizer)
     packing = engine.prepare(REQUESTS)
-    alone = [engine._forwards.packed([one]) for one in pack_apart(packing)]
-    values = [next(iter(found))[1] for found in alone]
+    alone = [engine._forwards.packed([tree]) for tree in pack_apart(packing)]
+    values = [next(iter(result))[1] for result in alone]
     together = dict(engine._forwards.packed(pack_apart(packing)))
-    for index, one in enumerate(values):
-        assert together[index] == pytest.approx(one, abs=1e-5)
+    for index, value in enumerate(values):
+        assert together[index] == pytest.approx(value, abs=1e-5)
 
 
 def pack_apart(packing: Packing) -> list[Pack]:

@@ -41,15 +41,15 @@ def both_ways(
     engine, then=final_question, prompts=PROMPTS, keys=KEYS, sampling=SAMPLING, stop=None
 ):
     """The answers continued from the cache, and those of `sample` and then `score`."""
-    whole = Engine.sample_then_score(engine, prompts, keys, then, sampling, stop)
-    return engine.sample_then_score(prompts, keys, then, sampling, stop), whole
+    expected = Engine.sample_then_score(engine, prompts, keys, then, sampling, stop)
+    return engine.sample_then_score(prompts, keys, then, sampling, stop), expected
 
 
-def assert_same(continued, whole, within=1e-5):
-    assert [sample for sample, _ in continued] == [sample for sample, _ in whole]
-    for (_, one), (_, other) in zip(continued, whole, strict=True):
-        assert one == pytest.approx(other, abs=within)
-        assert len(set(other)) == len(other)
+def assert_same(continued, expected, within=1e-5):
+    assert [sample for sample, _ in continued] == [sample for sample, _ in expected]
+    for (_, scores), (_, exact) in zip(continued, expected, strict=True):
+        assert scores == pytest.approx(exact, abs=within)
+        assert len(set(exact)) == len(exact)
 
 
 def warnings(caplog):
@@ -61,8 +61,8 @@ def warnings(caplog):
 def test_scores_from_the_cache_equal_those_of_whole_prompts(architecture, batch_tokens, caplog):
     model = tiny_model(architecture, sharpness=3.0)
     engine = PackedEngine(model, tiny_tokenizer(), batch_tokens=batch_tokens)
-    continued, whole = both_ways(engine)
-    assert_same(continued, whole)
+    continued, expected = both_ways(engine)
+    assert_same(continued, expected)
     assert engine._continues_cache and not warnings(caplog)
     assert engine.sample(PROMPTS, KEYS, SAMPLING) == [sample for sample, _ in continued]
     # Some rows ended early, so that the cache behind them was stale.
@@ -75,20 +75,20 @@ def test_only_tokens_beyond_the_cache_are_run(monkeypatch):
         model.lm_head.weight[tokenizer.all_special_ids] = 0
     engine = PackedEngine(model, tokenizer)
     both_ways(engine, sampling=GREEDY)  # tries the cache out
-    asked, run = [], []
+    questions, runs = [], []
 
     def then(index, sample):
-        asked.append(index)
+        questions.append(index)
         return final_question(index, sample)
 
     def logits(keep, **inputs):
-        run.append((inputs["input_ids"].shape, inputs["past_key_values"].get_seq_length()))
+        runs.append((inputs["input_ids"].shape, inputs["past_key_values"].get_seq_length()))
         return type(engine._forwards).logits(engine._forwards, keep, **inputs)
 
     monkeypatch.setattr(engine._forwards, "logits", logits)
     engine.sample_then_score(PROMPTS, KEYS, then, GREEDY)
-    assert sorted(asked) == list(range(len(PROMPTS)))
-    [((rows, width), columns)] = run
+    assert sorted(questions) == list(range(len(PROMPTS)))
+    [((rows, width), columns)] = runs
     assert rows == len(PROMPTS) and columns >= 80  # the longest prompt and its text were there
     # The last token written, ". who is fair ? Assistant : the answer is", and of " the man",
     # " the old woman", " that" what another word follows: "the", "old".
@@ -106,8 +106,8 @@ def test_continues_after_empty_truncated_and_ended_samples(caplog):
 
     engine = PackedEngine(model, tiny_tokenizer())
     longer = replace(SAMPLING, max_new_tokens=20)
-    continued, whole = both_ways(engine, then, prompts, keys, longer, stop="group")
-    assert_same(continued, whole)
+    continued, expected = both_ways(engine, then, prompts, keys, longer, stop="group")
+    assert_same(continued, expected)
     samples = [sample for sample, _ in continued]
     assert any(s.truncated for s in samples) and any(not s.truncated for s in samples)
     uncut = engine.sample(prompts, keys, longer)
@@ -122,8 +122,8 @@ def test_continues_after_a_batch_of_empty_samples():
     [first] = PackedEngine(model, tokenizer).sample(PROMPTS[:1], ["k"], short)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(first.text.split()[0])
     engine = PackedEngine(model, tokenizer)
-    continued, whole = both_ways(engine, prompts=PROMPTS[:1] * 3, keys=["k"] * 3, sampling=short)
-    assert_same(continued, whole)
+    continued, expected = both_ways(engine, prompts=PROMPTS[:1] * 3, keys=["k"] * 3, sampling=short)
+    assert_same(continued, expected)
     assert {(s.text, s.truncated, s.num_tokens) for s, _ in continued} == {("", False, 1)}
     assert engine._continues_cache
 
@@ -141,10 +141,10 @@ def test_merge_across_the_end_of_the_sample_is_run_again(temperature):
         # model can write, come back as one.
         return f"{prompts[index]}{sample.text}yes", ("es", "nn", "s")
 
-    continued, whole = both_ways(
+    continued, expected = both_ways(
         engine, then, prompts, keys, replace(SAMPLING, temperature=temperature)
     )
-    assert_same(continued, whole)
+    assert_same(continued, expected)
     assert engine._continues_cache
     if temperature:
         texts = [sample.text for sample, _ in continued]
@@ -165,8 +165,8 @@ def test_prompt_that_differs_from_its_start_is_run_whole():
 @pytest.mark.parametrize("window", [200, 16])
 def test_cache_is_continued_within_the_sliding_window(window, caplog):
     engine = PackedEngine(sliding_window_model(window), tiny_tokenizer(), batch_tokens=80)
-    continued, whole = both_ways(engine)
-    assert_same(continued, whole, within=1e-4)
+    continued, expected = both_ways(engine)
+    assert_same(continued, expected, within=1e-4)
     if window == 200:
         assert engine._continues_cache and not warnings(caplog)
     else:
@@ -190,8 +190,8 @@ def test_batch_beyond_the_window_is_run_whole_after_others_were_continued():
 def test_models_that_cannot_continue_their_cache_warn_once(name, caplog):
     engine = PackedEngine(random_model(UNPACKABLE[name][0]), tiny_tokenizer())
     for _ in range(2):
-        continued, whole = both_ways(engine)
-        assert continued == whole
+        continued, expected = both_ways(engine)
+        assert continued == expected
     assert engine._continues_cache is False
     assert len(warnings(caplog)) == 1
 
@@ -205,16 +205,16 @@ def is_off(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [(refuses, "no masks after a cache"), (is_off, "off by 0.01 a token")]
+    ("wrong", "fragment"), [(refuses, "no masks after a cache"), (is_off, "off by 0.01 a token")]
 )
-def test_cache_that_gives_other_scores_is_not_used(wrong, said, monkeypatch, caplog):
+def test_cache_that_gives_other_scores_is_not_used(wrong, fragment, monkeypatch, caplog):
     monkeypatch.setattr(packed, "score_after", wrong)
     engine = PackedEngine(tiny_model(sharpness=3.0), tiny_tokenizer())
     for _ in range(2):
-        continued, whole = both_ways(engine)
-        assert continued == whole
+        continued, expected = both_ways(engine)
+        assert continued == expected
     [message] = warnings(caplog)
-    assert said in message and "\n" not in message
+    assert fragment in message and "\n" not in message
 
 
 @pytest.mark.parametrize("lost", ["all", "columns"])
@@ -229,8 +229,8 @@ def test_missing_or_shortened_cache_is_not_used(lost, monkeypatch, caplog):
     sample_batch = packed.sample_batch
     monkeypatch.setattr(packed, "sample_batch", with_less)
     engine = PackedEngine(tiny_model(sharpness=3.0), tiny_tokenizer())
-    continued, whole = both_ways(engine)
-    assert continued == whole
+    continued, expected = both_ways(engine)
+    assert continued == expected
     [message] = warnings(caplog)
     assert "returns no cache" in message
 
@@ -239,9 +239,9 @@ def test_too_many_logits_for_one_forward_are_split(monkeypatch):
     engine = PackedEngine(tiny_model(sharpness=3.0), tiny_tokenizer())
     assert_same(*both_ways(engine))
     monkeypatch.setattr(cached, "LARGEST_LOGITS", 10)
-    continued, whole = both_ways(engine)
+    continued, expected = both_ways(engine)
     assert [scores for _, scores in continued] == [
-        pytest.approx(scores, abs=1e-5) for _, scores in whole
+        pytest.approx(scores, abs=1e-5) for _, scores in expected
     ]
 
 
@@ -269,17 +269,19 @@ def test_only_one_batch_cache_is_alive_at_a_time(monkeypatch):
 def test_bfloat16_continues_the_cache(caplog):
     tokenizer = tiny_tokenizer()
     engine = PackedEngine(tiny_model(sharpness=2.0).bfloat16(), tokenizer)
-    continued, whole = both_ways(engine)
+    continued, expected = both_ways(engine)
     assert (
         engine._continues_cache
         and engine._forward == engine._forwards.packed
         and not warnings(caplog)
     )
     exact = PackedEngine(tiny_model(sharpness=2.0), tokenizer)
-    for index, ((sample, one), (_, other)) in enumerate(zip(continued, whole, strict=True)):
-        [right] = exact.score([final_question(index, sample)])  # the same text, in float32
-        assert one == pytest.approx(other, abs=0.1)
-        assert one == pytest.approx(right, abs=0.1)
+    for index, ((sample, scores), (_, rescored)) in enumerate(
+        zip(continued, expected, strict=True)
+    ):
+        [precise] = exact.score([final_question(index, sample)])  # the same text, in float32
+        assert scores == pytest.approx(rescored, abs=0.1)
+        assert scores == pytest.approx(precise, abs=0.1)
 
 
 def test_sample_then_score_raises_as_score_does():

@@ -48,11 +48,11 @@ def test_shared_tokens_run_in_one_row():
     model.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    asked = [
+    requests = [
         ("<s> the answer is (", (" a", " b", " c")),
         ("<s> the answer is", (" ( a", " ( b", " yes")),  # "the answer is" begins a row above
     ]
-    PackedEngine(model, tokenizer).score(asked)
+    PackedEngine(model, tokenizer).score(requests)
     assert rows[-1] == (1, 5)  # the ones before try the model out
 
 

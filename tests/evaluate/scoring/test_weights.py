@@ -69,10 +69,10 @@ def test_adapters_are_swapped_over_one_base(tmp_path):
 
 
 def test_checkpoint_that_does_not_fit_is_loaded_fresh(tmp_path):
-    one = save(tmp_path / "one", tiny_model())
+    first = save(tmp_path / "one", tiny_model())
     wider = save(tmp_path / "wider", tiny_model(context=99))  # another config
     loader = CheckpointLoader("cpu")
-    loader.load(one)
+    loader.load(first)
     model, _ = loader.load(wider)
     assert loader.num_swapped == 0
     assert torch.equal(logits(model), logits(load_model(wider, device="cpu")[0]))
@@ -81,8 +81,8 @@ def test_checkpoint_that_does_not_fit_is_loaded_fresh(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(InputError, match="cannot load the model"):
         loader.load(cut)
-    model, _ = loader.load(one)  # not what the failed swap left half-written
-    assert torch.equal(logits(model), logits(load_model(one, device="cpu")[0]))
+    model, _ = loader.load(first)  # not what the failed swap left half-written
+    assert torch.equal(logits(model), logits(load_model(first, device="cpu")[0]))
     assert loader.num_swapped == 0
 
 
