@@ -1,11 +1,10 @@
-"""Draw the results: metric against RLHF step and against model size, effects, and training.
+"""Draw metrics against RLHF steps and model size, effects of instructions, and training curves.
 
-Every function takes the tidy table of results.py (or the lists of statistics.json) of one run and
-returns a matplotlib Figure, or raises NothingToDraw with a sentence that says which data is
-missing. An undefined value is a gap in its line. With one seed a band is the 95 % interval over
-items; with several, the line is their mean and the band reaches from the lowest to the highest
-seed. Beside these: maps.py (size by steps), experiment_figures.py (one experiment in detail),
-run_figures.py (several runs); drawings.py draws what a report shows.
+Every function takes the tidy table of results.py (or a list of statistics.json) of one run and
+returns a matplotlib Figure, or raises NothingToDraw naming the missing data. An undefined value is
+a gap in its line. With one seed the band is the 95 % interval over items; with several seeds the
+line is their mean and the band their range. See also maps.py (size by steps), details.py (one
+experiment), runs.py (several runs) and gallery.py (all figures of a report).
 """
 # ruff: noqa: TID253 - all of this file is matplotlib; it is itself imported only where needed.
 
@@ -28,10 +27,10 @@ from selfcorrect.evaluate.figures.panels import (
     shared_legend,
     size_lines,
     size_looks,
+    span_all_values,
     step_axis,
     style,
     value_axis,
-    whole_span,
 )
 from selfcorrect.evaluate.figures.paper import (
     CITATION,
@@ -57,36 +56,36 @@ STEP_LABEL = "RLHF steps (PPO updates)"
 
 
 def against_steps(frame: pd.DataFrame, model: str | None = None, paper: bool = False) -> Figure:
-    """Headline metric of one model (default: the largest) against RLHF step, a panel an experiment.
+    """Draw headline metrics of one model (default: the largest) against step, by experiment.
 
-    With `paper`, the paper's values of the conditions drawn stand beside as open markers.
+    With `paper`, the paper's values of the same conditions are added as open markers.
     """
     data = headlines(overall(frame))
     model = chosen_model(data, model)
-    mine = data[data["model"] == model]
-    experiments = experiments_in(mine)
-    if mine["step"].nunique() < 2:
+    of_model = data[data["model"] == model]
+    experiments = experiments_in(of_model)
+    if of_model["step"].nunique() < 2:
         raise NothingToDraw(f"{model}: metric against steps needs evaluations at two steps or more")
     with style():
         figure, axes = panels(len(experiments), height=2.75)
         for ax, experiment in zip(axes, experiments, strict=True):
             headline = get_experiment(experiment).headline
-            panel = mine[mine["experiment"] == experiment]
+            panel = of_model[of_model["experiment"] == experiment]
             condition_lines(ax, panel, condition_looks(data["condition"]))
-            theirs = published_against_steps(experiment, headline) if paper else []
-            theirs = [row for row in theirs if row.condition in set(panel["condition"])]
-            everyone = data[data["experiment"] == experiment]
-            value_axis(ax, everyone, experiment, headline, theirs)
+            published = published_against_steps(experiment, headline) if paper else []
+            published = [row for row in published if row.condition in set(panel["condition"])]
+            of_experiment = data[data["experiment"] == experiment]
+            value_axis(ax, of_experiment, experiment, headline, published)
             ax.set_title(get_experiment(experiment).title)
             ax.set_xlabel(STEP_LABEL)
-            published_points(ax, theirs, "steps")
-        figure.suptitle(model_title(mine), x=0.01, ha="left")
+            published_points(ax, published, "steps")
+        figure.suptitle(model_title(of_model), x=0.01, ha="left")
         shared_legend(figure, axes)
     return figure
 
 
 def steps_by_size(frame: pd.DataFrame, experiment: str) -> Figure:
-    """Headline metric of one experiment against RLHF step: a panel a size, a line a condition."""
+    """Draw one experiment's headline metric against step, with a panel per size."""
     data = chosen_experiment(headlines(overall(frame)), experiment)
     if data["step"].nunique() < 2:
         raise NothingToDraw(f"{experiment}: metric against steps needs two steps or more")
@@ -94,12 +93,12 @@ def steps_by_size(frame: pd.DataFrame, experiment: str) -> Figure:
     with style():
         figure, axes = panels(len(models), height=2.3)
         for number, (ax, model) in enumerate(zip(axes, models, strict=True)):
-            mine = data[data["model"] == model]
-            condition_lines(ax, mine, condition_looks(data["condition"]))
+            panel = data[data["model"] == model]
+            condition_lines(ax, panel, condition_looks(data["condition"]))
             value_axis(ax, data, experiment, get_experiment(experiment).headline)
-            if number % 3:  # the first panel of a row says it for all of the row
+            if number % 3:  # the first panel of a row has the label for all
                 ax.set_ylabel("")
-            ax.set_title(model_title(mine))
+            ax.set_title(model_title(panel))
             ax.set_xlabel(STEP_LABEL)
         figure.suptitle(get_experiment(experiment).title, x=0.01, ha="left")
         shared_legend(figure, axes)
@@ -107,10 +106,10 @@ def steps_by_size(frame: pd.DataFrame, experiment: str) -> Figure:
 
 
 def against_size(frame: pd.DataFrame, *steps: int, paper: bool = False) -> Figure:
-    """Headline metric against parameters (log axis), a panel per step and experiment.
+    """Draw headline metrics against parameters (log axis), with a panel per step and experiment.
 
-    Without `steps`, the last step that all models have. With `paper`, the paper's values of the
-    conditions drawn stand beside as open markers.
+    `steps` defaults to the last step that all models have. With `paper`, the paper's values of the
+    same conditions are added as open markers.
     """
     data = headlines(overall(frame))
     sizes = data[["model", "parameters"]].drop_duplicates()
@@ -122,21 +121,21 @@ def against_size(frame: pd.DataFrame, *steps: int, paper: bool = False) -> Figur
     shown = chosen_steps(data, steps)
     data = data[data["step"].isin(shown)]
     experiments = experiments_in(data)
-    places = [(step, experiment) for step in shown for experiment in experiments]
+    facets = [(step, experiment) for step in shown for experiment in experiments]
     with style():
-        figure, axes = panels(len(places), height=2.75 if len(shown) == 1 else 2.4)
-        for ax, (step, experiment) in zip(axes, places, strict=True):
+        figure, axes = panels(len(facets), height=2.75 if len(shown) == 1 else 2.4)
+        for ax, (step, experiment) in zip(axes, facets, strict=True):
             headline = get_experiment(experiment).headline
             of_experiment = data[data["experiment"] == experiment]
             panel = of_experiment[of_experiment["step"] == step]
             size_lines(ax, panel, condition_looks(data["condition"]))
-            theirs = published_against_size(experiment, headline) if paper else []
-            theirs = [row for row in theirs if row.condition in set(panel["condition"])]
-            value_axis(ax, of_experiment, experiment, headline, theirs)
+            published = published_against_size(experiment, headline) if paper else []
+            published = [row for row in published if row.condition in set(panel["condition"])]
+            value_axis(ax, of_experiment, experiment, headline, published)
             title = get_experiment(experiment).title
             ax.set_title(title if len(shown) == 1 else f"{title.split()[0]}, step {step}")
             ax.set_xlabel("Model parameters")
-            published_points(ax, theirs, "parameters")
+            published_points(ax, published, "parameters")
         after = " and ".join(map(str, shown))
         figure.suptitle(f"After {after} RLHF steps", x=0.01, ha="left")
         shared_legend(figure, axes)
@@ -144,7 +143,7 @@ def against_size(frame: pd.DataFrame, *steps: int, paper: bool = False) -> Figur
 
 
 def instruction_effects(effects: Sequence[Mapping[str, Any]]) -> Figure:
-    """metric(Q) - metric(condition) against step, a panel per condition and experiment."""
+    """Draw metric(Q) - metric(condition) against step, a panel per condition and experiment."""
     data = judged_effects(effects)
     if data["step"].nunique() < 2:
         raise NothingToDraw("instruction effects need Q and an instructed condition at two steps")
@@ -155,12 +154,12 @@ def instruction_effects(effects: Sequence[Mapping[str, Any]]) -> Figure:
     with style():
         figure, axes = panels(len(pairs), height=2.3)
         for ax, (condition, experiment) in zip(axes, pairs, strict=True):
-            here = data[(data["experiment"] == experiment) & (data["condition"] == condition)]
+            panel = data[(data["experiment"] == experiment) & (data["condition"] == condition)]
             for model, look in size_looks(data).items():
-                mine = here[here["model"] == model]
-                line(ax, mine, "step", sorted(set(here["step"])), look, model_title(mine))
-            step_axis(ax, here["step"])
-            whole_span(ax, here)
+                of_model = panel[panel["model"] == model]
+                line(ax, of_model, "step", sorted(set(panel["step"])), look, model_title(of_model))
+            step_axis(ax, panel["step"])
+            span_all_values(ax, panel)
             ax.axhline(0, color="#333333", linewidth=0.9, zorder=1)
             ax.set_title(get_experiment(experiment).title)
             ax.set_ylabel(f"Q minus {condition}")
@@ -171,29 +170,29 @@ def instruction_effects(effects: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def training_curves(frame: pd.DataFrame) -> Figure:
-    """Reward and KL to the initial policy against step, and reward against the root of the KL.
+    """Draw reward and KL to the initial policy against step, and reward against sqrt(KL).
 
-    A line per model. Bai et al. 2022 (arXiv 2204.05862) found the reward to grow about linearly in
-    sqrt(KL); an estimate of the KL below 0 has no root and is a gap there.
+    There is a line per model. Bai et al. 2022 (arXiv 2204.05862) found the reward to grow about
+    linearly in sqrt(KL). A KL estimate below 0 has no root and is a gap.
     """
     data = training_table(frame)
     looks = size_looks(data)
     with style():
         figure, axes = panels(3, height=2.5)
         for model, look in looks.items():
-            mine = data[data["model"] == model]
-            title = model_title(mine)
+            of_model = data[data["model"] == model]
+            title = model_title(of_model)
             for ax, column in zip(axes, ("reward", "kl"), strict=False):
-                line(ax, mine.assign(value=mine[column]), "step", sorted(set(data["step"])), look,
-                     title)  # fmt: skip
-            root_line(axes[2], mine, look, title)
+                values = of_model.assign(value=of_model[column])
+                line(ax, values, "step", sorted(set(data["step"])), look, title)
+            root_line(axes[2], of_model, look, title)
         training_axes(axes, data["step"])
         shared_legend(figure, axes)
     return figure
 
 
 def training_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a checkpoint, with its KL and reward; NothingToDraw where none records them."""
+    """Return KL and reward by checkpoint; raises NothingToDraw if fewer than two have them."""
     columns = ["run", "model", "parameters", "seed", "step", "kl", "reward"]
     data = frame[frame["step"].notna()][columns]
     data = data.drop_duplicates(["run", "model", "seed", "step"])
@@ -203,7 +202,7 @@ def training_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def root_line(ax: Any, data: pd.DataFrame, look: Mapping[str, Any], label: str) -> None:
-    """Mean reward against the mean sqrt(KL) of the seeds, in the order of the steps."""
+    """Draw the seeds' mean reward against their mean sqrt(KL), in the order of the steps."""
     root = np.sqrt(data["kl"].where(data["kl"] >= 0).astype(float))
     points = data.assign(root=root).groupby("step")[["root", "reward"]]
     mean = points.mean().where(points.count() == data["seed"].nunique())
@@ -211,7 +210,7 @@ def root_line(ax: Any, data: pd.DataFrame, look: Mapping[str, Any], label: str) 
 
 
 def training_axes(axes: Sequence[Any], steps: pd.Series) -> None:
-    """Titles and labels of the three panels on training."""
+    """Set titles and labels of the three training panels."""
     score, kl = "Mean reward-model score", "KL to the initial policy"
     for ax, title, label in zip(axes, ("Reward", "KL"), (score, f"{kl} (nats)"), strict=False):
         step_axis(ax, steps)
@@ -224,23 +223,23 @@ def training_axes(axes: Sequence[Any], steps: pd.Series) -> None:
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write <name>.png and <name>.svg, each whole or not at all; same data, same bytes."""
+    """Write <name>.png and <name>.svg atomically; equal data gives equal bytes."""
     with style():
         figure.draw_without_rendering()
-        figure.set_layout_engine(None)  # the layout is found once; it takes half the time
+        figure.set_layout_engine(None)  # compute the layout once: it takes half the time
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             with atomic_file(folder / f"{name}.{kind}") as path:
                 figure.savefig(path, format=kind, metadata=metadata)
 
 
 def in_words(figure: Figure) -> str:
-    """Alternative text: what the figure's own label says, or each line's first and last value."""
+    """Return alternative text: the figure's label, or each line's first and last value."""
     if figure.get_label():
         return str(figure.get_label())
     parts = ["Lines with their first and last value, from left to right."]
     for ax in figure.axes:
         lines, published = [], []
-        for drawn in (drawn for place in (ax, *ax.child_axes) for drawn in place.get_lines()):
+        for drawn in (drawn for child in (ax, *ax.child_axes) for drawn in child.get_lines()):
             label = str(drawn.get_label())
             y = np.asarray(drawn.get_ydata(), dtype=float)
             y = y[np.isfinite(y)]

@@ -20,9 +20,9 @@ from selfcorrect.evaluate.figures.panels import (
     model_title,
     panels,
     shared_legend,
+    span_all_values,
     style,
     value_axis,
-    whole_span,
 )
 from selfcorrect.evaluate.figures.select import (
     NothingToDraw,
@@ -80,7 +80,7 @@ def _span(ax: Axes, data: pd.DataFrame, metric: Metric) -> None:
     if metric.unbiased is None:
         ax.set_ylim(-0.03, 1.03)
     else:
-        whole_span(ax, data, [metric.unbiased])
+        span_all_values(ax, data, [metric.unbiased])
         ax.locator_params(axis="y", nbins=5)
         ax.axhline(metric.unbiased, color="#333333", linewidth=0.9, zorder=1)
     if metric.chance is not None:
@@ -88,33 +88,31 @@ def _span(ax: Axes, data: pd.DataFrame, metric: Metric) -> None:
 
 
 def by_category(frame: pd.DataFrame, experiment: str, model: str | None = None) -> Figure:
-    """Headline metric of one model (default: the largest) against step, a panel a category."""
+    """Draw one model's headline metric (default: the largest's) against step, by category."""
     data = chosen_experiment(headlines(drawable(frame)), experiment)
     data = data[data["category"] != OVERALL]
     model = chosen_model(data, model)
-    mine = data[data["model"] == model]
-    categories = sorted(set(mine["category"]))
-    if len(categories) < 2 or mine["step"].nunique() < 2:
-        raise NothingToDraw(f"{experiment}, {model}: categories need two of them and two steps")
+    of_model = data[data["model"] == model]
+    categories = sorted(set(of_model["category"]))
+    if len(categories) < 2 or of_model["step"].nunique() < 2:
+        raise NothingToDraw(f"{experiment}, {model}: needs two categories and two steps")
     definition = get_experiment(experiment)
     pooled = set(definition.overall_categories(categories))
     with style():
         figure, axes = panels(len(categories), height=1.9)
-        for place, (ax, category) in enumerate(zip(axes, categories, strict=True)):
-            here = mine[mine["category"] == category]
-            condition_lines(ax, here, condition_looks(data["condition"]))
-            value_axis(ax, mine, experiment, definition.headline)
-            if place % 3:
+        for index, (ax, category) in enumerate(zip(axes, categories, strict=True)):
+            panel = of_model[of_model["category"] == category]
+            condition_lines(ax, panel, condition_looks(data["condition"]))
+            value_axis(ax, of_model, experiment, definition.headline)
+            if index % 3:
                 ax.set_ylabel("")
             else:
                 ax.set_ylabel(textwrap.fill(definition.headline_metric.label, 16))
-            apart = "" if category in pooled else "\n(not in overall)"
-            ax.set_title(textwrap.fill(escape_controls(category), 28) + apart)
-            if place + 3 >= len(categories):
+            note = "" if category in pooled else "\n(not in overall)"
+            ax.set_title(textwrap.fill(escape_controls(category), 28) + note)
+            if index + 3 >= len(categories):
                 ax.set_xlabel("RLHF steps")
-        figure.suptitle(
-            f"{get_experiment(experiment).title}, {model_title(mine)}", x=0.01, ha="left"
-        )
+        figure.suptitle(f"{definition.title}, {model_title(of_model)}", x=0.01, ha="left")
         shared_legend(figure, axes)
     return figure
 

@@ -1,4 +1,4 @@
-"""Every figure that a report shows, drawn and saved, with its title and its content in words."""
+"""Draw and save all figures of a report, each with its title and its content in words."""
 # ruff: noqa: TID253 - all of this file is matplotlib; it is itself imported only where needed.
 
 import re
@@ -31,12 +31,12 @@ from selfcorrect.evaluate.figures.select import (
 )
 from selfcorrect.evaluate.results import load_items
 
-Wanted = tuple[str, str, Callable[[], Figure]]  # name, title, how it is drawn
+Plan = tuple[str, str, Callable[[], Figure]]  # name, title, and the call that draws it
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure on disk: <folder>/<name>.png and .svg, a title, and its content in words."""
+    """A figure on disk: <folder>/<name>.png and .svg, its title, and its content in words."""
 
     name: str
     title: str
@@ -60,70 +60,70 @@ def draw_run(
     models, experiments = models_in(data), experiments_in(data)
     ends = sorted({*common_steps(data)[:1], *common_steps(data)[-1:]})
     effects = statistics["effects"]
-    wanted: list[Wanted] = [
+    plans: list[Plan] = [
         (
             f"steps-{model}",
             f"Metric against RLHF steps, {model}",
             partial(curves.against_steps, frame, model, paper),
         )
-        for model in models[-1:]  # the largest; the others stand in the panels by size
+        for model in models[-1:]  # the largest; figures by size show the others
     ]
     size = partial(curves.against_size, frame, *ends, paper=paper)
-    wanted.append(("size", "Metric against model size", size))
+    plans.append(("size", "Metric against model size", size))
     for name in experiments if len(models) > 1 else []:
         steps = partial(curves.steps_by_size, frame, name)
-        wanted.append(
+        plans.append(
             (f"sizes-{name}", f"{EXPERIMENTS[name].title} against RLHF steps, by size", steps)
         )
-    wanted.append(
+    plans.append(
         ("effects", "Effect of the instruction", partial(curves.instruction_effects, effects))
     )
     for name in experiments:
         title = f"{EXPERIMENTS[name].title} over size and steps"
-        wanted.append((f"map-{name}", title, partial(size_by_steps, frame, name)))
+        plans.append((f"map-{name}", title, partial(size_by_steps, frame, name)))
         title = f"{EXPERIMENTS[name].title}: effect of the instruction over size and steps"
         draw = partial(effects_by_size_and_step, effects, name)
-        wanted.append((f"map-effects-{name}", title, draw))
+        plans.append((f"map-effects-{name}", title, draw))
     for name in experiments:
         if EXPERIMENTS[name].beside:
-            title = f"{EXPERIMENTS[name].title}: what stands beside the headline metric"
-            wanted.append((f"beside-{name}", title, partial(beside_the_bias, frame, name)))
+            title = f"{EXPERIMENTS[name].title}: metrics beside the headline"
+            plans.append((f"beside-{name}", title, partial(beside_the_bias, frame, name)))
         if _num_categories(frame, name) > 1:
             title = f"{EXPERIMENTS[name].title} by category, {models[-1]}"
-            wanted.append((f"categories-{name}", title, partial(by_category, frame, name)))
+            plans.append((f"categories-{name}", title, partial(by_category, frame, name)))
     for name in experiments:
         if scatter := EXPERIMENTS[name].scatter:
             title = f"{EXPERIMENTS[name].title} by {scatter.cluster}, {models[-1]}"
             draw = partial(_draw_clusters, frame, run, name)
-            wanted.append((f"{scatter.cluster}s", title, draw))
-    wanted.append(
+            plans.append((f"{scatter.cluster}s", title, draw))
+    plans.append(
         ("training", "Reward and KL during training", partial(curves.training_curves, frame))
     )
-    return _draw(wanted, folder)
+    return _draw(plans, folder)
 
 
 def draw_runs(
     frame: pd.DataFrame, statistics: Mapping[str, Any], folder: Path
 ) -> tuple[list[Drawing], list[str]]:
-    """Every figure that lays several runs side by side; the column `run` tells them apart."""
+    """Draw every figure that compares runs, by the column `run`; returns as `draw_run`."""
     experiments = experiments_in(frame[frame["step"].notna()])
-    wanted: list[Wanted] = [
+    plans: list[Plan] = [
         (
             f"steps-{name}",
-            f"{EXPERIMENTS[name].title} against RLHF steps, a line a run",
+            f"{EXPERIMENTS[name].title} against RLHF steps, a line per run",
             partial(runs.steps_by_run, frame, name),
         )
         for name in experiments
     ]
     size = partial(runs.size_by_run, frame)
-    wanted.append(("size", "Metric against model size, a line a run", size))
+    plans.append(("size", "Metric against model size, a line per run", size))
     for name in experiments:
-        title = f"{EXPERIMENTS[name].title}: effect of the instruction, a line a run"
+        title = f"{EXPERIMENTS[name].title}: effect of the instruction, a line per run"
         draw = partial(runs.effects_by_run, statistics["effects"], name)
-        wanted.append((f"effects-{name}", title, draw))
+        plans.append((f"effects-{name}", title, draw))
     training = partial(runs.training_by_run, frame)
-    wanted.append(("training", "Reward and KL during training", training))
-    return _draw(wanted, folder)
+    plans.append(("training", "Reward and KL during training", training))
+    return _draw(plans, folder)
 
 
 def _draw_clusters(frame: pd.DataFrame, run: Path, experiment: str) -> Figure:
@@ -136,16 +136,16 @@ def _num_categories(frame: pd.DataFrame, experiment: str) -> int:
     return len(names - {OVERALL})
 
 
-def _draw(wanted: Sequence[Wanted], folder: Path) -> tuple[list[Drawing], list[str]]:
+def _draw(plans: Sequence[Plan], folder: Path) -> tuple[list[Drawing], list[str]]:
     drawings: list[Drawing] = []
-    lacking: dict[str, list[str]] = {}  # reason -> the figures that it keeps from being drawn
-    for name, title, draw in wanted:
+    missing: dict[str, list[str]] = {}  # reason -> titles of the figures not drawn
+    for name, title, draw in plans:
         try:
             figure = draw()
         except NothingToDraw as reason:
-            lacking.setdefault(str(reason), []).append(title)
+            missing.setdefault(str(reason), []).append(title)
             continue
         name = re.sub(r"[^\w.+-]", "_", name)
         save(figure, folder, name)
         drawings.append(Drawing(name, title, in_words(figure)))
-    return drawings, [f"{'; '.join(titles)}: {reason}." for reason, titles in lacking.items()]
+    return drawings, [f"{'; '.join(titles)}: {reason}." for reason, titles in missing.items()]

@@ -1,8 +1,8 @@
-"""Model size by RLHF steps as a map: one cell a checkpoint, a panel a condition.
+"""Draw maps of model size by RLHF steps: a cell per checkpoint, a panel per condition.
 
-A cell is exactly what was measured at that size and step: nothing is interpolated. What was not
-measured is hatched, what was measured and has no defined value is crossed, and the legend says so.
-With several seeds a cell is their mean, where every seed has a value.
+A cell shows exactly the value measured at that size and step, without interpolation. Checkpoints
+that were not measured are hatched, undefined values are crossed, and the legend says so. With
+several seeds a cell is their mean, if every seed has a value.
 """
 # ruff: noqa: TID253 - all of this file is matplotlib; it is itself imported only where needed.
 
@@ -36,21 +36,22 @@ from selfcorrect.evaluate.figures.select import (
 )
 from selfcorrect.evaluate.statistics.formatting import number, size_name
 
-COLUMNS = 4  # panels a row
+COLUMNS = 4  # panels per row
 NOT_MEASURED = {"hatch": "/////", "facecolor": "#f2f2f2", "edgecolor": "#a0a0a0", "linewidth": 0}
 UNDEFINED = {"hatch": "xxxx", "facecolor": "#ffffff", "edgecolor": "#a0a0a0", "linewidth": 0}
 
 
 def size_by_steps(frame: pd.DataFrame, experiment: str) -> Figure:
-    """The experiment's headline metric as colour over steps and sizes, a panel a condition."""
+    """Draw a headline metric as colour over steps and sizes, with a panel per condition."""
     data = chosen_experiment(headlines(overall(frame)), experiment)
     definition = get_experiment(experiment)
-    label, no_bias = definition.headline_metric.label, definition.headline_metric.unbiased
-    return _maps(data, f"{get_experiment(experiment).title}: {label.lower()}", label, no_bias, "")
+    metric = definition.headline_metric
+    title = f"{definition.title}: {metric.label.lower()}"
+    return _maps(data, title, metric.label, metric.unbiased, "")
 
 
 def effects_by_size_and_step(effects: Sequence[Mapping[str, Any]], experiment: str) -> Figure:
-    """metric(Q) - metric(condition) as colour over steps and sizes, a panel a condition.
+    """Draw metric(Q) - metric(condition) as colour over steps and sizes, a panel per condition.
 
     `effects` is the list of statistics.json. A dot marks a 95 % interval that excludes zero.
     """
@@ -59,7 +60,9 @@ def effects_by_size_and_step(effects: Sequence[Mapping[str, Any]], experiment: s
     return _maps(data, title, "Effect", 0.0, "Q − ")
 
 
-def _maps(data: pd.DataFrame, title: str, label: str, no_bias: float | None, before: str) -> Figure:
+def _maps(
+    data: pd.DataFrame, title: str, label: str, unbiased: float | None, prefix: str
+) -> Figure:
     models = models_in(data)
     steps = sorted({int(step) for step in data["step"]})
     if len(models) < 2 or len(steps) < 2:
@@ -67,7 +70,7 @@ def _maps(data: pd.DataFrame, title: str, label: str, no_bias: float | None, bef
     conditions = sorted(set(data["condition"]), key=condition_rank)
     grids = {c: _grid(data[data["condition"] == c], models, steps) for c in conditions}
     values = np.concatenate([grid.ravel() for grid, _ in grids.values()])
-    look = _colours(values[np.isfinite(values)], no_bias)
+    look = _colormap(values[np.isfinite(values)], unbiased)
     columns = min(len(conditions), COLUMNS)
     rows = -(-len(conditions) // columns)
     height = 0.75 + rows * (0.55 + 0.2 * len(models))
@@ -78,21 +81,22 @@ def _maps(data: pd.DataFrame, title: str, label: str, no_bias: float | None, bef
         axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         words, kinds = [f"{title}. Colours from first to last step."], set[str]()
         mesh: Any = None
-        for number_of, (ax, condition) in enumerate(zip(axes.flat, conditions, strict=False)):
+        for index, (ax, condition) in enumerate(zip(axes.flat, conditions, strict=False)):
             grid, present = grids[condition]
-            # Cells in vector form: an image of few pixels is blurred by some viewers of SVG.
+            # pcolormesh draws vector cells; some SVG viewers blur an image of few pixels.
             shown = np.ma.masked_invalid(grid)
             mesh = ax.pcolormesh(shown, edgecolors="white", linewidth=0.5, **look)
             kinds |= _mark_gaps(ax, grid, present)
             if "excludes_zero" in data and seeds == 1:
-                mine = data[(data["condition"] == condition) & (data["excludes_zero"] == True)]  # noqa: E712
-                kinds |= _mark_clear(ax, mine, models, steps)
-            ax.set_title(textwrap.fill(f"{before}{condition}", 21))
+                of_condition = data[data["condition"] == condition]
+                clear = of_condition[of_condition["excludes_zero"] == True]  # noqa: E712 - may be null
+                kinds |= _mark_clear(ax, clear, models, steps)
+            ax.set_title(textwrap.fill(f"{prefix}{condition}", 21))
             ax.grid(False)
-            if number_of // columns == rows - 1 or number_of + columns >= len(conditions):
+            if index // columns == rows - 1 or index + columns >= len(conditions):
                 ax.set_xlabel("RLHF steps")
                 ax.tick_params(labelbottom=True)
-            words.append(f"{before}{condition}: {_in_words(grid, data, models)}.")
+            words.append(f"{prefix}{condition}: {_in_words(grid, data, models)}.")
         for ax in list(axes.flat)[len(conditions) :]:
             ax.remove()
         used = list(axes.flat)[: len(conditions)]
@@ -107,27 +111,27 @@ def _maps(data: pd.DataFrame, title: str, label: str, no_bias: float | None, bef
 def _grid(
     data: pd.DataFrame, models: Sequence[str], steps: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values, and whether every seed was measured there, each of shape (models, steps)."""
+    """Return values, and whether every seed was measured, each of shape (models, steps)."""
     grid = np.full((len(models), len(steps)), np.nan)
     present = np.zeros(grid.shape, dtype=bool)
     for row, model in enumerate(models):
-        mine = data[data["model"] == model]
-        num_seeds = mine["seed"].nunique()
+        of_model = data[data["model"] == model]
+        num_seeds = of_model["seed"].nunique()
         for column, step in enumerate(steps):
-            values = mine[mine["step"] == step]["value"].to_numpy(dtype=float)
+            values = of_model[of_model["step"] == step]["value"].to_numpy(dtype=float)
             present[row, column] = len(values) > 0 and len(values) == num_seeds
             if present[row, column]:
                 grid[row, column] = values.mean()  # NaN where a seed has no defined value
     return grid, present
 
 
-def _colours(values: np.ndarray, no_bias: float | None) -> dict[str, Any]:
-    """Two colours away from the value of no bias, alike in print; one scale where there is none."""
-    if no_bias is None:
+def _colormap(values: np.ndarray, unbiased: float | None) -> dict[str, Any]:
+    """Return a diverging colormap centred on `unbiased`; a sequential one if that is None."""
+    if unbiased is None:
         low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
         return {"cmap": "cividis", "vmin": low, "vmax": high}
-    reach = max([0.05, *np.abs(values - no_bias)])
-    return {"cmap": "PuOr_r", "norm": CenteredNorm(no_bias, halfrange=reach)}
+    reach = max([0.05, *np.abs(values - unbiased)])
+    return {"cmap": "PuOr_r", "norm": CenteredNorm(unbiased, halfrange=reach)}
 
 
 def _mark_gaps(ax: Axes, grid: np.ndarray, present: np.ndarray) -> set[str]:
@@ -171,7 +175,7 @@ def _name_cells(
     models: Sequence[str],
     steps: Sequence[int],
 ) -> None:
-    """Steps below, sizes at the left; models of one size by name."""
+    """Label steps below and sizes at the left; models of equal size by name."""
     sizes = [float(data[data["model"] == model]["parameters"].iloc[0]) for model in models]
     names = [size_name(size) for size in sizes]
     if len(set(names)) < len(names):
@@ -192,9 +196,9 @@ def _legend(figure: Figure, kinds: set[str]) -> None:
 
 
 def _in_words(grid: np.ndarray, data: pd.DataFrame, models: Sequence[str]) -> str:
-    said = []
+    parts = []
     for model, row in zip(models, grid, strict=True):
         first, last = (None if np.isnan(value) else float(value) for value in (row[0], row[-1]))
         title = model_title(data[data["model"] == model])
-        said.append(f"{title} {number(first)} to {number(last)}")
-    return "; ".join(said)
+        parts.append(f"{title} {number(first)} to {number(last)}")
+    return "; ".join(parts)

@@ -1,4 +1,4 @@
-"""What all figures are made of: the style, panels, lines with bands, and their axes."""
+"""Parts of all figures: style, panels, lines with bands, axes and legends."""
 # ruff: noqa: TID253 - all of this file is matplotlib; it is itself imported only where needed.
 
 import textwrap
@@ -22,7 +22,7 @@ from selfcorrect.evaluate.statistics.formatting import size_name
 STYLE = Path(__file__).with_name("selfcorrect.mplstyle")
 PAGE_WIDTH = 7.2  # inches
 
-# Okabe and Ito's colours, told apart with every common colour blindness; shape repeats them.
+# Okabe and Ito's colours are distinguishable with common colour blindness; markers repeat them.
 LOOKS: dict[str, dict[str, Any]] = {
     "Q": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
     "Q+IF": {"color": "#0072B2", "marker": "s", "linestyle": (0, (5, 1.5))},
@@ -44,13 +44,13 @@ ABOUT = "about, read off\nthe paper's figures"
 
 @contextmanager
 def style() -> Iterator[None]:
-    """matplotlib with this project's style file; needed while drawing and while saving."""
+    """Use this project's matplotlib style; needed while drawing and while saving."""
     with matplotlib.rc_context(fname=str(STYLE)):
         yield
 
 
 def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """`count` panels, at most three in a row, on a page-wide figure."""
+    """Return a page-wide figure and `count` panels, at most three per row."""
     columns = min(count, 3)
     rows = -(-count // columns)
     width = PAGE_WIDTH if columns > 1 else PAGE_WIDTH * 0.6
@@ -62,7 +62,7 @@ def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
 
 
 def condition_looks(conditions: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A colour, marker and dash per condition: fixed for the paper's, told apart for all others."""
+    """Return colour, marker and dash per condition: fixed for the paper's, distinct for others."""
     names = sorted(set(conditions), key=condition_rank)
     others = [name for name in names if name not in LOOKS]
     return {name: LOOKS[name] for name in names if name in LOOKS} | {
@@ -76,11 +76,11 @@ def condition_looks(conditions: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def condition_lines(ax: Axes, data: pd.DataFrame, looks: Mapping[str, Mapping[str, Any]]) -> None:
-    """A line and a band per condition, on the steps of all conditions together."""
+    """Draw a line and a band per condition, over the steps of all conditions."""
     steps = sorted(set(data["step"]))
     for condition in sorted(set(data["condition"]), key=condition_rank):
-        mine = data[data["condition"] == condition]
-        line(ax, mine, "step", steps, looks[condition], condition)
+        of_condition = data[data["condition"] == condition]
+        line(ax, of_condition, "step", steps, looks[condition], condition)
     if steps:
         step_axis(ax, data["step"])
 
@@ -93,16 +93,16 @@ def line(
     look: Mapping[str, Any],
     label: str,
 ) -> None:
-    """One line over `positions`; a position without a defined value is a gap."""
+    """Draw one line over `positions`; a position without a defined value is a gap."""
     series = over_seeds(data, x).reindex(list(positions))
-    at = np.asarray(positions, dtype=float)
+    x_values = np.asarray(positions, dtype=float)
     middle, low, high = (series[name].to_numpy(dtype=float) for name in ("value", "low", "high"))
-    ax.fill_between(at, low, high, color=look["color"], alpha=0.13, linewidth=0)
-    ax.plot(at, middle, label=label, markeredgecolor="white", clip_on=False, **look)
+    ax.fill_between(x_values, low, high, color=look["color"], alpha=0.13, linewidth=0)
+    ax.plot(x_values, middle, label=label, markeredgecolor="white", clip_on=False, **look)
 
 
 def over_seeds(data: pd.DataFrame, x: str) -> pd.DataFrame:
-    """One seed: its values and intervals. Several: mean and range, where every seed has a value."""
+    """Return the values of one seed, or mean and range of several where all have a value."""
     columns = ["value", "low", "high"]
     data = data.assign(**{name: data[name].astype(float) for name in columns})
     num_seeds = data["seed"].nunique()
@@ -114,31 +114,31 @@ def over_seeds(data: pd.DataFrame, x: str) -> pd.DataFrame:
 
 
 def size_lines(ax: Axes, data: pd.DataFrame, looks: Mapping[str, Mapping[str, Any]]) -> None:
-    """A line per condition over log parameters, with error bars set a little apart."""
+    """Draw a line per condition over log parameters, with error bars slightly offset."""
     conditions = sorted(set(data["condition"]), key=condition_rank)
     sizes = sorted(set(data["parameters"].astype(float)))
     for index, condition in enumerate(conditions):
         look = looks[condition]
-        mine = data[data["condition"] == condition]
-        series = over_seeds(mine.assign(parameters=mine["parameters"].astype(float)), "parameters")
+        of_condition = data[data["condition"] == condition].astype({"parameters": float})
+        series = over_seeds(of_condition, "parameters")
         series = series.reindex(sizes)
-        apart = (sizes[-1] / sizes[0]) ** (0.018 * (index - (len(conditions) - 1) / 2))
-        at = np.asarray(sizes) * apart
+        offset = (sizes[-1] / sizes[0]) ** (0.018 * (index - (len(conditions) - 1) / 2))
+        x_values = np.asarray(sizes) * offset
         middle, low, high = (series[name].to_numpy() for name in ("value", "low", "high"))
-        ax.plot(at, middle, label=condition, markeredgecolor="white", **look)
-        ax.vlines(at, low, high, color=look["color"], linewidth=1.1, alpha=0.8)
+        ax.plot(x_values, middle, label=condition, markeredgecolor="white", **look)
+        ax.vlines(x_values, low, high, color=look["color"], linewidth=1.1, alpha=0.8)
     size_axis(ax, sizes)
 
 
 def size_axis(ax: Axes, sizes: Sequence[float]) -> None:
-    """A logarithmic axis of parameters with a tick per size."""
+    """Set a logarithmic x axis of parameters with a tick per size."""
     ax.set_xscale("log")
     named_ticks(ax, sizes, [size_name(size) for size in sizes])
     ax.margins(x=0.08)
 
 
 def step_axis(ax: Axes, steps: pd.Series) -> None:
-    """A tick per step; logarithmic from the first positive step on when steps span decades."""
+    """Set a tick per step; logarithmic from the first positive step if steps span decades."""
     values = sorted({float(step) for step in steps})
     positive = [step for step in values if step > 0]
     if len(positive) > 2 and positive[-1] / positive[0] > 25:
@@ -149,13 +149,13 @@ def step_axis(ax: Axes, steps: pd.Series) -> None:
 
 
 def named_ticks(ax: Axes, values: Sequence[float], names: Sequence[str]) -> None:
-    """A tick at every value, a name where there is room: the ends first, then from the left."""
-    places = ax.transData.transform([(value, 0.0) for value in values])[:, 0]
+    """Set a tick at every value, and names where they fit: the ends first, then from the left."""
+    pixels = ax.transData.transform([(value, 0.0) for value in values])[:, 0]
     points = ax.figure.dpi / 72
     kept: list[int] = []
     for index in dict.fromkeys([0, len(values) - 1, *range(len(values))]):
         halves = [(len(names[index]) + len(names[other])) / 2 + 1.2 for other in kept]
-        gaps = [abs(places[index] - places[other]) / points for other in kept]
+        gaps = [abs(pixels[index] - pixels[other]) / points for other in kept]
         if all(gap > 4.6 * half for gap, half in zip(gaps, halves, strict=True)):
             kept.append(index)
     ax.xaxis.set_major_locator(FixedLocator(list(values)))
@@ -170,18 +170,18 @@ def value_axis(
     metric: str,
     published: Sequence[Published] = (),
 ) -> None:
-    """Label, the line of no bias, and one span for all models, so that figures compare."""
+    """Set label, unbiased line and a common span of all models, so that figures are comparable."""
     described = get_experiment(experiment).metrics[metric]
-    no_bias = described.unbiased
+    unbiased = described.unbiased
     ax.set_ylabel(described.axis or textwrap.fill(described.label, 30))
-    shown = [row.value for row in published] + ([] if no_bias is None else [no_bias])
-    whole_span(ax, data, shown)
-    if no_bias is not None:
-        ax.axhline(no_bias, color="#333333", linewidth=0.9, zorder=1)
+    shown = [row.value for row in published] + ([] if unbiased is None else [unbiased])
+    span_all_values(ax, data, shown)
+    if unbiased is not None:
+        ax.axhline(unbiased, color="#333333", linewidth=0.9, zorder=1)
 
 
-def whole_span(ax: Axes, data: pd.DataFrame, more: Sequence[float] = ()) -> None:
-    """The y axis reaches over every value and interval, 0 included, and never under 0.2 in all."""
+def span_all_values(ax: Axes, data: pd.DataFrame, more: Sequence[float] = ()) -> None:
+    """Set a y axis over all values, intervals and 0, with a span of at least 0.2."""
     values = data[["value", "low", "high"]].astype(float).to_numpy().ravel()
     values = np.append(values[np.isfinite(values)], [0.0, *more])
     low, high = values.min(), values.max()
@@ -191,7 +191,7 @@ def whole_span(ax: Axes, data: pd.DataFrame, more: Sequence[float] = ()) -> None
 
 
 def size_looks(data: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """A colour and marker per model, from light (small) to dark (large)."""
+    """Return a colour and marker per model, from light (small) to dark (large)."""
     order = data.sort_values("parameters", kind="stable")["model"]
     models = list(dict.fromkeys(order))
     shades = matplotlib.colormaps["viridis_r"](np.linspace(0.2, 0.95, len(models)))
@@ -206,7 +206,7 @@ def size_looks(data: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def model_title(data: pd.DataFrame, line_break: bool = False) -> str:
-    """The model's name and size, as in "small (23k)"."""
+    """Return the model's name and size, as in "small (23k)"."""
     if data.empty:
         return ""
     name, parameters = data.iloc[0]["model"], data.iloc[0]["parameters"]
@@ -216,7 +216,7 @@ def model_title(data: pd.DataFrame, line_break: bool = False) -> str:
 
 
 def shared_legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend under all panels, each name once."""
+    """Draw one legend under all panels, with each label once."""
     handles: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):

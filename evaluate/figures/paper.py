@@ -1,8 +1,8 @@
-"""What Ganguli et al. 2023 (arXiv 2302.07459) published, to be drawn beside our own results.
+"""Values that Ganguli et al. 2023 (arXiv 2302.07459) published, to draw beside our results.
 
-TABLE holds numbers that the paper states, READ_OFF what its figures let one read ("about"). All are
-of proprietary models, one RLHF run a size, without error bars. A step of theirs is another amount
-of feedback than a step here; neither tells where ours should end up.
+TABLE holds numbers that the paper states, READ_OFF approximate values read off its figures. All are
+of proprietary models, with one RLHF run per size and without error bars. A step in the paper is
+another amount of feedback than a step here, so the values are no target for ours.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ AGAINST_STEPS = "figure of metric against RLHF steps"
 class Published:
     """One published value, under this project's names of experiment, condition and metric.
 
-    `exact` is False for a value read off a figure; `steps` too can then be approximate (where a
-    curve reaches zero). `source` names the figure of the paper that shows the value.
+    `exact` is False for a value read off a figure, whose `steps` can be approximate too (where a
+    curve reaches zero). `source` names the paper's figure.
     """
 
     experiment: str
@@ -43,7 +43,7 @@ class Published:
 
     @property
     def in_words(self) -> str:
-        """As in "Q 0.1845 (175B, 800 steps)" or "Q about -0.15 (52B, 800 steps)"."""
+        """The value as in "Q 0.1845 (175B, 800 steps)" or "Q about -0.15 (52B, 800 steps)"."""
         size = f"{self.parameters / 1e9:.3g}B"
         return (
             f"{self.condition} {'' if self.exact else 'about '}{self.value:g} "
@@ -80,7 +80,7 @@ TABLE: tuple[Published, ...] = (
 """Stated numbers: the 175B model after 800 (BBQ, law school) or 50 (Winogender) steps."""
 
 READ_OFF: tuple[Published, ...] = (
-    # Without an instruction the bias stays near zero up to 22B, and rises only from there.
+    # Without an instruction, the bias is near zero up to 22B and rises from there.
     *(_about("bbq", "Q", "bias_ambiguous", size, 800, 0.0) for size in SIZES[:6]),
     _about("law_school", "Q", "difference", 52_000_000_000, 800, -0.15),
     _about("law_school", "Q+IF", "difference", 52_000_000_000, 800, 0.05),
@@ -90,16 +90,16 @@ READ_OFF: tuple[Published, ...] = (
     _about("law_school", "Q+IF", "difference", LARGEST, 1000, 0.10),
     _about("law_school", "Q+IF+CoT", "difference", LARGEST, 200, 0.0),
 )
-"""Readings of curves: value, and for the zero crossings also the steps, are approximate."""
+"""Values read off curves: approximate, and at zero crossings the steps are approximate too."""
 
 
 def published_against_steps(experiment: str, metric: str) -> list[Published]:
-    """What the paper shows of the largest model at different steps; empty for other metrics."""
+    """Return the values of the largest model at different steps; empty for other metrics."""
     return [row for row in _of(experiment, metric) if row.parameters == LARGEST]
 
 
 def published_against_size(experiment: str, metric: str) -> list[Published]:
-    """What the paper shows at its steps of the figure against size; empty for other metrics."""
+    """Return the values at the steps of the figure against size; empty for other metrics."""
     steps = {row.steps for row in TABLE if row.experiment == experiment}
     return [row for row in _of(experiment, metric) if row.steps in steps]
 

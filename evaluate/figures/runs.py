@@ -1,7 +1,7 @@
-"""Several runs side by side: a line per run, told apart by the table's column `run`.
+"""Draw several runs side by side, with a line per value of the table's column `run`.
 
-Runs are laid beside one another where they hold the same model (name and size); the models that
-only one run holds share a row, each with its own line.
+Runs share a panel if they have the same model (name and size). Models that only one run has share
+one row, each with its own line.
 """
 # ruff: noqa: TID253 - all of this file is matplotlib; it is itself imported only where needed.
 
@@ -22,10 +22,10 @@ from selfcorrect.evaluate.figures.panels import (
     panels,
     shared_legend,
     size_axis,
+    span_all_values,
     step_axis,
     style,
     value_axis,
-    whole_span,
 )
 from selfcorrect.evaluate.figures.select import (
     NothingToDraw,
@@ -46,7 +46,7 @@ ALONE = "in one run only"
 
 
 def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A colour, marker and dash for each of several lines."""
+    """Return a colour, marker and dash for each line."""
     return {
         name: {
             "color": COLORS[index % len(COLORS)],
@@ -58,19 +58,19 @@ def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def steps_by_run(frame: pd.DataFrame, experiment: str) -> Figure:
-    """Headline metric of one experiment against step: a row a model, a panel a condition."""
+    """Draw a headline metric against step: a row per model, a panel per condition."""
     data = pd.concat([overall(of_run) for _, of_run in frame.groupby("run", sort=False)])
     data = chosen_experiment(headlines(data), experiment)
     if data["step"].nunique() < 2:
         raise NothingToDraw(f"{experiment}: metric against steps needs two steps or more")
     definition = get_experiment(experiment)
-    no_bias = definition.headline_metric.unbiased
+    unbiased = definition.headline_metric.unbiased
     label = definition.headline_metric.label
-    return _grid(data, f"{get_experiment(experiment).title}: {label.lower()}", "", no_bias)
+    return _grid(data, f"{definition.title}: {label.lower()}", "", unbiased)
 
 
 def effects_by_run(effects: Sequence[Mapping[str, Any]], experiment: str) -> Figure:
-    """metric(Q) - metric(condition) against step: a row a model, a panel a condition."""
+    """Draw metric(Q) - metric(condition) against step: a row per model, a panel per condition."""
     data = judged_effects(effects)
     if data["step"].nunique() < 2:
         raise NothingToDraw("instruction effects need Q and an instructed condition at two steps")
@@ -80,37 +80,37 @@ def effects_by_run(effects: Sequence[Mapping[str, Any]], experiment: str) -> Fig
     )
 
 
-def _grid(data: pd.DataFrame, title: str, before: str, no_bias: float | None) -> Figure:
+def _grid(data: pd.DataFrame, title: str, prefix: str, unbiased: float | None) -> Figure:
     data = _rows(data)
-    colours = looks(list(data["line"]))
-    rows = list(dict.fromkeys(data.sort_values("place", kind="stable")["row"]))
+    looks_by_name = looks(list(data["line"]))
+    rows = list(dict.fromkeys(data.sort_values("size", kind="stable")["row"]))
     conditions = sorted(set(data["condition"]), key=condition_rank)
     columns = min(len(conditions), 4)
-    of_a_row = -(-len(conditions) // columns)
-    size = (max(PAGE_WIDTH * columns / 4, 4.2), 0.9 + 1.65 * of_a_row * len(rows))
+    rows_per_model = -(-len(conditions) // columns)
+    size = (max(PAGE_WIDTH * columns / 4, 4.2), 0.9 + 1.65 * rows_per_model * len(rows))
     with style():
         figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(of_a_row * len(rows), columns, sharex=True, sharey=True,
+        grid = figure.subplots(rows_per_model * len(rows), columns, sharex=True, sharey=True,
                                squeeze=False)  # fmt: skip
         used = {}
         for number, row in enumerate(rows):
-            for place, condition in enumerate(conditions):
-                ax = grid[number * of_a_row + place // columns, place % columns]
-                here = data[(data["row"] == row) & (data["condition"] == condition)]
-                _lines(ax, here, colours)
-                ax.set_title(f"{before}{condition}")
-                ax.set_label(f"{row}, {before}{condition}")
-                if place % columns == 0:
+            for index, condition in enumerate(conditions):
+                ax = grid[number * rows_per_model + index // columns, index % columns]
+                panel = data[(data["row"] == row) & (data["condition"] == condition)]
+                _lines(ax, panel, looks_by_name)
+                ax.set_title(f"{prefix}{condition}")
+                ax.set_label(f"{row}, {prefix}{condition}")
+                if index % columns == 0:
                     ax.set_ylabel(row)
-                used[ax] = place
+                used[ax] = index
         step_axis(grid[0, 0], data["step"])
-        whole_span(grid[0, 0], data, [] if no_bias is None else [no_bias])
+        span_all_values(grid[0, 0], data, [] if unbiased is None else [unbiased])
         for ax in grid.flat:
             if ax not in used:
                 ax.remove()
                 continue
-            if no_bias is not None:
-                ax.axhline(no_bias, color="#333333", linewidth=0.9, zorder=1)
+            if unbiased is not None:
+                ax.axhline(unbiased, color="#333333", linewidth=0.9, zorder=1)
             if ax.get_subplotspec().is_last_row():
                 ax.set_xlabel("RLHF steps")
         figure.suptitle(title, x=0.01, ha="left")
@@ -119,29 +119,29 @@ def _grid(data: pd.DataFrame, title: str, before: str, no_bias: float | None) ->
 
 
 def _rows(data: pd.DataFrame) -> pd.DataFrame:
-    """Adds `row` (the model, or ALONE), `place` (its size) and `line` (what the legend says)."""
+    """Add the columns `row` (the model, or ALONE), `size` and `line` (the legend's label)."""
     names = data["model"] + "\n(" + data["parameters"].astype(float).map(size_name) + ")"
     held = data.groupby(names)["run"].nunique()
     shared = names.map(held) > 1
     alone = data["run"] + ": " + names.str.replace("\n", " ")
     return data.assign(
         row=names.where(shared, ALONE),
-        place=data["parameters"].astype(float).where(shared, float("inf")),
+        size=data["parameters"].astype(float).where(shared, float("inf")),
         line=data["run"].where(shared, alone),
     )
 
 
-def _lines(ax: Axes, data: pd.DataFrame, colours: Mapping[str, Mapping[str, Any]]) -> None:
+def _lines(ax: Axes, data: pd.DataFrame, looks_by_name: Mapping[str, Mapping[str, Any]]) -> None:
     for name in dict.fromkeys(data["line"]):
-        mine = data[data["line"] == name]
-        # Its own steps alone: what another run kept besides is no gap in this one.
-        line(ax, mine, "step", sorted(set(mine["step"])), colours[name], name)
+        of_line = data[data["line"] == name]
+        # Only the line's own steps: a step that another run kept is no gap in this run.
+        line(ax, of_line, "step", sorted(set(of_line["step"])), looks_by_name[name], name)
 
 
 def size_by_run(frame: pd.DataFrame) -> Figure:
-    """Headline metric against parameters, a panel per experiment and condition, a line a run.
+    """Draw headline metrics against parameters: a panel per experiment and condition.
 
-    Each run at the last step that all its models have; the legend names it.
+    Each run is drawn at the last step that all its models have; the legend names the step.
     """
     ends = []
     for run, of_run in frame.groupby("run", sort=False):
@@ -152,32 +152,31 @@ def size_by_run(frame: pd.DataFrame) -> Figure:
     data = pd.concat(ends) if ends else frame[:0].assign(line="")
     if data["parameters"].nunique() < 2:
         raise NothingToDraw("metric against model size needs two sizes or more")
-    for name, mine in data.groupby("line"):
-        models = mine[["model", "parameters"]].drop_duplicates()
+    for name, of_line in data.groupby("line"):
+        models = of_line[["model", "parameters"]].drop_duplicates()
         if models["parameters"].duplicated().any():
             raise NothingToDraw(f"{name}: two models have the same number of parameters")
-    places = [
+    facets = [
         (experiment, condition)
         for experiment in experiments_in(data)
         for condition in sorted(
             set(data[data["experiment"] == experiment]["condition"]), key=condition_rank
         )
     ]
-    colours = looks(list(data["line"]))
+    looks_by_name = looks(list(data["line"]))
     sizes = sorted(set(data["parameters"].astype(float)))
     with style():
-        figure, axes = panels(len(places), height=2.1)
-        for ax, (experiment, condition) in zip(axes, places, strict=True):
+        figure, axes = panels(len(facets), height=2.1)
+        for ax, (experiment, condition) in zip(axes, facets, strict=True):
             of_experiment = data[data["experiment"] == experiment]
-            here = of_experiment[of_experiment["condition"] == condition]
-            for name in dict.fromkeys(here["line"]):
-                mine = here[here["line"] == name]
-                mine = mine.assign(parameters=mine["parameters"].astype(float))
-                series = over_seeds(mine, "parameters").sort_index()
+            panel = of_experiment[of_experiment["condition"] == condition]
+            for name in dict.fromkeys(panel["line"]):
+                of_line = panel[panel["line"] == name].astype({"parameters": float})
+                series = over_seeds(of_line, "parameters").sort_index()
                 ax.plot(series.index, series["value"], label=name, markeredgecolor="white",
-                        **colours[name])  # fmt: skip
+                        **looks_by_name[name])  # fmt: skip
                 ax.vlines(series.index, series["low"], series["high"], linewidth=1.1, alpha=0.8,
-                          color=colours[name]["color"])  # fmt: skip
+                          color=looks_by_name[name]["color"])  # fmt: skip
             size_axis(ax, sizes)
             value_axis(ax, of_experiment, experiment, get_experiment(experiment).headline)
             ax.set_title(f"{get_experiment(experiment).title.split()[0]}, {condition}")
@@ -187,21 +186,21 @@ def size_by_run(frame: pd.DataFrame) -> Figure:
 
 
 def training_by_run(frame: pd.DataFrame) -> Figure:
-    """Reward and KL against step, and reward against sqrt(KL).
+    """Draw reward and KL against step, and reward against sqrt(KL).
 
-    A line per run and model: the colour is the run's, marker and dash are the model's.
+    There is a line per run and model: the colour shows the run, marker and dash the model.
     """
     data = training_table(frame)
     runs, models = looks(list(data["run"])), looks(models_in(data))
     with style():
         figure, axes = panels(3, height=2.5)
         for run, model in dict.fromkeys(zip(data["run"], data["model"], strict=True)):
-            mine = data[(data["run"] == run) & (data["model"] == model)]
+            of_line = data[(data["run"] == run) & (data["model"] == model)]
             look, name = models[model] | {"color": runs[run]["color"]}, f"{run}: {model}"
             for ax, column in zip(axes, ("reward", "kl"), strict=False):
-                values = mine.assign(value=mine[column])
-                line(ax, values, "step", sorted(set(mine["step"])), look, name)
-            root_line(axes[2], mine, look, name)
+                values = of_line.assign(value=of_line[column])
+                line(ax, values, "step", sorted(set(of_line["step"])), look, name)
+            root_line(axes[2], of_line, look, name)
         training_axes(axes, data["step"])
         shared_legend(figure, axes)
     return figure

@@ -167,7 +167,7 @@ def test_missing_figures_have_a_reason(tmp_path):
     assert drawn == []
     assert "Metric against model size: metric against model size needs two sizes" in notes[1]
     reasons = " ".join(notes)
-    for reason in ("two sizes and two steps or more", "categories need two of them and two steps",
+    for reason in ("two sizes and two steps or more", "needs two categories and two steps",
                    "no rows of single occupations", "record neither"):  # fmt: skip
         assert reason in reasons
     with pytest.raises(NothingToDraw, match="two steps"):
@@ -276,9 +276,9 @@ def test_categories_have_a_panel_each(results):
     ].sort_values("step")
     drawn = line_of(figure.axes[2], "Q+IF").get_ydata()
     np.testing.assert_allclose(drawn, rows["value"].astype(float))
-    with pytest.raises(NothingToDraw, match="'huge': not in the table; there are nano, small"):
+    with pytest.raises(NothingToDraw, match="'huge': not in the table; choose from nano, small"):
         by_category(frame, "bbq", "huge")
-    with pytest.raises(NothingToDraw, match="categories need two"):
+    with pytest.raises(NothingToDraw, match="needs two categories"):
         by_category(frame, "winogender")
     with pytest.raises(NothingToDraw, match="stereoset: not measured"):
         by_category(frame, "stereoset")
@@ -349,7 +349,7 @@ def test_steps_by_size_and_chosen_steps(results):
     assert titles[0] == "BBQ, step 0" and titles[3] == "BBQ, step 2"
     expected = headline(frame, "bbq", step=2, condition="Q")["value"].astype(float)
     np.testing.assert_allclose(line_of(chosen.axes[3], "Q").get_ydata(), expected)
-    with pytest.raises(NothingToDraw, match="step 7: nothing was measured there; there are 0, 2"):
+    with pytest.raises(NothingToDraw, match="step 7: not measured; choose from 0, 2"):
         curves.against_size(frame, 7)
 
 
@@ -376,7 +376,7 @@ def test_two_runs_are_refused_in_figures_of_one_run(results):
     for draw in (curves.against_steps, curves.against_size,
                  lambda rows: size_by_steps(rows, "bbq"),
                  lambda rows: by_category(rows, "bbq")):  # fmt: skip
-        with pytest.raises(NothingToDraw, match=r"nano, seed 0 stands twice .* one, two; draw"):
+        with pytest.raises(NothingToDraw, match=r"nano, seed 0 appears twice .* one, two; draw"):
             draw(both)
     with pytest.raises(NothingToDraw, match="two run folders have this name"):
         curves.against_steps(both.assign(run="same"))
