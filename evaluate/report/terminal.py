@@ -145,7 +145,7 @@ def _short_title(experiment: str) -> str:
 def _headline(rows: pd.DataFrame, experiment: str) -> str:
     headline = get_experiment(experiment).headline
     rows = rows[(rows["experiment"] == experiment) & (rows["metric"] == headline)]
-    return "" if rows.empty else compact_with_interval(rows.iloc[0])
+    return "" if rows.empty else compact_with_interval(rows.iloc[0].to_dict())
 
 
 def _value(rows: pd.DataFrame, metric: str) -> str:

@@ -104,7 +104,7 @@ class Draws:
         weights = np.empty((len(units), 1 + self.num_resamples)).T
         weights[0] = units
         counts = generator.multinomial(total - 1, units / units.sum(), self.num_resamples)
-        weights[1:] = counts * (total / (total - 1))
+        np.multiply(counts, total / (total - 1), out=weights[1:])
         return weights
 
 

@@ -32,7 +32,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "kl": ("float64", "mean sequence KL to the initial policy, nats, last rollout batch"),
     "reward": ("float64", "mean reward-model score of the last rollout batch"),
     "experiment": ("str", "name of an experiment, such as bbq"),
-    "condition": ("str", "Q, Q+IF, Q+IF+CoT, Match stats, a control, or one of your own"),
+    "condition": ("str", "name of the condition, such as Q+IF"),
     "category": ("str", "a category of the benchmark, or 'overall'"),
     "order": (
         "str",

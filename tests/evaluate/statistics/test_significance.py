@@ -16,7 +16,7 @@ from selfcorrect.evaluate.statistics.significance import (
 STEPS = np.array([0.0, 5, 10, 20, 40])
 
 
-def test_wald_p_is_students_and_undefined_without_spread():
+def test_wald_p():
     assert wald_p(2.0, 1.0, 10) == pytest.approx(2 * (1 - stats.t.cdf(2, 10)))
     assert wald_p(-2.0, 1.0, 10) == wald_p(2.0, 1.0, 10)
     assert np.isnan(wald_p(2.0, 0.0, 10))
@@ -24,13 +24,13 @@ def test_wald_p_is_students_and_undefined_without_spread():
     assert np.isnan(wald_p(2.0, 1.0, 0))
 
 
-def test_resamples_that_agree_but_for_rounding_have_no_spread():
+def test_standard_error_up_to_rounding():
     assert standard_error(np.array([0.3, 0.1 + 0.2, 0.3, 0.3])) == 0
     assert standard_error(np.array([2.0, 1.0, 3.0])) == pytest.approx(np.sqrt(2))
     assert np.isnan(standard_error(np.array([np.nan, 1.0, 3.0])))
 
 
-def test_the_mean_over_seeds_by_hand():
+def test_mean_over_seeds_by_hand():
     found = mean_over_seeds([1.0, 2.0, 6.0])
     error = np.std([1, 2, 6], ddof=1) / np.sqrt(3)
     half = stats.t.ppf(0.975, 2) * error
@@ -49,7 +49,8 @@ def seeds(number, rng, spread=0.01, noise=0.05, steps=STEPS):
                               for b in slopes]  # fmt: skip
 
 
-def test_the_mixed_model_of_equal_designs_is_the_t_test_over_slopes():
+def test_mixed_model_of_equal_designs():
+    """It equals the t test over slopes."""
     x, y = seeds(6, np.random.default_rng(0))
     fitted, reason = mixed_slope(x, y)
     assert reason == ""
@@ -58,7 +59,7 @@ def test_the_mixed_model_of_equal_designs_is_the_t_test_over_slopes():
         assert fitted[key] == pytest.approx(value, rel=1e-3)
 
 
-def test_the_mixed_model_weighs_seeds_by_what_they_measured():
+def test_mixed_model_weighs_seeds():
     """A seed of three close steps says little of the slope; a plain mean would follow it."""
     x, y = seeds(8, np.random.default_rng(1), spread=0.005, noise=0.02)
     short = np.array([0.0, 1.0, 2.0])
@@ -76,7 +77,7 @@ def test_the_mixed_model_weighs_seeds_by_what_they_measured():
         (6, 0.0, STEPS, "mixed model"),  # no variance between slopes: at the boundary
     ],
 )
-def test_the_mixed_model_says_why_it_is_not_used(number, spread, steps, reason):
+def test_mixed_model_that_cannot_be_fitted(number, spread, steps, reason):
     rng = np.random.default_rng(3)
     x = [steps] * number
     y = [0.02 * steps + rng.normal(0, 0.1, len(steps)) + rng.normal(0, spread) * steps for _ in x]
@@ -85,7 +86,7 @@ def test_the_mixed_model_says_why_it_is_not_used(number, spread, steps, reason):
     assert reason in why
 
 
-def test_holm_by_hand_and_within_a_run_and_family_only():
+def test_holm_by_hand():
     def row(p, family="f", run="r"):
         return {"run": run, "family": family, "p_value": p}
 
@@ -100,7 +101,7 @@ def test_holm_by_hand_and_within_a_run_and_family_only():
 
 
 @pytest.mark.parametrize("num", [4, 40])
-def test_four_in_five_tests_find_the_detectable_difference(num):
+def test_detectable_difference(num):
     """Differences of `num` items with a true mean as large as what their error says."""
     rng = np.random.default_rng(5)
     effect = detectable(1 / np.sqrt(num), num - 1)

@@ -39,7 +39,7 @@ def replicated(step, values, **more):
     return resampled_cell(0, step=step, metrics={METRIC: np.asarray(values, dtype=float)}, **more)
 
 
-def test_not_reached_is_a_value_of_its_own_and_may_end_the_interval():
+def test_not_reached():
     resamples = np.linspace(-0.2, 0.3, 101)  # at step 20, against .4 at step 0
     cells = [replicated(0, np.full(102, 0.4)), replicated(20, [0.05, *resamples])]
     row = one_row(cells)
@@ -53,7 +53,7 @@ def test_not_reached_is_a_value_of_its_own_and_may_end_the_interval():
     assert (never["low"], never["high"], never["share_reached"]) == (NOT_REACHED, NOT_REACHED, 0)
 
 
-def test_a_threshold_of_ones_own_from_below():
+def test_given_threshold_from_below():
     cells = [replicated(0, np.full(50, -0.2)), replicated(10, np.full(50, 0.2))]
     assert one_row(cells)["value"] == pytest.approx(5)
     row = one_row(cells, thresholds={"bbq": 0.1})
@@ -61,7 +61,7 @@ def test_a_threshold_of_ones_own_from_below():
     assert row["starts"] == "below"
 
 
-def test_a_start_on_the_threshold_has_no_interval_and_undefined_is_null():
+def test_start_on_the_threshold_and_undefined_values():
     row = one_row([replicated(0, np.zeros(50)), replicated(10, np.full(50, 0.2))])
     assert (row["value"], row["low"], row["starts"]) == (0, None, "at")
     assert "lies on the threshold" in row["undefined_because"]
@@ -82,7 +82,7 @@ def test_a_condition_that_is_not_judged_has_no_threshold():
     assert threshold_steps([replace(cell, judged=False) for cell in cells]) == []
 
 
-def test_intervals_of_the_step_cover_the_truth():
+def test_interval_coverage():
     """The metric falls on a line from .6 to -.4 over 40 steps, so 0 is reached at 24."""
     rng, steps = np.random.default_rng(8), (0, 10, 20, 30, 40)
     covered, num, reached = 0, 300, 0
@@ -103,7 +103,7 @@ def test_intervals_of_the_step_cover_the_truth():
     assert reached / num > 0.97
 
 
-def test_rows_are_of_one_population():
+def test_different_items_have_no_threshold():
     cells = [replicated(0, np.full(9, 0.4)), replicated(10, np.full(9, 0.1), population=b"others")]
     assert "different items" in one_row(cells)["undefined_because"]
     assert isinstance(cells[0].replicates, Replicates)

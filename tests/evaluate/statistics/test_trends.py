@@ -69,7 +69,7 @@ def test_slopes_by_hand():
     assert "resamples agree" in size["undefined_because"]
 
 
-def test_what_all_checkpoints_share_is_no_evidence_for_a_trend():
+def test_variation_shared_by_checkpoints():
     """Items differ widely, but alike at every step: the slope has no spread. Unpaired it would."""
     items = np.random.default_rng(0).normal(0, 1, 20)
     row = find(trends([resampled_cell(s / 100, step=s, items=items) for s in STEPS]), model="small",
@@ -78,7 +78,7 @@ def test_what_all_checkpoints_share_is_no_evidence_for_a_trend():
     assert (row["low"], row["high"]) == pytest.approx((0.01, 0.01))
 
 
-def test_one_seed_and_one_size_are_said():
+def test_one_seed_and_one_size():
     rows = trends([noisy(step) for step in STEPS])
     seeds = find(rows, model="small", against="step", unit="seeds")
     assert seeds["value"] is None
@@ -92,7 +92,7 @@ def test_one_seed_and_one_size_are_said():
     assert find(rows, model="small", against="step", seed=0)["p_value"] > 0
 
 
-def test_missing_and_undefined_points_are_left_out_by_name():
+def test_missing_and_undefined_points():
     nothing = {METRIC: np.full(201, np.nan)}
     cells = [noisy(0), noisy(10, metrics=nothing), noisy(20), noisy(40, kl=-0.01)]
     cells += [noisy(step, "Q+IF") for step in (0, 20)]
@@ -113,7 +113,7 @@ def test_missing_and_undefined_points_are_left_out_by_name():
     assert row["value"] is None
 
 
-def test_sizes_are_compared_at_the_last_step_that_all_have():
+def test_sizes_at_the_last_common_step():
     cells = [one for one in ladder() if (one.model, one.step) != ("large", 40)]
     cells = [one for one in cells if (one.model, one.condition) != ("middle", "Q+IF")]
     rows = trends(cells)
@@ -125,14 +125,14 @@ def test_sizes_are_compared_at_the_last_step_that_all_have():
     assert row["value"] == pytest.approx(-0.02)
 
 
-def test_other_items_at_another_step_leave_no_line():
+def test_different_items_have_no_trend():
     rows = trends([noisy(0), noisy(10), noisy(20, population=b"others")])
     row = find(rows, model="small", against="step", seed=0)
     assert row["value"] is None
     assert "different items" in row["undefined_because"]
 
 
-def test_seeds_are_the_unit_where_there_are_several():
+def test_trends_over_seeds():
     seeds = (0, 1, 2)
     rows = trends(ladder(seeds, by=0.5))
     row = find(rows, model="small", against="step", condition="Q+IF", unit="seeds")
@@ -153,7 +153,7 @@ def test_seeds_are_the_unit_where_there_are_several():
     assert size["undefined_because"] == "the seeds agree: no interval"
 
 
-def test_five_seeds_or_more_have_a_mixed_model():
+def test_mixed_model_from_five_seeds():
     rng = np.random.default_rng(4)
     cells = [
         resampled_cell(start + slope * step + rng.normal(0, 0.05), seed=seed, step=step)
@@ -226,7 +226,7 @@ def line(cells, seed=0):
     return over_training(Series(cells), Quantity("metric", "Q", METRIC), "small", seed)
 
 
-def test_intervals_of_a_trend_over_items_cover_the_truth():
+def test_coverage_over_items():
     """30 items, 400 worlds: 95 % of the intervals hold the slope, 5 % of the p-values are small."""
     rng = np.random.default_rng(2)
     covered, rejected, num = 0, 0, 400
@@ -239,7 +239,7 @@ def test_intervals_of_a_trend_over_items_cover_the_truth():
     assert 0.025 <= rejected / num <= 0.08
 
 
-def test_intervals_over_seeds_cover_new_seeds_and_those_over_items_do_not():
+def test_coverage_over_seeds():
     """Four seeds whose slopes differ more than items do, 300 worlds."""
     rng = np.random.default_rng(6)
     by_seeds, by_items, num = 0, 0, 300
