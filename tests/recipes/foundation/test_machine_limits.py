@@ -310,7 +310,7 @@ def test_memory_limit_is_one_line(tmp_path: Path) -> None:
 
 
 def test_killed_child_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selfcorrect.train.run._child", die)
+    monkeypatch.setattr("selfcorrect.train.run._train_in_child", die)
     recipe = load_recipe("quickstart", [*SMALLEST, "seeds=[0, 1]", "launch.jobs=2"])
     with pytest.raises(RunFailure, match=r"was killed \(out of memory\?\); .* lower launch"):
         train_run(recipe, tmp_path, lambda *_: None)
