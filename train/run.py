@@ -33,6 +33,7 @@ from selfcorrect.recipes.foundation import signals
 from selfcorrect.recipes.foundation.checksums import read_record
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.locks import LOCK, hold_lock
+from selfcorrect.recipes.foundation.messages import log_to_stderr
 from selfcorrect.recipes.foundation.progress import Progress, no_progress
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.schema import Recipe
@@ -295,6 +296,7 @@ _plan: EvaluationPlan | None = None  # in a child process: loaded for its first 
 
 def _begin_child(events: Any) -> None:
     global _events
+    log_to_stderr()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own, of all processes, would outlive a killed child
