@@ -17,6 +17,7 @@ from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
 from selfcorrect.recipes.foundation.yaml_text import parse_yaml
 from selfcorrect.recipes.load import read_recipe_text
+from selfcorrect.recipes.schema import rename_old_sections
 
 # Keys that may differ between seeds of one recipe: none changes a checkpoint's answers, apart
 # from the seeds.
@@ -161,8 +162,9 @@ def _content(path: Path) -> Any:
         except FileNotFoundError:
             return {}
     try:
-        return parse_yaml(read_recipe_text(path), path.name)
-    except InputError:
+        content = parse_yaml(read_recipe_text(path), path.name)
+        return rename_old_sections(content) if isinstance(content, dict) else content
+    except (InputError, ValueError):
         return {}
 
 

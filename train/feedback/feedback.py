@@ -52,11 +52,10 @@ def load_feedback(data: Data, seed: int) -> Feedback:
     """
     if data.society is not None:
         world = make_world(data.society)
-        pairs = society_feedback.preferences(world, data.society.pairs)
-        prompts = society_feedback.prompts(world, data.society.prompts)
+        drawn = society_feedback.preferences(world, data.society.pairs)
         return Feedback(
-            [Preference(pair.messages, pair.chosen, pair.rejected) for pair in pairs],
-            [prompt.messages for prompt in prompts],
+            [Preference(pair.messages, pair.chosen, pair.rejected) for pair in drawn],
+            [p.messages for p in society_feedback.prompts(world, data.society.prompts)],
         )
     if data.preferences is None:
         raise InputError("data: give either society or preferences")
@@ -66,13 +65,12 @@ def load_feedback(data: Data, seed: int) -> Feedback:
         raise InputError(
             f"data.preferences.path: {data.preferences.path}: {DIFFERENT_PROMPTS} in every pair"
         )
-    left_out = (
-        {DIFFERENT_PROMPTS: len(pairs) - len(preferences)} if len(preferences) < len(pairs) else {}
-    )
+    num_left_out = len(pairs) - len(preferences)
+    left_out = {DIFFERENT_PROMPTS: num_left_out} if num_left_out else {}
     if left_out:
         logger.warning(
             "%s: %d of %d pairs are left out: %s",
-            data.preferences.path, left_out[DIFFERENT_PROMPTS], len(pairs), DIFFERENT_PROMPTS,
+            data.preferences.path, num_left_out, len(pairs), DIFFERENT_PROMPTS,
         )  # fmt: skip
     if data.prompts is None:
         unique = {str(pair.prompt): pair.prompt for pair in preferences}

@@ -1,4 +1,4 @@
-"""Checkpoints of a run after the fact or as they come: broken, vanishing, shared with others."""
+"""Evaluation of a run on disk: broken, vanishing and shared checkpoints, and watching."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from selfcorrect.recipes.load import check_recipe, load_recipe, save_recipe
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
-from tests.support.small_runs import RECIPE
+from tests.support.small_runs import RECIPE, SECONDS, call
 from tests.support.tiny_models import tiny_model
 
 torch.set_num_threads(1)
@@ -43,23 +43,23 @@ def run(tmp_path: Path) -> Path:
     write_benchmarks(world, folder / "benchmarks")
     tokenizer = make_tokenizer(world)
     for step in STEPS:
-        write_checkpoint(place_of(folder, step), tokenizer, step)
+        write_checkpoint(checkpoint_of(folder, step), tokenizer, step)
     return folder
 
 
-def place_of(run: Path, step: int) -> Path:
+def checkpoint_of(run: Path, step: int) -> Path:
     return run / "tiny" / "seed-0" / "ppo" / f"checkpoint-{step}"
 
 
-def write_checkpoint(place: Path, tokenizer, step: int, digest: bool = False) -> None:
-    tiny_model(vocabulary=len(tokenizer), seed=step).save_pretrained(place)
-    tokenizer.save_pretrained(place)
+def write_checkpoint(folder: Path, tokenizer, step: int, digest: bool = False) -> None:
+    tiny_model(vocabulary=len(tokenizer), seed=step).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     CheckpointRecord(
         **{"model": "tiny", "parameters": 1, "seed": 0, "step": step, "episodes": 0},
         **{"tokens": 0, "optimizer_updates": 0, "kl": None, "reward": None},
         **{"recipe_digest": "x", "versions": {}},
-        weights_digest=files_digest(place) if digest else None,
-    ).write(place)
+        weights_digest=files_digest(folder) if digest else None,
+    ).write(folder)
 
 
 def bytes_of(run: Path) -> dict[str, bytes]:
@@ -71,69 +71,65 @@ def recipe_of(run: Path):
     return load_recipe(str(run / "recipe.yaml"))
 
 
-def silent(*_: object) -> None:
-    """No progress shown."""
-
-
 def test_broken_checkpoints_are_named_and_the_others_measured(run: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     recipe = recipe_of(run)
-    places = [place_of(run, step) for step in STEPS]
-    weights = [place / "model.safetensors" for place in places]
+    folders = [checkpoint_of(run, step) for step in STEPS]
+    weights = [folder / "model.safetensors" for folder in folders]
     whole = weights[0].read_bytes(), weights[1].read_bytes()
     broken = load_file(weights[0])
     broken["model.norm.weight"][:] = torch.nan
     save_file(broken, weights[0], {"format": "pt"})
     weights[1].write_bytes(whole[1][:-100])  # half-written
     with pytest.raises(RunFailure) as caught:
-        evaluate_run(recipe, run, lambda *_: None)
+        evaluate_run(recipe, run)
     message = str(caught.value)
     assert "\n" not in message and "checkpoint-0" in message and "NaN" in message
     assert "(and 1 more)" in message
     waiting = unmeasured(run, recipe_plan(recipe, run))
     assert [checkpoint.record.step for checkpoint in waiting] == [0, 2]
-    assert not list(places[0].glob("evaluation/*.parquet"))
+    assert not list(folders[0].glob("evaluation/*.parquet"))
     weights[0].write_bytes(whole[0])
     weights[1].write_bytes(whole[1])
-    assert evaluate_run(recipe, run, lambda *_: None) == 2
+    assert evaluate_run(recipe, run) == 2
     assert not unmeasured(run, recipe_plan(recipe, run))
 
 
-def test_weights_other_than_those_saved_are_never_scored(run: Path) -> None:
-    recipe, place = recipe_of(run), place_of(run, 2)
-    record = read_checkpoint(place).record
-    record.model_copy(update={"weights_digest": files_digest(place)}).write(place)
-    whole = (place / "model.safetensors").read_bytes()
+def test_changed_weights_are_never_scored(run: Path) -> None:
+    recipe, folder = recipe_of(run), checkpoint_of(run, 2)
+    record = read_checkpoint(folder).record
+    record.model_copy(update={"weights_digest": files_digest(folder)}).write(folder)
+    whole = (folder / "model.safetensors").read_bytes()
     flipped = bytearray(whole)
     flipped[-7] ^= 1
-    (place / "model.safetensors").write_bytes(flipped)
+    (folder / "model.safetensors").write_bytes(flipped)
     with pytest.raises(RunFailure, match="checkpoint-2: the weights are not those"):
-        evaluate_run(recipe, run, silent)
-    assert not list(place.glob("evaluation/*.parquet"))
-    (place / "model.safetensors").write_bytes(whole)
+        evaluate_run(recipe, run)
+    assert not list(folder.glob("evaluation/*.parquet"))
+    (folder / "model.safetensors").write_bytes(whole)
     calls: list[tuple[str, int, int]] = []
     assert evaluate_run(recipe, run, lambda *call: calls.append(call)) == 1
     assert calls == [("evaluate", 0, 1), ("evaluate", 1, 1)]
-    metadata = read_cell(place / "evaluation" / "winogender.Q.parquet")[1]
-    assert metadata["origin"] == {"weights": files_digest(place), "engine": "packed"}
-    assert evaluate_run(recipe, run, silent) == 0
-    # Other weights in the same place are another checkpoint.
-    shutil.copy(place_of(run, 4) / "model.safetensors", place)
-    record.model_copy(update={"weights_digest": files_digest(place)}).write(place)
-    assert evaluate_run(recipe, run, silent) == 1
+    metadata = read_cell(folder / "evaluation" / "winogender.Q.parquet")[1]
+    assert metadata["origin"] == {"weights": files_digest(folder), "engine": "packed"}
+    assert evaluate_run(recipe, run) == 0
+    # Other weights in the same folder are another checkpoint.
+    shutil.copy(checkpoint_of(run, 4) / "model.safetensors", folder)
+    record.model_copy(update={"weights_digest": files_digest(folder)}).write(folder)
+    assert evaluate_run(recipe, run) == 1
 
 
-def test_a_checkpoint_that_another_process_holds_is_left_to_it(run: Path, monkeypatch) -> None:
-    recipe, evaluation = recipe_of(run), place_of(run, 2) / "evaluation"
+def test_locked_checkpoint_is_left_to_its_holder(run: Path, monkeypatch) -> None:
+    recipe, evaluation = recipe_of(run), checkpoint_of(run, 2) / "evaluation"
     monkeypatch.setattr(measuring_run, "POLL_SECONDS", 0.01)
     seen: list[int] = []
 
-    def by_the_other() -> None:
+    def hold_until_others_are_measured() -> None:
         with hold_lock(evaluation) as free:
             assert free
             held.set()
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + SECONDS
             while not bytes_of(run).keys() >= {
                 f"tiny/seed-0/ppo/checkpoint-4/evaluation/winogender.{name}.parquet"
                 for name in ("Q", "Q+IF")
@@ -143,28 +139,26 @@ def test_a_checkpoint_that_another_process_holds_is_left_to_it(run: Path, monkey
             seen.append(len(list(evaluation.glob("*.parquet"))))
 
     held = threading.Event()
-    other = threading.Thread(target=by_the_other)
+    other = threading.Thread(target=hold_until_others_are_measured)
     other.start()
-    assert held.wait(10)
-    assert evaluate_run(recipe, run, silent) == 3  # the last once the other let go
+    assert held.wait(SECONDS)
+    assert evaluate_run(recipe, run) == 3  # the last once the other let go
     other.join()
     assert seen == [0]  # nobody worked there while it was held
 
 
 @pytest.mark.slow
-def test_two_processes_do_everything_once_and_a_launch_of_two_gives_the_same_bytes(
-    run: Path, tmp_path: Path
-) -> None:
+def test_two_processes_and_two_ranks_give_the_same_bytes(run: Path, tmp_path: Path) -> None:
     expected = bytes_of(run)
     assert not expected
     shared, sharded = shutil.copytree(run, tmp_path / "b"), shutil.copytree(run, tmp_path / "c")
-    evaluate_run(recipe_of(run), run, silent)
+    evaluate_run(recipe_of(run), run)
     code = (
         "import sys; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
         "from selfcorrect.evaluate.measuring.run import evaluate_run\n"
         "from selfcorrect.recipes.load import load_recipe\n"
         "run = Path(sys.argv[1])\n"
-        "print(evaluate_run(load_recipe(str(run / 'recipe.yaml')), run, lambda *_: None))\n"
+        "print(evaluate_run(load_recipe(str(run / 'recipe.yaml')), run))\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     pair = [
@@ -173,37 +167,33 @@ def test_two_processes_do_everything_once_and_a_launch_of_two_gives_the_same_byt
         )
         for _ in range(2)
     ]
-    numbers = [int(one.communicate(timeout=200)[0].split()[-1]) for one in pair]
+    numbers = [int(one.communicate(timeout=SECONDS)[0].split()[-1]) for one in pair]
     assert sum(numbers) == 3
     assert bytes_of(shared) == bytes_of(run)
     # What `accelerate launch` starts for several devices; by itself it starts one on a CPU.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     command += ["-m", "selfcorrect.scripts.commands", "evaluate", str(sharded)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=environment, check=False
-    )
+    done = call(command, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("report.html") == 1  # said once
     assert bytes_of(sharded) == bytes_of(run)
 
 
-def test_watching_follows_a_run_to_its_last_checkpoint(run: Path, tmp_path: Path, monkeypatch):
+def test_watch_follows_a_run_to_its_last_checkpoint(run: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(measuring_run, "POLL_SECONDS", 0.01)
     recipe = recipe_of(run)
     later = tmp_path / "later"
-    shutil.copytree(place_of(run, 4), later)
-    shutil.rmtree(place_of(run, 4))
-    half = place_of(run, 2) / "model.safetensors"
+    shutil.copytree(checkpoint_of(run, 4), later)
+    shutil.rmtree(checkpoint_of(run, 4))
+    half = checkpoint_of(run, 2) / "model.safetensors"
     whole = half.read_bytes()
     half.write_bytes(whole[: len(whole) // 2])  # as a slow copy leaves it
     found: list[int] = []
-    watcher = threading.Thread(
-        target=lambda: found.append(evaluate_run(recipe, run, silent, watch=True))
-    )
+    watcher = threading.Thread(target=lambda: found.append(evaluate_run(recipe, run, watch=True)))
     watcher.start()
     wait_for(lambda: len(bytes_of(run)) == 2)  # step 0
-    vanishing = place_of(run, 3)
+    vanishing = checkpoint_of(run, 3)
     shutil.copytree(later, tmp_path / "copy")
     (tmp_path / "copy" / "checkpoint.json").unlink()
     (tmp_path / "copy").rename(vanishing)
@@ -212,44 +202,44 @@ def test_watching_follows_a_run_to_its_last_checkpoint(run: Path, tmp_path: Path
     (vanishing / "model.safetensors").unlink()
     time.sleep(0.1)
     vanishing.rename(tmp_path / "gone")  # at once: the watcher may be writing into it
-    (place_of(run, 1)).mkdir()
-    (place_of(run, 1) / "checkpoint.json").write_text("{")  # a record on its way
+    (checkpoint_of(run, 1)).mkdir()
+    (checkpoint_of(run, 1) / "checkpoint.json").write_text("{")  # a record on its way
     time.sleep(0.1)
-    shutil.rmtree(place_of(run, 1))
+    shutil.rmtree(checkpoint_of(run, 1))
     half.write_bytes(whole)
     wait_for(lambda: len(bytes_of(run)) == 4)
     assert watcher.is_alive()  # step 4 is to come
-    place_of(run, 4).parent.joinpath(".checkpoint-4.part").mkdir()  # not there yet
-    later.rename(place_of(run, 4))
-    watcher.join(60)
+    checkpoint_of(run, 4).parent.joinpath(".checkpoint-4.part").mkdir()  # not there yet
+    later.rename(checkpoint_of(run, 4))
+    watcher.join(SECONDS)
     assert not watcher.is_alive() and found == [3]
     assert len(bytes_of(run)) == 6
     assert not vanishing.exists()
 
 
 def wait_for(condition) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_a_missing_engine_is_one_line(run: Path) -> None:
+def test_missing_engine_is_one_line(run: Path) -> None:
     recipe = load_recipe(str(run / "recipe.yaml"), ["evaluate.engine=vllm", "evaluate.attach=off"])
     with pytest.raises(InputError, match="vLLM is not installed"):
-        evaluate_run(recipe, run, silent)
+        evaluate_run(recipe, run)
     with pytest.raises(InputError, match="attach: off"):
         load_recipe(str(run / "recipe.yaml"), ["evaluate.engine=vllm"])
     with pytest.raises(InputError, match=re.escape("evaluate.engine")):
         load_recipe(str(run / "recipe.yaml"), ["evaluate.engine=fast"])
 
 
-def test_what_a_killed_evaluation_left_beside_whole_files_goes(run: Path) -> None:
-    recipe, evaluation = recipe_of(run), place_of(run, 2) / "evaluation"
-    evaluate_run(recipe, run, silent)
+def test_leftovers_of_a_killed_evaluation_are_removed(run: Path) -> None:
+    recipe, evaluation = recipe_of(run), checkpoint_of(run, 2) / "evaluation"
+    evaluate_run(recipe, run)
     parts = evaluation / ".winogender.Q.parquet.parts"
     parts.mkdir()
     (parts / "000000000-000000256.parquet").touch()
     (evaluation / ".winogender.Q.parquet.7-0a1b2c3d.part").touch()
-    assert evaluate_run(recipe, run, silent) == 0
+    assert evaluate_run(recipe, run) == 0
     assert not list(evaluation.glob(".*.part*"))

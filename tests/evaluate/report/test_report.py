@@ -266,9 +266,12 @@ def write_run(folder, seed=0, rate="1.0e-5"):
 def runs(tmp_path_factory):
     """Two seeds of one recipe, another recipe, and one of the same name in another folder."""
     folder = tmp_path_factory.mktemp("several")
+    two = write_run(folder / "x" / "two", seed=1)
+    recipe = (two / "recipe.yaml").read_text()
+    (two / "recipe.yaml").write_text(recipe.replace("policy:", "ppo:"))  # as in older versions
     return [
         write_run(folder / "x" / "one", seed=0),
-        write_run(folder / "x" / "two", seed=1),
+        two,
         write_run(folder / "x" / "three", rate="1.0e-3"),
         write_run(folder / "y" / "one", seed=0),
     ]
