@@ -109,7 +109,7 @@ def _memory_table(ladder: list[ModelEstimate], device: Device) -> Table:
         f"({parallelism.processes} x {device.name}{zero})"
     )
     footprints = [stage for model in ladder for stage in model.footprints]
-    names = [part for part in PARTS if any(part in stage.parts for stage in footprints)]
+    names = [part for part in PARTS if any(stage.parts.get(part) for stage in footprints)]
     table = _table(title, "model", "stage: worst moment", "total", *names)
     for model in ladder:
         for stage in model.footprints:
