@@ -1,9 +1,11 @@
-"""MkDocs hooks: fill in the recipe keys and the glossary, and show links into the code as names.
+"""MkDocs hooks: fill in recipe keys, glossary and PPO's diagram; show links into the code as names.
 
-The recipe keys come from the pydantic schema and the glossary from CONTRIBUTING.md, so neither is
-kept twice. Pages link to source files for readers of the repository; the site has no such files.
+The recipe keys come from the pydantic schema, the glossary from CONTRIBUTING.md and the diagram
+from the trainer's docstring, so none is kept twice. Pages link to source files for readers of the
+repository; the site has no such files.
 """
 
+import ast
 import json
 import re
 import subprocess
@@ -15,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 RECIPE_KEYS = "<!-- recipe keys -->"
 GLOSSARY = "<!-- glossary -->"
+PPO_STEP = "<!-- ppo step -->"
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -29,6 +32,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         markdown = markdown.replace(RECIPE_KEYS, recipe_tables())
     if GLOSSARY in markdown:
         markdown = markdown.replace(GLOSSARY, glossary())
+    if PPO_STEP in markdown:
+        markdown = markdown.replace(PPO_STEP, ppo_diagram())
     folder = (DOCS / page.file.src_uri).parent
 
     def keep_or_name(link: re.Match[str]) -> str:
@@ -43,6 +48,13 @@ def glossary() -> str:
     """Return the section "Glossary" of CONTRIBUTING.md, without its heading."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     return text.split("\n## Glossary\n", 1)[1].split("\n## ", 1)[0].strip()
+
+
+def ppo_diagram() -> str:
+    """Return the Mermaid diagram in the docstring of train/ppo/trainer.py."""
+    source = (ROOT / "train" / "ppo" / "trainer.py").read_text(encoding="utf-8")
+    docstring = ast.get_docstring(ast.parse(source)) or ""
+    return "```mermaid" + docstring.split("```mermaid", 1)[1].split("```", 1)[0] + "```"
 
 
 def recipe_tables() -> str:
