@@ -42,6 +42,8 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
 
     args: PPOConfig
     beta: float
+    entropy_coef: float
+    _entropy_window_stats: Tensor | None
     stage = "ppo"
 
     def __init__(self, model: Any, reward_funcs: Any, args: PPOConfig, **kwargs: Any) -> None:

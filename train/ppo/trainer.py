@@ -75,10 +75,10 @@ class PPOTrainer(ActorCriticTrainer):
 
     def __init__(self, model: Any, reward_funcs: Any, args: PPOConfig, **kwargs: Any) -> None:
         super().__init__(model, reward_funcs, args, **kwargs)
-        # TRL calls the two methods that compute these while it makes a rollout batch, and has no
-        # room for them in it. `_sample_rollout` clears both before and puts them into the batch.
-        self._rollout_values: Tensor | None = None  # (rows, tokens) of this process
-        self._rollout_scores: Tensor | None = None  # (rows, reward functions) of all processes
+        # `values` (rows, tokens) of this process and `scores` (rows, reward functions) of all. TRL
+        # calls the two methods that compute them while it makes a rollout batch, which has no room
+        # for them: `_sample_rollout` clears this, has TRL fill it, and moves it into the batch.
+        self._handover: dict[str, Tensor] = {}
         self._timer = PhaseTimer()
         self.add_callback(self._timer)
 
@@ -125,31 +125,32 @@ class PPOTrainer(ActorCriticTrainer):
 
     def _sample_rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Return TRL's rollout batch with `old_values` (rows, tokens) and raw `scores` (rows,)."""
-        self._rollout_values = self._rollout_scores = None
+        self._handover.clear()
         batch = super()._generate_and_score_completions(inputs)
-        if self._rollout_values is None:  # TRL skips the policy's pass if every ratio will be 1
+        if "values" not in self._handover:  # TRL skips the policy's pass if every ratio will be 1
             with torch.no_grad():
                 size = self.args.per_device_train_batch_size
                 outputs = self._forward_batch(self.model, batch, batch_size=size)
-            batch["old_per_token_logps"], self._rollout_values = outputs.log_probs, outputs.values
-        weights = self.reward_weights.to(self._rollout_scores.device)
-        scores = (self._rollout_scores * weights).sum(dim=1)  # of all processes
+            batch["old_per_token_logps"], batch["old_values"] = outputs.log_probs, outputs.values
+        else:
+            batch["old_values"] = self._handover.pop("values")
+        scores = self._handover.pop("scores")
+        scores = (scores * self.reward_weights.to(scores.device)).sum(dim=1)
         start = self.accelerator.process_index * len(inputs)
         batch["scores"] = scores[start : start + len(inputs)]
-        batch["old_values"] = self._rollout_values
         return batch
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run TRL's passes over a rollout batch, and keep the policy's values for that batch."""
+        """Run TRL's passes over a rollout batch, and hand the policy's values to that batch."""
         outputs = self._forward_completions(model, *args, **kwargs)
         if outputs.values is not None:
-            self._rollout_values = outputs.values
+            self._handover["values"] = outputs.values
         return outputs.log_probs, outputs.entropies, outputs.aux_loss
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return TRL's rewards (rows of all processes, functions), and keep them for that batch."""
-        self._rollout_scores = super()._calculate_rewards(*args, **kwargs)
-        return self._rollout_scores
+        """Return TRL's rewards (rows of all processes, functions), and hand them to the batch."""
+        self._handover["scores"] = super()._calculate_rewards(*args, **kwargs)
+        return self._handover["scores"]
 
     def _generate(self, prompts: list[Any]) -> Any:
         with self._timed("generate"):

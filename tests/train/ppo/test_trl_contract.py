@@ -125,8 +125,8 @@ def test_rollout_batch_has_the_columns_that_ppo_reads(models, tmp_path):
         "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_items_in_batch",
         "old_per_token_logps", "ref_per_token_logps",
     } <= batch.keys()  # fmt: skip
-    assert trainer._rollout_values.shape == batch["old_per_token_logps"].shape
-    assert trainer._rollout_scores.shape == (8, 1)
+    assert trainer._handover["values"].shape == batch["old_per_token_logps"].shape
+    assert trainer._handover["scores"].shape == (8, 1)
 
 
 def test_callbacks_are_told_of_the_optimizer():
