@@ -78,7 +78,7 @@ def test_gzip_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) 
     (tmp_path / name).write_bytes(gzip.compress(b"x" * 50_000_000))
     read = files.read_metadata if "metadata" in name else files.read_rows
     tracemalloc.start()
-    with pytest.raises(InputError, match="more than 1,000,000 bytes"):
+    with pytest.raises(InputError, match="1,000,000 bytes"):
         read(tmp_path)
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
@@ -100,7 +100,7 @@ def test_names_that_leave_the_folder(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["benchmarks", "figures", "recipe.yaml", "report.html"])
 def test_reserved_model_names(name: str) -> None:
-    with pytest.raises(InputError, match=f"the name {name} is taken in a run's folder"):
+    with pytest.raises(InputError, match=f"the name {name} is reserved"):
         check_recipe({**RECIPE, "models": [{**RECIPE["models"][0], "name": name}]}, "x")
 
 
