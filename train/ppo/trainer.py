@@ -9,28 +9,31 @@ sequenceDiagram
     participant T as TRL and transformers
     participant P as PPOTrainer
     participant L as losses.py
-    T->>P: _prepare_inputs (at the start of a PPO step)
-    P->>T: _prepare_inputs
-    T->>P: _generate_and_score_completions
-    P->>T: _generate_and_score_completions
-    Note over T: sample completions
-    T->>P: _get_per_token_logps_and_entropies
-    Note over P: policy: log-probabilities and values; reference: log-probabilities
-    T->>P: _calculate_rewards
-    P-->>T: scores of the reward functions
-    T-->>P: rollout batch
-    P->>L: shaped_score, kl_per_token, advantages_and_returns, whiten
-    P-->>T: rollout batch with old values, returns and per-token advantages
-    loop num_iterations epochs x minibatches x micro-batches
-        T->>P: _prepare_inputs (reshuffles the rows in each epoch)
-        T->>P: training_step, then _compute_loss
-        Note over P: _forward_completions: log-probabilities and values
+    loop each micro-batch
+        T->>P: training_step, _prepare_inputs
+        P->>T: GRPOTrainer._prepare_inputs
+        opt start of a PPO step
+            T->>P: _generate_and_score_completions
+            P->>T: GRPOTrainer._generate_and_score_completions
+            Note over T: sample completions
+            T->>P: _get_per_token_logps_and_entropies (policy, then reference)
+            T->>P: _calculate_rewards
+            T-->>P: rollout batch
+            P->>L: shaped_score, kl_per_token, advantages_and_returns, whiten
+            P-->>T: rollout batch with old values, returns and advantages
+        end
+        Note over P: reshuffle the rows at the start of each epoch
+        P-->>T: micro-batch
+        T->>P: _compute_loss
+        Note over P: _forward_completions gives log-probabilities and values
         P->>L: clipped_policy_loss, clipped_value_loss
         P-->>T: policy loss + vf_coef * value loss
         Note over T: backward
+        opt last micro-batch of a minibatch
+            T->>P: _clip_grad_norm (policy and critic apart)
+            Note over T: optimizer update
+        end
     end
-    T->>P: _clip_grad_norm (after each minibatch; policy and critic apart)
-    Note over T: optimizer update
 ```
 """
 
