@@ -1,6 +1,6 @@
-"""A table of answers from a CSV, JSONL or parquet file: `category`, `example_id`, `answer`.
+"""Read a table of answers from CSV, JSONL or parquet: `category`, `example_id`, `answer`.
 
-Every mistake is one line with file and row; whether a value makes sense, answers.py decides.
+An error names file and row. Whether a value makes sense is checked in score.py.
 """
 
 import csv
@@ -22,23 +22,23 @@ _Records = Iterator[tuple[int, tuple[Any, ...]]]
 
 
 def read_answers(path: Path) -> pd.DataFrame:
-    """The columns `category`, `example_id` and `answer` of a .csv, .jsonl or .parquet file.
+    """Return the columns `category`, `example_id` and `answer` of a .csv, .jsonl or .parquet file.
 
-    The index says where a row stands: `line` of a text file, `row` of a parquet file, from 1.
-    Values stay as they are ("NA" is a text); an empty field is no answer. Raises InputError.
+    The index locates each row: `line` of a text file, `row` of a parquet file, from 1. Values are
+    unchanged ("NA" is a string); an empty field is no answer. Raises InputError.
     """
-    read = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix.lower())
+    reader = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix.lower())
     if path.is_dir():
-        raise InputError(f"{path}: a folder; give one file of answers")
-    if read is None:
-        raise InputError(f"{path}: answers come as .csv, .jsonl or .parquet")
+        raise InputError(f"{path}: a folder; give a file of answers")
+    if reader is None:
+        raise InputError(f"{path}: unknown file type; give a .csv, .jsonl or .parquet file")
     try:
-        found = list(read(path))
+        numbered = list(reader(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     numbering = "row" if path.suffix.lower() == ".parquet" else "line"
-    index = pd.Index([number for number, _ in found], name=numbering)
-    records = [record for _, record in found]
+    index = pd.Index([number for number, _ in numbered], name=numbering)
+    records = [record for _, record in numbered]
     return pd.DataFrame(records, index, columns=list(COLUMNS), dtype=object)
 
 
@@ -49,19 +49,19 @@ def _csv(path: Path) -> _Records:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: not UTF-8 text; save it as UTF-8") from None
-    limit = csv.field_size_limit(len(text) + 1)  # an answer may be as long as it likes
+    limit = csv.field_size_limit(len(text) + 1)  # an answer may have any length
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
-        places = [_column(header, name, path) for name in COLUMNS] if header else []
+        columns = [_column(header, name, path) for name in COLUMNS] if header else []
         for fields in reader:
             if len(fields) not in (0, len(header)):
                 raise InputError(
-                    f"{path}, line {reader.line_num}: {len(fields)} fields, and {len(header)} "
+                    f"{path}, line {reader.line_num}: {len(fields)} fields, but {len(header)} "
                     "columns; is the file cut short, or a comma not in quotes?"
                 )
             if fields:
-                yield reader.line_num, tuple(fields[place] or None for place in places)
+                yield reader.line_num, tuple(fields[column] or None for column in columns)
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
     finally:
@@ -70,16 +70,16 @@ def _csv(path: Path) -> _Records:
 
 def _column(header: Sequence[str], name: str, source: object) -> int:
     if header.count(name) > 1:
-        raise InputError(f"{source}: column {name!r} stands twice")
+        raise InputError(f"{source}: column {name!r} appears twice; keep one")
     if name not in header:
         raise InputError(missing_column(source, name, header))
     return header.index(name)
 
 
 def missing_column(source: object, name: str, header: Sequence[str]) -> str:
-    """What to say of a table that lacks a column."""
-    there = ", ".join(short(one) for one in header[:10])
-    return f"{source}: column {name!r} is missing; it needs {', '.join(COLUMNS)}, it has {there}"
+    """Return the error message for a table without the column `name`."""
+    present = ", ".join(short(column) for column in header[:10])
+    return f"{source}: column {name!r} is missing; needed: {', '.join(COLUMNS)}; present: {present}"
 
 
 def _jsonl(path: Path) -> _Records:
@@ -94,10 +94,10 @@ def _jsonl(path: Path) -> _Records:
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            said = getattr(error, "msg", "its numbers or its nesting are too large")
-            raise InputError(f"{where}: not JSON ({said}); is the file cut short?") from None
+            reason = getattr(error, "msg", "too deeply nested, or a number is too long")
+            raise InputError(f"{where}: not JSON ({reason}); is the file cut short?") from None
         if not isinstance(record, dict):
-            raise InputError(f"{where}: a row is one JSON object")
+            raise InputError(f"{where}: each row must be one JSON object")
         missing = [name for name in COLUMNS if name not in record]
         if missing:
             raise InputError(f"{where}: key {missing[0]!r} is missing")
@@ -113,12 +113,12 @@ def _parquet(path: Path) -> _Records:
             table = file.read(columns=list(COLUMNS))
         columns = [table.column(name).to_pylist() for name in COLUMNS]
     except (pa.ArrowException, UnicodeDecodeError, KeyError) as error:
-        said = " ".join(str(error).split())[:100]
-        raise InputError(f"{path}: not a whole parquet file ({said})") from None
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(f"{path}: not a valid parquet file ({reason})") from None
     yield from enumerate(zip(*columns, strict=True), 1)
 
 
 def short(value: object) -> str:
-    """A value as an error names it: on one line, and not too long."""
+    """Return a value as error messages show it: on one line, at most 60 characters."""
     text = value if isinstance(value, str) else str(value)
     return ascii(text if len(text) <= 60 else f"{text[:57]}...")

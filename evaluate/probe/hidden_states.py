@@ -1,8 +1,8 @@
-"""What a model holds at the end of an option: hidden states of every layer, batch by batch."""
-# ruff: noqa: TID253  -- all torch; imported only where a model is at hand
+"""Read hidden states of every layer at the end of each option, batch by batch."""
+# ruff: noqa: TID253 - all of this file is torch; it is itself imported only where needed.
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,9 @@ import torch
 from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, Request, Tokens, continuations
 from selfcorrect.evaluate.scoring.packed import context_length
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.progress import Progress, no_progress
 
-LARGEST_FLOAT32 = 2**30  # bytes; a larger array is kept in float16
-
-Progress = Callable[[int, int], None]  # pairs done, pairs in all
+LARGEST_FLOAT32 = 2**30  # bytes; a larger array is stored in float16
 
 _REQUESTS_AT_ONCE = 4096  # bounds the memory of token lists
 
@@ -25,83 +24,82 @@ def contrasts(
     pairs: Sequence[Request],
     *,
     max_batch_tokens: int = 4096,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> np.ndarray:
-    """Half the difference between the two options' hidden states, for every layer.
+    """Return half the difference between the hidden states of a pair's two options, by layer.
 
-    A pair is a prompt and its two options. A hidden state is read at an option's last token, after
-    the prompt and the option: so half the difference is the first option's state less the mean
-    of both, and its negative is the second's. Layer 0 is the embeddings, layer l what
-    block l hands on, the last one after the final norm (transformers' `output_hidden_states`).
+    A pair is a prompt and its two options. A hidden state is read at an option's last token, with
+    the prompt before it. So half the difference is the first option's state minus the mean of
+    both, and its negative belongs to the second option. Layer 0 is the embeddings, layer l the
+    output of block l, the last after the final norm (transformers' `output_hidden_states`).
 
-    Shape (pairs, layers, hidden); float32, or float16 where that would take more than
-    LARGEST_FLOAT32 bytes. `max_batch_tokens` bounds rows x padded length of one forward and changes
-    results only by float rounding. The model is used as it stands: hand it over in eval mode.
+    The shape is (pairs, layers, hidden), in float32, or in float16 if float32 would take more than
+    LARGEST_FLOAT32 bytes. `max_batch_tokens` bounds rows x padded length of a forward pass and
+    changes results only by float rounding. The model must be in eval mode.
 
-    Raises PromptTooLong (nothing is ever truncated), InputError for an empty prompt or option,
-    and RunFailure, which names the layer, where a hidden state is not finite.
+    Raises PromptTooLong (nothing is truncated), InputError for an empty prompt or option, and
+    RunFailure naming the layer if a hidden state is not finite.
     """
     rows = _tokenise(model, tokenizer, pairs)
-    found: np.ndarray | None = None
+    result: np.ndarray | None = None
     done = 0
     for batch in _batches(rows, max_batch_tokens):
         states = _last_states(model, [row for index in batch for row in rows[index]])
         half = ((states[0::2] - states[1::2]) / 2).numpy()
-        if found is None:
+        if result is None:
             shape = (len(pairs), *half.shape[1:])
             large = int(np.prod(shape)) * 4 > LARGEST_FLOAT32
-            found = np.empty(shape, dtype=np.float16 if large else np.float32)
-        _check_finite(half, "NaN or infinite: broken weights")
+            result = np.empty(shape, dtype=np.float16 if large else np.float32)
+        _check_finite(half, "NaN or infinite: the weights are broken")
         with np.errstate(over="ignore"):
-            found[batch] = half
-        _check_finite(found[batch], f"too large for {found.dtype}: ask for fewer items")
+            result[batch] = half
+        _check_finite(result[batch], f"too large for {result.dtype}: use fewer items")
         done += len(batch)
-        if progress is not None:
-            progress(done, len(pairs))
-    if found is None:
-        raise ValueError("no pair of options to read")
-    return found
+        progress("hidden states", done, len(pairs))
+    if result is None:
+        raise ValueError("no pairs to read")
+    return result
 
 
 def _tokenise(model: Any, tokenizer: Any, pairs: Sequence[Request]) -> list[tuple[Tokens, Tokens]]:
-    """Both options of every pair as tokens, each with its prompt before it."""
+    """Return both options of every pair as tokens, each with its prompt before it."""
     context = context_length(model)
     rows: list[tuple[Tokens, Tokens]] = []
-    for first in range(0, len(pairs), _REQUESTS_AT_ONCE):
-        for one, other in continuations(tokenizer, pairs[first : first + _REQUESTS_AT_ONCE]):
-            longest = max(len(one.tokens), len(other.tokens))
+    for start in range(0, len(pairs), _REQUESTS_AT_ONCE):
+        for first, second in continuations(tokenizer, pairs[start : start + _REQUESTS_AT_ONCE]):
+            longest = max(len(first.tokens), len(second.tokens))
             if context is not None and longest > context:
                 raise PromptTooLong(
                     len(rows),
-                    f"prompt and option need {longest} tokens but the model's context "
+                    f"prompt and option need {longest} tokens, but the model's context "
                     f"holds {context}",
                 )
-            rows.append((one.tokens, other.tokens))
+            rows.append((first.tokens, second.tokens))
     return rows
 
 
 def _batches(rows: Sequence[tuple[Tokens, Tokens]], max_batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of pairs by falling length; the two options of a pair share their batch."""
-    lengths = [max(len(one), len(other)) for one, other in rows]
-    waiting = sorted(range(len(rows)), key=lambda index: (-lengths[index], rows[index]))
-    while waiting:
-        size = max(1, max_batch_tokens // (2 * lengths[waiting[0]]))
-        yield waiting[:size]
-        waiting = waiting[size:]
+    """Yield indices of pairs by decreasing length; both options of a pair share a batch."""
+    lengths = [max(len(first), len(second)) for first, second in rows]
+    remaining = sorted(range(len(rows)), key=lambda index: (-lengths[index], rows[index]))
+    while remaining:
+        size = max(1, max_batch_tokens // (2 * lengths[remaining[0]]))
+        yield remaining[:size]
+        remaining = remaining[size:]
 
 
 @torch.no_grad()
 def _last_states(model: Any, rows: Sequence[Tokens]) -> torch.Tensor:
-    """Float32 hidden states at each row's last token, on the CPU: (rows, layers, hidden)."""
+    """Return float32 hidden states at each row's last token, on the CPU: (rows, layers, hidden)."""
     lengths = torch.tensor([len(row) for row in rows])
     width = int(lengths.max())
-    # Padding stands on the right, where a causal model never looks, whatever the tokenizer's side.
+    # Pad on the right, where a causal model never attends, whatever the tokenizer's side.
     padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
     mask = (torch.arange(width) < lengths[:, None]).long()
     device = next(model.parameters()).device
-    # The body without the head: logits over a whole vocabulary would outweigh all layers.
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    body = whole.base_model
+    # Run the body without the head: logits over the vocabulary would outweigh all layers.
+    full_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body = full_model.base_model
     options: dict[str, Any] = {"output_hidden_states": True}
     if "use_cache" in inspect.signature(body.forward).parameters:
         options["use_cache"] = False
@@ -109,14 +107,15 @@ def _last_states(model: Any, rows: Sequence[Tokens]) -> torch.Tensor:
         input_ids=padded.to(device), attention_mask=mask.to(device), **options
     ).hidden_states
     if states is None:
-        raise InputError(f"{type(whole).__name__}: this architecture hands out no hidden states")
+        name = type(full_model).__name__
+        raise InputError(f"{name}: this architecture returns no hidden states; use another model")
     last = (lengths - 1).to(device)
-    everyone = torch.arange(len(rows), device=device)
-    return torch.stack([layer[everyone, last].float().cpu() for layer in states], dim=1)
+    rows_index = torch.arange(len(rows), device=device)
+    return torch.stack([layer[rows_index, last].float().cpu() for layer in states], dim=1)
 
 
 def _check_finite(half: np.ndarray, reason: str) -> None:
-    """Stop at the lowest layer that is not finite: those above have it from there."""
+    """Raise RunFailure naming the lowest layer that is not finite; it spreads to all above."""
     broken = ~np.isfinite(half).all(axis=(0, 2))
     if broken.any():
         raise RunFailure(f"hidden states of layer {np.argmax(broken)} are {reason}")

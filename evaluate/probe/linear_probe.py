@@ -1,12 +1,12 @@
-"""A linear probe per layer: which of two options agrees with the stereotype, held out by group.
+"""Linear probes by layer: which of two options agrees with the stereotype, held out by group.
 
-What is read are contrasts: an option's hidden state less the mean of its pair's two. What is held
-out is a template (no template is in training and test) or a whole category, where a probe
-meets people it has never seen. "Trained on" another condition: fitted to that condition's states
-of the training part, applied to this one's states of the held-out part.
+The inputs are contrasts: an option's hidden state minus the mean of the two in its pair. Templates
+are held out (no template is in training and test), or whole categories, so that a probe is tested
+on groups it has never seen. A probe "trained on" another condition is fitted to that condition's
+states of the training part and applied to this condition's states of the held-out part.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -19,13 +19,13 @@ from selfcorrect.evaluate.experiments.tally import (
     sum_by_cluster,
 )
 from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
+from selfcorrect.recipes.foundation.progress import Progress, no_progress
 
-TEMPLATE, CATEGORY = "template", "category"  # what is held out
+TEMPLATE, CATEGORY = "template", "category"  # the kinds of held-out groups
 STRENGTHS = tuple(10.0**power for power in range(-5, 0))  # C of the logistic regression
 INNER_FOLDS = 3
 NUM_SHUFFLES = 5
 
-Progress = Callable[[str, int, int], None]  # what, how much is done, how much there is
 Vectors = Mapping[str, np.ndarray]  # condition -> contrasts (pairs, layers, hidden)
 
 
@@ -35,36 +35,35 @@ def probe_layers(
     *,
     folds: int,
     seed: int,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> pd.DataFrame:
-    """Held-out accuracy of every layer, trained on each condition, applied to each.
+    """Return the held-out accuracy of every layer, trained on each condition, applied to each.
 
     `vectors` holds contrasts of shape (pairs, layers, hidden) per condition. `frame` has a row per
-    pair: `cluster` (the template), `category`, and whether the `first` option agrees. Where there
-    are three categories or more, each is also held out as a whole.
+    pair: `cluster` (the template), `category`, and whether the `first` option agrees. With three
+    categories or more, whole categories are also held out.
 
-    The interval is a bootstrap over templates of the held-out answers; it does not contain what
-    another training set would change. `baseline_accuracy` is the mean of NUM_SHUFFLES probes of the
-    same strength, trained and tested on labels that a coin exchanges, one toss for all pairs of a
-    template: what chance looks like, and above one half if templates leaked from test to training.
+    The interval is a bootstrap of the held-out answers over templates; it does not cover other
+    training sets. `baseline_accuracy` is the mean of NUM_SHUFFLES probes with the same C, trained
+    and tested on labels that are swapped at random, with one coin toss per template. It shows
+    chance, and would be above one half if templates leaked from test to training.
     """
     tables, draws = [], Draws()
     held_outs = [TEMPLATE] + ([CATEGORY] if frame["category"].nunique() > 2 else [])
     num_layers = next(iter(vectors.values())).shape[1]
-    steps, done = len(held_outs) * len(vectors) * num_layers, 0
+    total, done = len(held_outs) * len(vectors) * num_layers, 0
     for held_out in held_outs:
         groups = frame["cluster" if held_out == TEMPLATE else "category"].to_numpy(dtype=str)
         parts = folds if held_out == TEMPLATE else len(set(groups))
         for trained_on in vectors:
             right: dict[str, dict[str, np.ndarray]] = {condition: {} for condition in vectors}
             for layer in range(num_layers):
-                here = {name: states[:, layer].astype(float) for name, states in vectors.items()}
-                answers = _held_out_answers(here, trained_on, frame, groups, parts, seed)
+                states = {name: array[:, layer].astype(float) for name, array in vectors.items()}
+                answers = _held_out_answers(states, trained_on, frame, groups, parts, seed)
                 for condition, (true, shuffled) in answers.items():
                     right[condition] |= {f"true {layer}": true, f"shuffled {layer}": shuffled}
                 done += 1
-                if progress is not None:
-                    progress("probes", done, steps)
+                progress("probes", done, total)
             for condition, columns in right.items():
                 table = _summarise(frame, columns, num_layers, draws)
                 tables.append(
@@ -83,47 +82,47 @@ def _held_out_answers(
     parts: int,
     seed: int,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By condition, what share of each pair is answered rightly: with true, with shuffled labels.
+    """Return by condition which pairs are answered correctly, with true and with shuffled labels.
 
-    Every array has shape (pairs,): 1 right, 0 wrong, 0.5 where the probe cannot tell the options.
+    Every array has shape (pairs,): 1 correct, 0 wrong, 0.5 if the probe cannot tell the options.
     """
     from sklearn.model_selection import GroupKFold
 
     first = frame["first"].to_numpy(dtype=bool)
-    shuffled = [first ^ flips for flips in _coins(frame["cluster"].to_numpy(dtype=str), seed)]
-    found = {name: (np.empty(len(frame)), np.zeros(len(frame))) for name in vectors}
+    shuffled = [first ^ flips for flips in _toss_coins(frame["cluster"].to_numpy(dtype=str), seed)]
+    correct = {name: (np.empty(len(frame)), np.zeros(len(frame))) for name in vectors}
     for train, test in GroupKFold(parts).split(groups, groups=groups):
         half = vectors[trained_on][train]
-        strength = _strength(half, first[train], groups[train])
+        strength = _choose_strength(half, first[train], groups[train])
         for labels in (first, *shuffled):
-            direction = _direction(half, labels[train], strength)
+            direction = _fit_direction(half, labels[train], strength)
             for name, states in vectors.items():
-                right = _right(states[test] @ direction, labels[test])
+                right = _correct(states[test] @ direction, labels[test])
                 if labels is first:
-                    found[name][0][test] = right
+                    correct[name][0][test] = right
                 else:
-                    found[name][1][test] += right / len(shuffled)
-    return found
+                    correct[name][1][test] += right / len(shuffled)
+    return correct
 
 
-def _strength(half: np.ndarray, first: np.ndarray, groups: np.ndarray) -> float:
-    """The C of the least log loss on groups held out within the training part."""
+def _choose_strength(half: np.ndarray, first: np.ndarray, groups: np.ndarray) -> float:
+    """Return the C with the smallest log loss on groups held out within the training part."""
     from sklearn.model_selection import GroupKFold
 
     inner = GroupKFold(min(INNER_FOLDS, len(set(groups))))
     losses = np.zeros(len(STRENGTHS))
     for train, test in inner.split(groups, groups=groups):
         for index, strength in enumerate(STRENGTHS):
-            scores = half[test] @ _direction(half[train], first[train], strength)
+            scores = half[test] @ _fit_direction(half[train], first[train], strength)
             losses[index] += np.logaddexp(0, np.where(first[test], -scores, scores)).sum()
     return STRENGTHS[int(losses.argmin())]
 
 
-def _direction(half: np.ndarray, first: np.ndarray, strength: float) -> np.ndarray:
-    """Logistic regression with L2 penalty on standardised states: a vector of shape (hidden,).
+def _fit_direction(half: np.ndarray, first: np.ndarray, strength: float) -> np.ndarray:
+    """Fit a logistic regression with L2 penalty on standardised states; return (hidden,) weights.
 
-    Both options of a pair are rows, one the negative of the other: the classes are balanced, the
-    means 0, and no intercept is needed.
+    Both options of a pair are rows, one the negative of the other. So the classes are balanced, the
+    means are 0, and no intercept is needed.
     """
     from sklearn import config_context
     from sklearn.linear_model import LogisticRegression
@@ -131,19 +130,19 @@ def _direction(half: np.ndarray, first: np.ndarray, strength: float) -> np.ndarr
     scale = np.sqrt((half**2).mean(axis=0))
     scale[scale == 0] = 1
     rows, labels = half / scale, np.concatenate([first, ~first])
-    # sklearn's own checks take longer than such small fits.
+    # scikit-learn's checks take longer than such small fits.
     with config_context(assume_finite=True, skip_parameter_validation=True):
         probe = LogisticRegression(C=strength, fit_intercept=False, max_iter=1000)
         probe.fit(np.concatenate([rows, -rows]), labels)
     return np.asarray(probe.coef_[0] / scale)
 
 
-def _right(scores: np.ndarray, first: np.ndarray) -> np.ndarray:
+def _correct(scores: np.ndarray, first: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * np.sign(scores) * np.where(first, 1, -1)
 
 
-def _coins(clusters: np.ndarray, seed: int) -> np.ndarray:
-    """Which pairs exchange their labels, (shuffles, pairs): a template's pairs all or none."""
+def _toss_coins(clusters: np.ndarray, seed: int) -> np.ndarray:
+    """Return which pairs swap labels, shape (shuffles, pairs): a template's pairs all or none."""
     names, codes = np.unique(clusters, return_inverse=True)
     tosses = np.random.default_rng(seed).integers(0, 2, (NUM_SHUFFLES, len(names)))
     return tosses.astype(bool)[:, codes]
@@ -152,14 +151,15 @@ def _coins(clusters: np.ndarray, seed: int) -> np.ndarray:
 def _summarise(
     frame: pd.DataFrame, right: Mapping[str, np.ndarray], num_layers: int, draws: Draws
 ) -> pd.DataFrame:
-    """Accuracy and interval per layer and category, from what was right of each pair."""
+    """Return accuracy and interval per layer and category, from the correct answers of each
+    pair."""
     tally = sum_by_cluster(frame, mean_columns(right))
     estimates = bootstrap(tally, lambda sums: means(pool(sums)), draws=draws).estimates
     rows = []
-    for category, found in estimates.items():
+    for category, by_layer in estimates.items():
         members = frame if category == OVERALL else frame[frame["category"] == category]
         for layer in range(num_layers):
-            accuracy = found[f"true {layer}"]
+            accuracy = by_layer[f"true {layer}"]
             rows.append(
                 {
                     "layer": layer,
@@ -167,7 +167,7 @@ def _summarise(
                     "accuracy": accuracy.value,
                     "low": accuracy.low,
                     "high": accuracy.high,
-                    "baseline_accuracy": found[f"shuffled {layer}"].value,
+                    "baseline_accuracy": by_layer[f"shuffled {layer}"].value,
                     "num_pairs": len(members),
                     "num_clusters": members["cluster"].nunique(),
                 }

@@ -1,11 +1,11 @@
-"""Is the stereotype readable from hidden states? A linear probe per layer, held out by template.
+"""Probe hidden states for the stereotype, with a linear probe per layer, held out by template.
 
-The pairs are BBQ's ambiguous questions: two options that name people, of which one agrees with the
-stereotype. A probe reads an option's hidden state less the mean of the pair's two
-(hidden_states.py), so it sees only in what the options differ, and says which of the two agrees.
-A block's negative and non-negative question have the same two people and opposite answers: a
-probe that knows only who is named is right in exactly one of them, one that knows only the
-question sees no difference, and so for any sum of both. It takes what joins person and question.
+The pairs are BBQ's ambiguous questions: two options that name people, one of which agrees with the
+stereotype. A probe reads an option's hidden state minus the mean of its pair (hidden_states.py), so
+it sees only the difference between the options, and predicts which option agrees. The negative and
+the non-negative question of a block have the same two people and opposite answers. A probe that
+uses only the person is right in exactly one of them, a probe that uses only the question sees no
+difference, and the same holds for any sum of both: being right takes their combination.
 
     <checkpoint>/probe/bbq.parquet    the probes of one checkpoint, with their settings
     <run>/probe.parquet               those of all its checkpoints
@@ -32,7 +32,6 @@ from selfcorrect.evaluate.probe.linear_probe import (
     INNER_FOLDS,
     NUM_SHUFFLES,
     STRENGTHS,
-    Progress,
     probe_layers,
 )
 from selfcorrect.evaluate.prompts.dialogue import render
@@ -44,22 +43,23 @@ from selfcorrect.recipes.foundation.atomic_files import atomic_file
 from selfcorrect.recipes.foundation.checksums import file_has_valid_checksum
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.locks import hold_lock
+from selfcorrect.recipes.foundation.progress import Progress, no_progress
 from selfcorrect.recipes.schema import Recipe
 
-PLACE = Path("probe") / "bbq.parquet"  # in a checkpoint's folder
+CHECKPOINT_FILE = Path("probe") / "bbq.parquet"
 RUN_FILE = "probe.parquet"
 
-# Raised whenever the same settings would give other numbers.
+# Bump when the same settings would give other numbers; older probes are then repeated.
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What is probed under one condition: each ambiguous question's two people.
+    """The pairs of one condition: the two people of each ambiguous question.
 
     `frame` has a row per pair: `item`, `order`, `cluster` (the template), `category`, and `first`,
-    whether the first of the two options agrees with the stereotype. `requests` are what the model
-    reads; `left_out` counts the items that are not probed, by reason.
+    whether the first of the two options agrees with the stereotype. `requests` are the prompts with
+    their options; `left_out` counts the items that are not probed, by reason.
     """
 
     frame: pd.DataFrame
@@ -73,15 +73,15 @@ class Pairs:
 def run_plan(
     recipe: Recipe, run: Path, conditions: Sequence[str], limit: int | None, seed: int | None
 ) -> EvaluationPlan:
-    """BBQ as the recipe evaluates it, under these conditions; None: the recipe's limit or seed."""
-    asked: dict[str, Any] = {
+    """Plan BBQ as the recipe evaluates it; `limit` and `seed` default to the recipe's."""
+    settings: dict[str, Any] = {
         "experiments": [BBQ.name],
         "conditions": list(conditions),
         "limit": recipe.evaluate.limit if limit is None else limit,
         "seed": recipe.evaluate.seed if seed is None else seed,
         "permutations": 1,
     }
-    evaluate = recipe.evaluate.model_copy(update=asked)
+    evaluate = recipe.evaluate.model_copy(update=settings)
     return recipe_plan(recipe.model_copy(update={"evaluate": evaluate}), run)
 
 
@@ -92,17 +92,17 @@ def probe_run(
     *,
     folds: int = 5,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> pd.DataFrame:
     """Probe every checkpoint that lacks these probes; write and return the run's probe.parquet.
 
-    To the columns of `probe_checkpoint` come `model`, `parameters`, `seed` and `step`.
+    The columns are those of `probe_checkpoint`, with `model`, `parameters`, `seed` and `step`.
     """
     check_plan(plan, folds)
     trusted = {model.name for model in recipe.models if model.trust_remote_code}
     tables = []
     for checkpoint in find_checkpoints(run):
-        record, path = checkpoint.record, checkpoint.folder / PLACE
+        record, path = checkpoint.record, checkpoint.folder / CHECKPOINT_FILE
         if not is_probed(path, plan, folds, seed, record.weights_digest):
             model, tokenizer = load_model(
                 checkpoint.folder, trust_remote_code=record.model in trusted
@@ -116,7 +116,7 @@ def probe_run(
                 folds=folds,
                 seed=seed,
                 weights=record.weights_digest,
-                progress=None if progress is None else _named(progress, name),
+                progress=_with_name(progress, name),
             )
         rows = read_probe(path)[0]
         for index, column in enumerate(("model", "parameters", "seed", "step")):
@@ -130,8 +130,8 @@ def probe_run(
     return frame
 
 
-def _named(progress: Progress, name: str) -> Progress:
-    return lambda what, done, total: progress(f"{name}, {what}", done, total)
+def _with_name(progress: Progress, name: str) -> Progress:
+    return lambda stage, done, total: progress(f"{name}, {stage}", done, total)
 
 
 # --- one checkpoint ------------------------------------------------------------------------------
@@ -146,18 +146,16 @@ def probe_checkpoint(
     folds: int = 5,
     seed: int = 0,
     weights: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> None:
     """Probe every layer of `model` under every condition of the plan, and write `path`.
 
-    One row per `trained_on`, `condition`, `held_out`, `layer` and `category` (with "overall"):
-    `accuracy` with its 95 % interval `low`, `high`, `baseline_accuracy`, `num_pairs` and
-    `num_clusters` (templates). Settings stand in the file's metadata, with `weights`,
-    a digest of whose weights they are. `progress` is called with
-    what is done, how much of it, and how much in all.
+    There is one row per `trained_on`, `condition`, `held_out`, `layer` and `category` (with
+    "overall"): `accuracy` with its 95 % interval `low`, `high`, `baseline_accuracy`, `num_pairs`
+    and `num_clusters` (templates). The file's metadata holds the settings, with `weights`, the
+    digest of the model's weights.
 
-    Raises InputError where the plan cannot be probed, RunFailure for hidden states that are not
-    finite.
+    Raises InputError for a plan that cannot be probed, RunFailure if hidden states are not finite.
     """
     from selfcorrect.evaluate.probe.hidden_states import contrasts
 
@@ -165,20 +163,19 @@ def probe_checkpoint(
     vectors: dict[str, np.ndarray] = {}
     for cell in cells:
         pairs = pairs_of(cell, tokenizer)
-
-        def report(done: int, total: int, name: str = cell.name) -> None:
-            if progress is not None:
-                progress(f"hidden states {name}", done, total)
-
         try:
-            vectors[cell.condition] = contrasts(model, tokenizer, pairs.requests, progress=report)
+            vectors[cell.condition] = contrasts(
+                model, tokenizer, pairs.requests, progress=_with_name(progress, cell.name)
+            )
         except PromptTooLong as error:
             item = pairs.frame["item"].iloc[error.index]
-            raise InputError(f"{cell.name}, item {item}: {error}; use a longer context") from None
+            raise InputError(
+                f"{cell.name}, item {item}: {error}; use a model with a longer context"
+            ) from None
         except (InputError, RunFailure) as error:
             raise type(error)(f"{cell.name}: {error}") from None
     rows = probe_layers(vectors, pairs.frame, folds=folds, seed=seed, progress=progress)
-    some = next(iter(vectors.values()))
+    states = next(iter(vectors.values()))
     settings = {
         "weights": weights,
         "settings_digest": settings_digest(plan, folds, seed),
@@ -186,16 +183,16 @@ def probe_checkpoint(
         "conditions": list(vectors),
         "folds": folds,
         "seed": seed,
-        "num_layers": some.shape[1],
-        "hidden_size": some.shape[2],
-        "stored_as": str(some.dtype),
+        "num_layers": states.shape[1],
+        "hidden_size": states.shape[2],
+        "stored_as": str(states.dtype),
         "left_out": pairs.left_out,
     }
     write_table(path, rows, settings)
 
 
 def settings_digest(plan: EvaluationPlan, folds: int, seed: int) -> str:
-    """SHA-256 of all that decides a probe's numbers besides the weights."""
+    """Return the SHA-256 of everything but the weights that determines a probe's numbers."""
     settings = [_FORMAT, plan.settings_digest, folds, seed, STRENGTHS, INNER_FOLDS, NUM_SHUFFLES]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
@@ -203,7 +200,7 @@ def settings_digest(plan: EvaluationPlan, folds: int, seed: int) -> str:
 def is_probed(
     path: Path, plan: EvaluationPlan, folds: int, seed: int, weights: str | None = None
 ) -> bool:
-    """Whether `path` is an undamaged file of these very settings, and weights if they are known."""
+    """Return whether `path` is an undamaged file of these settings (and weights, if known)."""
     try:
         settings = read_probe(path)[1]
     except InputError:
@@ -214,52 +211,54 @@ def is_probed(
 
 
 def read_probe(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The rows of a probe's file and its settings; InputError when it is missing or damaged."""
+    """Return the rows and settings of a probe file; raises InputError if missing or damaged."""
     try:
         if not file_has_valid_checksum(path):
-            raise ValueError("not as it was written")
+            raise ValueError("checksum mismatch")
         table = pq.read_table(path)
         settings = json.loads(table.schema.metadata[METADATA_KEY])
         return table.to_pandas(), {**settings, "settings_digest": settings["settings_digest"]}
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: no file of probes; run `selfcorrect probe` again") from None
+        raise InputError(
+            f"{path}: missing, or not an intact probe file; run `selfcorrect probe` again"
+        ) from None
 
 
-# --- what is probed ------------------------------------------------------------------------------
+# --- the pairs ------------------------------------------------------------------------------
 
 
 def check_plan(plan: EvaluationPlan, folds: int) -> list[PlannedCell]:
-    """The plan's cells if they can be probed; InputError, before any model is loaded, if not."""
+    """Return the plan's cells; raises InputError if they cannot be probed."""
     for cell in plan.cells:
         if cell.experiment != BBQ.name:
-            raise InputError(f"{cell.name}: only {BBQ.name} is probed")
+            raise InputError(f"{cell.name}: only {BBQ.name} can be probed")
         if cell.sampling is not None:
             raise InputError(
-                f"{cell.name}: the model writes text of its own here, which a probe does not "
-                "sample; choose conditions without it, for example Q,Q+IF"
+                f"{cell.name}: probes do not support sampled reasoning; choose conditions "
+                "without it, for example Q,Q+IF"
             )
     if not plan.cells:
-        raise InputError("probe: no condition to probe; name one, for example Q")
-    left_out, kept = _choose(plan.cells[0])
-    templates = len({question.item.cluster for question in kept})
-    needed = max(folds, 4)  # the training part of a fold is itself split by template
+        raise InputError("no condition to probe; name one, for example --conditions Q")
+    left_out, questions = _choose_questions(plan.cells[0])
+    templates = len({question.item.cluster for question in questions})
+    needed = max(folds, 4)  # the training part of a fold is split by template again
     if templates < needed:
         raise InputError(
             f"{BBQ.name}: {templates} templates have ambiguous questions to probe "
-            f"(left out: {_in_words(left_out)}); {folds} folds need {needed}: "
+            f"(left out: {_in_words(left_out)}); {folds} folds need {needed}; "
             "raise --limit or lower --folds"
         )
     return plan.cells
 
 
 def pairs_of(cell: PlannedCell, tokenizer: Any) -> Pairs:
-    """The pairs of one condition, in the order of the plan: the same for every condition."""
-    left_out, kept = _choose(cell)
+    """Return the pairs of one condition, in the order of the plan; all conditions have the same."""
+    left_out, questions = _choose_questions(cell)
     rows, requests = [], []
-    for question in kept:
+    for question in questions:
         facts = question.item.facts
         shown = [int(index) for index in question.order]
-        people = [place for place, index in enumerate(shown) if index != facts["unknown"]]
+        people = [i for i, index in enumerate(shown) if index != facts["unknown"]]
         rows.append(
             {
                 "item": question.item.id,
@@ -270,12 +269,12 @@ def pairs_of(cell: PlannedCell, tokenizer: Any) -> Pairs:
             }
         )
         prompt = render(tokenizer, question.turns, cell.style)
-        requests.append((prompt, tuple(question.options[place] for place in people)))
+        requests.append((prompt, tuple(question.options[i] for i in people)))
     return Pairs(pd.DataFrame(rows), requests, left_out)
 
 
-def _choose(cell: PlannedCell) -> tuple[dict[str, int], list[Question]]:
-    """The questions to probe, and how many items are left out for which reason."""
+def _choose_questions(cell: PlannedCell) -> tuple[dict[str, int], list[Question]]:
+    """Return the number of items left out by reason, and the questions to probe."""
     pooled = BBQ.overall_categories(sorted({item.category for item in cell.items}))
     left_out: dict[str, set[str]] = {}
     kept = []

@@ -90,14 +90,19 @@ def _probe_model(
     target: str, cells: "EvaluationPlan", folds: int, seed: int, revision: str | None, out: Path
 ) -> None:
     """Probe a model into out/<label>/<digest of its weights>, so that no result is stale."""
-    from selfcorrect.evaluate.probe.probe import PLACE, is_probed, probe_checkpoint, read_probe
+    from selfcorrect.evaluate.probe.probe import (
+        CHECKPOINT_FILE,
+        is_probed,
+        probe_checkpoint,
+        read_probe,
+    )
     from selfcorrect.evaluate.scoring.load_model import load_model
     from selfcorrect.evaluate.scoring.weights import weights_digest
 
     model, tokenizer = load_model(target, revision=revision)
     name = model_label(target, revision)
     folder = out / name / weights_digest(model)[:12]
-    path = folder / PLACE
+    path = folder / CHECKPOINT_FILE
     if not is_probed(path, cells, folds, seed):
         with Bars() as bars:
             probe_checkpoint(

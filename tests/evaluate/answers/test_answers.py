@@ -1,10 +1,9 @@
-"""Answers from anywhere: which option each one means, tables of every kind, and the command."""
+"""Scoring answers: matching with options, tables of every kind, and `selfcorrect score`."""
 
 import json
 import math
 import subprocess
 import sys
-import time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from selfcorrect.evaluate.answers.read import read_answers
-from selfcorrect.evaluate.answers.score import COUNTS, METRICS, fitting, score_bbq
+from selfcorrect.evaluate.answers.score import COUNTS, METRICS, match_options, score_bbq
 from selfcorrect.evaluate.statistics.formatting import compact_with_interval
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.scripts.commands import score
@@ -29,7 +28,7 @@ from tests.support.bbq_rows import block, write
 OPTIONS = ("The grandfather", "Can't be determined", "The grandson of the grandfather")
 
 
-# --- which option an answer means --------------------------------------------------------------
+# --- matching an answer with options --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -64,8 +63,8 @@ OPTIONS = ("The grandfather", "Can't be determined", "The grandson of the grandf
         ("The grandson of the grandfather", 2),
     ],
 )
-def test_an_answer_is_an_index_a_letter_or_the_options_own_text(answer: Any, option: int) -> None:
-    assert fitting(answer, OPTIONS) == {option}
+def test_match_by_index_letter_or_text(answer: Any, option: int) -> None:
+    assert match_options(answer, OPTIONS) == {option}
 
 
 @pytest.mark.parametrize(
@@ -104,14 +103,12 @@ def test_an_answer_is_an_index_a_letter_or_the_options_own_text(answer: Any, opt
     ],
     ids=lambda value: str(value)[:20].encode("ascii", "replace").decode(),
 )
-def test_what_is_no_option_is_none_and_a_part_of_one_is_no_option(answer: Any) -> None:
-    start = time.perf_counter()
-    assert fitting(answer, OPTIONS) == set()
-    assert time.perf_counter() - start < 1
+def test_no_match_for_other_text_or_a_part_of_an_option(answer: Any) -> None:
+    assert match_options(answer, OPTIONS) == set()
 
 
 @pytest.mark.parametrize(
-    ("answer", "options", "fits"),
+    ("answer", "options", "matches"),
     [
         ("us", ("US", "us", "Unknown"), {1}),  # exactly one of them
         ("Us", ("US", "us", "Unknown"), {0, 1}),
@@ -132,10 +129,10 @@ def test_what_is_no_option_is_none_and_a_part_of_one_is_no_option(answer: Any) -
         ("लड़की।", ("लड़का", "लड़की", "Unknown"), {1}),  # marks tell words apart
     ],
 )
-def test_several_fitting_options_are_all_named(
-    answer: Any, options: tuple[str, str, str], fits: set[int]
+def test_ambiguous_answers_match_several_options(
+    answer: Any, options: tuple[str, str, str], matches: set[int]
 ) -> None:
-    assert fitting(answer, options) == fits
+    assert match_options(answer, options) == matches
 
 
 words = st.text(st.characters(codec="utf-8", categories=("L", "Zs", "Nd", "P")), max_size=12)
@@ -143,13 +140,13 @@ words = st.text(st.characters(codec="utf-8", categories=("L", "Zs", "Nd", "P")),
 
 @settings(max_examples=300, deadline=None)
 @given(st.tuples(words, words, words), st.integers(0, 2), words)
-def test_the_text_of_an_option_always_fits_it_and_nothing_fits_by_chance(
+def test_text_of_an_option_always_matches_it(
     options: tuple[str, str, str], place: int, other: str
 ) -> None:
     if options[place].strip():
-        assert place in fitting(options[place], options)
+        assert place in match_options(options[place], options)
     for answer in (other, options[place].upper(), f"{other}.", f"({other})"):
-        assert fitting(answer, options) <= {0, 1, 2}
+        assert match_options(answer, options) <= {0, 1, 2}
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -188,7 +185,7 @@ def written(folder: Path, suffix: str, records: list[dict[str, Any]] = RECORDS) 
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_all_kinds_of_file_give_the_same_scores(data: Path, suffix: str) -> None:
+def test_scores_by_hand_from_every_file_type(data: Path, suffix: str) -> None:
     found = score_bbq(read_answers(written(data, suffix)), data)
     age = found["categories"]["Age"]
     assert (age["n_rows"], age["n_unanswered"], age["n_unparsed"]) == (8, 1, 4)
@@ -199,14 +196,14 @@ def test_all_kinds_of_file_give_the_same_scores(data: Path, suffix: str) -> None
     assert found == score_bbq(pd.DataFrame(RECORDS), data)
 
 
-def test_missing_values_and_words_for_them_are_told_apart(data: Path) -> None:
+def test_missing_values_differ_from_the_strings_na_and_null(data: Path) -> None:
     for suffix in (".csv", ".jsonl", ".parquet"):
         answers = list(read_answers(written(data, suffix))["answer"])
         assert answers[2] is None and answers[3:5] == ["NA", "null"], suffix
 
 
 @pytest.mark.parametrize("kind", ["float64", "Int64", "int64[pyarrow]", "category", "object"])
-def test_indices_may_be_of_any_type_and_have_gaps(data: Path, kind: str) -> None:
+def test_indices_of_every_dtype_with_gaps(data: Path, kind: str) -> None:
     answers = [0, 1, 2, None, 0, 1, 2, 1]
     series = pd.Series(answers, dtype="float64").astype("Int64" if kind == "Int64" else "float64")
     table = pd.DataFrame({"category": "Age", "example_id": range(8), "answer": series.astype(kind)})
@@ -219,14 +216,14 @@ def test_indices_may_be_of_any_type_and_have_gaps(data: Path, kind: str) -> None
         assert score_bbq(read_answers(data / name), data) == found
 
 
-def test_numpy_scalars_in_a_table_of_objects_are_indices(data: Path) -> None:
+def test_numpy_scalars_are_indices(data: Path) -> None:
     answers = np.array([np.int64(0), np.float32(2.0), np.int8(1)], dtype=object)
     numbers = np.array([np.int64(0), np.int64(1), np.int64(2)], dtype=object)
     table = pd.DataFrame({"category": "Age", "example_id": numbers, "answer": answers})
     assert score_bbq(table, data)["categories"]["Age"]["n_unparsed"] == 0
 
 
-def test_a_byte_order_mark_windows_line_ends_and_further_columns_do_no_harm(data: Path) -> None:
+def test_byte_order_mark_windows_line_ends_and_extra_columns(data: Path) -> None:
     path = data / "answers.csv"
     lines = ["note, example_id ,category,answer", '"a ""b"", c",3,Age,"the youth."']
     text = "\r\n".join([*lines, "", ",4.0, Age ,1", ""])
@@ -237,17 +234,15 @@ def test_a_byte_order_mark_windows_line_ends_and_further_columns_do_no_harm(data
     assert (age["n_ambiguous"], age["n_disambiguated"], age["n_unparsed"]) == (1, 1, 0)
 
 
-def test_ten_megabytes_of_answer_are_unparsed(data: Path) -> None:
+def test_answer_of_ten_megabytes_is_unparsed(data: Path) -> None:
     records = [{"category": "Age", "example_id": i, "answer": 0} for i in range(8)]
     records[3]["answer"] = "well, " * 1_700_000
     for suffix in (".csv", ".jsonl", ".parquet"):
-        start = time.perf_counter()
         found = score_bbq(read_answers(written(data, suffix, records)), data)
-        assert time.perf_counter() - start < 10
         assert found["categories"]["Age"]["n_unparsed"] == 1
 
 
-def test_a_category_goes_by_its_own_name_or_by_its_files(tmp_path: Path) -> None:
+def test_category_by_its_name_or_its_file(tmp_path: Path) -> None:
     write(tmp_path, block(0), "ages_2.jsonl")
     write(tmp_path, block(0, category="SES"), "Race.jsonl")
     write(tmp_path, block(0, category="Race"), "other.jsonl.gz")
@@ -267,12 +262,12 @@ def test_a_category_goes_by_its_own_name_or_by_its_files(tmp_path: Path) -> None
         score_bbq(twice, tmp_path)
 
 
-def test_the_folder_of_the_files_itself_will_do(data: Path) -> None:
+def test_data_dir_may_be_the_bbq_folder(data: Path) -> None:
     table = pd.DataFrame(RECORDS)
     assert score_bbq(table, data / "bbq") == score_bbq(table, data)
 
 
-def test_options_of_one_spelling_are_unclear_and_counted(tmp_path: Path) -> None:
+def test_options_with_equal_spelling_are_unclear(tmp_path: Path) -> None:
     records = block(0)
     for record in records:
         record |= {"ans0": "The man", "ans2": "the man."}
@@ -284,7 +279,7 @@ def test_options_of_one_spelling_are_unclear_and_counted(tmp_path: Path) -> None
     assert age["share_option_0"] == age["share_option_2"] == 0.5
 
 
-def test_intersections_and_names_are_apart_and_in_no_overall_score(tmp_path: Path) -> None:
+def test_intersections_and_names_are_in_no_overall_score(tmp_path: Path) -> None:
     people = (("Ann Lee", "F"), ("Bo Ray", "M"))
     names = block(0, people, ("F",), category="G", template=30)
     for record in names:
@@ -308,7 +303,7 @@ def test_intersections_and_names_are_apart_and_in_no_overall_score(tmp_path: Pat
         assert all(one[name] is None for name in METRICS)
 
 
-def test_undecided_rows_keep_their_accuracy_and_are_counted(tmp_path: Path) -> None:
+def test_undecided_rows_count_in_accuracy_only(tmp_path: Path) -> None:
     data = write(tmp_path, [*block(0, (("man", "man"), ("boy", "boy")), ("F",)), *block(4)])
     table = pd.DataFrame({"category": "Age", "example_id": range(8), "answer": 0})
     age = score_bbq(table, data)["categories"]["Age"]
@@ -324,27 +319,35 @@ HEAD = "category,example_id,answer\n"
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "fragment"),
     [
-        ("a.csv", b"", "no answers in it"),
-        ("a.csv", HEAD.encode(), "no answers in it"),
-        ("a.jsonl", b"\n\n", "no answers in it"),
-        ("a.csv", b"category,example_id\nAge,1\n", "column 'answer' is missing; it needs category"),
+        ("a.csv", b"", "has no answers"),
+        ("a.csv", HEAD.encode(), "has no answers"),
+        ("a.jsonl", b"\n\n", "has no answers"),
+        ("a.csv", b"category,example_id\nAge,1\n", "column 'answer' is missing; needed: category"),
         ("a.csv", b"category;example_id;answer\nAge;1;0\n", "column 'category' is missing"),
-        ("a.csv", f"answer,{HEAD}1,Age,1,2\n".encode(), "column 'answer' stands twice"),
-        ("a.csv", f"{HEAD}Age,1,0\nAge,2".encode(), "line 3: 2 fields, and 3 columns; is the file"),
-        ("a.csv", f"{HEAD}Age,1,The boy, he\n".encode(), "line 2: 4 fields, and 3 columns"),
+        ("a.csv", f"answer,{HEAD}1,Age,1,2\n".encode(), "column 'answer' appears twice"),
+        ("a.csv", f"{HEAD}Age,1,0\nAge,2".encode(), "line 3: 2 fields, but 3 columns"),
+        ("a.csv", f"{HEAD}Age,1,The boy, he\n".encode(), "line 2: 4 fields, but 3 columns"),
         ("a.csv", f'{HEAD}Age,1,"The boy\nAge,2,0\n'.encode(), "line 3: not CSV"),
         ("a.csv", f"{HEAD}Age,1,0\n".encode() + b"Age,2,\xff\xfe\n", "line 3: not UTF-8"),
         ("a.csv", HEAD.encode("utf-16"), "line 1: not UTF-8"),
-        ("a.csv", f"{HEAD}Age,one,0\n".encode(), "line 2: example_id is a whole number, not 'one'"),
-        ("a.csv", f"{HEAD}Age,,0\n".encode(), "line 2: example_id is a whole number, not 'None'"),
-        ("a.csv", f"{HEAD}Age,1.5,0\n".encode(), "line 2: example_id is a whole number"),
-        ("a.csv", f"{HEAD},1,0\n".encode(), "line 2: category is the name of a BBQ category"),
+        (
+            "a.csv",
+            f"{HEAD}Age,one,0\n".encode(),
+            "line 2: example_id must be .* not 'one'",
+        ),
+        (
+            "a.csv",
+            f"{HEAD}Age,,0\n".encode(),
+            "line 2: example_id must be .* not 'None'",
+        ),
+        ("a.csv", f"{HEAD}Age,1.5,0\n".encode(), "line 2: example_id must be a whole"),
+        ("a.csv", f"{HEAD},1,0\n".encode(), "line 2: category must be the name of a BBQ category"),
         (
             "a.csv",
             f"{HEAD}Age,1,0\nAge,99,0\nage,1,0\n".encode(),
-            "line 3: 'Age' has no example_id 99 in .*bbq; nor are 1 more .its categories: Age",
+            "line 3: 'Age' has no example_id 99 in .*bbq, and 1 more .*categories: Age",
         ),
         (
             "a.csv",
@@ -353,45 +356,45 @@ HEAD = "category,example_id,answer\n"
         ),
         ("a.jsonl", b'{"category": "Age", "example_id": 1, "ans', "line 1: not JSON .*cut short"),
         ("a.jsonl", b'\n{"category": "Age", "example_id": 1}', "line 2: key 'answer' is missing"),
-        ("a.jsonl", b"[1, 2]", "line 1: a row is one JSON object"),
+        ("a.jsonl", b"[1, 2]", "line 1: each row must be one JSON object"),
         ("a.jsonl", b"\n\xff", "line 2: not UTF-8"),
         ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("a.jsonl", b'{"example_id": ' + b"9" * 5_000 + b"}", "line 1: not JSON"),
         (
             "a.jsonl",
             b'{"category": "Age", "example_id": true, "answer": 1}',
-            "line 1: example_id is a whole number",
+            "line 1: example_id must be a whole",
         ),
         (
             "a.jsonl",
             b'{"category": 5, "example_id": 1, "answer": 1}',
-            "line 1: category is the name of a BBQ category",
+            "line 1: category must be the name of a BBQ category",
         ),
         (
             "a.jsonl",
             b'{"category": "Age", "example_id": 1, "answer": [0.1, 0.9, 0]}',
-            "line 1: answer is a text or a number, not a value of type list",
+            "line 1: answer must be a string or a number, not a list",
         ),
-        ("a.parquet", b"PAR1 and no more", "not a whole parquet file"),
-        ("a.parquet", b"", "not a whole parquet file"),
-        ("a.xlsx", b"x", "answers come as .csv, .jsonl or .parquet"),
-        ("answers", b"x", "answers come as .csv, .jsonl or .parquet"),
+        ("a.parquet", b"PAR1 and no more", "not a valid parquet file"),
+        ("a.parquet", b"", "not a valid parquet file"),
+        ("a.xlsx", b"x", "unknown file type; give a .csv"),
+        ("answers", b"x", "unknown file type; give a .csv"),
     ],
 )
-def test_a_table_that_cannot_be_scored_is_refused_in_one_line(
-    data: Path, name: str, content: bytes, said: str
+def test_bad_table_is_refused_in_one_line(
+    data: Path, name: str, content: bytes, fragment: str
 ) -> None:
     path = data / name
     path.write_bytes(content)
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=fragment) as caught:
         score_bbq(read_answers(path), data, str(path))
     message = str(caught.value)
     assert message.startswith(str(path)) and "\n" not in message and len(message) < 400
 
 
-def test_folders_absent_files_and_parquet_of_other_kinds_are_refused(data: Path) -> None:
+def test_folders_missing_files_and_bad_parquet_are_refused(data: Path) -> None:
     (data / "answers.parquet").mkdir()
-    with pytest.raises(InputError, match="a folder; give one file"):
+    with pytest.raises(InputError, match="a folder; give a file"):
         read_answers(data / "answers.parquet")
     with pytest.raises(InputError, match=r"absent\.csv: cannot be read \(No such file"):
         read_answers(data / "absent.csv")
@@ -400,15 +403,15 @@ def test_folders_absent_files_and_parquet_of_other_kinds_are_refused(data: Path)
     with pytest.raises(InputError, match="column 'answer' is missing"):
         read_answers(path)
     pq.write_table(pa.table({"category": ["Age"], "example_id": [1], "answer": [[0.1, 0.9]]}), path)
-    with pytest.raises(InputError, match="row 1: answer is a text or a number"):
+    with pytest.raises(InputError, match="row 1: answer must be a string or a number"):
         score_bbq(read_answers(path), data, str(path))
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    with pytest.raises(InputError, match="not a whole parquet file"):
+    with pytest.raises(InputError, match="not a valid parquet file"):
         read_answers(path)
 
 
-def test_hostile_names_stay_on_one_short_line(data: Path) -> None:
+def test_hostile_names_are_escaped_in_errors(data: Path) -> None:
     names = ["\x1b[2J\u202e\nAge", "x" * 1_000_000]
     for name in names:
         with pytest.raises(InputError) as caught:
@@ -424,7 +427,7 @@ def command(*arguments: str) -> Any:
     return CliRunner().invoke(score.app, ["bbq", *arguments], catch_exceptions=False)
 
 
-def test_json_is_strict_and_has_exactly_the_promised_shape(data: Path) -> None:
+def test_json_is_strict_and_complete(data: Path) -> None:
     path = written(data, ".csv")
     result = command(str(path), "--data-dir", str(data), "--json")
     assert result.exit_code == 0 and result.stderr == ""
@@ -449,7 +452,7 @@ def test_json_is_strict_and_has_exactly_the_promised_shape(data: Path) -> None:
     assert found == score_bbq(read_answers(path), data)
 
 
-def test_the_table_names_every_category_its_intervals_and_what_was_left_out(data: Path) -> None:
+def test_table_of_the_command(data: Path) -> None:
     write(data, block(0, category="Race_x_SES"), "other.jsonl")
     result = command(str(written(data, ".csv")), "--data-dir", str(data))
     shown = result.stdout
@@ -462,7 +465,7 @@ def test_the_table_names_every_category_its_intervals_and_what_was_left_out(data
     assert "Race_x_SES" not in shown.split("Unanswered")[0]
 
 
-def test_intervals_in_the_table_are_those_of_the_json(tmp_path: Path) -> None:
+def test_table_and_json_have_the_same_intervals(tmp_path: Path) -> None:
     rows = [row for k in range(6) for row in block(4 * k, template=k)]
     data = write(tmp_path, rows)
     generator = np.random.default_rng(3)
@@ -479,16 +482,16 @@ def test_intervals_in_the_table_are_those_of_the_json(tmp_path: Path) -> None:
     assert compact_with_interval(row) in shown
 
 
-def test_answers_counted_from_one_get_a_warning_beside_the_scores(data: Path) -> None:
+def test_warning_for_answers_counted_from_one(data: Path) -> None:
     records = [{"category": "Age", "example_id": i, "answer": 1 + i % 3} for i in range(8)]
     result = command(str(written(data, ".csv", records)), "--data-dir", str(data), "--json")
-    assert "indices count from 0" in result.stderr
+    assert "indices start at 0" in result.stderr
     assert json.loads(result.stdout)["categories"]["Age"]["n_unparsed"] == 2
     records[0]["answer"] = 0
     assert command(str(written(data, ".csv", records)), "--data-dir", str(data)).stderr == ""
 
 
-def test_a_data_folder_that_is_absent_or_empty_is_named(data: Path) -> None:
+def test_missing_and_empty_data_folders_are_named(data: Path) -> None:
     path = str(written(data, ".csv"))
     with pytest.raises(InputError, match="no such data folder; give --data-dir"):
         command(path, "--data-dir", str(data / "absent"))
@@ -497,7 +500,7 @@ def test_a_data_folder_that_is_absent_or_empty_is_named(data: Path) -> None:
         command(path, "--data-dir", str(data / "empty"))
 
 
-def test_scoring_needs_no_torch(data: Path) -> None:
+def test_scoring_loads_no_torch(data: Path) -> None:
     code = (
         "import sys; from selfcorrect.scripts.commands.score import app\n"
         "app(sys.argv[1:], standalone_mode=False)\n"

@@ -1,4 +1,4 @@
-"""Probes: the right hidden states, nothing leaks from what is held out, what names can do."""
+"""Probes: hidden states, held-out groups without leaks, files and the command."""
 
 import os
 from pathlib import Path
@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.evaluate.figures.curves import in_words, save
-from selfcorrect.evaluate.measuring.plan import EvaluationPlan, plan
+from selfcorrect.evaluate.measuring.plan import EvaluationPlan, plan_evaluation
 from selfcorrect.evaluate.probe import hidden_states, linear_probe
 from selfcorrect.evaluate.probe.figure import accuracy_by_layer
 from selfcorrect.evaluate.probe.hidden_states import contrasts
 from selfcorrect.evaluate.probe.linear_probe import CATEGORY, TEMPLATE, probe_layers
 from selfcorrect.evaluate.probe.probe import (
-    PLACE,
+    CHECKPOINT_FILE,
     check_plan,
     is_probed,
     pairs_of,
@@ -65,7 +65,7 @@ def plain_states(model, tokenizer, text):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("max_batch_tokens", [1, 100, 4096])
-def test_states_are_those_of_a_plain_forward_each(architecture, max_batch_tokens):
+def test_states_equal_a_plain_forward(architecture, max_batch_tokens):
     model, tokenizer = tiny_model(architecture), tiny_tokenizer()
     found = contrasts(model, tokenizer, PAIRS, max_batch_tokens=max_batch_tokens)
     assert found.shape == (len(PAIRS), 3, 32)  # embeddings, a block, a block with the final norm
@@ -78,7 +78,7 @@ def test_states_are_those_of_a_plain_forward_each(architecture, max_batch_tokens
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_tokenizers_padding_side_changes_nothing(architecture):
+def test_padding_side_of_the_tokenizer_changes_nothing(architecture):
     model = tiny_model(architecture)
     found = []
     for side in ("left", "right"):
@@ -88,7 +88,7 @@ def test_the_tokenizers_padding_side_changes_nothing(architecture):
     assert np.array_equal(*found)
 
 
-def test_a_layer_that_is_not_finite_is_named():
+def test_layer_that_is_not_finite_is_named():
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[3] = torch.nan
@@ -96,7 +96,7 @@ def test_a_layer_that_is_not_finite_is_named():
         contrasts(model, tiny_tokenizer(), PAIRS)
 
 
-def test_large_arrays_are_kept_in_half_precision(monkeypatch):
+def test_large_arrays_are_stored_in_float16(monkeypatch):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     whole = contrasts(model, tokenizer, PAIRS)
     monkeypatch.setattr(hidden_states, "LARGEST_FLOAT32", whole.nbytes - 1)
@@ -109,8 +109,8 @@ def test_large_arrays_are_kept_in_half_precision(monkeypatch):
         contrasts(model, tokenizer, PAIRS)
 
 
-def test_a_prompt_longer_than_the_context_is_refused_by_its_place():
-    with pytest.raises(PromptTooLong, match=r"need 86 tokens .* holds 64") as caught:
+def test_prompt_longer_than_the_context_is_refused_with_its_index():
+    with pytest.raises(PromptTooLong, match=r"need 86 tokens, .* holds 64") as caught:
         contrasts(tiny_model(context=64), tiny_tokenizer(), PAIRS)
     assert caught.value.index == 2
 
@@ -144,7 +144,7 @@ def overall(table, held_out=TEMPLATE, trained_on="Q", condition="Q", layer=0):
     return rows.iloc[0]
 
 
-def test_a_planted_direction_is_found_and_noise_is_chance():
+def test_planted_direction_is_found_and_noise_is_chance():
     noise, frame, rng = made_up()
     signs = np.where(frame["first"], 1, -1)[:, None]
     planted = noise[:, 0] + 2 * signs * rng.normal(size=noise.shape[2])
@@ -164,7 +164,7 @@ def test_a_planted_direction_is_found_and_noise_is_chance():
     assert list(means) == pytest.approx([overall(table, layer=i).accuracy for i in (0, 1)])
 
 
-def test_a_template_is_never_in_training_and_test():
+def test_templates_do_not_leak():
     """States that say only which template it is, and labels that are one coin a template."""
     _, frame, rng = made_up(num_pairs=480, templates=30)
     names, codes = np.unique(frame["cluster"], return_inverse=True)
@@ -195,7 +195,7 @@ def test_whole_categories_are_held_out():
     assert set(two["held_out"]) == {TEMPLATE}
 
 
-def test_a_probe_of_one_condition_is_applied_to_another():
+def test_probe_transfers_between_conditions():
     noise, frame, _ = made_up()
     signs = np.where(frame["first"], 1, -1)[:, None]
     one, other = 3 * np.eye(noise.shape[2])[:2]
@@ -211,35 +211,37 @@ def test_a_probe_of_one_condition_is_applied_to_another():
     assert 0.3 < overall(table, condition="elsewhere").accuracy < 0.7
 
 
-def test_a_direction_is_that_of_scikit_learns_pipeline():
+def test_direction_equals_a_scikit_learn_pipeline():
     noise, frame, _ = made_up()
     half = noise[:, 0].astype(float) * np.arange(1, 25) + 0.3
     first = frame["first"].to_numpy()
     pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, fit_intercept=False))
     pipeline.fit(np.concatenate([half, -half]), np.concatenate([first, ~first]))
-    direction = linear_probe._direction(half, first, 0.01)
+    direction = linear_probe._fit_direction(half, first, 0.01)
     assert half @ direction == pytest.approx(pipeline.decision_function(half), abs=1e-3)
     assert np.array_equal(
-        linear_probe._right(half @ direction, first), pipeline.predict(half) == first
+        linear_probe._correct(half @ direction, first), pipeline.predict(half) == first
     )
     # One class among the first options, and a dimension without any spread, are no trouble.
     half[:, 3] = 0
-    assert linear_probe._direction(half, np.ones(len(half), dtype=bool), 0.01)[3] == 0
+    assert linear_probe._fit_direction(half, np.ones(len(half), dtype=bool), 0.01)[3] == 0
 
 
-def test_the_strength_is_chosen_by_what_helps_on_other_groups():
+def test_strength_is_chosen_on_held_out_groups():
     noise, frame, rng = made_up(hidden=200)
     groups = frame["cluster"].to_numpy(dtype=str)
     first = frame["first"].to_numpy()
     signs = np.where(first, 1, -1)[:, None]
     chosen = [
-        linear_probe._strength(noise[:, 0] + size * signs * rng.normal(size=200), first, groups)
+        linear_probe._choose_strength(
+            noise[:, 0] + size * signs * rng.normal(size=200), first, groups
+        )
         for size in (0.0, 1.0)
     ]
     assert chosen[0] <= 1e-4 < 1e-3 <= chosen[1]
 
 
-# --- what is probed ------------------------------------------------------------------------------
+# --- the pairs ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +255,7 @@ def society(tmp_path_factory):
 
 def society_plan(society, conditions=("Q", "Q+IF"), **more) -> EvaluationPlan:
     folder = society[0]
-    return plan(
+    return plan_evaluation(
         folder, load_stimuli(None, base=folder / "stimuli.yaml"), ["bbq"], conditions, **more
     )
 
@@ -291,7 +293,7 @@ def names_alone(cell, tokenizer, joined):
     return {"Q": half}, pairs.frame
 
 
-def test_who_is_named_is_at_chance_exactly(society):
+def test_names_alone_are_exactly_at_chance(society):
     [cell] = society_plan(society, ["Q"]).cells
     vectors, frame = names_alone(cell, society[1], joined=False)
     assert np.abs(vectors["Q"]).sum() > 0
@@ -305,9 +307,9 @@ REAL = Path(os.environ.get("SELFCORRECT_DATA_DIR", "none"))
 @pytest.mark.skipif(
     not (REAL / "bbq").is_dir(), reason="SELFCORRECT_DATA_DIR names no folder with bbq/"
 )
-def test_in_bbq_names_are_at_chance_and_names_with_polarity_only_across_categories(quick):
+def test_published_names_are_at_chance_with_polarity_only_across_categories(quick):
     texts = load_stimuli(None)
-    [cell] = plan(REAL, texts, ["bbq"], ["Q text"], limit=3000).cells
+    [cell] = plan_evaluation(REAL, texts, ["bbq"], ["Q text"], limit=3000).cells
     vectors, frame = names_alone(cell, tiny_tokenizer(), joined=False)
     assert len(frame) > 500
     table = probe_layers(vectors, frame, folds=5, seed=0)
@@ -322,11 +324,14 @@ def test_in_bbq_names_are_at_chance_and_names_with_polarity_only_across_categori
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"conditions": ["Q", "Q+IF+CoT"]}, r"^bbq Q\+IF\+CoT: the model writes text of its own"),
+        (
+            {"conditions": ["Q", "Q+IF+CoT"]},
+            r"^bbq Q\+IF\+CoT: probes do not support",
+        ),
         ({"limit": 8}, r"^bbq: 2 templates .* \(left out: 4 the context decides\); 5 folds need 5"),
     ],
 )
-def test_what_cannot_be_probed_is_refused_in_one_line(society, more, message):
+def test_plan_that_cannot_be_probed_is_refused(society, more, message):
     with pytest.raises(InputError, match=message) as caught:
         check_plan(society_plan(society, **more), folds=5)
     assert "\n" not in str(caught.value)
@@ -335,13 +340,13 @@ def test_what_cannot_be_probed_is_refused_in_one_line(society, more, message):
 def test_only_bbq_is_probed(society):
     folder = society[0]
     stimuli = load_stimuli(None, base=folder / "stimuli.yaml")
-    with pytest.raises(InputError, match=r"^winogender Q: only bbq is probed$"):
-        check_plan(plan(folder, stimuli, ["winogender"], ["Q"]), folds=5)
+    with pytest.raises(InputError, match=r"^winogender Q: only bbq can be probed$"):
+        check_plan(plan_evaluation(folder, stimuli, ["winogender"], ["Q"]), folds=5)
     with pytest.raises(InputError, match="no condition to probe"):
         check_plan(EvaluationPlan([]), folds=5)
 
 
-def test_few_templates_need_few_folds(society):
+def test_folds_need_as_many_templates(society):
     cells = society_plan(society, ["Q"], limit=20)
     assert check_plan(cells, folds=5) == cells.cells
     with pytest.raises(InputError, match="6 folds need 6"):
@@ -362,9 +367,9 @@ def model_of(tokenizer, seed):
     return tiny_model("llama", len(tokenizer), seed=seed)
 
 
-def test_a_checkpoints_file_says_what_it_is_and_is_the_same_again(society, tmp_path, quick):
+def test_probe_file_is_reproducible_and_records_its_settings(society, tmp_path, quick):
     cells, tokenizer = society_plan(society), society[1]
-    paths = [tmp_path / name / PLACE for name in ("one", "two")]
+    paths = [tmp_path / name / CHECKPOINT_FILE for name in ("one", "two")]
     seen = []
     for path in paths:
         probe_checkpoint(
@@ -391,20 +396,20 @@ def test_a_checkpoints_file_says_what_it_is_and_is_the_same_again(society, tmp_p
     assert not is_probed(paths[0], society_plan(society, ["Q"]), 5, 0)
     paths[1].write_bytes(paths[0].read_bytes()[:-9])
     assert not is_probed(paths[1], cells, 5, 0)
-    with pytest.raises(InputError, match="no file of probes"):
+    with pytest.raises(InputError, match="not an intact probe file"):
         read_probe(tmp_path / "none.parquet")
 
 
-def test_errors_name_the_cell_and_the_item(society, tmp_path):
+def test_errors_name_cell_and_item(society, tmp_path):
     cells, tokenizer = society_plan(society), society[1]
     short = tiny_model("llama", len(tokenizer), context=16)
     with pytest.raises(InputError, match=r"^bbq Q, item \S+/\d+: prompt and option need .*; use a"):
-        probe_checkpoint(cells, short, tokenizer, tmp_path / PLACE)
+        probe_checkpoint(cells, short, tokenizer, tmp_path / CHECKPOINT_FILE)
     broken = model_of(tokenizer, 0)
     with torch.no_grad():
         broken.model.norm.weight[:] = torch.nan
     with pytest.raises(RunFailure, match=r"^bbq Q: hidden states of layer 2 are NaN") as caught:
-        probe_checkpoint(cells, broken, tokenizer, tmp_path / PLACE)
+        probe_checkpoint(cells, broken, tokenizer, tmp_path / CHECKPOINT_FILE)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("*.parquet"))
 
@@ -428,7 +433,7 @@ def run(society, tmp_path):
     return run
 
 
-def test_a_run_is_probed_once_and_drawn(run, monkeypatch, quick):
+def test_command_probes_a_run_once_and_draws_it(run, monkeypatch, quick):
     def times():
         return {path: path.stat().st_mtime_ns for path in run.rglob("bbq.parquet")}
 
@@ -454,7 +459,7 @@ def test_a_run_is_probed_once_and_drawn(run, monkeypatch, quick):
     assert CliRunner().invoke(app, [str(run)]).exit_code == 0
     assert times() == before and not loaded
     assert (run / "figures" / "probe-tiny.png").read_bytes() == drawn
-    (find_checkpoints(run)[1].folder / PLACE).unlink()
+    (find_checkpoints(run)[1].folder / CHECKPOINT_FILE).unlink()
     assert CliRunner().invoke(app, [str(run)]).exit_code == 0
     assert loaded == ["checkpoint-10"]
     assert pd.read_parquet(run / "probe.parquet").equals(frame)
@@ -462,7 +467,7 @@ def test_a_run_is_probed_once_and_drawn(run, monkeypatch, quick):
     assert loaded[1:] == ["checkpoint-0", "checkpoint-10"]
 
 
-def test_a_model_is_probed_into_a_folder_of_its_weights(run, society, tmp_path, quick):
+def test_command_probes_a_model_into_a_folder_of_its_weights(run, society, tmp_path, quick):
     model = find_checkpoints(run)[0].folder
     data = society[0]
     given = ["--data-dir", str(data), "--stimuli", str(data / "stimuli.yaml"), "--limit", "80"]
@@ -477,20 +482,20 @@ def test_a_model_is_probed_into_a_folder_of_its_weights(run, society, tmp_path, 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--conditions", "Q,Q+IF+CoT"], "writes text of its own"),
+        (["--conditions", "Q,Q+IF+CoT"], "do not support sampled reasoning"),
         (["--conditions", "Z"], "condition 'Z'"),
         (["--limit", "4"], "5 folds need 5"),
         (["other"], "not both"),
     ],
 )
-def test_what_is_wrong_with_a_call_is_said_in_one_line(run, more, message):
+def test_command_refuses_bad_arguments_in_one_line(run, more, message):
     result = CliRunner().invoke(app, [str(run), *more])
     assert isinstance(result.exception, InputError)
     assert message in str(result.exception) and "\n" not in str(result.exception)
     assert not list(run.rglob("*.parquet")) and not (run / "figures").exists()
 
 
-def test_the_figure_has_a_line_a_step_and_the_transfer_beside(quick):
+def test_figure_has_a_line_per_step_and_transfer_panels(quick):
     noise, frame, _ = made_up()
     tables = []
     for step in (0, 5, 60):
@@ -510,7 +515,7 @@ def test_the_figure_has_a_line_a_step_and_the_transfer_beside(quick):
     assert "Held-out categories, Q to Q+IF: step 0" in in_words(figure)
 
 
-def test_the_figure_of_a_model_without_steps(tmp_path):
+def test_figure_of_a_model_without_steps(tmp_path):
     noise, frame, _ = made_up(categories=2)
     table = probe_layers({"Q": noise}, frame, folds=5, seed=0)
     data = table.assign(model="m", parameters=None, seed=0, step=None)
