@@ -145,7 +145,9 @@ def _short_title(experiment: str) -> str:
 def _headline(rows: pd.DataFrame, experiment: str) -> str:
     headline = get_experiment(experiment).headline
     rows = rows[(rows["experiment"] == experiment) & (rows["metric"] == headline)]
-    return "" if rows.empty else compact_with_interval(rows.iloc[0].to_dict())
+    if rows.empty:
+        return ""
+    return compact_with_interval({end: rows.iloc[0][end] for end in ("value", "low", "high")})
 
 
 def _value(rows: pd.DataFrame, metric: str) -> str:

@@ -48,8 +48,8 @@ LAUGHS = "a0: &a0 [ha, ha, ha, ha, ha, ha, ha, ha, ha]\n" + "".join(
     ("text", "said"),
     [
         (LAUGHS, "aliases expand to too many values"),
-        ("a: &a [*a]", "aliases expand to too many values, or to themselves"),
-        ("a: &a {b: {c: *a}}", "for themselves"),
+        ("a: &a [*a]", "themselves"),
+        ("a: &a {b: {c: *a}}", "themselves"),
         ("a: " + "[" * 1000, "bombs.yaml"),
         ("a: '" + "x" * 1_000_001 + "'", "the limit"),
         ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
