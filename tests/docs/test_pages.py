@@ -54,8 +54,9 @@ def resolve(words: list[str]) -> tuple[Any, list[str]]:
     return command, words
 
 
-def test_the_pages_are_there() -> None:
+def test_there_are_pages_and_commands_to_check() -> None:
     assert len(PAGES) > 25
+    assert sum(len(list(shell_commands(path))) for path in PAGES) > 25
 
 
 def test_readme_is_short() -> None:
