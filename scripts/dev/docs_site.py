@@ -118,7 +118,7 @@ def _type(value: dict[str, Any], sections: dict[str, Any]) -> str:
     if isinstance(value.get("type"), list):
         return " or ".join(_type({"type": kind}, sections) for kind in value["type"])
     if value.get("type") == "array":
-        return f"list of {_type(value['items'], sections)}" if value.get("items") else "list"
+        return f"list ({_type(value['items'], sections)})" if value.get("items") else "list"
     if value.get("type") == "object":
         if set(value.get("properties", ())) == {"every"}:
             return "`{every: n}`"
@@ -140,4 +140,5 @@ def _default(value: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Return text that fits into one cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
