@@ -20,28 +20,12 @@ PACKAGES = (
 )
 # Prefixes of the maths libraries' environment variables; the recipe sets the number of threads.
 MATH_VARIABLES = (
-    "ATEN_",
-    "CUBLAS_",
-    "DNNL_",
-    "KMP_",
-    "MKL_",
-    "NVIDIA_TF32",
-    "OMP_",
-    "ONEDNN_",
-    "TORCH_",
-)
+    "ATEN_", "CUBLAS_", "DNNL_", "KMP_", "MKL_", "NVIDIA_TF32", "OMP_", "ONEDNN_", "TORCH_",
+)  # fmt: skip
 # run.json keys that may change without affecting results bit for bit.
 IGNORED_FACTS = (
-    "name",
-    "seeds",
-    "models",
-    "platform",
-    "cores",
-    "jobs",
-    "begun",
-    "changes",
-    "taken",
-)
+    "name", "seeds", "models", "platform", "cores", "jobs", "begun", "changes", "taken",
+)  # fmt: skip
 
 
 def record_start(recipe: Recipe, run: Path) -> None:
