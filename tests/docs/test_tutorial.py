@@ -16,8 +16,8 @@ from tests.support import ROOT
 FENCE = re.compile(r'^```(\w*)(?: title="([\w.]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
 TUTORIAL = FENCE.findall((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))
 README = FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-# The quickstart with its largest model alone and the same steps, but less data, smaller batches, and
-# one experiment.
+# The quickstart with its largest model alone and the same steps, but less data, smaller batches,
+# and one experiment.
 SMALLER = [
     "data.society.corpus.documents=600",
     "data.society.corpus.stereotypes_first=200",
