@@ -1,4 +1,4 @@
-"""Rows as an evaluation writes them, from answers made up by a test, and the metrics of rows."""
+"""Rows as an evaluation writes them, from made-up answers, and the metrics of rows."""
 
 import math
 import os
@@ -19,11 +19,12 @@ from tests.support.tiny_models import tiny_model, tiny_tokenizer
 
 
 def rows(items, choose, orders=(None,)):
-    """`choose(item)` gives a file's option index, None (unparsed) or log-probabilities.
+    """Return a row per item and order; `choose(item)` answers each item.
 
-    Every item is shown in each of `orders` (None: the file's own).
+    An answer is the file's option index, None (unparsed) or log-probabilities. Every item is shown
+    in each of `orders` (None: the file's order).
     """
-    found = []
+    table = []
     for item in items:
         answer = choose(item)
         if answer is None:
@@ -33,7 +34,7 @@ def rows(items, choose, orders=(None,)):
         for order in orders:
             order = range(len(item.options)) if order is None else order
             shown = np.array([answer[index] for index in order], dtype=float)
-            found.append(
+            table.append(
                 {
                     "item": item.id,
                     "cluster": item.cluster,
@@ -45,22 +46,22 @@ def rows(items, choose, orders=(None,)):
                     **item.facts,
                 }
             )
-    return pd.DataFrame(found)
+    return pd.DataFrame(table)
 
 
 def measured(experiment, frame, category=OVERALL):
-    """Every metric's value, through the same sums and bootstrap as a report."""
+    """Return every metric's value, through the same sums and bootstrap as a report."""
     tally = experiment.tally(frame)
-    found = bootstrap(
+    estimates = bootstrap(
         tally, experiment.compute, experiment.overall_categories(tally.categories), Draws(2)
-    )
-    values = {name: estimate.value for name, estimate in found.estimates[category].items()}
+    ).estimates
+    values = {name: estimate.value for name, estimate in estimates[category].items()}
     assert set(values) <= set(experiment.metrics)
     return values
 
 
 def published(name):
-    """The folder of published data; skips aloud where there is none."""
+    """Return the folder of published data; skips the test if there is none."""
     folder = os.environ.get("SELFCORRECT_DATA_DIR")
     if not folder or not (Path(folder) / name).is_dir():
         pytest.skip(f"SELFCORRECT_DATA_DIR has no {name}/: the real {name} is NOT tested")
@@ -68,7 +69,7 @@ def published(name):
 
 
 def measured_by_a_tiny_model(data_dir, out, name, conditions=None, **settings):
-    """{condition: (rows, metadata)} of a random model that knows every word it is asked."""
+    """Return {condition: (rows, metadata)} of a random model that knows every word of the prompts."""
     planned = plan_evaluation(
         data_dir, load_stimuli(), [name], conditions, max_new_tokens=4, **settings
     )

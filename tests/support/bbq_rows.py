@@ -7,7 +7,7 @@ UNKNOWN = ["Not known", "unknown"]
 
 
 def line(number, people, groups, category="Age", template=1, **changes):
-    """One row of a category's file; row `number` stands at its place in a block of four."""
+    """Return one row of a category's file; `number` also gives its position in a block of four."""
     ambiguous = number % 2 == 0
     info = [*people[:1], UNKNOWN, *people[1:]]
     record = {
@@ -27,10 +27,12 @@ def line(number, people, groups, category="Age", template=1, **changes):
 
 
 def block(first, people=(("elder", "old"), ("youth", "nonOld")), groups=("old",), **more):
+    """Return the four rows of one template with one order of options, from `first` on."""
     return [line(first + i, [list(p) for p in people], list(groups), **more) for i in range(4)]
 
 
 def write(folder, records, name="Age.jsonl"):
+    """Write the rows to `folder`/bbq/`name` and return `folder`."""
     (folder / "bbq").mkdir(exist_ok=True)
     text = "".join(json.dumps(record) + "\n" for record in records)
     path = folder / "bbq" / name
