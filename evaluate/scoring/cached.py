@@ -14,12 +14,7 @@ import numpy as np
 import torch
 
 from selfcorrect.evaluate.prompts.tokenized import Continuation
-from selfcorrect.evaluate.scoring.forwards import (
-    Forwards,
-    log_probabilities,
-    padded,
-    tree_attention_mask,
-)
+from selfcorrect.evaluate.scoring.forwards import Forwards
 from selfcorrect.evaluate.scoring.limits import LARGEST_LOGITS
 from selfcorrect.evaluate.scoring.sampling import SampledBatch
 from selfcorrect.evaluate.scoring.token_trie import Pack, trie
@@ -47,36 +42,18 @@ def score_after(
         _num_reused(row[padding:num_columns], options)
         for row, padding, options in zip(sampled.rows, sampled.padding, requests, strict=True)
     ]
-    starts = list(zip(tries, reused, strict=True))
-    width = max(len(tree) - start for tree, start in starts)
-    wanted = [np.unique(tree.wanted_nodes) for tree in tries]
-    if sum(map(len, wanted)) * forwards.vocabulary > LARGEST_LOGITS:
+    width = max(len(tree) - start for tree, start in zip(tries, reused, strict=True))
+    num_wanted = sum(len(np.unique(tree.wanted_nodes)) for tree in tries)
+    if num_wanted * forwards.vocabulary > LARGEST_LOGITS:
         return None
     if window is not None and num_columns + width > window:
         return None
-    # The reused tokens are one path, the first nodes of the trie: later subtrees stay intervals.
-    ends = torch.arange(width).repeat(len(tries), 1)
-    keep = torch.zeros(len(tries), width, dtype=torch.bool)
-    for row, (tree, start) in enumerate(starts):
-        ends[row, : len(tree) - start] = torch.from_numpy(tree.ends[start:] - start)
-        keep[row, wanted[row] - start] = True
     first = torch.tensor(sampled.padding)
     last = first + torch.tensor(reused)
     column = torch.arange(num_columns)
     cached = (column >= first[:, None]) & (column < last[:, None])
-    logits, _ = forwards.logits(
-        keep,
-        input_ids=padded([tree.tokens[start:] for tree, start in starts], width),
-        position_ids=padded([tree.depths[start:] for tree, start in starts], width),
-        attention_mask=tree_attention_mask(ends.to(forwards.device), forwards.dtype, cached),
-        past_key_values=cache,
-    )
-    offsets = np.cumsum([0, *map(len, wanted)])
-    scored = []
-    for tree, offset, nodes in zip(tries, offsets, wanted, strict=False):
-        rows = offset + np.searchsorted(nodes, tree.wanted_nodes)
-        scored.append((tree, log_probabilities(logits, rows, tree.wanted_tokens)))
-    return scored
+    values = forwards.run_tries(tries, reused, cached, past_key_values=cache)
+    return list(zip(tries, values, strict=True))
 
 
 def _num_reused(cached: Sequence[int], options: Sequence[Continuation]) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,9 +109,15 @@ class Engine(ABC):
                 f"{subject} needs {length} tokens but the model's context holds {self.context}",
             )
 
-    def _refuse_nan(self, requests: Sequence[Request], scores: Sequence[Sequence[float]]) -> None:
+    def _by_request(
+        self, requests: Sequence[Request], values: Iterable[float]
+    ) -> list[list[float]]:
+        """Return the options' values request by request; RunFailure for NaN."""
+        remaining = iter(values)
+        scores = [[next(remaining) for _ in options] for _, options in requests]
         for (prompt, _), row in zip(requests, scores, strict=True):
             if any(math.isnan(value) for value in row):
                 raise RunFailure(
                     f"the model's logits are NaN for the prompt {opening(prompt)}: broken weights"
                 )
+        return scores

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from selfcorrect.evaluate.scoring.limits import LARGEST_LOGITS
-from selfcorrect.evaluate.scoring.token_trie import Pack
+from selfcorrect.evaluate.scoring.token_trie import Pack, shared_length
 
 _LARGEST_SOFTMAX = 2**22  # numbers in one piece of the normaliser, to stay in the cache
 
@@ -47,24 +47,48 @@ class Forwards:
     def packed(self, packs: Sequence[Pack]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (index, wanted values) of each pack; the model must take a 4D attention mask."""
         order = sorted(range(len(packs)), key=lambda i: -len(packs[i]))
-        wanted = [np.unique(packs[i].wanted_nodes) for i in range(len(packs))]
-        for batch in self._batches(order, [len(p) for p in packs], [len(w) for w in wanted]):
-            width = len(packs[batch[0]])
-            tokens = padded([packs[i].tokens for i in batch], width)
-            depths = padded([packs[i].depths for i in batch], width)
-            # A padding node is its own subtree: it attends to itself, and no node attends to it.
-            ends = torch.arange(width, dtype=torch.int32).repeat(len(batch), 1)
-            keep = torch.zeros(len(batch), width, dtype=torch.bool)
-            for row, i in enumerate(batch):
-                ends[row, : len(packs[i])] = torch.from_numpy(packs[i].ends)
-                keep[row, wanted[i]] = True
-            logits, _ = self.logits(
-                keep,
-                input_ids=tokens,
-                position_ids=depths,
-                attention_mask=tree_attention_mask(ends.to(self.device), self.dtype),
-            )
-            yield from self._split_by_pack(logits, batch, packs, wanted)
+        num_wanted = [len(np.unique(pack.wanted_nodes)) for pack in packs]
+        for batch in self._batches(order, [len(pack) for pack in packs], num_wanted):
+            tries = [packs[i] for i in batch]
+            yield from zip(batch, self.run_tries(tries, [0] * len(batch)), strict=True)
+
+    def run_tries(
+        self,
+        tries: Sequence[Pack],
+        starts: Sequence[int],
+        cached: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> list[np.ndarray]:
+        """Return the wanted values of tries that are run as rows, each from node `starts[row]` on.
+
+        `cached`: see `tree_attention_mask`.
+        """
+        width = max(len(tree) - start for tree, start in zip(tries, starts, strict=True))
+        wanted = [np.unique(tree.wanted_nodes) for tree in tries]
+        # A padding node is its own subtree: it attends to itself, and no node attends to it.
+        ends = torch.arange(width, dtype=torch.int32).repeat(len(tries), 1)
+        keep = torch.zeros(len(tries), width, dtype=torch.bool)
+        for row, (tree, start) in enumerate(zip(tries, starts, strict=True)):
+            # Skipped nodes are one path, the first of the trie: later subtrees stay intervals.
+            ends[row, : len(tree) - start] = torch.from_numpy(tree.ends[start:] - start)
+            keep[row, wanted[row] - start] = True
+        tokens = [tree.tokens[start:] for tree, start in zip(tries, starts, strict=True)]
+        depths = [tree.depths[start:] for tree, start in zip(tries, starts, strict=True)]
+        logits, _ = self.logits(
+            keep,
+            input_ids=padded(tokens, width),
+            position_ids=padded(depths, width),
+            attention_mask=tree_attention_mask(ends.to(self.device), self.dtype, cached),
+            **inputs,
+        )
+        offsets = np.cumsum([0, *map(len, wanted)])
+        rows = [
+            offset + np.searchsorted(nodes, tree.wanted_nodes)
+            for offset, nodes, tree in zip(offsets, wanted, tries, strict=False)
+        ]
+        tokens_of_rows = np.concatenate([tree.wanted_tokens for tree in tries])
+        values = log_probabilities(logits, np.concatenate(rows), tokens_of_rows)
+        return np.split(values, np.cumsum([len(tree_rows) for tree_rows in rows])[:-1])
 
     @torch.no_grad()
     def plain(self, packs: Sequence[Pack]) -> Iterator[tuple[int, np.ndarray]]:
@@ -75,17 +99,7 @@ class Forwards:
             lengths = [len(path) for path in paths]
             order = sorted(range(len(paths)), key=lambda i: -lengths[i])
             for batch in self._batches(order, lengths, lengths):
-                rows = [paths[i] for i in batch]
-                logit_rows, keep = _kept_logits(pack, rows)
-                width = lengths[batch[0]]
-                inside = torch.arange(width) < torch.tensor([lengths[i] for i in batch])[:, None]
-                logits, _ = self.logits(
-                    keep,
-                    input_ids=padded([pack.tokens[row] for row in rows], width),
-                    position_ids=torch.arange(width).expand(len(batch), -1),
-                    attention_mask=inside.long(),
-                )
-                self._fill(values, logits, pack, logit_rows)
+                self._run_rows(values, pack, [paths[i] for i in batch])
             yield index, values
 
     @torch.no_grad()
@@ -105,35 +119,37 @@ class Forwards:
 
     def _run_groups(self, values: np.ndarray, pack: Pack, groups: list["_PrefixGroup"]) -> None:
         length = len(groups[0].prefix)
-        prefixes = [group.prefix for group in groups]
-        rows = [row for group in groups for row in group.rows]
-        logit_rows, keep = _kept_logits(pack, prefixes)
+        cache = self._run_rows(values, pack, [group.prefix for group in groups], use_cache=True)
+        suffixes = [row[length:] for group in groups for row in group.rows]
+        if any(len(suffix) for suffix in suffixes):  # else all rows are single tokens
+            parents = [i for i, group in enumerate(groups) for _ in group.rows]
+            cache.batch_select_indices(torch.tensor(parents, device=self.device))
+            self._run_rows(values, pack, suffixes, length, past_key_values=cache)
+
+    def _run_rows(
+        self,
+        values: np.ndarray,
+        pack: Pack,
+        rows: Sequence[np.ndarray],
+        num_cached: int = 0,
+        **inputs: Any,
+    ) -> Any:
+        """Run rows of nodes, each after `num_cached` tokens; fill in `values`, return the cache."""
+        width = max(len(row) for row in rows)
+        logit_rows, keep = _kept_logits(pack, rows)
+        inside = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+        before = torch.ones(len(rows), num_cached, dtype=torch.long)
         logits, cache = self.logits(
             keep,
-            use_cache=True,
-            input_ids=padded([pack.tokens[prefix] for prefix in prefixes], length),
-            position_ids=torch.arange(length).expand(len(prefixes), -1),
-            attention_mask=torch.ones(len(prefixes), length, dtype=torch.long),
+            input_ids=padded([pack.tokens[row] for row in rows], width),
+            position_ids=torch.arange(num_cached, num_cached + width).expand(len(rows), -1),
+            attention_mask=torch.cat([before, inside.long()], dim=1),
+            **inputs,
         )
-        self._fill(values, logits, pack, logit_rows)
-        suffixes = [row[length:] for row in rows]
-        width = max(len(suffix) for suffix in suffixes)
-        if width == 0:  # rows of a single token
-            return
-        parents = [i for i, group in enumerate(groups) for _ in group.rows]
-        cache.batch_select_indices(torch.tensor(parents, device=self.device))
-        logit_rows, keep = _kept_logits(pack, suffixes)
-        inside = torch.arange(width) < torch.tensor([len(s) for s in suffixes])[:, None]
-        logits, _ = self.logits(
-            keep,
-            input_ids=padded([pack.tokens[suffix] for suffix in suffixes], width),
-            position_ids=torch.arange(length, length + width).expand(len(rows), -1),
-            attention_mask=torch.cat(
-                [torch.ones(len(rows), length, dtype=torch.long), inside.long()], dim=1
-            ),
-            past_key_values=cache,
-        )
-        self._fill(values, logits, pack, logit_rows)
+        logit_row = np.array([logit_rows.get(int(node), -1) for node in pack.wanted_nodes])
+        known = np.flatnonzero(logit_row >= 0)
+        values[known] = log_probabilities(logits, logit_row[known], pack.wanted_tokens[known])
+        return cache
 
     def _group_batches(self, groups: list["_PrefixGroup"]) -> Iterator[list["_PrefixGroup"]]:
         batch: list[_PrefixGroup] = []
@@ -182,31 +198,6 @@ class Forwards:
         logits = output.logits if self._slices else output.logits[keep]
         return logits, getattr(output, "past_key_values", None)
 
-    def _split_by_pack(
-        self,
-        logits: torch.Tensor,
-        batch: Sequence[int],
-        packs: Sequence[Pack],
-        wanted: Sequence[np.ndarray],
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        starts = np.cumsum([0, *(len(wanted[i]) for i in batch)])
-        rows = [
-            start + np.searchsorted(wanted[i], packs[i].wanted_nodes)
-            for start, i in zip(starts, batch, strict=False)
-        ]
-        tokens = np.concatenate([packs[i].wanted_tokens for i in batch])
-        values = log_probabilities(logits, np.concatenate(rows), tokens)
-        lengths = np.cumsum([len(pack_rows) for pack_rows in rows])[:-1]
-        yield from zip(batch, np.split(values, lengths), strict=True)
-
-    def _fill(
-        self, values: np.ndarray, logits: torch.Tensor, pack: Pack, logit_rows: dict[int, int]
-    ) -> None:
-        """Write the values of the nodes in `logit_rows` into `values`."""
-        rows = np.array([logit_rows.get(int(node), -1) for node in pack.wanted_nodes])
-        known = np.flatnonzero(rows >= 0)
-        values[known] = log_probabilities(logits, rows[known], pack.wanted_tokens[known])
-
 
 @dataclass(frozen=True, slots=True)
 class _PrefixGroup:
@@ -223,9 +214,7 @@ def _prefix_groups(pack: Pack) -> list[_PrefixGroup]:
     common = 0
     for path in _paths(pack):
         if rows:
-            length = min(common, len(path))
-            differ = np.flatnonzero(rows[0][:length] != path[:length])
-            shared = int(differ[0]) if len(differ) else length
+            shared = shared_length(rows[0][:common], path)
             longest = max(len(path), *(len(row) for row in rows))
             # A prefix leaves at least one token to every row: a forward needs one.
             shared = min(shared, len(path) - 1, *(len(row) - 1 for row in rows))

@@ -31,7 +31,6 @@ class LmEvalEngine(Engine):
         self.context = getattr(lm, "max_length", None)
 
     def score(self, requests: Sequence[Request]) -> list[list[float]]:
-        """See `Engine.score`."""
         if not requests:
             return []
         options = continuations(self.tokenizer, requests)
@@ -56,10 +55,7 @@ class LmEvalEngine(Engine):
             answers = self.lm.loglikelihood(
                 [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
             )
-        values = iter(float(answer[0]) for answer in answers)
-        scores = [[next(values) for _ in texts] for _, texts in requests]
-        self._refuse_nan(requests, scores)
-        return scores
+        return self._by_request(requests, (float(answer[0]) for answer in answers))
 
     def sample(
         self,

@@ -160,7 +160,7 @@ def _load_weights(source: str, dtype: str, options: dict[str, Any]) -> Any:
 
     # GGUF files have their own loader, which ignores use_safetensors.
     safetensors = {} if "gguf_file" in options else {"use_safetensors": True}
-    with _InputErrors(source, "model"), refuse_pickles(source):
+    with _input_errors(source, "model"), refuse_pickles(source):
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **safetensors, **options)
 
 
@@ -169,7 +169,7 @@ def _load_adapter(model: Any, source: str) -> Any:
 
     if not (Path(source) / "adapter_model.safetensors").is_file():
         raise InputError(f"{source}: no adapter_model.safetensors; save the adapter as safetensors")
-    with _InputErrors(source, "adapter"), refuse_pickles(source):
+    with _input_errors(source, "adapter"), refuse_pickles(source):
         return PeftModel.from_pretrained(model, source, is_trainable=False)
 
 
@@ -180,7 +180,7 @@ def _load_tokenizer(source: str, fallback: str, options: dict[str, Any]) -> Any:
     folder = Path(source)
     if folder.is_dir() and not any(folder.glob("tokenizer*")) and "gguf_file" not in options:
         source = fallback
-    with _InputErrors(source, "tokenizer"):
+    with _input_errors(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, **options)
 
 
@@ -194,31 +194,25 @@ def _check_vocabulary(source: str, model: Any, tokenizer: Any) -> None:
         )
 
 
-class _InputErrors:
-    """Convert the libraries' errors into one-line InputErrors with a remedy."""
-
-    def __init__(self, source: str, part: str) -> None:
-        self.source = source
-        self.part = part  # "model", "adapter" or "tokenizer"
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+@contextmanager
+def _input_errors(source: str, part: str) -> Iterator[None]:
+    """Convert the libraries' errors about `part` into one-line InputErrors with a remedy."""
+    try:
+        yield
+    except BaseException as error:
         # The libraries raise all kinds of errors; tokenizers a plain Exception, or a Rust panic.
-        panicked = type(error).__name__ == "PanicException"
-        if not (isinstance(error, Exception) or panicked):
-            return
+        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
         if isinstance(error, RuntimeError) and "out of memory" in str(error):
-            return
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = "give a model folder, or a hub id (with network, or the model in the local cache)"
-        if Path(self.source).is_dir():
+        if Path(source).is_dir():
             remedy = "the folder needs config.json, *.safetensors and the tokenizer's files"
         if "custom code" in reason:
             reason = "it needs code of its own to run"
             remedy = (
                 "if you trust that code, set trust_remote_code: true for this model in a recipe"
             )
-        message = f"{self.source}: cannot load the {self.part}: {reason.rstrip('.')}; {remedy}"
+        message = f"{source}: cannot load the {part}: {reason.rstrip('.')}; {remedy}"
         raise InputError(message) from error

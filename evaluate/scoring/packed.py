@@ -75,7 +75,6 @@ class PackedEngine(Engine):
         return pack(continuations(self.tokenizer, requests), self.pack_tokens)
 
     def score(self, requests: Sequence[Request]) -> list[list[float]]:
-        """See `Engine.score`."""
         if not requests:
             return []
         packing = self.prepare(requests)

@@ -95,10 +95,10 @@ def _packs(requests: Sequence[Sequence[Continuation]], pack_tokens: int) -> list
     wanted: list[list[int]] = [[] for _ in rows]
     for index, row in enumerate(row_of):
         wanted[row].append(index)
-    packs = []
-    for first, last in _runs(rows, pack_tokens):
-        packs.append(_pack(rows[first:last], wanted[first:last], options))
-    return packs
+    return [
+        _pack(rows[first:last], wanted[first:last], options)
+        for first, last in _runs(rows, pack_tokens)
+    ]
 
 
 def _distinct_rows(options: Sequence[Continuation]) -> tuple[list[np.ndarray], list[int]]:
@@ -114,32 +114,27 @@ def _distinct_rows(options: Sequence[Continuation]) -> tuple[list[np.ndarray], l
 
 def _runs(rows: Sequence[np.ndarray], pack_tokens: int) -> list[tuple[int, int]]:
     """Cut the sorted rows into runs [first, last) whose tries fit, where little is shared."""
-    shared = [0] + [_shared(a, b) for a, b in itertools.pairwise(rows)]
-    runs, first, size = [], 0, 0
-    sizes: list[int] = []  # of the trie of rows first..i, for every i of this run
-    for index, row in enumerate(rows):
-        added = len(row) - (shared[index] if index > first else 0)
-        while index > first and size + added > pack_tokens:
+    shared = [0] + [shared_length(a, b) for a, b in itertools.pairwise(rows)]
+    added = [len(row) - length for row, length in zip(rows, shared, strict=True)]
+    total = list(itertools.accumulate(added))
+
+    def size(first: int, last: int) -> int:
+        """Return the number of nodes of the trie of rows first..last."""
+        return len(rows[first]) + total[last] - total[first]
+
+    runs, first = [], 0
+    for index in range(len(rows)):
+        while index > first and size(first, index) > pack_tokens:
             # A cut repeats the shared prefix: take the cheapest cut in the later half.
-            later = [i for i in range(first + 1, index) if 2 * sizes[i - 1 - first] >= size]
+            half = size(first, index - 1) / 2
+            later = [i for i in range(first + 1, index) if size(first, i - 1) >= half]
             cut = min([*later, index], key=lambda i: (shared[i], -i))
             runs.append((first, cut))
             first = cut
-            sizes = list(
-                np.cumsum(
-                    [len(rows[i]) - (shared[i] if i > first else 0) for i in range(first, index)]
-                )
-            )
-            added = len(row) - (shared[index] if index > first else 0)
-            size = int(sizes[-1]) if sizes else 0
-        size += added
-        sizes.append(size)
-    if rows:
-        runs.append((first, len(rows)))
-    return runs
+    return [*runs, (first, len(rows))]
 
 
-def _shared(a: np.ndarray, b: np.ndarray) -> int:
+def shared_length(a: np.ndarray, b: np.ndarray) -> int:
     """Return the length of the common prefix."""
     length = min(len(a), len(b))
     differ = np.flatnonzero(a[:length] != b[:length])
@@ -151,7 +146,7 @@ def _pack(
 ) -> Pack:
     """Return the trie of sorted, distinct rows; `wanted` lists the options of each row."""
     lengths = np.array([len(row) for row in rows])
-    shared = np.array([0] + [_shared(a, b) for a, b in itertools.pairwise(rows)])
+    shared = np.array([0] + [shared_length(a, b) for a, b in itertools.pairwise(rows)])
     columns = np.arange(lengths.max())
     table = np.zeros((len(rows), len(columns)), dtype=np.int64)
     inside = columns < lengths[:, None]

@@ -25,7 +25,6 @@ class VllmEngine(Engine):
         self.context = int(llm.llm_engine.model_config.max_model_len)
 
     def score(self, requests: Sequence[Request]) -> list[list[float]]:
-        """See `Engine.score`."""
         from vllm import SamplingParams
 
         if not requests:
@@ -43,16 +42,14 @@ class VllmEngine(Engine):
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
         flat = [option for request in options for option in request]
         outputs = self._generate([list(option.tokens) for option in flat], params)
-        values = iter(
+        values = (
             math.fsum(
                 output.prompt_logprobs[position][option.tokens[position]].logprob
                 for position in range(option.start, len(option.tokens))
             )
             for option, output in zip(flat, outputs, strict=True)
         )
-        scores = [[next(values) for _ in request] for request in options]
-        self._refuse_nan(requests, scores)
-        return scores
+        return self._by_request(requests, values)
 
     def sample(
         self,
@@ -61,7 +58,6 @@ class VllmEngine(Engine):
         sampling: Sampling,
         stop: str | None = None,
     ) -> list[Sample]:
-        """See `Engine.sample`."""
         from vllm import SamplingParams
 
         if not prompts:
