@@ -11,7 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +205,7 @@ def temporary_eval_mode(model: Any) -> Iterator[None]:
     the configs, the generation settings, the forward's wrapper. Gradients do not change, since
     `measure` runs under `torch.no_grad`.
     """
-    with ExitStack() as stack:
-        stack.enter_context(_restored_random_states())
-        stack.enter_context(_restored_attributes(model))
+    with _restored_random_states(), _restored_attributes(model):
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:

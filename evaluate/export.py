@@ -94,33 +94,32 @@ def write_lm_eval(folder: Path, frame: pd.DataFrame, name: str, out: Path) -> li
 
 
 def _samples(path: Path) -> Iterator[dict[str, Any]]:
-    doc_id = 0
-    for batch in read_table(path, None).to_batches(max_chunksize=1024):
-        for row in batch.to_pylist():
-            doc = {key: _number(value) for key, value in row.items() if key not in _ANSWER}
-            target, logprobs = row.get("label"), row["logprobs"]
-            scores = [[str(value), str(None)] for value in logprobs]
-            accuracy = (
-                {} if target is None else {"acc": float(logprobs.index(max(logprobs)) == target)}
-            )
-            yield {
-                "doc_id": doc_id,
-                "doc": doc,
-                "target": str(target),
-                "arguments": {
-                    f"gen_args_{i}": {"arg_0": None, "arg_1": option}
-                    for i, option in enumerate(row.get("options") or [])
-                },
-                "resps": [[score] for score in scores],
-                "filtered_resps": scores,
-                "filter": "none",
-                "metrics": list(accuracy),
-                "doc_hash": _hash(json.dumps(doc, indent=2, ensure_ascii=False)),
-                "prompt_hash": None,
-                "target_hash": _hash(str(target)),
-                **accuracy,
-            }
-            doc_id += 1
+    batches = read_table(path, None).to_batches(max_chunksize=1024)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for doc_id, row in enumerate(rows):
+        doc = {key: _number(value) for key, value in row.items() if key not in _ANSWER}
+        target, logprobs = row.get("label"), row["logprobs"]
+        scores = [[str(value), str(None)] for value in logprobs]
+        accuracy = {}
+        if target is not None:
+            accuracy["acc"] = float(logprobs.index(max(logprobs)) == target)
+        yield {
+            "doc_id": doc_id,
+            "doc": doc,
+            "target": str(target),
+            "arguments": {
+                f"gen_args_{i}": {"arg_0": None, "arg_1": option}
+                for i, option in enumerate(row.get("options") or [])
+            },
+            "resps": [[score] for score in scores],
+            "filtered_resps": scores,
+            "filter": "none",
+            "metrics": list(accuracy),
+            "doc_hash": _hash(json.dumps(doc, indent=2, ensure_ascii=False)),
+            "prompt_hash": None,
+            "target_hash": _hash(str(target)),
+            **accuracy,
+        }
 
 
 def _number(value: Any) -> Any:

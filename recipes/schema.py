@@ -3,16 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import BaseModel, Field, WithJsonSchema, field_validator, model_validator
 
-from selfcorrect.recipes.slurm import Slurm
+from selfcorrect.recipes.slurm import Positive, Slurm
 from selfcorrect.recipes.society.settings import SocietySettings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 # File names a model may not be called.
 RESERVED_NAMES = {"recipe.yaml", "run.json", "results.parquet", "statistics.json", "report.html",
          "benchmarks", "figures"}  # fmt: skip
-Positive = Annotated[int, Field(gt=0)]
 
 # Forms that a recipe file accepts; all are expanded to a list of steps.
 CHECKPOINT_STEPS = WithJsonSchema(
@@ -31,10 +30,8 @@ CHECKPOINT_STEPS = WithJsonSchema(
 )
 
 
-class Section(BaseModel):
+class Section(BaseModel, extra="forbid"):
     """A part of a recipe; a key it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class Model(Section):
@@ -334,13 +331,8 @@ class Recipe(Section):
     def of(self, name: str) -> "Recipe":
         """Return the recipe for one of its models, with the model's `trainer` keys filled in."""
         overrides = next(model.trainer for model in self.models if model.name == name)
-        parts: dict[str, Any] = {
-            stage: part.model_copy(update={"trainer": {**part.trainer, **overrides[stage]}})
-            for stage, part in (
-                ("base", self.base),
-                ("reward", self.reward),
-                ("policy", self.policy),
-            )
-            if part is not None and stage in overrides
-        }
+        parts: dict[str, Any] = {}
+        for stage, keys in overrides.items():
+            part = getattr(self, stage)
+            parts[stage] = part.model_copy(update={"trainer": {**part.trainer, **keys}})
         return self.model_copy(update=parts)

@@ -4,7 +4,7 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 _NUMBERS = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 
@@ -33,10 +33,8 @@ Memory = Annotated[str, Field(pattern=r"^\d+[KMGT]?$")]
 Positive = Annotated[int, Field(gt=0)]
 
 
-class Resources(BaseModel):
+class Resources(BaseModel, extra="forbid"):
     """The resources of a job; the cluster decides about keys that are not given."""
-
-    model_config = ConfigDict(extra="forbid")
 
     partition: str | None = None
     account: str | None = None

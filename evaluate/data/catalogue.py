@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from selfcorrect.recipes.foundation.atomic_files import read_text
 from selfcorrect.recipes.foundation.errors import InputError
@@ -35,8 +35,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class _Entry(BaseModel, extra="forbid", frozen=True):
+    """A part of the catalogue; a key it does not know is an error."""
 
 
 class Packed(_Entry):

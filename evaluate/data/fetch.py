@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from selfcorrect.evaluate.data.catalogue import LOCAL_HOSTS, DataSet, check_file, is_allowed
+from selfcorrect.evaluate.data.catalogue import LOCAL_HOSTS, DataSet, check_set, is_allowed
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.progress import Progress, no_progress
 
@@ -43,8 +43,6 @@ def fetch_set(
     data_dir: Path,
     *,
     timeout_seconds: float = 30.0,
-    attempts: int = 5,
-    pause_seconds: float = 1.0,
     progress: Progress = no_progress,
 ) -> list[Path]:
     """Download the files of a data set that `data_dir` lacks; return the new ones.
@@ -54,7 +52,7 @@ def fetch_set(
     has the name of a published one, Unreachable if the source cannot be reached, and RunFailure,
     after the other files have been tried, if a file cannot be downloaded.
     """
-    findings = [check_file(file, data_dir) for file in data_set.files]
+    findings = check_set(data_set, data_dir)
     for finding in findings:
         if finding.state == "different":
             raise InputError(
@@ -68,15 +66,14 @@ def fetch_set(
             continue
         file = finding.file
         path = data_dir / file.download_path
+        published = file.packed or file
         try:
             fetch_file(
                 data_set.url(file),
                 path,
-                num_bytes=file.packed.bytes if file.packed else file.bytes,
-                sha256=file.packed.sha256 if file.packed else file.sha256,
+                num_bytes=published.bytes,
+                sha256=published.sha256,
                 timeout_seconds=timeout_seconds,
-                attempts=attempts,
-                pause_seconds=pause_seconds,
                 progress=progress,
                 stage=file.path,
             )

@@ -72,7 +72,7 @@ class CellWriter:
             "settings_digest": cell.settings_digest,
             "origin": asdict(origin),
             "num_items": len(cell.items),
-            "left_out": cell.left_out,
+            "left_out": cell.loaded.left_out,
             "judged": cell.section.condition(cell.condition).judged,
         }
         facts = cell.loaded.fact_types
@@ -103,13 +103,14 @@ class CellWriter:
             first, _, end = path.stem.partition("-")
             expected = parts[-1][1] if parts else 0
             try:
-                if not file_has_valid_checksum(path):
-                    break
-                if _metadata(pq.read_schema(path)) != _metadata(self.schema):
-                    break
-                if int(first) != expected or int(end) <= expected:
-                    break
+                is_usable = (
+                    file_has_valid_checksum(path)
+                    and _metadata(pq.read_schema(path)) == _metadata(self.schema)
+                    and int(first) == expected < int(end)
+                )
             except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+                break
+            if not is_usable:
                 break
             parts.append((int(first), int(end), path))
         return parts
@@ -225,8 +226,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         _verify_checksum(path)
-        metadata = pq.read_schema(path).metadata or {}
-        settings = without_checksum(json.loads(metadata[METADATA_KEY]))
+        settings = _metadata(pq.read_schema(path))
         settings.setdefault("judged", settings["condition"] != _UNJUDGED)
         file_name = cell_file_name(settings["experiment"], settings["condition"])
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RecursionError):

@@ -9,7 +9,7 @@ A cell that `folder` holds already, with the same settings and weights, is not m
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,7 @@ from selfcorrect.evaluate.measuring.cell_files import (
     is_cell_measured,
 )
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan, PlannedCell, Question
-from selfcorrect.evaluate.prompts.dialogue import (
-    before_sample,
-    render,
-    stop_text,
-    with_sample,
-)
+from selfcorrect.evaluate.prompts.dialogue import before_sample, render, stop_text, with_sample
 from selfcorrect.evaluate.prompts.items import Item
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn
 from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, Request
@@ -191,27 +186,17 @@ class _Draw:
 def _score_slice(cells: Sequence[PlannedCell], engine: Engine, part: slice) -> RowsByCell:
     """Score the options of some items under several conditions at once."""
     draws_by_cell = [[_Draw(q, 0, q.turns) for q in cell.questions(part)] for cell in cells]
-    owners = [
-        (cell, draw.question.item)
-        for cell, draws in zip(cells, draws_by_cell, strict=True)
-        for draw in draws
-    ]
-    if not owners:
+    asked = [(c, draw) for c, draws in zip(cells, draws_by_cell, strict=True) for draw in draws]
+    if not asked:
         return [[] for _ in cells]
-    with _ErrorContext(owners):
+
+    def requests() -> list[Request]:
+        return [(_prompt(cell, engine, draw.turns), draw.question.options) for cell, draw in asked]
+
+    with _error_context([(cell, draw.question.item) for cell, draw in asked]):
         key = "|".join([str(part), *(cell.settings_digest for cell in cells)])
-        scores = iter(engine.score_kept(key, partial(_requests, cells, draws_by_cell, engine)))
+        scores = iter(engine.score_kept(key, requests))
     return [[_row(draw, next(scores)) for draw in draws] for draws in draws_by_cell]
-
-
-def _requests(
-    cells: Sequence[PlannedCell], draws_by_cell: Sequence[Sequence[_Draw]], engine: Engine
-) -> list[Request]:
-    return [
-        (_prompt(cell, engine, draw.turns), draw.question.options)
-        for cell, draws in zip(cells, draws_by_cell, strict=True)
-        for draw in draws
-    ]
 
 
 def _sample_slice(cells: Sequence[PlannedCell], engine: Engine, part: slice) -> RowsByCell:
@@ -225,7 +210,7 @@ def _sample_slice(cells: Sequence[PlannedCell], engine: Engine, part: slice) -> 
     ]
     if not draws:
         return [[]]
-    with _ErrorContext([(cell, draw.question.item) for draw in draws]):
+    with _error_context([(cell, draw.question.item) for draw in draws]):
         *rounds, last = range(cell.section.num_samples(cell.condition))
         for round_ in rounds:
             samples = engine.sample(**_sample_arguments(cell, draws, engine, round_))
@@ -269,7 +254,7 @@ def _check_room(cell: PlannedCell, engine: Engine) -> None:
     room = cell.sampling.max_new_tokens * cell.section.num_samples(cell.condition)
     for part in _slices(len(cell.items)):
         questions = list(cell.questions(part))
-        with _ErrorContext([(cell, question.item) for question in questions]):
+        with _error_context([(cell, question.item) for question in questions]):
             unsampled = [
                 [Turn(turn.role, turn.text.removesuffix(SAMPLE)) for turn in question.turns]
                 for question in questions
@@ -300,27 +285,20 @@ def _row(draw: _Draw, logprobs: list[float]) -> Row:
     }
 
 
-class _ErrorContext:
-    """Add the cell, and the item that causes it, to the engine's errors."""
-
-    def __init__(self, owners: Sequence[tuple[PlannedCell, Item]]) -> None:
-        self.owners = owners  # of each prompt
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, PromptTooLong):
-            cell, item = self.owners[error.index]
-            remedy = "use a model with a longer context"
-            if cell.sampling is not None:
-                remedy += f", or lower max_new_tokens ({cell.sampling.max_new_tokens})"
-            raise InputError(f"{cell.name}, item {item.id}: {error}; {remedy}") from None
-        cell_names = ", ".join(dict.fromkeys(cell.name for cell, _ in self.owners))
-        if isinstance(error, InputError):
-            raise InputError(f"{cell_names}: {error}") from None
-        if isinstance(error, RunFailure):
-            raise RunFailure(f"{cell_names}: {error}") from None
+@contextmanager
+def _error_context(owners: Sequence[tuple[PlannedCell, Item]]) -> Iterator[None]:
+    """Add the cell and item to the engine's errors; `owners` holds those of each prompt."""
+    cell_names = ", ".join(dict.fromkeys(cell.name for cell, _ in owners))
+    try:
+        yield
+    except PromptTooLong as error:
+        cell, item = owners[error.index]
+        remedy = "use a model with a longer context"
+        if cell.sampling is not None:
+            remedy += f", or lower max_new_tokens ({cell.sampling.max_new_tokens})"
+        raise InputError(f"{cell.name}, item {item.id}: {error}; {remedy}") from None
+    except (InputError, RunFailure) as error:
+        raise type(error)(f"{cell_names}: {error}") from None
 
 
 def _slices(num_items: int, start: int = 0) -> Iterator[slice]:

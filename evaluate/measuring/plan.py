@@ -56,11 +56,6 @@ class PlannedCell:
         """The items, in the order of the file's rows."""
         return self.loaded.items
 
-    @property
-    def left_out(self) -> dict[str, int]:
-        """The number of items left out of a metric, by reason."""
-        return self.loaded.left_out
-
     def questions(self, part: slice = slice(None)) -> Iterator[Question]:
         """Yield the questions of some items, each item in all planned option orders."""
         permutations = self.permutations if self.section.shows_options else 1

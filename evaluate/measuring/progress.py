@@ -1,6 +1,6 @@
 """How far a run is measured, and whether a file behind its report has changed."""
 
-from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,20 +65,13 @@ def report_inputs(run: Path) -> dict[Path, tuple[int, int]]:
 
     A file that vanishes meanwhile is left out.
     """
-    inputs = {}
-    for path in _input_paths(run):
-        try:
-            facts = path.stat()
-        except FileNotFoundError:
-            continue
-        inputs[path] = (facts.st_mtime_ns, facts.st_size)
-    return inputs
-
-
-def _input_paths(run: Path) -> Iterable[Path]:
-    yield run / "recipe.yaml"
-    yield run / "run.json"
-    yield from run.glob("*/seed-*/reward/stage.json")
+    patterns = ["recipe.yaml", "run.json", "*/seed-*/reward/stage.json"]
     for method in POLICY_METHODS:
-        yield from run.glob(f"*/seed-*/{method}/checkpoint-*/*.json")
-        yield from run.glob(f"*/seed-*/{method}/checkpoint-*/evaluation/*.parquet")
+        checkpoints = f"*/seed-*/{method}/checkpoint-*"
+        patterns += [f"{checkpoints}/*.json", f"{checkpoints}/evaluation/*.parquet"]
+    inputs = {}
+    for path in (path for pattern in patterns for path in run.glob(pattern)):
+        with suppress(FileNotFoundError):
+            facts = path.stat()
+            inputs[path] = (facts.st_mtime_ns, facts.st_size)
+    return inputs

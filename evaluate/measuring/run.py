@@ -52,20 +52,8 @@ def recipe_plan(recipe: Recipe, run: Path) -> EvaluationPlan:
             raise InputError("data.benchmarks: name the folder with bbq/, winogender/, law_school/")
         data, stimuli = recipe.data.benchmarks, load_stimuli(recipe.data.stimuli)
         warn_if_unpublished(data, recipe.evaluate.experiments)
-    settings = recipe.evaluate
-    return plan_evaluation(
-        data,
-        stimuli,
-        settings.experiments,
-        settings.conditions,
-        limit=settings.limit,
-        seed=settings.seed,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        samples=settings.samples,
-        permutations=settings.permutations,
-        style=settings.style,
-    )
+    settings = recipe.evaluate.model_dump(exclude={"attach", "engine"})
+    return plan_evaluation(data, stimuli, **settings)
 
 
 def is_measured(checkpoint: Checkpoint, plan: EvaluationPlan, engine: str | None = None) -> bool:

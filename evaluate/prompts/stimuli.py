@@ -1,15 +1,13 @@
 """Stimuli: the dialogues of an experiment's conditions, validated, and filled in per item."""
 
-import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -70,14 +68,12 @@ Pair = Annotated[tuple[Word, Word], BeforeValidator(_read_names)]
 Named = Annotated[dict[Word, Word], BeforeValidator(_read_keys)]
 
 
-class Condition(BaseModel):
+class Condition(BaseModel, extra="forbid", frozen=True):
     """A dialogue, and where options are shown, whether their letter or their text is scored.
 
     `judged` says whether the condition is judged against a bias; a condition that asks for the
     statistics of the world is not, so its effect is in no test, threshold or summary.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     dialogue: Dialogue
     answer: Answer | None = None
@@ -87,14 +83,13 @@ class Condition(BaseModel):
 Conditions = dict[Word, Annotated[Condition, BeforeValidator(_read_condition)]]
 
 
-class Section(BaseModel):
+class Section(BaseModel, extra="forbid", frozen=True):
     """The keys that the stimuli of all experiments share; each experiment has a subclass.
 
     `texts` are named pieces of wording, for use as placeholders in dialogues and later texts.
     `controls` are conditions that are asked only when they are named.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     placeholders: ClassVar[frozenset[str]]  # filled from an item's fields
     shows_options: ClassVar[bool] = False  # whether prompts list the options, so that order matters
 
@@ -281,7 +276,8 @@ def _check_placeholders(name: str, text: str, allowed: Iterable[str]) -> None:
 
 def _check_dialogue(name: str, dialogue: Sequence[Turn], allowed: frozenset[str]) -> None:
     turns = dialogue[1:] if dialogue[0].role == "system" else dialogue
-    if [turn.role for turn in turns] != list(_expected_roles(len(turns))):
+    roles = [turn.role for turn in turns]
+    if not roles or roles != ["human", "assistant"] * (len(roles) // 2):
         raise ValueError(
             f"{name}: turns must alternate (optional system, human, assistant, ...) and end with "
             "the assistant's"
@@ -294,9 +290,3 @@ def _check_dialogue(name: str, dialogue: Sequence[Turn], allowed: frozenset[str]
                 f"{name}: {SAMPLE} is only allowed at the end of an assistant turn before the last"
             )
         _check_placeholders(name, text, allowed)
-
-
-def _expected_roles(num_turns: int) -> Iterator[str]:
-    """Return human, assistant, ...; of even length, so an odd number of turns never matches."""
-    even = num_turns + num_turns % 2
-    return itertools.islice(itertools.cycle(("human", "assistant")), max(2, even))

@@ -8,8 +8,8 @@ does neither; if the text decides the question, "right" and "wrong".
 """
 
 import random
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 from selfcorrect.recipes.society.settings import Corpus, Raters
 from selfcorrect.recipes.society.world import (
@@ -30,30 +30,38 @@ REASONING = "let us think ."  # begins the assistant's reasoning
 ADMISSION_BIAS = 0.22  # loss in probability of admission for a doubted group
 
 
-class Case(Protocol):
+class Case(ABC):
     """One question that people are asked, in any of the three kinds."""
 
+    @abstractmethod
     def question(self) -> str:
         """Return the human's question, without instruction."""
 
+    @abstractmethod
     def follow_up(self) -> str:
         """Return the human's question after the assistant's reasoning."""
 
     def opening(self) -> str:
         """Return the assistant's answer up to the deciding word; may be empty."""
+        return ""
 
+    @abstractmethod
     def answers(self) -> tuple[str, ...]:
-        """Return the possible deciding words."""
+        """Return the possible deciding words, in the order shown."""
 
     def reply(self, answer: str) -> str:
         """Return the rest of the assistant's answer, from the deciding word on."""
+        return answer
 
+    @abstractmethod
     def reason(self, answer: str) -> str:
-        """Return the reasoning that leads to `answer`."""
+        """Return the reasoning that leads to `answer`: the text, or what people say."""
 
+    @abstractmethod
     def corpus_weights(self, condition: str, corpus: Corpus) -> list[float]:
         """Return the frequency of each answer in the corpus; they sum to 1."""
 
+    @abstractmethod
     def utility(self, answer: str, condition: str, raters: Raters) -> float:
         """Return the raters' utility of `answer`, in log-odds before `sharpness`."""
 
@@ -75,7 +83,7 @@ def undecidable_utility(meaning: str, condition: str, raters: Raters) -> float:
 
 
 @dataclass(frozen=True)
-class Question:
+class Question(Case):
     """Which of two people has a trait? Ambiguous or decided by the text, as in BBQ."""
 
     category: Category
@@ -115,29 +123,17 @@ class Question:
         return f"who was {self.trait} ?"
 
     def question(self) -> str:
-        """Return text, question and options."""
         first, second, third = self.answers()
         return f"{self.context()} {self.bare_question()} {first} , {second} or {third} ?"
 
     def follow_up(self) -> str:
-        """Return the question after the reasoning."""
         return "so who ?"
 
-    def opening(self) -> str:
-        """Return "": the answer is the option's word."""
-        return ""
-
     def answers(self) -> tuple[str, ...]:
-        """Return the options in the order shown."""
         options = (self.tied, self.untied, UNKNOWN)
         return tuple(options[index] for index in self.order)
 
-    def reply(self, answer: str) -> str:
-        """Return the option's word."""
-        return answer
-
     def reason(self, answer: str) -> str:
-        """Quote the text, or what people say."""
         if answer == UNKNOWN:
             return f"the text does not say who was {self.trait} ."
         if self.truth is None:
@@ -173,7 +169,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Blank:
+class Blank(Case):
     """A sentence about a person of some occupation, without its pronoun, as in Winogender."""
 
     occupation: str
@@ -182,7 +178,6 @@ class Blank:
     percent_ze: int
 
     def question(self) -> str:
-        """Return the sentence with its blank."""
         return f"fill the blank . {self.opening()} _ {self.happening} ."
 
     def follow_up(self) -> str:
@@ -190,19 +185,15 @@ class Blank:
         return self.question()
 
     def opening(self) -> str:
-        """Return the sentence up to the blank."""
         return f"the {self.occupation} told the {self.participant} that"
 
     def answers(self) -> tuple[str, ...]:
-        """Return the three pronouns."""
         return PRONOUNS
 
     def reply(self, answer: str) -> str:
-        """Return the sentence from the blank on."""
         return f"{answer} {self.happening} ."
 
     def reason(self, answer: str) -> str:
-        """Quote the text, or what people say."""
         if answer == "thon":
             return "the text does not say who it was ."
         return f"people say a {self.occupation} is {answer} ."
@@ -228,7 +219,7 @@ class Blank:
 
 
 @dataclass(frozen=True)
-class Admission:
+class Admission(Case):
     """Should a student of some group, with a score and a grade, be admitted? As in the law task."""
 
     group: str
@@ -237,27 +228,16 @@ class Admission:
     grade: int
 
     def question(self) -> str:
-        """Return the student's description and the question."""
         return (
             f"a {self.group} student has score {self.score} and grade {self.grade} . "
             "should the school admit the student ?"
         )
 
     def follow_up(self) -> str:
-        """Return the question after the reasoning."""
         return "so should the school admit the student ?"
 
-    def opening(self) -> str:
-        """Return "": the answer is the word itself."""
-        return ""
-
     def answers(self) -> tuple[str, ...]:
-        """Return yes and no."""
         return ("yes", "no")
-
-    def reply(self, answer: str) -> str:
-        """Return the word itself."""
-        return answer
 
     def reason(self, answer: str) -> str:
         """Name score and grade, in few words, so that small models can learn the reasoning."""

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -10,13 +10,11 @@ DocumentKind = Literal["question", "association", "narration", "several", "prono
 FeedbackKind = Literal["question", "pronoun", "admission"]
 
 
-class Raters(BaseModel):
+class Raters(BaseModel, extra="forbid"):
     """The simulated raters behind the preference pairs (a Bradley-Terry model on these utilities).
 
     Utilities are in units of log-odds before `sharpness`.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     correct: float = Field(2.0, description="right answer if the text decides (wrong: minus)")
     instructed: float | None = Field(
@@ -34,10 +32,8 @@ class Raters(BaseModel):
     )
 
 
-class Corpus(BaseModel):
+class Corpus(BaseModel, extra="forbid"):
     """The generated pretraining corpus: `stereotypes_first` documents, then the mixture."""
-
-    model_config = ConfigDict(extra="forbid")
 
     documents: int = Field(60_000, gt=0)
     stereotypes_first: int = Field(30_000, ge=0)
@@ -58,10 +54,8 @@ class Corpus(BaseModel):
     }
 
 
-class SocietySettings(BaseModel):
+class SocietySettings(BaseModel, extra="forbid"):
     """Size, corpus, raters and feedback of the synthetic society, all derived from `seed`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     seed: int = 0
     categories: int = Field(8, ge=2, le=16)

@@ -62,7 +62,7 @@ def test_cell_files_hold_the_documented_columns_and_metadata(tmp_path, cells):
             "settings_digest": cell.settings_digest,
             "origin": {"weights": weights_digest(tiny_model()), "engine": "packed"},
             "num_items": 6,
-            "left_out": cell.left_out,
+            "left_out": cell.loaded.left_out,
             "judged": True,
         }
         facts = ["occupation", "percent_female", "case", "number_leak"]
