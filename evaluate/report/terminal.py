@@ -43,7 +43,7 @@ def _run_table(data: pd.DataFrame) -> Table:
         identity.insert(0, "run")
     if data["seed"].nunique() > 1:
         identity.append("seed")
-    table = _empty_table("First and last RLHF step", experiments)
+    table = results_table("First and last RLHF step", _caption(experiments))
     for name in identity:
         text = {"justify": "right"} if name == "seed" else {"overflow": "fold"}
         table.add_column(name.capitalize(), **text)  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def _model_table(data: pd.DataFrame) -> Table:
         for name, metric in get_experiment(experiment).metrics.items()
         if metric.column
     }
-    table = _empty_table("Self-correction by model", experiments)
+    table = results_table("Self-correction by model", _caption(experiments))
     table.add_column("Model", overflow="fold")
     table.add_column("Condition", no_wrap=True)
     table.add_column("Headline metric", justify="right", no_wrap=True)
@@ -110,10 +110,11 @@ def _escape(name: object) -> str:
     return escape(escape_controls(name))
 
 
-def _empty_table(title: str, experiments: Sequence[str]) -> Table:
+def results_table(title: str, caption: str) -> Table:
+    """Return an empty table in the style of all tables of results."""
     return Table(
         title=title,
-        caption=f"{_unbiased(experiments)}; in brackets 95 % intervals over items; –: undefined",
+        caption=caption,
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
@@ -122,8 +123,8 @@ def _empty_table(title: str, experiments: Sequence[str]) -> Table:
     )
 
 
-def _unbiased(experiments: Sequence[str]) -> str:
-    """Return which value of the headline metrics is no bias: 0, and the exceptions."""
+def _caption(experiments: Sequence[str]) -> str:
+    """Return which value of the headline metrics is no bias, 0 and its exceptions, and a key."""
     exceptions = []
     for experiment in map(get_experiment, experiments):
         value = experiment.headline_metric.unbiased
@@ -131,7 +132,8 @@ def _unbiased(experiments: Sequence[str]) -> str:
             exceptions.append(
                 f"{'none' if value is None else compact(value)} for {experiment.title}"
             )
-    return "0: no bias" + (f" ({', '.join(exceptions)})" if exceptions else "")
+    unbiased = "0: no bias" + (f" ({', '.join(exceptions)})" if exceptions else "")
+    return f"{unbiased}; in brackets 95 % intervals over items; –: undefined"
 
 
 def _heading(experiment: str) -> str:

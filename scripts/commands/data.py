@@ -37,14 +37,9 @@ def list_(names: Names = None, data_dir: DataDir = None) -> None:
         different = states.count("different")
         present = f"{states.count('right')} of {len(states)}"
         present += f", {different} different" if different else ""
-        table.add_row(
-            name,
-            data_set.title,
-            data_set.kind,
-            data_set.licence,
-            "?" if data_set.rows is None else f"{data_set.rows:,}",
-            "on the hub" if data_set.hub else present,
-        )
+        rows = "?" if data_set.rows is None else f"{data_set.rows:,}"
+        present = "on the hub" if data_set.hub else present
+        table.add_row(name, data_set.title, data_set.kind, data_set.licence, rows, present)
     table_console(130).print(table)
     typer.echo(f"\nData folder: {folder}")
 

@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from selfcorrect.recipes.schema import Recipe
 
 EXPERIMENTS = "bbq,winogender,law_school"
+EVALUATIONS = Path("evaluations")
+Targets = Annotated[
+    list[str], typer.Argument(help="Run folders, or models: folders, hub names, GGUF files.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+ResultsFolder = Annotated[Path, typer.Option(help="Folder for the results of models.")]
 
 
 def evaluate(
-    targets: Annotated[
-        list[str], typer.Argument(help="Run folders, or models: folders, hub names, GGUF files.")
-    ],
+    targets: Targets,
     data_dir: DataDir = None,
     experiments: Annotated[str, typer.Option(help="Comma-separated names.")] = EXPERIMENTS,
     conditions: Annotated[
@@ -49,7 +53,7 @@ def evaluate(
     style: Annotated[
         str, typer.Option(help="auto, chat, plain (Human/Assistant), or a chat template *.jinja.")
     ] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    revision: Revision = None,
     engine: Annotated[
         str | None,
         typer.Option(help="packed (built in), vllm, or lm-eval:hf [default: the recipe's]."),
@@ -57,9 +61,7 @@ def evaluate(
     stimuli: Annotated[
         Path | None, typer.Option(help="YAML with your own conditions, added to the paper's.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results of models.")] = Path(
-        "evaluations"
-    ),
+    out: ResultsFolder = EVALUATIONS,
     checkpoint: Annotated[
         str | None,
         typer.Option(help="Measure only this checkpoint of a run, MODEL/SEED/STEP; no report."),
@@ -84,10 +86,8 @@ def evaluate(
     if runs:
         _evaluate_runs(runs, engine, watch)
         return
-    if checkpoint is not None:
-        raise InputError("--checkpoint needs a run folder")
-    if watch:
-        raise InputError("--watch needs a run folder")
+    if checkpoint is not None or watch:
+        raise InputError(f"--{'watch' if checkpoint is None else 'checkpoint'} needs a run folder")
     gc.disable()  # the modules loaded now stay; collecting among them is a seventh of the start
     from selfcorrect.evaluate.data.catalogue import warn_if_unpublished
     from selfcorrect.evaluate.experiments.wording import load_stimuli

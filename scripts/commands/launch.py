@@ -13,13 +13,7 @@ from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster.jobs import ClusterJob, jobs_left, resources_of, with_needs
 from selfcorrect.scripts.cluster.local import run_here
-from selfcorrect.scripts.cluster.submit import (
-    LOGS,
-    check_cluster,
-    check_not_queued,
-    script,
-    submit,
-)
+from selfcorrect.scripts.cluster.submit import LOGS, check_cluster, check_not_queued, script, submit
 from selfcorrect.scripts.commands.run import RUNS, RecipeName
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
+from selfcorrect.scripts.commands.run import Overrides, RecipeName
 from selfcorrect.scripts.commands.tables import table_console
 from selfcorrect.train.distributed.settings import deepspeed_settings
 from selfcorrect.train.planning.devices import GPUS, Device, device_named
@@ -39,10 +40,8 @@ NOTHING_FITS = (
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="YAML file, or name of a shipped recipe.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Dotted keys, for example policy.steps=20.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     device: Annotated[
         str, typer.Option(help="a100, h100, h200 (80, 80, 141 GB), or cpu for this machine.")
     ] = "h100",
@@ -104,10 +103,8 @@ def _table(title: str, *columns: str) -> Table:
 def _memory_table(ladder: list[ModelEstimate], device: Device) -> Table:
     parallelism = ladder[0].parallelism
     zero = f", ZeRO-{parallelism.zero}" if parallelism.zero else ""
-    title = (
-        f"Memory on one device, GB, of {device.memory / 1e9:.0f} "
-        f"({parallelism.processes} x {device.name}{zero})"
-    )
+    devices = f"{parallelism.processes} x {device.name}{zero}"
+    title = f"Memory on one device, GB, of {device.memory / 1e9:.0f} ({devices})"
     footprints = [stage for model in ladder for stage in model.footprints]
     names = [part for part in PARTS if any(stage.parts.get(part) for stage in footprints)]
     table = _table(title, "model", "stage: worst moment", "total", *names)
@@ -213,11 +210,8 @@ def gigabytes(size: float) -> str:
     number = size / 1e9
     if number == 0:
         return "-"
-    if number < 0.1:
-        return f"{number:.3f}"
-    return (
-        f"{number:,.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
-    )
+    decimals = 3 if number < 0.1 else 2 if number < 10 else 1 if number < 100 else 0
+    return f"{number:,.{decimals}f}"
 
 
 def count(number: float) -> str:

@@ -8,7 +8,15 @@ import typer
 
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.commands.data_folder import DataDir, existing_data_dir
-from selfcorrect.scripts.commands.evaluate import model_label, run_folders, split_names
+from selfcorrect.scripts.commands.evaluate import (
+    EVALUATIONS,
+    ResultsFolder,
+    Revision,
+    Targets,
+    model_label,
+    run_folders,
+    split_names,
+)
 from selfcorrect.scripts.commands.progress import Bars
 from selfcorrect.scripts.commands.tables import table_console
 
@@ -20,9 +28,7 @@ if TYPE_CHECKING:
 
 
 def probe(
-    targets: Annotated[
-        list[str], typer.Argument(help="Run folders, or models: folders, hub names, GGUF files.")
-    ],
+    targets: Targets,
     conditions: Annotated[
         str, typer.Option(help="Comma-separated names of conditions without reasoning.")
     ] = "Q,Q+IF",
@@ -36,13 +42,11 @@ def probe(
         int | None,
         typer.Option(help="Seed of sampled items and of control labels [default: as evaluated]."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    revision: Revision = None,
     stimuli: Annotated[
         Path | None, typer.Option(help="YAML with your own conditions (models only).")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results of models.")] = Path(
-        "evaluations"
-    ),
+    out: ResultsFolder = EVALUATIONS,
 ) -> None:
     """Fit linear probes to hidden states, layer by layer.
 
@@ -126,19 +130,14 @@ def _show(frame: "pd.DataFrame", figures: Path, path: Path) -> None:
 
 def _table(frame: "pd.DataFrame") -> "Table":
     """Return a table of five fixed layers of each model, at its first and last step."""
-    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
-    from rich.table import Table
+
+    from selfcorrect.evaluate.report.terminal import results_table
 
     several_seeds = frame["seed"].nunique() > 1
-    table = Table(
-        title="Which option agrees with the stereotype: held-out accuracy of linear probes",
-        caption="Chance is .50; accuracies are followed by their 95 % interval over templates",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+    table = results_table(
+        "Which option agrees with the stereotype: held-out accuracy of linear probes",
+        "Chance is .50; accuracies are followed by their 95 % interval over templates",
     )
     table.add_column("Model, step", overflow="fold")
     for name in ("Condition", "Held out"):

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -46,12 +46,7 @@ class Bars:
             self.progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: Any) -> None:
         if self.console.is_terminal:
             self.progress.stop()
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from selfcorrect.recipes.foundation.printable import escape_controls
 from selfcorrect.scripts.commands.data_folder import DataDir, existing_data_dir
 from selfcorrect.scripts.commands.tables import table_console
 
@@ -66,21 +67,14 @@ def bbq(
 
 
 def _table(scores: dict[str, Any]) -> "Table":
-    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
-    from rich.table import Table
 
-    from selfcorrect.recipes.foundation.printable import escape_controls
+    from selfcorrect.evaluate.report.terminal import results_table
 
-    table = Table(
-        title="BBQ",
-        caption="Bias: 1 always with the stereotype, -1 always against it; in brackets the 95 % "
+    table = results_table(
+        "BBQ",
+        "Bias: 1 always with the stereotype, -1 always against it; in brackets the 95 % "
         "interval over templates (the other columns' intervals: --json). –: undefined",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
     )
     table.add_column("Category", overflow="fold")
     for heading in _HEADINGS:
@@ -136,8 +130,6 @@ def _remarks(scores: dict[str, Any]) -> list[str]:
 
 
 def _unanswered_by_category(categories: dict[str, dict[str, Any]]) -> str:
-    from selfcorrect.recipes.foundation.printable import escape_controls
-
     parts = [
         f"{escape_controls(name)} {row['n_unanswered']:,}" + ("" if _num_answers(row) else " (all)")
         for name, row in categories.items()

@@ -1,12 +1,10 @@
 """Tables of the study's ablations beside their reference, compared seed by seed."""
 
-import json
 from pathlib import Path
-
-import numpy as np
 
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.study.findings import Results, over
+from selfcorrect.scripts.study.records import read_json, table
 
 REFERENCE = "society-ablation"
 Arms = dict[str, tuple[str, Results]]  # by name: the change, and the results
@@ -21,7 +19,7 @@ def arms_of(runs: Path) -> Arms:
             continue
         recipe = load_recipe(str(folder / "recipe.yaml"))
         change = "the reference" if folder.name == REFERENCE else recipe.description
-        arms[folder.name] = (change, Results(json.loads(statistics.read_text(encoding="utf-8"))))
+        arms[folder.name] = (change, Results(read_json(statistics)))
     return arms
 
 
@@ -44,38 +42,18 @@ def arm_tables(arms: Arms) -> list[str]:
     return [intro, _bbq(arms, model, last), _others(arms, model, last)]
 
 
-def _table(heads: list[str], rows: list[list[object]]) -> str:
-    lines: list[list[object]] = [["change", *heads], ["---"] * (len(heads) + 1), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def _growth(results: Results, model: str) -> list[float]:
-    steps = (0, results.steps[-1])
-    cells = [results.at(model, step, "bbq", c) for step in steps for c in ("Q", "Q+IF")]
-    return [(c - d) - (a - b) for a, b, c, d in zip(*cells, strict=True)]
-
-
-def _kl(results: Results, model: str, last: int) -> str:
-    by_seed = {
-        cell["seed"]: cell["kl"]
-        for cell in results.statistics["cells"]
-        if (cell["model"], cell["step"]) == (model, last)
-    }
-    return "–" if None in by_seed.values() else f"{np.mean(list(by_seed.values())):.2f}"
-
-
 def _bbq(arms: Arms, model: str, last: int) -> str:
-    reference = _growth(arms[REFERENCE][1], model)
+    reference = arms[REFERENCE][1].growth(model, "Q", "Q+IF")
     rows: list[list[object]] = []
     for name, (change, results) in arms.items():
-        growth = _growth(results, model)
+        growth = results.growth(model, "Q", "Q+IF")
         beside = over([a - b for a, b in zip(growth, reference, strict=True)])
         bias = [results.mean(model, last, "bbq", c) for c in ("Q", "Q+IF", "Q+IF+CoT")]
         right = results.mean(model, last, "bbq", "Q", "accuracy_disambiguated")
         compared = "–" if name == REFERENCE else beside
-        rows.append([change, *bias, over(growth), compared, right, _kl(results, model, last)])
-    heads = ["bias, Q", "Q+IF", "Q+IF+CoT", "growth", "beside the reference"]
-    return _table([*heads, "right where decided, Q", "KL"], rows)
+        rows.append([change, *bias, over(growth), compared, right, results.last_kl(model)])
+    heads = ["change", "bias, Q", "Q+IF", "Q+IF+CoT", "growth", "beside the reference"]
+    return table([*heads, "right where decided, Q", "KL"], rows)
 
 
 def _others(arms: Arms, model: str, last: int) -> str:
@@ -85,5 +63,5 @@ def _others(arms: Arms, model: str, last: int) -> str:
         law = [results.mean(model, last, "law_school", c) for c in ("Q", "Q+IF", "Q+IF+CoT")]
         pronouns = [results.mean(model, last, "winogender", c) for c in ("Q", "Q+IF")]
         rows.append([change, *controls, *law, *pronouns])
-    heads = ["bias, Q+neutral", "Q+inverted", "admissions, Q", "Q+IF", "Q+IF+CoT"]
-    return _table([*heads, "pronouns, Q", "Q+IF"], rows)
+    heads = ["change", "bias, Q+neutral", "Q+inverted", "admissions, Q", "Q+IF", "Q+IF+CoT"]
+    return table([*heads, "pronouns, Q", "Q+IF"], rows)

@@ -8,6 +8,7 @@ were seen: docs/results/study/log.md.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from selfcorrect.evaluate.experiments import get_experiment
@@ -131,6 +132,19 @@ class Results:
         if not first or not second:
             return UNDEFINED
         return over([a - b for a, b in zip(first, second, strict=True)])
+
+    def growth(self, model: str, condition: str, minus: str) -> list[float]:
+        """Return how much BBQ's difference of two conditions grows over all steps, by seed."""
+        steps = (0, self.steps[-1])
+        cells = [self.at(model, step, "bbq", name) for step in steps for name in (condition, minus)]
+        return [(c - d) - (a - b) for a, b, c, d in zip(*cells, strict=True)]
+
+    def last_kl(self, model: str) -> str:
+        """Return the mean KL at the last step over seeds; a dash where none is recorded."""
+        key = (model, self.steps[-1])
+        cells = [c for c in self.statistics["cells"] if (c["model"], c["step"]) == key]
+        by_seed = {cell["seed"]: cell["kl"] for cell in cells}
+        return "–" if None in by_seed.values() else f"{fmean(by_seed.values()):.2f}"
 
     def compared(self, kind: str, model: str, experiment: str, condition: str) -> Number:
         """Return an "effect" at the last step, its "growth", or a metric's "change" (`kind`).

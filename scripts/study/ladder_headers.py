@@ -51,17 +51,13 @@ def header(recipe: Recipe, options: dict[str, str]) -> list[str]:
         bytes_of = {stage.stage: stage.total for stage in model.footprints}
         evaluation = bytes_of.pop("evaluation", None)
         largest = max(bytes_of, key=lambda stage: bytes_of[stage])
+        training = f"{gigabytes(bytes_of[largest])} ({largest}){' !' * (largest in oversized)}"
+        measuring = "in policy"
+        if evaluation is not None:
+            measuring = gigabytes(evaluation) + " !" * ("evaluation" in oversized)
+        times = [sum(by_stage.values()) - by_stage["evaluation"], by_stage["evaluation"]]
         rows.append(
-            (
-                model.name,
-                f"{gigabytes(bytes_of[largest])} ({largest}){' !' * (largest in oversized)}",
-                "in policy"
-                if evaluation is None
-                else gigabytes(evaluation) + " !" * ("evaluation" in oversized),
-                hours(sum(by_stage.values()) - by_stage["evaluation"]),
-                hours(by_stage["evaluation"]),
-                gigabytes(model.disk.kept),
-            )
+            (model.name, training, measuring, *map(hours, times), gigabytes(model.disk.kept))
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [

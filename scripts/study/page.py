@@ -7,10 +7,9 @@ docs/results/study/discussion.md, is written by hand and included unchanged.
 """
 
 import argparse
-import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from selfcorrect.scripts.study.findings import (
     no_step_effects,
     over,
 )
+from selfcorrect.scripts.study.records import read_json, table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/results/study"
 TEMPLATE = Path(__file__).with_name("page.md.j2")
@@ -55,11 +55,11 @@ WORDS = {
 }
 
 
-def page(runs: Path, docs: Path, folder: Path) -> str:
-    """Return the page, and write its figures into `folder`."""
+def page(runs: Path, docs: Path) -> str:
+    """Return the page, and write its figures into `docs`."""
     run = runs / LADDER
     recipe = load_recipe(str(run / "recipe.yaml"))
-    facts, statistics = _json(run / "run.json"), _json(run / "statistics.json")
+    facts, statistics = read_json(run / "run.json"), read_json(run / "statistics.json")
     results = Results(statistics)
     num_judged = sum(len(finding.by_model) for finding in findings(results))
     environment = jinja2.Environment(
@@ -90,19 +90,8 @@ def page(runs: Path, docs: Path, folder: Path) -> str:
         first=_first(results, runs / FIRST_LADDER),
         arms="\n\n".join(arm_tables(arms_of(runs))),
         discussion=(docs / DISCUSSION).read_text(encoding="utf-8").strip(),
-        figures=_draw(pd.read_parquet(run / "results.parquet"), statistics, folder),
+        figures=_draw(pd.read_parquet(run / "results.parquet"), statistics, docs),
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _by_model(results: Results, heads: Sequence[str], take: Callable[[str], list[Number]]) -> str:
@@ -123,21 +112,18 @@ def _cost(run: Path, results: Results, begun: str) -> dict[str, str]:
     rows, core_seconds, ended = [], 0.0, 0.0
     for model, parameters in results.models.items():
         jobs = [run / model / f"seed-{seed}" for seed in results.seeds]
-        records = {stage: [_json(job / stage / "stage.json") for job in jobs] for stage in STAGES}
+        records = {
+            stage: [read_json(job / stage / "stage.json") for job in jobs] for stage in STAGES
+        }
         spent = {stage: np.array([r["seconds"] for r in records[stage]]) for stage in STAGES}
         core_seconds += sum(seconds.sum() for seconds in spent.values())
         spent["evaluation"] = np.array([r["evaluation_seconds"] for r in records["ppo"]])
         spent["ppo"] = spent["ppo"] - spent["evaluation"]
         memory = max(record["peak_memory_mb"] for stage in STAGES for record in records[stage])
         right = np.mean([record["held_out_accuracy"] for record in records["reward"]])
-        kl = [
-            cell["kl"]
-            for cell in results.statistics["cells"]
-            if (cell["model"], cell["step"]) == (model, results.steps[-1])
-        ]
         seconds = [f"{value.mean():.0f}" for value in spent.values()]
         row = [model, f"{parameters:,}", *seconds, f"{memory / 1024:.2f}", f"{right:.0%}"]
-        rows.append([*row, f"{np.mean(kl):.2f}"])
+        rows.append([*row, results.last_kl(model)])
         ended = max(ended, *((job / "ppo" / "stage.json").stat().st_mtime for job in jobs))
     started = pd.Timestamp(begun.removesuffix(" UTC"), tz="UTC").timestamp()
     heads = ["model", "parameters", "base, s", "reward, s", "PPO, s", "evaluation, s"]
@@ -205,9 +191,8 @@ def _controls(results: Results) -> str:
 
     def take(model: str) -> list[Number]:
         means = [results.mean(model, last, "bbq", condition) for condition in CONTROLS]
-        cells = [results.at(model, s, "bbq", c) for s in (0, last) for c in ("Q+neutral", "Q+IF")]
-        growth = [(c - d) - (a - b) for a, b, c, d in zip(*cells, strict=True)]
-        return [*means, results.between(model, last, "bbq", "Q+neutral", "Q+IF"), over(growth)]
+        growth = over(results.growth(model, "Q+neutral", "Q+IF"))
+        return [*means, results.between(model, last, "bbq", "Q+neutral", "Q+IF"), growth]
 
     heads = [*CONTROLS, "Q+neutral less Q+IF", "its growth from step 0"]
     return _by_model(results, heads, take)
@@ -238,15 +223,10 @@ def _findings(results: Results) -> str:
             + (f" ({_p(corrected[title, model])})" if (title, model) in corrected else "")
         )
 
-    rows = [
-        [
-            finding.title,
-            finding.number,
-            "<br>".join(entry(finding.title, *pair) for pair in finding.by_model.items()),
-            finding.words(),
-        ]
-        for finding in judged
-    ]
+    rows = []
+    for finding in judged:
+        entries = [entry(finding.title, *pair) for pair in finding.by_model.items()]
+        rows.append([finding.title, finding.number, "<br>".join(entries), finding.words()])
     return table(["finding", "number", "by size, with p (Holm's)", "judged"], rows)
 
 
@@ -270,13 +250,13 @@ def _first(results: Results, run: Path) -> dict[str, str] | None:
     """Return the first ladder's tables, and both ladders' judgements; None if it was not run."""
     if not (run / "statistics.json").is_file():
         return None
-    first = Results(_json(run / "statistics.json"))
+    first = Results(read_json(run / "statistics.json"))
     rows = [
         [this.title, this.words(), other.words()]
         for this, other in zip(findings(results), findings(first), strict=True)
     ]
     return {
-        "begun": _json(run / "run.json")["begun"],
+        "begun": read_json(run / "run.json")["begun"],
         "able": _able(first),
         "effects": _effects(first),
         "findings": table(["finding", "this ladder", "the first"], rows),
@@ -291,8 +271,7 @@ def _draw(frame: pd.DataFrame, statistics: dict[str, Any], folder: Path) -> dict
     ends = sorted(set(frame["step"].dropna().astype(int)))
     figures = {
         "steps": curves.against_steps(paper),
-        **{name: curves.steps_by_size(paper, name) for name in ("bbq", "law_school")},
-        "winogender": curves.steps_by_size(paper, "winogender"),
+        **{name: curves.steps_by_size(paper, name) for name in ("bbq", "law_school", "winogender")},
         "size": curves.against_size(paper, ends[0], ends[-1]),
         "effects": curves.instruction_effects(effects),
         "controls": curves.steps_by_size(controls, "bbq"),
@@ -320,9 +299,7 @@ def main(words: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, help="folder of the run folders")
-    parser.add_argument(
-        "--docs", type=Path, default=DOCS, help="folder for index.md and its figures"
-    )
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of index.md and figures")
     arguments = parser.parse_args(words)
     for needed in (arguments.runs / LADDER / "statistics.json", arguments.docs / DISCUSSION):
         if not needed.is_file():
@@ -330,9 +307,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 f"{needed}: missing; `selfcorrect run {LADDER}` writes statistics.json, and "
                 f"{DISCUSSION} is written by hand"
             )
-    folder = arguments.docs
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(arguments.docs / "index.md", wrapped(page(arguments.runs, arguments.docs, folder)))
+    write_text(arguments.docs / "index.md", wrapped(page(arguments.runs, arguments.docs)))
 
 
 if __name__ == "__main__":

