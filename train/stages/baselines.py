@@ -156,8 +156,10 @@ def sft_arguments(policy: Policy, arguments: PPOConfig) -> SFTConfig:
 
     `arguments` hold the settings that the run itself decides. Raises InputError for a wrong value.
     """
-    own = sft_only_keys(policy)
-    shared = {key: policy.trainer[key] for key in policy.trainer.keys() & _fields(SFTConfig) - own}
+    sft_keys = sft_only_keys(policy)
+    shared = {
+        key: policy.trainer[key] for key in policy.trainer.keys() & _fields(SFTConfig) - sft_keys
+    }
     run = ("output_dir", "seed", "save_strategy", "save_total_limit", "max_steps", "logging_steps")
     fixed = {key: getattr(arguments, key) for key in run}
     defaults = {**SFT_DEFAULTS, "lr_scheduler_type": "constant", "adam_epsilon": 1e-5, **shared}
@@ -165,7 +167,7 @@ def sft_arguments(policy: Policy, arguments: PPOConfig) -> SFTConfig:
     return build(  # type: ignore[no-any-return]
         SFTConfig,
         "policy.trainer",
-        {key: policy.trainer[key] for key in own},
+        {key: policy.trainer[key] for key in sft_keys},
         defaults,
         {**fixed, **NO_CODE},
     )

@@ -55,8 +55,8 @@ def policy_arguments(
     if policy.method == "grpo":
         defaults |= GRPO_DEFAULTS
     if policy.method == "sft":
-        own = sft_only_keys(policy)
-        keys = {key: value for key, value in keys.items() if key not in own}
+        sft_keys = sft_only_keys(policy)
+        keys = {key: value for key, value in keys.items() if key not in sft_keys}
     probe = build(PPOConfig, "policy.trainer", keys, defaults, fixed)
     fixed["max_steps"] = policy.steps * probe.updates_per_rollout
     defaults["logging_steps"] = probe.updates_per_rollout  # one entry a step
