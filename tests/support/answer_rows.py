@@ -69,7 +69,7 @@ def published(name):
 
 
 def measured_by_a_tiny_model(data_dir, out, name, conditions=None, **settings):
-    """Return {condition: (rows, metadata)} of a random model that knows every word of the prompts."""
+    """Return {condition: (rows, metadata)} of a random model that knows every prompt word."""
     planned = plan_evaluation(
         data_dir, load_stimuli(), [name], conditions, max_new_tokens=4, **settings
     )
