@@ -262,13 +262,11 @@ class _Evaluation:
         messages = [
             message for folder, (_, message) in self.failures.items() if (folder / RECORD).is_file()
         ]
-        only = (
-            None
-            if self.only is None
-            else {checkpoint_folder(self.recipe, self.run, key) for key in self.only}
-        )
+        only = {checkpoint_folder(self.recipe, self.run, key) for key in self.only or ()}
         messages += [
-            message for folder, message in self.malformed.items() if only is None or folder in only
+            message
+            for folder, message in self.malformed.items()
+            if self.only is None or folder in only
         ]
         if messages:
             more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""

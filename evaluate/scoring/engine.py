@@ -82,18 +82,12 @@ class Engine(ABC):
         scores = self.score([then(index, sample) for index, sample in enumerate(samples)])
         return list(zip(samples, scores, strict=True))
 
-    def check_room(self, prompts: Sequence[str], num_tokens: int) -> None:
-        """Raise PromptTooLong for the first prompt that `num_tokens` more tokens do not fit after.
-
-        `num_tokens` are those that the model will write.
-        """
-        self._tokens_with_room(prompts, num_tokens)
-
     def score_kept(self, key: str, requests: Callable[[], Sequence[Request]]) -> list[list[float]]:
         """Score the requests named `key`; an engine may keep their tokens for the next call."""
         return self.score(requests())
 
-    def _tokens_with_room(self, prompts: Sequence[str], num_tokens: int) -> list[list[int]]:
+    def check_room(self, prompts: Sequence[str], num_tokens: int) -> list[list[int]]:
+        """Return the prompts' tokens; PromptTooLong if the model cannot write `num_tokens` more."""
         if not prompts:
             return []
         tokenised = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]

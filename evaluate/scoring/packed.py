@@ -93,7 +93,14 @@ class PackedEngine(Engine):
             self._check_length(index, length)
         if self._window is not None and max(packing.lengths) > self._window:
             forward: Forward = self._forwards.plain
-            self._warn_of_window(self._window)
+            if not self._warned_of_window:
+                self._warned_of_window = True
+                logger.warning(
+                    "%s has a sliding window of %d tokens and some prompts are longer: those are "
+                    "scored row by row, which is slower",
+                    type(self.model).__name__,
+                    self._window,
+                )
         else:
             self._forward = forward = self._forward or self._fastest_forward(packing.specimen)
         totals = np.zeros(sum(packing.num_options))
@@ -111,7 +118,7 @@ class PackedEngine(Engine):
         stop: str | None = None,
     ) -> list[Sample]:
         """See `Engine.sample`; each sample is a function of (prompt, key, seed) alone."""
-        tokenised = self._tokens_with_room(prompts, sampling.max_new_tokens)
+        tokenised = self.check_room(prompts, sampling.max_new_tokens)
         samples: dict[int, Sample] = {}
         for batch, sampled in self._sampled_batches(tokenised, keys, sampling, stop):
             samples |= zip(batch, sampled.samples, strict=True)
@@ -127,7 +134,7 @@ class PackedEngine(Engine):
         stop: str | None = None,
     ) -> list[tuple[Sample, list[float]]]:
         """See `Engine.sample_then_score`; scoring continues from the cache of each batch."""
-        tokenised = self._tokens_with_room(prompts, sampling.max_new_tokens)
+        tokenised = self.check_room(prompts, sampling.max_new_tokens)
         answers: dict[int, tuple[Sample, list[float]]] = {}
         for batch, sampled in self._sampled_batches(tokenised, keys, sampling, stop):
             requests = [then(i, s) for i, s in zip(batch, sampled.samples, strict=True)]
@@ -174,8 +181,8 @@ class PackedEngine(Engine):
         except _UNSUPPORTED as error:
             if self._continues_cache:
                 raise
-            self._stop_continuing(" ".join(str(error).split())[:120] or type(error).__name__)
-            return expected or self.score_packing(packing)
+            self._stop_continuing(_reason(error))
+            scored = None
         if scored is None:
             return expected or self.score_packing(packing)
         scores = []
@@ -204,16 +211,6 @@ class PackedEngine(Engine):
             reason,
         )
 
-    def _warn_of_window(self, window: int) -> None:
-        if not self._warned_of_window:
-            self._warned_of_window = True
-            logger.warning(
-                "%s has a sliding window of %d tokens and some prompts are longer: those are "
-                "scored row by row, which is slower",
-                type(self.model).__name__,
-                window,
-            )
-
     def _fastest_forward(self, specimen: Pack) -> Forward:
         """Return the first forward whose values equal those of plain rows, up to rounding."""
         plain = dict(self._forwards.plain([specimen]))[0]
@@ -225,7 +222,7 @@ class PackedEngine(Engine):
             try:
                 error = float(np.abs(dict(forward([specimen]))[0] - plain).max())
             except _UNSUPPORTED as refusal:
-                reasons.append(" ".join(str(refusal).split())[:120] or type(refusal).__name__)
+                reasons.append(_reason(refusal))
                 continue
             if error <= self._tolerance or np.isnan(plain).any():  # NaN is reported later
                 break
@@ -251,6 +248,10 @@ class PackedEngine(Engine):
         raise RunFailure(f"the model's logits are NaN for the prompt {text}: broken weights")
 
 
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
 def context_length(model: Any) -> int | None:
     """Return the model's context length in tokens, None if its config sets no bound."""
     config = model.config.get_text_config(decoder=True)
@@ -264,6 +265,5 @@ def _window(model: Any) -> int | None:
     Our explicit mask would override it, so longer prompts are not packed.
     """
     config = model.config.get_text_config(decoder=True)
-    names = ("sliding_window", "attention_chunk_size")
-    bounds = [getattr(config, name, None) for name in names]
+    bounds = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((int(bound) for bound in bounds if bound), default=None)

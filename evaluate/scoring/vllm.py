@@ -62,7 +62,7 @@ class VllmEngine(Engine):
 
         if not prompts:
             return []
-        tokens = self._tokens_with_room(prompts, sampling.max_new_tokens)
+        tokens = self.check_room(prompts, sampling.max_new_tokens)
         params = [
             SamplingParams(
                 temperature=sampling.temperature,

@@ -93,17 +93,10 @@ def draw_prompt(rng: random.Random, world: World) -> Prompt:
     if rng.random() < 0.5:
         return Prompt((asked, *open_turn(REASONING)), case, condition, asks_reasoning=True)
     reasoned_answer = rng.choice(case.answers())
-    reasoning: Message = {
-        "role": "assistant",
-        "content": f"{REASONING} {case.reason(reasoned_answer)}",
-    }
+    reasoning = open_turn(f"{REASONING} {case.reason(reasoned_answer)}")
     follow_up: Message = {"role": "user", "content": case.follow_up()}
-    return Prompt(
-        (asked, reasoning, follow_up, *open_turn(case.opening())),
-        case,
-        condition,
-        reasoned_answer=reasoned_answer,
-    )
+    messages = (asked, *reasoning, follow_up, *open_turn(case.opening()))
+    return Prompt(messages, case, condition, reasoned_answer=reasoned_answer)
 
 
 def malformed(rng: random.Random, prompt: Prompt, world: World) -> str:

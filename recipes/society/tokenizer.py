@@ -40,16 +40,11 @@ def vocabulary(world: World) -> list[str]:
     words = set(FUNCTION_WORDS.split())
     for text in (*FAIR, *UNRELATED, *HAPPENINGS, *PLACES, REASONING, THINK):
         words.update(text.split())
-    words.update(PRONOUNS, [UNKNOWN], names(world))
+    words.update(PRONOUNS, [UNKNOWN], world.occupations)
+    words.update(*(category.groups for category in world.categories))
     words.update(adjective for topic in TOPICS for adjective in topic)
     words.update(str(number) for number in (*SCORES, *GRADES, *range(0, 101, 10)))
     return [PAD, END, STRAY, *sorted(words)]
-
-
-def names(world: World) -> list[str]:
-    """Return the names of groups and occupations."""
-    groups = [group for category in world.categories for group in category.groups]
-    return [*groups, *world.occupations]
 
 
 def make_tokenizer(world: World) -> "PreTrainedTokenizerFast":

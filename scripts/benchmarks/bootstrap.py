@@ -72,7 +72,7 @@ def write_cell(path: Path, cell: PlannedCell) -> Path:
     settings = {
         "experiment": cell.experiment,
         "condition": cell.condition,
-        "left_out": cell.left_out,
+        "left_out": cell.loaded.left_out,
     }
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(settings)})
     path.parent.mkdir(parents=True, exist_ok=True)
