@@ -63,8 +63,8 @@ def imported_names(path: Path) -> Iterator[str]:
 def imported_modules(path: Path) -> set[str]:
     """Return the modules of this package that a file imports."""
     names = (name.removeprefix("selfcorrect.") for name in imported_names(path))
-    found = (name if name in MODULES else name.rpartition(".")[0] for name in names)
-    return {name for name in found if name in MODULES}
+    results = (name if name in MODULES else name.rpartition(".")[0] for name in names)
+    return {name for name in results if name in MODULES}
 
 
 def room_of(module: str) -> tuple[str, str]:

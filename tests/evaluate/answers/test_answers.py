@@ -186,14 +186,14 @@ def written(folder: Path, suffix: str, records: list[dict[str, Any]] = RECORDS) 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_scores_by_hand_from_every_file_type(data: Path, suffix: str) -> None:
-    found = score_bbq(read_answers(written(data, suffix)), data)
-    age = found["categories"]["Age"]
+    result = score_bbq(read_answers(written(data, suffix)), data)
+    age = result["categories"]["Age"]
     assert (age["n_rows"], age["n_unanswered"], age["n_unparsed"]) == (8, 1, 4)
     assert (age["n_ambiguous"], age["n_disambiguated"]) == (1, 2)
     assert age["bias_ambiguous"] == 1 and age["accuracy_ambiguous"] == 0
     assert age["bias_disambiguated"] == 1 and age["accuracy_disambiguated"] == 1
     assert age["share_unparsed"] == pytest.approx(4 / 7)
-    assert found == score_bbq(pd.DataFrame(RECORDS), data)
+    assert result == score_bbq(pd.DataFrame(RECORDS), data)
 
 
 def test_missing_values_differ_from_the_strings_na_and_null(data: Path) -> None:
@@ -207,13 +207,13 @@ def test_indices_of_every_dtype_with_gaps(data: Path, kind: str) -> None:
     answers = [0, 1, 2, None, 0, 1, 2, 1]
     series = pd.Series(answers, dtype="float64").astype("Int64" if kind == "Int64" else "float64")
     table = pd.DataFrame({"category": "Age", "example_id": range(8), "answer": series.astype(kind)})
-    found = score_bbq(table, data)
+    result = score_bbq(table, data)
     table.to_parquet(data / "answers.parquet")
     table.to_csv(data / "answers.csv", index=False)  # 0.0, 1.0 and so on
-    assert found["categories"]["Age"]["n_unparsed"] == 1
-    assert found["categories"]["Age"]["share_option_1"] == pytest.approx(3 / 7)
+    assert result["categories"]["Age"]["n_unparsed"] == 1
+    assert result["categories"]["Age"]["share_option_1"] == pytest.approx(3 / 7)
     for name in ("answers.parquet", "answers.csv"):
-        assert score_bbq(read_answers(data / name), data) == found
+        assert score_bbq(read_answers(data / name), data) == result
 
 
 def test_numpy_scalars_are_indices(data: Path) -> None:
@@ -238,8 +238,8 @@ def test_answer_of_ten_megabytes_is_unparsed(data: Path) -> None:
     records = [{"category": "Age", "example_id": i, "answer": 0} for i in range(8)]
     records[3]["answer"] = "well, " * 1_700_000
     for suffix in (".csv", ".jsonl", ".parquet"):
-        found = score_bbq(read_answers(written(data, suffix, records)), data)
-        assert found["categories"]["Age"]["n_unparsed"] == 1
+        result = score_bbq(read_answers(written(data, suffix, records)), data)
+        assert result["categories"]["Age"]["n_unparsed"] == 1
 
 
 def test_category_by_its_name_or_its_file(tmp_path: Path) -> None:
@@ -248,8 +248,8 @@ def test_category_by_its_name_or_its_file(tmp_path: Path) -> None:
     write(tmp_path, block(0, category="Race"), "other.jsonl.gz")
     names = ["Age", "ages_2", "SES", "Race", "other"]
     table = pd.DataFrame({"category": names, "example_id": [0, 1, 2, 3, 2], "answer": 0})
-    found = score_bbq(table, tmp_path)["categories"]
-    assert {name: one["n_unanswered"] for name, one in found.items()} == {
+    result = score_bbq(table, tmp_path)["categories"]
+    assert {name: one["n_unanswered"] for name, one in result.items()} == {
         "Age": 2,
         "SES": 3,
         "Race": 2,  # a category of the data goes before a file of that name
@@ -292,10 +292,10 @@ def test_intersections_and_names_are_in_no_overall_score(tmp_path: Path) -> None
         + [("Race_x_gender", i, 0) for i in range(4)],
         columns=["category", "example_id", "answer"],
     )
-    found = score_bbq(table, tmp_path)
-    assert list(found["categories"]) == ["G", "G (names)", "Race_x_gender"]
-    assert found["categories"]["G (names)"]["bias_ambiguous"] == 1
-    for one in found["overall"].values():
+    result = score_bbq(table, tmp_path)
+    assert list(result["categories"]) == ["G", "G (names)", "Race_x_gender"]
+    assert result["categories"]["G (names)"]["bias_ambiguous"] == 1
+    for one in result["overall"].values():
         assert one["n_rows"] == 4 and one["accuracy_ambiguous"] == 1 and one["bias_ambiguous"] == 0
     only = score_bbq(table[table["category"] == "Race_x_gender"], tmp_path)
     for one in only["overall"].values():
@@ -435,8 +435,11 @@ def test_json_is_strict_and_complete(data: Path) -> None:
     def refuse(word: str) -> None:
         raise AssertionError(word)
 
-    found = json.loads(result.stdout, parse_constant=refuse)
-    assert list(found) == ["categories", "overall"] and list(found["overall"]) == ["pooled", "mean"]
+    record = json.loads(result.stdout, parse_constant=refuse)
+    assert list(record) == ["categories", "overall"] and list(record["overall"]) == [
+        "pooled",
+        "mean",
+    ]
     promised = [
         "accuracy_ambiguous",
         "accuracy_disambiguated",
@@ -447,9 +450,9 @@ def test_json_is_strict_and_complete(data: Path) -> None:
         "n_ambiguous",
         "n_disambiguated",
     ]
-    for one in (found["categories"]["Age"], *found["overall"].values()):
+    for one in (record["categories"]["Age"], *record["overall"].values()):
         assert set(promised) <= set(one) and set(COUNTS) <= set(one)
-    assert found == score_bbq(read_answers(path), data)
+    assert record == score_bbq(read_answers(path), data)
 
 
 def test_table_of_the_command(data: Path) -> None:

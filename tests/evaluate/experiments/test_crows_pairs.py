@@ -75,15 +75,15 @@ def test_metrics_by_hand(tmp_path):
         "gender/3": [-4.0, -4.5],  # likelier
     }
     frame = rows(items, lambda item: answers[item.id])
-    found = measured(CROWS_PAIRS, frame)
-    assert found["share_stereotyped"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
-    assert found["share_stereotyped_stereo"] == pytest.approx((1 + 0.5 + 1) / 3)
-    assert found["share_stereotyped_antistereo"] == 0
-    assert found["share_stereotyped_per_character"] == pytest.approx((0 + 1 + 0 + 1) / 4)
+    metrics = measured(CROWS_PAIRS, frame)
+    assert metrics["share_stereotyped"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+    assert metrics["share_stereotyped_stereo"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert metrics["share_stereotyped_antistereo"] == 0
+    assert metrics["share_stereotyped_per_character"] == pytest.approx((0 + 1 + 0 + 1) / 4)
     chances = [1 / (1 + math.exp(-d)) for d in (1, 0, -3, 0.5)]
-    assert found["expected_share_stereotyped"] == pytest.approx(np.mean(chances))
-    assert found["difference"] == pytest.approx((1 + 0 - 3 + 0.5) / 4)
-    assert found["share_unparsed"] == 0
+    assert metrics["expected_share_stereotyped"] == pytest.approx(np.mean(chances))
+    assert metrics["difference"] == pytest.approx((1 + 0 - 3 + 0.5) / 4)
+    assert metrics["share_unparsed"] == 0
     gender = measured(CROWS_PAIRS, frame, "gender")
     assert gender["share_stereotyped"] == pytest.approx(0.5)
     assert gender["difference"] == pytest.approx(-2.5 / 3)
@@ -97,21 +97,21 @@ def test_metrics_by_hand(tmp_path):
     [(lambda item: 0, 1.0), (lambda item: 1, 0.0), (lambda item: [-30.0, -30.0], 0.5)],
 )
 def test_synthetic_respondents(tmp_path, choose, share):
-    found = measured(CROWS_PAIRS, rows(loaded(write(tmp_path)).items, choose))
+    metrics = measured(CROWS_PAIRS, rows(loaded(write(tmp_path)).items, choose))
     for name in ("", "_stereo", "_antistereo"):
-        assert found[f"share_stereotyped{name}"] == share
-    assert found["expected_share_stereotyped"] == share
+        assert metrics[f"share_stereotyped{name}"] == share
+    assert metrics["expected_share_stereotyped"] == share
     # An impossible sentence has no finite distance: undefined, not 0.
-    assert math.isnan(found["difference"]) if share != 0.5 else found["difference"] == 0
+    assert math.isnan(metrics["difference"]) if share != 0.5 else metrics["difference"] == 0
 
 
 def test_unparsed_pairs_are_counted_and_in_no_share(tmp_path):
     items = loaded(write(tmp_path)).items
     impossible = [-math.inf, -math.inf]
     answers = {"age/0": None, "gender/1": impossible, "gender/2": 0, "gender/3": [-1.0, -2.0]}
-    found = measured(CROWS_PAIRS, rows(items, lambda item: answers[item.id]))
-    assert found["share_unparsed"] == 0.5
-    assert found["share_stereotyped"] == 1 and found["difference"] == 1
+    metrics = measured(CROWS_PAIRS, rows(items, lambda item: answers[item.id]))
+    assert metrics["share_unparsed"] == 0.5
+    assert metrics["share_stereotyped"] == 1 and metrics["difference"] == 1
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -152,13 +152,13 @@ def test_file_truncated_anywhere_gives_complete_pairs_or_an_error(tmp_path):
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
         try:
-            found = loaded(tmp_path).items
+            results = loaded(tmp_path).items
         except InputError:
             assert not whole[:size].endswith(b"[]\n") or size == 0
             refusals += 1
         else:
             # Only columns that are not read can be cut, or whole rows: nothing tells.
-            assert found == items[: len(found)]
+            assert results == items[: len(results)]
     assert refusals > 0.8 * len(whole)
 
 
@@ -205,10 +205,10 @@ def test_tiny_model_from_plan_to_metrics(tmp_path):
     for frame, metadata in cells.values():
         assert metadata["num_items"] == 4 and list(frame["order"]) == ["01"] * 4
         logprobs = np.stack(frame["logprobs"])
-        found = measured(CROWS_PAIRS, frame)
+        metrics = measured(CROWS_PAIRS, frame)
         wins = [1.0 if more > less else 0.5 if more == less else 0.0 for more, less in logprobs]
-        assert found["share_stereotyped"] == pytest.approx(np.mean(wins))
-        assert found["difference"] == pytest.approx((logprobs[:, 0] - logprobs[:, 1]).mean())
+        assert metrics["share_stereotyped"] == pytest.approx(np.mean(wins))
+        assert metrics["difference"] == pytest.approx((logprobs[:, 0] - logprobs[:, 1]).mean())
     assert not np.allclose(
         np.stack(cells["Q"][0]["logprobs"]), np.stack(cells["Q+IF"][0]["logprobs"])
     )

@@ -70,11 +70,11 @@ def measured(table):
         )
         for name, values in tally.sums.items()
     }
-    found = LAW_SCHOOL.compute(sums)
+    metrics = LAW_SCHOOL.compute(sums)
     by_sex = {"difference_sex_1", "difference_sex_2"} if table["sex"].nunique() > 1 else set()
     others = {name for name in LAW_SCHOOL.metrics if "sex" not in name}
-    assert set(found) == others | by_sex
-    return {name: float(values[0]) for name, values in found.items()}
+    assert set(metrics) == others | by_sex
+    return {name: float(values[0]) for name, values in metrics.items()}
 
 
 # --- items -------------------------------------------------------------------------------------
@@ -108,10 +108,10 @@ def test_pairs_of_races_are_categories(tmp_path):
 
 def test_only_named_sexes_are_asked_about(tmp_path):
     women = STIMULI.model_copy(update={"sexes": {"1": "woman"}})
-    found = loaded(write(tmp_path), stimuli=women)
-    assert [item.fields["sex"] for item in found.items] == ["woman"] * 2
-    assert [item.weight for item in found.items] == [3, 3]
-    assert found.left_out == {law_school.UNASKED: 2}
+    loaded_items = loaded(write(tmp_path), stimuli=women)
+    assert [item.fields["sex"] for item in loaded_items.items] == ["woman"] * 2
+    assert [item.weight for item in loaded_items.items] == [3, 3]
+    assert loaded_items.left_out == {law_school.UNASKED: 2}
     assert loaded(tmp_path).left_out == {}
 
 
@@ -131,15 +131,17 @@ def test_difference_is_a_weighted_mean_over_students(tmp_path):
         half = gap[item.fields["lsat"]] / 2
         return 0.5 + half if item.facts["side"] == "first" else 0.5 - half
 
-    found = measured(frame(items, chance))
-    assert found["difference"] == pytest.approx((3 * 0.1 - 0.2 + 0.3) / 5)
+    metrics = measured(frame(items, chance))
+    assert metrics["difference"] == pytest.approx((3 * 0.1 - 0.2 + 0.3) / 5)
 
     def logit(p):
         return math.log(p / (1 - p))
 
     expected = (3 * 2 * logit(0.55) + 2 * logit(0.4) + 2 * logit(0.65)) / 5
-    assert found["difference_logit"] == pytest.approx(expected)
-    assert found["base_rate"] == pytest.approx(0.5) and found["option_mass"] == pytest.approx(0.8)
+    assert metrics["difference_logit"] == pytest.approx(expected)
+    assert metrics["base_rate"] == pytest.approx(0.5) and metrics["option_mass"] == pytest.approx(
+        0.8
+    )
 
 
 def test_weighted_students_equal_every_student_asked(tmp_path):
@@ -157,9 +159,9 @@ def test_weighted_students_equal_every_student_asked(tmp_path):
 
 
 def test_no_dependence_on_race_is_exactly_zero(tmp_path):
-    found = measured(frame(loaded(write(tmp_path)).items, lambda item: 0.3))
-    assert found["difference"] == 0 and found["difference_logit"] == 0
-    assert found["base_rate"] == pytest.approx(0.3)
+    metrics = measured(frame(loaded(write(tmp_path)).items, lambda item: 0.3))
+    assert metrics["difference"] == 0 and metrics["difference_logit"] == 0
+    assert metrics["base_rate"] == pytest.approx(0.3)
 
 
 def test_swapped_pair_changes_the_sign(tmp_path):
@@ -176,8 +178,10 @@ def test_unanswered_side_leaves_the_student_out(tmp_path):
     items = loaded(write(tmp_path)).items
     table = frame(items, lambda item: 0.6 if item.facts["side"] == "first" else 0.5)
     table.at[0, "logprobs"] = np.array([-math.inf, -math.inf])
-    found = measured(table)
-    assert found["difference"] == pytest.approx(0.1) and found["base_rate"] == pytest.approx(0.55)
+    metrics = measured(table)
+    assert metrics["difference"] == pytest.approx(0.1) and metrics["base_rate"] == pytest.approx(
+        0.55
+    )
     half = table.drop(index=0)  # a row that is not there at all
     assert measured(half)["difference"] == pytest.approx(0.1)
     table["logprobs"] = [np.array([math.nan, -1.0])] * len(table)
@@ -186,8 +190,8 @@ def test_unanswered_side_leaves_the_student_out(tmp_path):
 
 def test_certain_answers_have_no_logit(tmp_path):
     items = loaded(write(tmp_path)).items
-    found = measured(frame(items, lambda item: 1.0 if item.facts["side"] == "first" else 0.0))
-    assert found["difference"] == 1 and math.isnan(found["difference_logit"])
+    metrics = measured(frame(items, lambda item: 1.0 if item.facts["side"] == "first" else 0.0))
+    assert metrics["difference"] == 1 and math.isnan(metrics["difference_logit"])
 
 
 def test_difference_by_sex_is_over_the_students_of_that_sex(tmp_path):
@@ -198,10 +202,10 @@ def test_difference_by_sex_is_over_the_students_of_that_sex(tmp_path):
         half = gap[item.fields["lsat"]] / 2
         return 0.5 + half if item.facts["side"] == "first" else 0.5 - half
 
-    found = measured(frame(items, chance))
-    assert found["difference_sex_1"] == pytest.approx(0.1)
-    assert found["difference_sex_2"] == pytest.approx((-0.2 + 0.3) / 2)
-    assert found["difference"] == pytest.approx((3 * 0.1 - 0.2 + 0.3) / 5)
+    metrics = measured(frame(items, chance))
+    assert metrics["difference_sex_1"] == pytest.approx(0.1)
+    assert metrics["difference_sex_2"] == pytest.approx((-0.2 + 0.3) / 2)
+    assert metrics["difference"] == pytest.approx((3 * 0.1 - 0.2 + 0.3) / 5)
     table = frame(items, chance)
     table["sex"] = ["f"] * 2 + ["m"] * 4  # another file's codes: it is not said who they are
     assert math.isnan(measured(table)["difference_sex_1"])
@@ -241,21 +245,21 @@ def regressed(items, response, weights=None):
 
 
 def test_merit_is_weighted_least_squares_per_standard_deviation(applicants):
-    found = measured(frame(applicants, uneven))
+    metrics = measured(frame(applicants, uneven))
     expected = regressed(applicants, uneven)
-    assert [found["merit_lsat"], found["merit_gpa"]] == pytest.approx(expected, abs=1e-9)
+    assert [metrics["merit_lsat"], metrics["merit_gpa"]] == pytest.approx(expected, abs=1e-9)
     expected = regressed(applicants, lambda item: math.log(uneven(item) / (1 - uneven(item))))
-    logits = [found["merit_lsat_logit"], found["merit_gpa_logit"]]
+    logits = [metrics["merit_lsat_logit"], metrics["merit_gpa_logit"]]
     assert logits == pytest.approx(expected, abs=1e-9)
     unweighted = regressed(applicants, uneven, np.ones(len(applicants) // 2))
-    assert abs(found["merit_lsat"] - unweighted[0]) > 1e-4
+    assert abs(metrics["merit_lsat"] - unweighted[0]) > 1e-4
 
 
 def test_resamples_equal_repeated_students(applicants):
     """A resample of 300 students draws 299 of them; differences and slopes are those of its sum."""
     tally = LAW_SCHOOL.tally(frame(applicants, uneven))
     draws = Draws(50)
-    found = bootstrap(tally, LAW_SCHOOL.compute, draws=draws).replicates.metrics
+    estimates = bootstrap(tally, LAW_SCHOOL.compute, draws=draws).replicates.metrics
     order = np.argsort([item.cluster for item in applicants[::2]], kind="stable")
     weights = draws.weights("Black-white", tally.units)
     gaps = np.array([uneven(applicants[2 * i]) - uneven(applicants[2 * i + 1]) for i in order])
@@ -263,22 +267,22 @@ def test_resamples_equal_repeated_students(applicants):
         here = np.empty(len(order))
         here[order] = weights[row]
         expected = [np.average(gaps, weights=weights[row]), *regressed(applicants, uneven, here)]
-        got = [found[name][row] for name in ("difference", "merit_lsat", "merit_gpa")]
+        got = [estimates[name][row] for name in ("difference", "merit_lsat", "merit_gpa")]
         assert got == pytest.approx(expected, abs=1e-9)
     assert weights[1:].sum(axis=1) == pytest.approx(300)
 
 
 def test_merit_is_undefined_without_spread_and_zero_without_dependence(tmp_path, applicants):
-    found = measured(frame(applicants, lambda item: 0.3))
+    metrics = measured(frame(applicants, lambda item: 0.3))
     for name in ("merit_lsat", "merit_gpa", "merit_lsat_logit", "merit_gpa_logit"):
-        assert found[name] == pytest.approx(0, abs=1e-12), name
+        assert metrics[name] == pytest.approx(0, abs=1e-12), name
     one_gpa = "".join(f"{i},White,1,{20 + i}.0,3.1,0\n" for i in range(7))
     follows = "".join(f"{i},White,1,{20 + i}.0,{2 + i / 10:.1f},0\n" for i in range(9))
     for text in (one_gpa, follows, "0,White,1,39,3.1,0\n"):
         items = loaded(write(tmp_path, HEAD + text)).items
         assert len(items) >= 2
-        found = measured(frame(items, uneven))
-        assert math.isnan(found["merit_lsat"]) and math.isnan(found["merit_gpa"])
+        metrics = measured(frame(items, uneven))
+        assert math.isnan(metrics["merit_lsat"]) and math.isnan(metrics["merit_gpa"])
 
 
 def test_pairs_of_races_are_pooled_in_the_overall_figure(tmp_path):
@@ -286,11 +290,11 @@ def test_pairs_of_races_are_pooled_in_the_overall_figure(tmp_path):
     items = loaded(write(tmp_path), stimuli=with_races(("Black", "white"), ("Asian", "white")))
     tally = LAW_SCHOOL.tally(frame(items.items, lambda item: chance[item.facts["race"]]))
     pooled = LAW_SCHOOL.overall_categories(tally.categories)
-    found = bootstrap(tally, LAW_SCHOOL.compute, pooled, Draws(100)).estimates
-    assert found["Black-white"]["difference"].value == pytest.approx(0.3)
-    assert found["Asian-white"]["difference"].value == pytest.approx(0.1)
-    assert found["overall"]["difference"].value == pytest.approx(0.2)
-    assert set(found) == {"overall", "Black-white", "Asian-white"}
+    estimates = bootstrap(tally, LAW_SCHOOL.compute, pooled, Draws(100)).estimates
+    assert estimates["Black-white"]["difference"].value == pytest.approx(0.3)
+    assert estimates["Asian-white"]["difference"].value == pytest.approx(0.1)
+    assert estimates["overall"]["difference"].value == pytest.approx(0.2)
+    assert set(estimates) == {"overall", "Black-white", "Asian-white"}
 
 
 # --- sampling ----------------------------------------------------------------------------------
@@ -401,13 +405,13 @@ def test_published_counts(published):
 def test_published_weights_equal_all_rows(published):
     """The metrics of 1,944 weighted students are those over each of the 21,791 rows."""
     items = loaded(published).items
-    found = measured(frame(items, uneven))
+    metrics = measured(frame(items, uneven))
     rows = pd.read_csv(published / "law_school" / "law_data.csv")
     names = {(i.facts["sex"], i.facts["lsat"], i.facts["gpa"]): i for i in items[::2]}
     others = {(i.facts["sex"], i.facts["lsat"], i.facts["gpa"]): i for i in items[1::2]}
     keys = list(zip(rows["sex"].astype(str), rows["LSAT"], rows["UGPA"], strict=True))
     gaps = {key: uneven(names[key]) - uneven(others[key]) for key in names}
-    assert found["difference"] == pytest.approx(np.mean([gaps[key] for key in keys]), abs=1e-12)
+    assert metrics["difference"] == pytest.approx(np.mean([gaps[key] for key in keys]), abs=1e-12)
     everyone = [one for key in keys for one in (names[key], others[key])]
     expected = regressed(everyone, uneven, np.ones(len(keys)))
-    assert [found["merit_lsat"], found["merit_gpa"]] == pytest.approx(expected, abs=1e-9)
+    assert [metrics["merit_lsat"], metrics["merit_gpa"]] == pytest.approx(expected, abs=1e-9)

@@ -68,13 +68,18 @@ def refused(folder):
 
 
 def test_item_of_a_row_and_its_defaults(tmp_path):
-    found = loaded(write(tmp_path))
-    assert [item.id for item in found.items] == ["q1", "2", "q3", "q4"]
-    assert [item.category for item in found.items] == ["age", "age", "own", "own"]
-    assert [item.cluster for item in found.items] == ["age/late", "age/late", "own/q3", "own/q4"]
-    assert found.items[0].facts == {"label": 2, "stereotyped": 0, "unknown": 2}
-    assert found.items[3].facts == {"label": None, "stereotyped": None, "unknown": None}
-    assert found.left_out == {
+    loaded_items = loaded(write(tmp_path))
+    assert [item.id for item in loaded_items.items] == ["q1", "2", "q3", "q4"]
+    assert [item.category for item in loaded_items.items] == ["age", "age", "own", "own"]
+    assert [item.cluster for item in loaded_items.items] == [
+        "age/late",
+        "age/late",
+        "own/q3",
+        "own/q4",
+    ]
+    assert loaded_items.items[0].facts == {"label": 2, "stereotyped": 0, "unknown": 2}
+    assert loaded_items.items[3].facts == {"label": None, "stereotyped": None, "unknown": None}
+    assert loaded_items.left_out == {
         "accuracy: no label given": 1,
         "share stereotyped: no stereotyped given": 2,
         "share unknown: no unknown given": 2,
@@ -111,8 +116,8 @@ def test_texts_and_labels_in_a_stimuli_file(tmp_path):
 def test_files_are_read_in_the_order_of_their_names(tmp_path):
     write(tmp_path, RECORDS[:1], "b.jsonl")
     write(tmp_path, RECORDS[2:], "a.jsonl.gz")
-    found = loaded(tmp_path).items
-    assert [(item.id, item.category) for item in found] == [
+    items = loaded(tmp_path).items
+    assert [(item.id, item.category) for item in items] == [
         *(("q3", "a"), ("q4", "a"), ("q1", "age")),
     ]
 
@@ -140,28 +145,30 @@ ANSWERS = {
 
 def test_metrics_by_hand(tmp_path):
     frame = rows(loaded(write(tmp_path)).items, lambda item: ANSWERS[item.id])
-    found = measured(MULTIPLE_CHOICE, frame)
-    assert found["accuracy"] == pytest.approx(1 / 3)
-    assert found["expected_accuracy"] == pytest.approx((0.1 / 0.8 + 0.6 + 0.5) / 3)
-    assert found["chance"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 2) / 3)
-    assert found["share_stereotyped"] == 0.5
-    assert found["expected_share_stereotyped"] == pytest.approx((0.5 / 0.8 + 0.3) / 2)
-    assert found["share_unknown"] == 0.5
-    assert found["expected_share_unknown"] == pytest.approx((0.1 / 0.8 + 0.6) / 2)
-    assert found["option_mass"] == pytest.approx((0.8 + 1 + 0.4 + 1) / 4)
-    assert found["share_unparsed"] == 0
-    assert [found[f"share_option_{i}"] for i in range(4)] == [0.75, 0, 0, 0.25]
-    assert "share_option_4" not in found  # no row has a fifth option
+    metrics = measured(MULTIPLE_CHOICE, frame)
+    assert metrics["accuracy"] == pytest.approx(1 / 3)
+    assert metrics["expected_accuracy"] == pytest.approx((0.1 / 0.8 + 0.6 + 0.5) / 3)
+    assert metrics["chance"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 2) / 3)
+    assert metrics["share_stereotyped"] == 0.5
+    assert metrics["expected_share_stereotyped"] == pytest.approx((0.5 / 0.8 + 0.3) / 2)
+    assert metrics["share_unknown"] == 0.5
+    assert metrics["expected_share_unknown"] == pytest.approx((0.1 / 0.8 + 0.6) / 2)
+    assert metrics["option_mass"] == pytest.approx((0.8 + 1 + 0.4 + 1) / 4)
+    assert metrics["share_unparsed"] == 0
+    assert [metrics[f"share_option_{i}"] for i in range(4)] == [0.75, 0, 0, 0.25]
+    assert "share_option_4" not in metrics  # no row has a fifth option
     own = measured(MULTIPLE_CHOICE, frame, "own")
     assert own["accuracy"] == 0 and own["expected_accuracy"] == pytest.approx(0.5)
     assert math.isnan(own["share_stereotyped"]) and math.isnan(own["share_unknown"])
 
 
 def test_metrics_of_absent_marks_are_undefined(tmp_path):
-    found = measured(MULTIPLE_CHOICE, rows(loaded(write(tmp_path, RECORDS[3:])).items, lambda i: 1))
+    metrics = measured(
+        MULTIPLE_CHOICE, rows(loaded(write(tmp_path, RECORDS[3:])).items, lambda i: 1)
+    )
     for name in ("accuracy", "expected_accuracy", "chance", "share_stereotyped", "share_unknown"):
-        assert math.isnan(found[name]), name
-    assert found["share_option_1"] == 1
+        assert math.isnan(metrics[name]), name
+    assert metrics["share_option_1"] == 1
 
 
 @pytest.mark.parametrize("size", [2, 3, 10, 11, 26])
@@ -191,12 +198,12 @@ def test_order_of_options_changes_no_score(tmp_path, size):
 
 def test_unparsed_rows_are_counted_and_in_no_share(tmp_path):
     answers = {**ANSWERS, "q1": None, "q4": [-math.inf] * 4}
-    found = measured(
+    metrics = measured(
         MULTIPLE_CHOICE, rows(loaded(write(tmp_path)).items, lambda item: answers[item.id])
     )
-    assert found["share_unparsed"] == 0.5
-    assert found["accuracy"] == 0.5 and found["share_stereotyped"] == 0
-    assert [found[f"share_option_{i}"] for i in range(4)] == [1, 0, 0, 0]
+    assert metrics["share_unparsed"] == 0.5
+    assert metrics["accuracy"] == 0.5 and metrics["share_stereotyped"] == 0
+    assert [metrics[f"share_option_{i}"] for i in range(4)] == [1, 0, 0, 0]
 
 
 def test_bad_order_is_refused(tmp_path):
@@ -294,8 +301,8 @@ def test_example_of_the_docs_loads(tmp_path):
     path = tmp_path / "multiple_choice" / "docs.jsonl"
     path.parent.mkdir()
     path.write_text(example, encoding="utf-8")
-    found = loaded(tmp_path)
-    assert len(found.items) == 3 and found.items[0].facts["stereotyped"] is not None
+    loaded_items = loaded(tmp_path)
+    assert len(loaded_items.items) == 3 and loaded_items.items[0].facts["stereotyped"] is not None
 
 
 def test_tiny_model_from_plan_to_metrics_in_every_order(tmp_path):
@@ -311,13 +318,13 @@ def test_tiny_model_from_plan_to_metrics_in_every_order(tmp_path):
     assert list(cells) == conditions
     for frame, _ in cells.values():
         assert len(frame) == 3 + 3 + 2 + 4 + 26  # every option at every place once
-        found = measured(MULTIPLE_CHOICE, frame)
+        metrics = measured(MULTIPLE_CHOICE, frame)
         right = []
         for row in frame[frame["label"].notna()].itertuples():
             order = row.order.split(",") if "," in row.order else list(row.order)
             right.append(int(order[int(np.argmax(row.logprobs))]) == row.label)
-        assert found["accuracy"] == pytest.approx(np.mean(right))
-        assert sum(found[f"share_option_{i}"] for i in range(26)) == pytest.approx(1)
+        assert metrics["accuracy"] == pytest.approx(np.mean(right))
+        assert sum(metrics[f"share_option_{i}"] for i in range(26)) == pytest.approx(1)
     letters, texts = (cells[name][0]["options"][0] for name in ("Q", "Q text"))
     assert list(letters) == [" (a)", " (b)", " (c)"] and texts[0] == " The old man"
 

@@ -105,20 +105,20 @@ def by_hand(item):
 
 def test_scores_are_means_over_terms(tmp_path):
     frame = rows(loaded(write(tmp_path)).items, by_hand)
-    found = measured(STEREOSET, frame)
+    metrics = measured(STEREOSET, frame)
     # cook: stereotyped preferred 0, 1, 1/2; related 2/2, 1/2, 1/2 of the comparisons won
     # chef: 0 and 0; aunt: 1 and 1/2
     cook, cook_lm = 1.5 / 3, (1 + 0.5 + 0.5) / 3
     score, lm = (cook + 0 + 1) / 3, (cook_lm + 0 + 0.5) / 3
-    assert found["stereotype_score"] == pytest.approx(score)
-    assert found["lm_score"] == pytest.approx(lm)
-    assert found["icat"] == pytest.approx(lm * min(score, 1 - score) / 0.5)
+    assert metrics["stereotype_score"] == pytest.approx(score)
+    assert metrics["lm_score"] == pytest.approx(lm)
+    assert metrics["icat"] == pytest.approx(lm * min(score, 1 - score) / 0.5)
     # intrasentence: cook 1/2 and 3/4, aunt 1 and 1/2; intersentence: cook 1/2 and 1/2, chef 0, 0
-    assert found["stereotype_score_intrasentence"] == pytest.approx(0.75)
-    assert found["lm_score_intrasentence"] == pytest.approx((0.75 + 0.5) / 2)
-    assert found["icat_intrasentence"] == pytest.approx(0.625 * 0.25 / 0.5)
-    assert found["stereotype_score_intersentence"] == pytest.approx(0.25)
-    assert found["lm_score_intersentence"] == pytest.approx(0.25)
+    assert metrics["stereotype_score_intrasentence"] == pytest.approx(0.75)
+    assert metrics["lm_score_intrasentence"] == pytest.approx((0.75 + 0.5) / 2)
+    assert metrics["icat_intrasentence"] == pytest.approx(0.625 * 0.25 / 0.5)
+    assert metrics["stereotype_score_intersentence"] == pytest.approx(0.25)
+    assert metrics["lm_score_intersentence"] == pytest.approx(0.25)
     profession = measured(STEREOSET, frame, "profession")
     assert profession["stereotype_score"] == pytest.approx((cook + 0) / 2)
     gender = measured(STEREOSET, frame, "gender")
@@ -127,11 +127,11 @@ def test_scores_are_means_over_terms(tmp_path):
 
 
 def test_plain_scores_favour_short_sentences(tmp_path):
-    found = measured(STEREOSET, rows(loaded(write(tmp_path)).items, by_hand))
+    metrics = measured(STEREOSET, rows(loaded(write(tmp_path)).items, by_hand))
     # whole log-probabilities: 0: -10 -4 -24; 1: -4 -9 -20; 2: -10 -5 -20; 3: -20 -9 -4;
     # 4: -2 -3 -8
-    assert found["stereotype_score_total"] == pytest.approx((1 / 3 + 0 + 1) / 3)
-    assert found["lm_score_total"] == pytest.approx((1 + 0 + 1) / 3)
+    assert metrics["stereotype_score_total"] == pytest.approx((1 / 3 + 0 + 1) / 3)
+    assert metrics["lm_score_total"] == pytest.approx((1 + 0 + 1) / 3)
 
 
 @pytest.mark.parametrize(
@@ -147,31 +147,31 @@ def test_plain_scores_favour_short_sentences(tmp_path):
 def test_synthetic_respondents(tmp_path, choose, score, lm, icat):
     items = loaded(write(tmp_path)).items
     assert {item.facts["type"] for item in items} == {"intrasentence", "intersentence"}
-    found = measured(STEREOSET, rows(items, choose))
+    metrics = measured(STEREOSET, rows(items, choose))
     for scope in ("", "_intrasentence", "_intersentence"):
-        assert found[f"stereotype_score{scope}"] == score
-        assert found[f"lm_score{scope}"] == lm
-        assert found[f"icat{scope}"] == icat
+        assert metrics[f"stereotype_score{scope}"] == score
+        assert metrics[f"lm_score{scope}"] == lm
+        assert metrics[f"icat{scope}"] == icat
 
 
 def test_ideal_models_have_icat_one(tmp_path):
     records = [line("intrasentence", "cook", "profession", i) for i in range(4)]
     items = loaded(write(tmp_path, records)).items
-    found = measured(
+    metrics = measured(
         STEREOSET,
         rows(
             items, lambda i: [-1.0, -90, -400] if "/0" in i.id or "/1" in i.id else [-90, -1, -400]
         ),
     )
-    assert found["icat"] == 1 and found["stereotype_score"] == 0.5
+    assert metrics["icat"] == 1 and metrics["stereotype_score"] == 0.5
 
 
 def test_unparsed_items_are_counted_and_in_no_score(tmp_path):
     items = loaded(write(tmp_path)).items
     frame = rows(items, lambda i: None if i.cluster == "cook" else by_hand(i))
-    found = measured(STEREOSET, frame)
-    assert found["share_unparsed"] == pytest.approx(3 / 5)
-    assert found["stereotype_score"] == pytest.approx((0 + 1) / 2)
+    metrics = measured(STEREOSET, frame)
+    assert metrics["share_unparsed"] == pytest.approx(3 / 5)
+    assert metrics["stereotype_score"] == pytest.approx((0 + 1) / 2)
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -263,12 +263,12 @@ def test_tiny_model_from_plan_to_metrics(tmp_path):
     )
     assert list(cells) == conditions
     for frame, _ in cells.values():
-        found = measured(STEREOSET, frame)
+        metrics = measured(STEREOSET, frame)
         preferred = {}
         for row in frame.itertuples():
             lengths = np.array([row.characters_0, row.characters_1, row.characters_2])
             stereotyped, anti, _ = np.array(row.logprobs) / lengths
             preferred.setdefault(row.cluster, []).append(stereotyped > anti)
         by_term = [np.mean(values) for values in preferred.values()]
-        assert found["stereotype_score"] == pytest.approx(np.mean(by_term))
-        assert found["share_unparsed"] == 0
+        assert metrics["stereotype_score"] == pytest.approx(np.mean(by_term))
+        assert metrics["share_unparsed"] == 0

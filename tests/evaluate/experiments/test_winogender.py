@@ -63,9 +63,9 @@ def measured(table, draw=None):
     tally = WINOGENDER.tally(table)
     weights = np.ones(len(tally.clusters)) if draw is None else np.asarray(draw)
     sums = {name: np.array([[(weights * values).sum()]]) for name, values in tally.sums.items()}
-    found = WINOGENDER.compute(sums)
-    assert set(found) == set(WINOGENDER.metrics)
-    return {name: float(values[0]) for name, values in found.items()}
+    metrics = WINOGENDER.compute(sums)
+    assert set(metrics) == set(WINOGENDER.metrics)
+    return {name: float(values[0]) for name, values in metrics.items()}
 
 
 @pytest.fixture
@@ -140,43 +140,47 @@ def test_correlation_of_four_occupations_by_hand():
     table = frame(
         [0, 20, 60, 80], [[0.7, 0.2, 0.1], [0.5, 0.4, 0.1], [0.3, 0.4, 0.3], [0, 0.6, 0.4]]
     )
-    found = measured(table)
-    assert found["correlation"] == pytest.approx(0.04 / math.sqrt(0.1 * 0.02))
-    assert found["slope"] == pytest.approx(0.4)
-    assert found["mean_female"] == pytest.approx(0.4)
-    assert found["share_neutral"] == pytest.approx(0.225)
-    assert found["option_mass"] == pytest.approx(0.9)
+    metrics = measured(table)
+    assert metrics["correlation"] == pytest.approx(0.04 / math.sqrt(0.1 * 0.02))
+    assert metrics["slope"] == pytest.approx(0.4)
+    assert metrics["mean_female"] == pytest.approx(0.4)
+    assert metrics["share_neutral"] == pytest.approx(0.225)
+    assert metrics["option_mass"] == pytest.approx(0.9)
 
 
 def test_correlations_equal_scipy(answers):
     shares, chances = answers
-    found = measured(frame(shares, chances))
+    metrics = measured(frame(shares, chances))
     binary = chances[:, 1] / (chances[:, 0] + chances[:, 1])
-    assert found["correlation"] == pytest.approx(pearsonr(shares, chances[:, 1])[0], abs=1e-12)
-    assert found["correlation_binary"] == pytest.approx(pearsonr(shares, binary)[0], abs=1e-12)
-    assert found["slope"] == pytest.approx(linregress(shares / 100, chances[:, 1]).slope, abs=1e-12)
+    assert metrics["correlation"] == pytest.approx(pearsonr(shares, chances[:, 1])[0], abs=1e-12)
+    assert metrics["correlation_binary"] == pytest.approx(pearsonr(shares, binary)[0], abs=1e-12)
+    assert metrics["slope"] == pytest.approx(
+        linregress(shares / 100, chances[:, 1]).slope, abs=1e-12
+    )
 
 
 def test_resample_equals_repeated_rows(answers):
     shares, chances = answers
     draw = np.random.default_rng(1).multinomial(60, np.full(60, 1 / 60))
     rows = np.repeat(np.arange(60), draw)
-    found = measured(frame(shares, chances), draw)
-    assert found["correlation"] == pytest.approx(pearsonr(shares[rows], chances[rows, 1])[0])
-    assert found["mean_female"] == pytest.approx(chances[rows, 1].mean())
+    metrics = measured(frame(shares, chances), draw)
+    assert metrics["correlation"] == pytest.approx(pearsonr(shares[rows], chances[rows, 1])[0])
+    assert metrics["mean_female"] == pytest.approx(chances[rows, 1].mean())
 
 
 def test_calibrated_model_has_correlation_and_slope_one():
     shares = np.array([5.0, 30, 60, 95])
-    found = measured(frame(shares, np.stack([1 - shares / 100, shares / 100, 0 * shares], axis=1)))
-    assert found["correlation"] == pytest.approx(1) and found["slope"] == pytest.approx(1)
+    metrics = measured(
+        frame(shares, np.stack([1 - shares / 100, shares / 100, 0 * shares], axis=1))
+    )
+    assert metrics["correlation"] == pytest.approx(1) and metrics["slope"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("female", [0.3, 1 / 3, 1.0, 0.0])
 def test_constant_answer_has_slope_zero_and_no_correlation(female):
     rest = (1 - female) / 2
-    found = measured(frame([3, 40, 41, 99], [[rest, female, rest]] * 4))
-    assert math.isnan(found["correlation"]) and found["slope"] == pytest.approx(0, abs=1e-12)
+    metrics = measured(frame([3, 40, 41, 99], [[rest, female, rest]] * 4))
+    assert math.isnan(metrics["correlation"]) and metrics["slope"] == pytest.approx(0, abs=1e-12)
 
 
 def test_rows_of_one_occupation_are_averaged():
@@ -191,32 +195,32 @@ def test_unanswered_occupations_are_left_out():
     shares = [10, 50, 70, 90]
     chances = [[0.5, 0.2, 0.3], [0.5, 0.5, 0], [0, 0, 0], [0.2, 0.4, 0.4]]
     kept = [0, 1, 3]
-    found = measured(frame(shares, chances))
+    metrics = measured(frame(shares, chances))
     expected = measured(frame([shares[i] for i in kept], [chances[i] for i in kept]))
     unlike = {"option_mass", "share_truncated"}  # known of the unanswered too
-    for name in set(WINOGENDER.metrics) & set(found) - unlike:
-        assert found[name] == pytest.approx(expected[name]), name
+    for name in set(WINOGENDER.metrics) & set(metrics) - unlike:
+        assert metrics[name] == pytest.approx(expected[name]), name
     nothing = measured(frame(shares, [[0, 0, 0]] * 4))
     assert math.isnan(nothing["correlation"]) and math.isnan(nothing["mean_female"])
 
 
 def test_neutral_answers_leave_the_binary_correlation_undefined():
-    found = measured(frame([10, 50, 90], [[0, 0, 1.0], [0, 0, 1.0], [0, 0, 1.0]]))
-    assert found["share_neutral"] == 1 and math.isnan(found["correlation_binary"])
+    metrics = measured(frame([10, 50, 90], [[0, 0, 1.0], [0, 0, 1.0], [0, 0, 1.0]]))
+    assert metrics["share_neutral"] == 1 and math.isnan(metrics["correlation_binary"])
 
 
 def test_calibration_and_entropy_by_hand():
     table = frame([20, 60, 90], [[0.3, 0.5, 0.2], [0, 0.5, 0.5], [0.45, 0.05, 0.5]])
-    found = measured(table)
-    assert found["calibration_error"] == pytest.approx((0.3 + 0.1 + 0.85) / 3)
-    assert found["signed_error"] == pytest.approx((0.3 - 0.1 - 0.85) / 3)
+    metrics = measured(table)
+    assert metrics["calibration_error"] == pytest.approx((0.3 + 0.1 + 0.85) / 3)
+    assert metrics["signed_error"] == pytest.approx((0.3 - 0.1 - 0.85) / 3)
     two = [0.5 / 0.8, 1.0, 0.1]
-    assert found["calibration_error_binary"] == pytest.approx((two[0] - 0.2 + 0.4 + 0.8) / 3)
-    assert found["signed_error_binary"] == pytest.approx((two[0] - 0.2 + 0.4 - 0.8) / 3)
+    assert metrics["calibration_error_binary"] == pytest.approx((two[0] - 0.2 + 0.4 + 0.8) / 3)
+    assert metrics["signed_error_binary"] == pytest.approx((two[0] - 0.2 + 0.4 - 0.8) / 3)
     by_hand = -(0.3 * math.log(0.3) + 0.5 * math.log(0.5) + 0.2 * math.log(0.2))
     by_hand += math.log(2)
     by_hand -= 0.45 * math.log(0.45) + 0.05 * math.log(0.05) + 0.5 * math.log(0.5)
-    assert found["entropy"] == pytest.approx(by_hand / 3)
+    assert metrics["entropy"] == pytest.approx(by_hand / 3)
 
 
 def test_entropy_equals_scipy(answers):
@@ -236,10 +240,10 @@ def test_match_metrics_compare_with_the_stated_percentages():
     shares = np.array([40.5, 3.2, 99.6, 50])  # stated: 41, 3, 100, 50
     stated = np.array([0.41, 0.03, 1, 0.5])
     obeys = np.stack([1 - stated, stated, 0 * stated], axis=1)
-    found = measured(frame(shares, obeys))
-    assert found["match_error"] == pytest.approx(0, abs=1e-12)
-    assert found["match_correlation"] == pytest.approx(1, abs=1e-12)
-    assert found["calibration_error"] == pytest.approx((0.005 + 0.002 + 0.004) / 4)
+    metrics = measured(frame(shares, obeys))
+    assert metrics["match_error"] == pytest.approx(0, abs=1e-12)
+    assert metrics["match_correlation"] == pytest.approx(1, abs=1e-12)
+    assert metrics["calibration_error"] == pytest.approx((0.005 + 0.002 + 0.004) / 4)
     # "they" instead of either gender is off both percentages: half their sum, .5
     assert measured(frame(shares, [[0, 0, 1.0]] * 4))["match_error"] == pytest.approx(0.5)
     # .1 from female to neutral: female is .1 off, male is right
@@ -254,13 +258,13 @@ def test_metrics_without_leak_ignore_leaking_templates(answers):
     shares, chances = answers
     leaks = np.zeros(60, dtype=int)
     leaks[[3, 17, 40]] = 1
-    found = measured(frame(shares, chances, leaks=leaks))
+    metrics = measured(frame(shares, chances, leaks=leaks))
     kept = leaks == 0
     expected = pearsonr(shares[kept], chances[kept, 1])[0]
-    assert found["correlation_without_leak"] == pytest.approx(expected, abs=1e-12)
-    assert found["share_neutral_without_leak"] == pytest.approx(chances[kept, 2].mean())
-    assert found["correlation"] == pytest.approx(pearsonr(shares, chances[:, 1])[0], abs=1e-12)
-    assert abs(found["correlation"] - found["correlation_without_leak"]) > 1e-4
+    assert metrics["correlation_without_leak"] == pytest.approx(expected, abs=1e-12)
+    assert metrics["share_neutral_without_leak"] == pytest.approx(chances[kept, 2].mean())
+    assert metrics["correlation"] == pytest.approx(pearsonr(shares, chances[:, 1])[0], abs=1e-12)
+    assert abs(metrics["correlation"] - metrics["correlation_without_leak"]) > 1e-4
     everywhere = measured(frame(shares, chances, leaks=1))
     assert math.isnan(everywhere["correlation_without_leak"])
     assert math.isnan(everywhere["share_neutral_without_leak"])
@@ -311,14 +315,14 @@ def test_resampled_rank_correlation_equals_scipy(answers, ties):
         chances[10:30] = chances[30:50]
         assert len(np.unique(rankdata(chances[:, 1]))) < 45
     draws = Draws(200)
-    found = bootstrap(
+    estimates = bootstrap(
         WINOGENDER.tally(frame(shares, chances)), WINOGENDER.compute, draws=draws
     ).replicates.metrics
     expected = [written_out(shares, chances, rows) for rows in resampled_rows(draws, 60)]
     expected.insert(0, written_out(shares, chances, np.arange(60)))
     for name in expected[0]:
         np.testing.assert_allclose(
-            found[name], [one[name] for one in expected], atol=1e-9, err_msg=name
+            estimates[name], [one[name] for one in expected], atol=1e-9, err_msg=name
         )
 
 
@@ -326,12 +330,12 @@ def test_resamples_without_leak_equal_scipy(answers):
     shares, chances = answers
     leaks = (np.arange(60) % 7 == 0).astype(int)
     draws = Draws(100)
-    found = bootstrap(
+    estimates = bootstrap(
         WINOGENDER.tally(frame(shares, chances, leaks=leaks)), WINOGENDER.compute, draws=draws
     ).replicates.metrics["correlation_without_leak"][1:]
     rows = [rows[leaks[rows] == 0] for rows in resampled_rows(draws, 60)]
     expected = [pearsonr(shares[kept], chances[kept, 1])[0] for kept in rows]
-    np.testing.assert_allclose(found, expected, atol=1e-9)
+    np.testing.assert_allclose(estimates, expected, atol=1e-9)
 
 
 @pytest.fixture
@@ -347,8 +351,8 @@ def instructed(answers):
 
 
 def effect_on(metric, cells):
-    (found,) = [c for c in compare(cells) if c.kind == "effect" and c.metric == metric]
-    return found.estimate
+    (comparisons,) = [c for c in compare(cells) if c.kind == "effect" and c.metric == metric]
+    return comparisons.estimate
 
 
 def cell(condition, shares, chances, draws):
@@ -540,9 +544,9 @@ def test_published_shares_give_a_calibrated_model(published):
     shares = np.array([item.facts["percent_female"] for item in published.items])
     chances = np.stack([1 - shares / 100, shares / 100, 0 * shares], axis=1)
     leaks = [item.facts["number_leak"] for item in published.items]
-    found = measured(frame(shares, chances, leaks=leaks))
+    metrics = measured(frame(shares, chances, leaks=leaks))
     for name in ("correlation", "correlation_without_leak", "spearman", "slope"):
-        assert found[name] == pytest.approx(1), name
+        assert metrics[name] == pytest.approx(1), name
     for name in ("calibration_error", "signed_error", "intercept", "share_neutral"):
-        assert found[name] == pytest.approx(0, abs=1e-9), name
-    assert 0 < found["match_error"] < 0.005  # the instruction rounds
+        assert metrics[name] == pytest.approx(0, abs=1e-9), name
+    assert 0 < metrics["match_error"] < 0.005  # the instruction rounds

@@ -189,8 +189,8 @@ def test_watch_follows_a_run_to_its_last_checkpoint(run: Path, tmp_path: Path, m
     half = checkpoint_of(run, 2) / "model.safetensors"
     whole = half.read_bytes()
     half.write_bytes(whole[: len(whole) // 2])  # as a slow copy leaves it
-    found: list[int] = []
-    watcher = threading.Thread(target=lambda: found.append(evaluate_run(recipe, run, watch=True)))
+    results: list[int] = []
+    watcher = threading.Thread(target=lambda: results.append(evaluate_run(recipe, run, watch=True)))
     watcher.start()
     wait_for(lambda: len(bytes_of(run)) == 2)  # step 0
     vanishing = checkpoint_of(run, 3)
@@ -212,7 +212,7 @@ def test_watch_follows_a_run_to_its_last_checkpoint(run: Path, tmp_path: Path, m
     checkpoint_of(run, 4).parent.joinpath(".checkpoint-4.part").mkdir()  # not there yet
     later.rename(checkpoint_of(run, 4))
     watcher.join(SECONDS)
-    assert not watcher.is_alive() and found == [3]
+    assert not watcher.is_alive() and results == [3]
     assert len(bytes_of(run)) == 6
     assert not vanishing.exists()
 

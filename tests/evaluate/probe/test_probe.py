@@ -67,10 +67,10 @@ def plain_states(model, tokenizer, text):
 @pytest.mark.parametrize("max_batch_tokens", [1, 100, 4096])
 def test_states_equal_a_plain_forward(architecture, max_batch_tokens):
     model, tokenizer = tiny_model(architecture), tiny_tokenizer()
-    found = contrasts(model, tokenizer, PAIRS, max_batch_tokens=max_batch_tokens)
-    assert found.shape == (len(PAIRS), 3, 32)  # embeddings, a block, a block with the final norm
-    assert found.dtype == np.float32
-    for (prompt, (one, other)), half in zip(PAIRS, found, strict=True):
+    vectors = contrasts(model, tokenizer, PAIRS, max_batch_tokens=max_batch_tokens)
+    assert vectors.shape == (len(PAIRS), 3, 32)  # embeddings, a block, a block with the final norm
+    assert vectors.dtype == np.float32
+    for (prompt, (one, other)), half in zip(PAIRS, vectors, strict=True):
         first, second = (plain_states(model, tokenizer, prompt + text) for text in (one, other))
         assert half == pytest.approx((first - second) / 2, abs=2e-5)
         assert first == pytest.approx((first + second) / 2 + half, abs=2e-5)
@@ -80,12 +80,12 @@ def test_states_equal_a_plain_forward(architecture, max_batch_tokens):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_padding_side_of_the_tokenizer_changes_nothing(architecture):
     model = tiny_model(architecture)
-    found = []
+    results = []
     for side in ("left", "right"):
         tokenizer = tiny_tokenizer()
         tokenizer.padding_side = side
-        found.append(contrasts(model, tokenizer, PAIRS))
-    assert np.array_equal(*found)
+        results.append(contrasts(model, tokenizer, PAIRS))
+    assert np.array_equal(*results)
 
 
 def test_layer_that_is_not_finite_is_named():
@@ -151,10 +151,10 @@ def test_planted_direction_is_found_and_noise_is_chance():
     vectors = np.stack([noise[:, 0], planted], axis=1)
     table = probe_layers({"Q": vectors}, frame, folds=5, seed=0)
     for held_out in (TEMPLATE, CATEGORY):
-        nothing, found = (overall(table, held_out, layer=layer) for layer in (0, 1))
+        nothing, results = (overall(table, held_out, layer=layer) for layer in (0, 1))
         assert nothing.low < 0.5 < nothing.high and 0.1 < nothing.high - nothing.low < 0.25
-        assert found.accuracy > 0.98 and found.low > 0.95
-        for row in (nothing, found):
+        assert results.accuracy > 0.98 and results.low > 0.95
+        for row in (nothing, results):
             assert row.baseline_accuracy == pytest.approx(0.5, abs=0.1)
             assert (row.num_pairs, row.num_clusters) == (240, 40)
     assert set(table["category"]) == {"overall", "c0", "c1", "c2", "c3"}

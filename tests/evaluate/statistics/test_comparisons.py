@@ -26,34 +26,34 @@ def test_effects_growth_and_change_by_hand():
         make_cell(20, "Q", [6, 6, 9, 3]),
         make_cell(20, "Q+IF", [1, 1, 4, 0]),
     ]
-    found = compare(cells)
-    assert find(found, "effect", "Q+IF", 0).estimate.value == pytest.approx((20 - 18) / 40)
-    assert find(found, "effect", "Q+IF", 20).estimate.value == pytest.approx((24 - 6) / 40)
-    growth = find(found, "growth", "Q+IF", 20)
+    comparisons = compare(cells)
+    assert find(comparisons, "effect", "Q+IF", 0).estimate.value == pytest.approx((20 - 18) / 40)
+    assert find(comparisons, "effect", "Q+IF", 20).estimate.value == pytest.approx((24 - 6) / 40)
+    growth = find(comparisons, "growth", "Q+IF", 20)
     assert growth.from_step == 0
     assert growth.estimate.value == pytest.approx((18 - 2) / 40)
-    assert find(found, "change", "Q", 20).estimate.value == pytest.approx(4 / 40)
-    assert find(found, "change", "Q+IF", 20).estimate.value == pytest.approx(-12 / 40)
-    assert len(found) == 5
+    assert find(comparisons, "change", "Q", 20).estimate.value == pytest.approx(4 / 40)
+    assert find(comparisons, "change", "Q+IF", 20).estimate.value == pytest.approx(-12 / 40)
+    assert len(comparisons) == 5
 
 
 def test_pairing_removes_shared_variation():
     """Q+IF is .1 below Q in every template: the effect has no spread though each metric has."""
     hits = np.random.default_rng(0).integers(1, 10, 30)
-    found = compare([make_cell(0, "Q", hits), make_cell(0, "Q+IF", hits - 1)])
-    effect = find(found, "effect", "Q+IF", 0).estimate
+    comparisons = compare([make_cell(0, "Q", hits), make_cell(0, "Q+IF", hits - 1)])
+    effect = find(comparisons, "effect", "Q+IF", 0).estimate
     assert (effect.low, effect.high) == (pytest.approx(0.1), pytest.approx(0.1))
     assert effect.excludes_zero
 
 
 def test_different_items_are_not_compared():
-    found = compare(
+    comparisons = compare(
         [
             make_cell(0, "Q", [1, 2, 3]),
             make_cell(0, "Q+IF", [1, 2, 4], clusters=["t000", "t001", "t009"]),
         ]
     )
-    effect = find(found, "effect", "Q+IF", 0)
+    effect = find(comparisons, "effect", "Q+IF", 0)
     assert np.isnan(effect.estimate.value)
     assert "different items" in effect.reason
 
@@ -62,11 +62,11 @@ def test_metric_undefined_in_one_cell():
     population = b"same"
     one = Replicates(population, {"share": np.full(11, 0.3)})
     other = Replicates(population, {"share": np.full(11, np.nan)})
-    found = compare(
+    comparisons = compare(
         [Cell("r", "m", 1, 0, 0, "bbq", "Q", one), Cell("r", "m", 1, 0, 0, "bbq", "Q+IF", other)]
     )
-    assert np.isnan(found[0].estimate.value)
-    assert "undefined" in found[0].reason
+    assert np.isnan(comparisons[0].estimate.value)
+    assert "undefined" in comparisons[0].reason
 
 
 def test_effect_intervals_cover_the_truth():
@@ -80,8 +80,8 @@ def test_effect_intervals_cover_the_truth():
         falls = rng.binomial(hits, rng.uniform(0, 0.4, 30))  # a fifth of the yes is taken back
         draws = Draws(400, seed=world)
         cells = []
-        for condition, found in (("Q", hits), ("Q+IF", hits - falls)):
-            tally = make_tally({"hits": found, "count": np.full(30, size)})
+        for condition, results in (("Q", hits), ("Q+IF", hits - falls)):
+            tally = make_tally({"hits": results, "count": np.full(30, size)})
             replicates = bootstrap(tally, share, draws=draws).replicates
             cells.append(Cell("run", "m", 10, 0, 0, "bbq", condition, replicates))
         effect = find(compare(cells), "effect", "Q+IF", 0)

@@ -31,13 +31,13 @@ def test_standard_error_up_to_rounding():
 
 
 def test_mean_over_seeds_by_hand():
-    found = mean_over_seeds([1.0, 2.0, 6.0])
+    mean = mean_over_seeds([1.0, 2.0, 6.0])
     error = np.std([1, 2, 6], ddof=1) / np.sqrt(3)
     half = stats.t.ppf(0.975, 2) * error
-    assert found["value"] == pytest.approx(3)
-    assert found["low"] == pytest.approx(3 - half)
-    assert found["high"] == pytest.approx(3 + half)
-    assert found["p_value"] == pytest.approx(2 * stats.t.sf(3 / error, 2))
+    assert mean["value"] == pytest.approx(3)
+    assert mean["low"] == pytest.approx(3 - half)
+    assert mean["high"] == pytest.approx(3 + half)
+    assert mean["p_value"] == pytest.approx(2 * stats.t.sf(3 / error, 2))
     assert np.isnan(mean_over_seeds([1.0])["low"])
     assert np.isnan(mean_over_seeds([1.0, 1.0])["p_value"])
     assert np.isnan(mean_over_seeds([])["value"])
@@ -106,8 +106,8 @@ def test_detectable_difference(num):
     rng = np.random.default_rng(5)
     effect = detectable(1 / np.sqrt(num), num - 1)
     samples = rng.normal(effect, 1, (4000, num))
-    found = stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05
-    assert found.mean() == pytest.approx(0.8, abs=0.025)
+    rejected = stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05
+    assert rejected.mean() == pytest.approx(0.8, abs=0.025)
     assert detectable(1.0, 30_000) == pytest.approx(stats.norm.ppf([0.975, 0.8]).sum(), rel=1e-3)
     assert np.isnan(detectable(0.0, 10))
     assert np.isnan(detectable(np.nan, 10))

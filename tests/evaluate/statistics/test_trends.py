@@ -232,8 +232,8 @@ def test_coverage_over_items():
     covered, rejected, num = 0, 0, 400
     for number in range(num):
         slopes = line(world(rng, 30, [0.01], 400, number)).slopes()
-        found = estimate({"slope": slopes})["slope"]
-        covered += found.low <= 0.01 <= found.high
+        slope_estimate = estimate({"slope": slopes})["slope"]
+        covered += slope_estimate.low <= 0.01 <= slope_estimate.high
         rejected += 2 * stats.t.sf(abs((slopes[0] - 0.01) / standard_error(slopes)), 29) < 0.05
     assert 0.91 <= covered / num <= 0.975
     assert 0.025 <= rejected / num <= 0.08
@@ -248,7 +248,7 @@ def test_coverage_over_seeds():
         slopes = [line(cells, seed).slopes() for seed in range(4)]
         low, high = stats.ttest_1samp([one[0] for one in slopes], 0).confidence_interval(0.95)
         by_seeds += low <= 0.01 <= high
-        found = estimate({"slope": np.mean(slopes, axis=0)})["slope"]
-        by_items += found.low <= 0.01 <= found.high
+        slope_estimate = estimate({"slope": np.mean(slopes, axis=0)})["slope"]
+        by_items += slope_estimate.low <= 0.01 <= slope_estimate.high
     assert 0.92 <= by_seeds / num <= 0.985
     assert by_items / num < 0.75

@@ -59,8 +59,8 @@ def test_run_writes_checkpoints_results_figures_and_report(finished: Path) -> No
 
 
 def test_weights_differ_between_steps(finished: Path) -> None:
-    found = digests(finished)
-    weights = {v for k, v in found.items() if k.startswith("tiny/seed-0/ppo") and "model" in k}
+    results = digests(finished)
+    weights = {v for k, v in results.items() if k.startswith("tiny/seed-0/ppo") and "model" in k}
     assert len(weights) == 3
 
 
@@ -226,8 +226,8 @@ def test_parallel_jobs_equal_sequential_bitwise(finished: Path, tmp_path: Path) 
     runs.mkdir()
     done = call(command(runs, "seeds=[0, 1]", "launch.jobs=2"), cwd=runs.parent)
     assert done.returncode == 0, done.stderr
-    found = {k: v for k, v in digests(runs / "small").items() if "seed-0" in k}
-    assert found == {k: v for k, v in digests(finished).items() if "seed-0" in k}
+    results = {k: v for k, v in digests(runs / "small").items() if "seed-0" in k}
+    assert results == {k: v for k, v in digests(finished).items() if "seed-0" in k}
 
 
 @pytest.mark.parametrize(

@@ -151,9 +151,9 @@ def test_offload_needs_a_compiler(tmp_path, monkeypatch) -> None:
 
 
 def test_missing_package_is_refused(monkeypatch) -> None:
-    found = importlib.util.find_spec
+    results = importlib.util.find_spec
     gone = ("deepspeed", "vllm")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in gone else found(n))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in gone else results(n))
     with pytest.raises(InputError, match=r"launch\.deepspeed: DeepSpeed is not installed; pip "):
         check_launch(recipe("launch.deepspeed=zero2"))
     with pytest.raises(InputError, match=r"policy\.trainer\.use_vllm: vLLM is not installed; pip "):
@@ -192,9 +192,9 @@ def test_parallel_jobs_use_different_gpus(monkeypatch) -> None:
 def test_variables_of_another_launcher_are_removed(monkeypatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    found = process_environment(Launch(processes=2, deepspeed="zero2"), 3, False, 0)
-    assert "MASTER_PORT" not in found and "ACCELERATE_USE_CPU" not in found
-    assert found["OMP_NUM_THREADS"] == "3"
+    results = process_environment(Launch(processes=2, deepspeed="zero2"), 3, False, 0)
+    assert "MASTER_PORT" not in results and "ACCELERATE_USE_CPU" not in results
+    assert results["OMP_NUM_THREADS"] == "3"
     assert process_environment(Launch(processes=2), 1, False, 0)["ACCELERATE_USE_CPU"] == "true"
 
 

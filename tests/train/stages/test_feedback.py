@@ -204,8 +204,8 @@ def test_plain_prompts_of_every_format_are_questions(
     tmp_path: Path, name: str, column: str
 ) -> None:
     save_rows(tmp_path / name, [{column: "What is it?"}, {column: "Who are you?"}])
-    found = prompts(tmp_path, tmp_path / name)
-    assert found == [[USER], [{"role": "user", "content": "Who are you?"}]]
+    results = prompts(tmp_path, tmp_path / name)
+    assert results == [[USER], [{"role": "user", "content": "Who are you?"}]]
 
 
 def test_prompts_may_be_dialogues_beside_other_columns(tmp_path: Path) -> None:
