@@ -33,6 +33,7 @@ from selfcorrect.evaluate.measuring.plan import PlannedCell, plan_evaluation
 from selfcorrect.evaluate.results import items_dataset, write_items
 from selfcorrect.evaluate.run_folder import CheckpointRecord
 from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
+from selfcorrect.scripts.benchmarks.random_models import save_figures
 from selfcorrect.scripts.commands.data_folder import default_data_dir
 
 EXPERIMENTS = ("bbq", "winogender", "law_school")
@@ -107,19 +108,11 @@ def write_run(run: Path, paths: Sequence[Path], num_rows: int) -> int:
     for step in range(num_checkpoints):
         folder = run / "made-up" / "seed-0" / "ppo" / f"checkpoint-{step}"
         (folder / "evaluation").mkdir(parents=True)
+        counts = dict.fromkeys(("step", "episodes", "tokens", "optimizer_updates"), step)
         record = CheckpointRecord(
-            model="made-up",
-            parameters=1,
-            seed=0,
-            step=step,
-            episodes=step,
-            tokens=step,
-            optimizer_updates=step,
-            kl=None,
-            reward=None,
-            recipe_digest="0" * 64,
-            versions={},
-        )
+            model="made-up", parameters=1, seed=0, **counts, kl=None, reward=None,
+            recipe_digest="0" * 64, versions={},
+        )  # fmt: skip
         record.write(folder)
         for path in paths:
             shutil.copyfile(path, folder / "evaluation" / path.name)
@@ -174,8 +167,7 @@ def main() -> None:
         figures["items_seconds"] = bench_items(run)
         figures["items_peak_gb"] = peak_gb()
     print(json.dumps(figures, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    save_figures(arguments.json, figures)
 
 
 def peak_gb() -> float:

@@ -35,7 +35,7 @@ from selfcorrect.train.job import quiet_libraries
 from selfcorrect.train.ppo import PPOConfig, PPOTrainer
 from selfcorrect.train.stages.arguments import QUIET
 
-SEEDS = (0, 1, 2)
+STEPS = (100, 40)
 METHODS: dict[str, dict[str, Any]] = {
     "PPO, separate critic": {"critic": "separate"},
     "PPO, shared critic": {"critic": "shared"},
@@ -155,18 +155,13 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results [default: a temporary folder].")
     ] = None,
-    json: Annotated[
-        Path | None,
-        typer.Option(help="File for the figures [default: learning.json in that folder]."),
-    ] = None,
     docs: Annotated[
         Path | None, typer.Option(help="Folder with ppo-learning.md, for figure and tables.")
     ] = None,
-    steps: Annotated[tuple[int, int], typer.Option(help="Steps of the toy and the society.")] = (
-        100,
-        40,
-    ),
-    seeds: Annotated[int, typer.Option(help="Number of seeds, from 0.")] = len(SEEDS),
+    steps: Annotated[
+        tuple[int, int], typer.Option(help="Steps of the toy and the society.")
+    ] = STEPS,
+    seeds: Annotated[int, typer.Option(help="Number of seeds, from 0.")] = 3,
 ) -> None:
     """Train every method on both problems; print, save and draw the results."""
     quiet_libraries()
@@ -182,14 +177,14 @@ def bench(
         problem = make(out / name, num_steps)
         facts = {**problem.facts, "preparation_cpu_seconds": time.process_time() - start}
         runs = []
-        for seed in SEEDS[:seeds]:
+        for seed in range(seeds):
             for method in METHODS:
                 runs.append(train(problem, method, seed, out / "work"))
                 print(".", end="", flush=True)
         results["problems"][name] = {"facts": facts, "settings": problem.same, "runs": runs}
     results["cpu_seconds"] = time.process_time()
     print(f"\n\n{tables(results)}\n\n{out}")
-    write_json(json or out / "learning.json", results)
+    write_json(out / "learning.json", results)
     draw(results, out)
     if docs is not None:
         publish(results, docs, out)

@@ -8,17 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.society import feedback as society_feedback
 from selfcorrect.recipes.society.world import make_world
+from selfcorrect.scripts.benchmarks.random_models import word_tokenizer
 from selfcorrect.train.feedback.feedback import load_feedback, render_prompt
 from selfcorrect.train.ppo import RewardModelScorer
 from selfcorrect.train.ppo.losses import shaped_score
@@ -51,16 +46,6 @@ class Problem:
 
 
 # ---- 1. the toy ----------------------------------------------------------------------------------
-
-
-def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per word, in the order of the words."""
-    words = ["<pad>", "<eos>", "<unk>", *NUMBERS, *TARGETS, *OTHERS]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
 
 
 def closeness(
@@ -117,7 +102,9 @@ def exact_figures(
 
 def toy(folder: Path, steps: int, beta: float = 0.1) -> Problem:
     """Return the toy, for a random Llama, with its optimum."""
-    tokenizer = toy_tokenizer()
+    words = ["<pad>", "<eos>", "<unk>", *NUMBERS, *TARGETS, *OTHERS]
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    tokenizer = word_tokenizer(words, "<unk>", **special)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,

@@ -39,15 +39,13 @@ def closing_figures(run: Run, beta: float) -> dict[str, float | None]:
     steps, before, after = run["steps"], run["before"], run["after"]
     kl = after.get("exact_kl", after.get("kl"))
     score = after.get("exact_score", after.get("score"))
-    explained = [step["explained_variance"] for step in steps[-10:]]
-    known = [value for value in explained if value is not None]
     return {
         "before": before.get("exact_score", before.get("score")),
         "after": score,
         "last": fmean(step["score"] for step in steps[-5:]),
         "kl": kl,
         "objective": score - beta * kl,
-        "explained": fmean(known) if known else None,
+        "explained": _mean([step["explained_variance"] for step in steps[-10:]]),
         "ended": fmean(step["ended_by_eos"] for step in steps[-5:]),
         "cpu": fmean(step["cpu_seconds"] for step in steps),
     }
@@ -140,9 +138,8 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _row(method: str, seed: str, values: list[float | None]) -> str:
-    cells = ["–" if value is None else f"{value:.3f}" for value in values]
-    bold = seed.startswith("**")
-    cells = [f"**{cell}**" if bold else cell for cell in cells]
+    bold = "**" if seed.startswith("**") else ""
+    cells = [f"{bold}{'–' if value is None else f'{value:.3f}'}{bold}" for value in values]
     return f"| {' | '.join([method, seed, *cells])} |"
 
 

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from selfcorrect.scripts.benchmarks.random_models import save_figures, word_tokenizer
+
 WORDS = 16384
 SIZES = {
     "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6,
@@ -171,17 +173,9 @@ def memory(name: str) -> int:
 
 def make_tokenizer() -> Any:
     """Return a tokenizer of WORDS words, one token per word."""
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
     special = ["<pad>", "<s>", "</s>", "Human", "Assistant", ":"]
     words = [*special, *(f"w{i}" for i in range(WORDS - len(special)))]
-    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    return word_tokenizer(words, "<pad>", pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def save_models(case: Case, folder: Path) -> None:
@@ -274,8 +268,7 @@ def main() -> None:
             f"| {footprint.total / peak:.2f} | {seconds:.1f} | {footprint.moment} |",
             flush=True,
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    save_figures(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from selfcorrect.scripts.benchmarks.random_models import save_figures
+
 WORKER = Path(__file__).with_name("ppo_worker.py")
 SHAPES = ("quickstart", "larger")
 # Each arm, and the arm that its CPU time is divided by
@@ -166,8 +168,7 @@ def main() -> None:
         result = measure(shape, pythons, arguments.rounds, arguments.steps)
         report["shapes"][shape] = result
         print("\n".join([table(shape, result), "", *verdicts(result), ""]), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    save_figures(arguments.json, report)
 
 
 if __name__ == "__main__":

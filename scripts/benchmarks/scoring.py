@@ -14,7 +14,6 @@ turns, and CPU seconds of the whole scoring are compared, including tokenising a
 # ruff: noqa: TID253  -- a benchmark: torch is all it is about
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,29 +30,13 @@ from selfcorrect.evaluate.measuring.plan import plan_evaluation
 from selfcorrect.evaluate.prompts.dialogue import render
 from selfcorrect.evaluate.prompts.tokenized import Request
 from selfcorrect.evaluate.scoring.packed import PackedEngine
+from selfcorrect.scripts.benchmarks.random_models import random_llama, save_figures
 from selfcorrect.scripts.commands.data_folder import default_data_dir
 
 UNKNOWN = (
     "Unknown", "Cannot answer", "Can't be determined", "Cannot be determined", "Can't answer",
     "Not known", "Not enough info", "Not enough information", "Not answerable", "Undetermined",
 )  # fmt: skip
-
-
-def random_model(tokenizer: Any, hidden: int, layers: int) -> Any:
-    """Return a float32 Llama with tied embeddings over the tokenizer's vocabulary."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=int(hidden * 8 / 3),
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def stock_requests(data: Path, limit: int) -> list[Request]:
@@ -120,7 +103,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    model = random_model(tokenizer, arguments.hidden, arguments.layers)
+    hidden = arguments.hidden
+    model = random_llama(tokenizer, hidden, arguments.layers, intermediate=int(hidden * 8 / 3))
     lm_eval = harness(model, tokenizer)
     ours = PackedEngine(model, tokenizer)
     data, limit = arguments.data_dir, arguments.limit
@@ -156,8 +140,7 @@ def main() -> None:
     table["orders"] = compared("orders", table["letters"]["lm_eval_cpu_seconds"], three, None)
     price = statistics.median(three) / statistics.median(table["letters"]["ours_cpu_seconds"])
     print(f"\nThree orders cost us {price:.2f} times as much as one.")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    save_figures(arguments.json, table)
 
 
 def compared(

@@ -11,7 +11,6 @@ embeddings, softmax, tokenising, packing) adds time but no operations.
 # ruff: noqa: TID253  -- a benchmark: torch is all it is about
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,25 +23,9 @@ from selfcorrect.evaluate.prompts.tokenized import Request, continuations
 from selfcorrect.evaluate.scoring.limits import PACK_TOKENS
 from selfcorrect.evaluate.scoring.packed import PackedEngine
 from selfcorrect.evaluate.scoring.token_trie import pack
+from selfcorrect.scripts.benchmarks.random_models import random_llama, save_figures
 from selfcorrect.scripts.benchmarks.scoring import planned_requests
 from selfcorrect.scripts.commands.data_folder import default_data_dir
-
-
-def random_llama(tokenizer: Any, hidden: int, layers: int, dtype: str) -> Any:
-    """Return a Llama with tied embeddings over the tokenizer's vocabulary; heads of 64."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=-(-hidden * 8 // 3 // 64) * 64,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 64),
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
 
 def useful_operations(model: Any, tokenizer: Any, requests: Sequence[Request]) -> dict[str, float]:
@@ -108,12 +91,12 @@ def measure_peak(arguments: argparse.Namespace) -> None:
     rounds = []
     for _ in range(arguments.rounds):
         peak, shape = best_product(model, clock)
-        started = clock()
+        times = [clock()]
         packing = scorer.prepare(requests)
-        prepared = clock() - started
-        started = clock()
+        times.append(clock())
         scorer.score_packing(packing)
-        scored = clock() - started
+        times.append(clock())
+        prepared, scored = times[1] - times[0], times[2] - times[1]
         computed = sum(map(len, packing.packs))
         row = {
             "peak_gflops": peak / 1e9,
@@ -132,8 +115,7 @@ def measure_peak(arguments: argparse.Namespace) -> None:
             f"{row['share_whole']:.3f}",
             flush=True,
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"useful": useful, "rounds": rounds}, indent=2) + "\n")
+    save_figures(arguments.json, {"useful": useful, "rounds": rounds})
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ rounding. The table has wall and CPU seconds of the whole cell, and tokens of th
 # ruff: noqa: TID253  -- a benchmark: torch is all it is about
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from selfcorrect.evaluate.experiments.wording import load_stimuli
@@ -26,6 +26,7 @@ from selfcorrect.evaluate.prompts.tokenized import Request
 from selfcorrect.evaluate.scoring.engine import Engine, Sample, Sampling
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.evaluate.scoring.packed import PackedEngine
+from selfcorrect.scripts.benchmarks.random_models import save_figures
 from selfcorrect.scripts.commands.data_folder import default_data_dir
 
 Answers = list[tuple[Sample, list[float]]]
@@ -107,10 +108,7 @@ def main() -> None:
         gap = max(abs(a - b) for (_, p), (_, q) in pairs for a, b in zip(p, q, strict=True))
         mean = statistics.mean(text.num_tokens for text, _ in answers[True])
         for live, name in ((False, "read again"), (True, "from the cache")):
-            medians = {
-                key: statistics.median(spent[key] for spent in rounds[live])
-                for key in rounds[live][0]
-            }
+            medians = pd.DataFrame(rounds[live]).median()
             print(
                 f"| {length} (mean {mean:.0f}) | {name} | {medians['wall']:.1f} | "
                 f"{medians['cpu']:.1f} | {medians['seconds']:.1f} | {medians['tokens']:,.0f} | "
@@ -118,8 +116,7 @@ def main() -> None:
                 flush=True,
             )
             table.append({"new_tokens": length, "way": name, "gap": gap, "rounds": rounds[live]})
-    if arguments.json:
-        arguments.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    save_figures(arguments.json, table)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from selfcorrect.scripts.benchmarks.scoring_peak import random_llama
+from selfcorrect.scripts.benchmarks.random_models import random_llama, save_figures
 from selfcorrect.scripts.commands.data_folder import default_data_dir
 
 CONDITIONS = ["Q", "Q+IF", "Q+neutral"]
@@ -56,9 +56,7 @@ def measure_start(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        random_llama(tokenizer, arguments.hidden, arguments.layers, "float32").save_pretrained(
-            model
-        )
+        random_llama(tokenizer, arguments.hidden, arguments.layers).save_pretrained(model)
         tokenizer.save_pretrained(model)
         command = [sys.executable, "-c", _UNTIL_FIRST_SLICE, "evaluate", str(model)]
         command += ["--conditions", "Q,Q+IF", "--experiments", "bbq", "--out", f"{folder}/out"]
@@ -74,8 +72,7 @@ def measure_start(arguments: argparse.Namespace) -> None:
                 "({:.2f} s CPU)".format(*(number for pair in rounds[-1] for number in pair)),
                 flush=True,
             )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rounds) + "\n")
+    save_figures(arguments.json, rounds)
 
 
 def one_thread() -> dict[str, str]:
@@ -99,9 +96,8 @@ def measure_scale(arguments: argparse.Namespace) -> None:
         command += ["--data-dir", str(arguments.data_dir)]
         command += ["--tokenizer", arguments.tokenizer] if arguments.tokenizer else []
         command += ["--hidden", str(arguments.hidden), "--layers", str(arguments.layers)]
-        row = json.loads(
-            subprocess.run(command, check=True, stdout=subprocess.PIPE, env=one_thread()).stdout
-        )
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=one_thread())
+        row = json.loads(done.stdout)
         rows.append(row)
         print(
             f"| {row['items']:,} | {row['prompts']:,} | {row['plan_seconds']:.1f} | "
@@ -111,8 +107,7 @@ def measure_scale(arguments: argparse.Namespace) -> None:
             f"{row['peak_bytes'] / 1e6:.0f} | {row['kept_bytes'] / 1e6:.0f} |",
             flush=True,
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    save_figures(arguments.json, rows)
 
 
 def measure_one_size(arguments: argparse.Namespace) -> None:
@@ -129,9 +124,7 @@ def measure_one_size(arguments: argparse.Namespace) -> None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     else:
         tokenizer = small_tokenizer(arguments.data_dir / "bbq")
-    models = [
-        random_llama(tokenizer, arguments.hidden, arguments.layers, "float32") for _ in range(2)
-    ]
+    models = [random_llama(tokenizer, arguments.hidden, arguments.layers) for _ in range(2)]
     with torch.no_grad():  # the second checkpoint differs
         models[1].lm_head.weight.mul_(1.1)
     before = resident_bytes()
