@@ -16,10 +16,8 @@ from selfcorrect.train.planning.model_shape import ModelShape, model_shape
 from selfcorrect.train.planning.settings import policy_settings, stage_footprints
 
 USABLE = 0.95  # of a device's memory: the rest is the driver's, or lost between blocks
-NODE, BETWEEN_NODES = (
-    8,
-    50e9,
-)  # GPUs of one machine; bytes/s per GPU beyond it (400 Gb/s InfiniBand)
+# GPUs of one machine, and bytes/s per GPU beyond it (400 Gb/s InfiniBand)
+NODE, BETWEEN_NODES = 8, 50e9
 # Python issues every operation, however fast the device. Seconds of one core per layer of a tiny
 # Llama, where nothing else counts, measured 2026-11-23 on the machine of docs/results/ppo-speed.md:
 # a token's forward pass, what `generate` adds per token, a forward and backward pass.
@@ -78,16 +76,11 @@ def estimate_ladder(
     recipe: Recipe, facts: FeedbackFacts, parallelism: Parallelism
 ) -> list[ModelEstimate]:
     """Return the estimate of each of the recipe's models, in its order."""
-    return [
-        estimate_model(
-            recipe,
-            model.name,
-            model_shape(model, f"models.{index}", facts.vocabulary),
-            facts,
-            parallelism,
-        )
-        for index, model in enumerate(recipe.models)
-    ]
+    ladder = []
+    for index, model in enumerate(recipe.models):
+        shape = model_shape(model, f"models.{index}", facts.vocabulary)
+        ladder.append(estimate_model(recipe, model.name, shape, facts, parallelism))
+    return ladder
 
 
 def estimate_model(

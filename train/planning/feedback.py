@@ -77,9 +77,7 @@ def _limit(source: Source, key: str) -> int:
 
 def _local_rows(source: Source) -> Iterator[dict[str, Any]] | None:
     path = Path(source.path).expanduser()
-    if not path.is_file() or ".jsonl" not in path.suffixes:
-        return None
-    return _json_lines(path)
+    return _json_lines(path) if path.is_file() and ".jsonl" in path.suffixes else None
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -118,9 +118,9 @@ def _training_passes(settings: Settings, has_adapter: bool) -> int:
 
 def _rows_seen(settings: Settings, rows: float, parallelism: Parallelism) -> float:
     """Return the rows that a stage trains on: epochs times rows, or what `max_steps` allows."""
-    if settings.values["max_steps"] <= 0:
-        return rows * float(settings.values["num_train_epochs"])
     updates = settings.values["max_steps"]
+    if updates <= 0:
+        return rows * float(settings.values["num_train_epochs"])
     return float(updates * settings.rows_per_update * parallelism.processes)
 
 

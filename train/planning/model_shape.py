@@ -13,20 +13,16 @@ GATED = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 MODEL_TYPES = (*GATED, "gpt_neox", "gpt2")
 
 # transformers' defaults for fields that a configuration leaves out
+_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+       "tie_word_embeddings": False}  # fmt: skip
+_LLAMA = {**_7B, "intermediate_size": 11008, "vocab_size": 32000}
+_QWEN = {**_7B, "intermediate_size": 22016, "num_key_value_heads": 32, "vocab_size": 151936}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-              "num_attention_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False},
-    "mistral": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
-                "tie_word_embeddings": False},
-    "qwen2": {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-              "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 151936,
-              "tie_word_embeddings": False},
-    "qwen3": {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-              "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
-              "vocab_size": 151936, "tie_word_embeddings": False},
-    "olmo2": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-              "num_attention_heads": 32, "vocab_size": 50304, "tie_word_embeddings": False},
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8},
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+    "olmo2": {**_LLAMA, "vocab_size": 50304},
     "gpt_neox": {"hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44,
                  "num_attention_heads": 64, "vocab_size": 50432, "tie_word_embeddings": False},
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None, "n_positions": 1024,
@@ -207,13 +203,10 @@ def _through_transformers(model: Model, key: str) -> dict[str, Any]:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    options: dict[str, Any] = {"trust_remote_code": False}  # an estimate runs nobody's code
-    if model.revision:
-        options["revision"] = model.revision
-    if model.gguf_file is not None:
-        options["gguf_file"] = model.gguf_file
-    try:
-        config = AutoConfig.from_pretrained(model.path, **options)
+    options = {"revision": model.revision, "gguf_file": model.gguf_file}
+    given = {key: value for key, value in options.items() if value}
+    try:  # an estimate runs nobody's code
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=False, **given)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

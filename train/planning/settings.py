@@ -44,10 +44,7 @@ POLICY_DEFAULTS: dict[str, Any] = {
 LORA_RANK = 8  # peft's default
 # peft's own choice where a recipe names no target_modules
 LORA_TARGETS = {
-    "llama": ["q_proj", "v_proj"],
-    "mistral": ["q_proj", "v_proj"],
-    "qwen2": ["q_proj", "v_proj"],
-    "qwen3": ["q_proj", "v_proj"],
+    **{kind: ["q_proj", "v_proj"] for kind in ("llama", "mistral", "qwen2", "qwen3")},
     "gpt_neox": ["query_key_value"],
     "gpt2": ["c_attn"],
 }
