@@ -129,24 +129,16 @@ def with_needs(recipe: Recipe, jobs: list[ClusterJob]) -> list[ClusterJob]:
 
 
 def _needs(recipe: Recipe, job: ClusterJob, facts: "FeedbackFacts") -> Needs | None:
-    from selfcorrect.train.distributed.settings import deepspeed_settings
     from selfcorrect.train.planning.devices import GPUS
-    from selfcorrect.train.planning.estimate import estimate_model
-    from selfcorrect.train.planning.memory import Parallelism
-    from selfcorrect.train.planning.model_shape import model_shape
+    from selfcorrect.train.planning.estimate import estimate_named, parallelism_of
 
     if job.model is None:
         return None
-    index = [model.name for model in recipe.models].index(job.model)
     gpus = resources_of(recipe, job).gpus or 0
     processes = (gpus or recipe.launch.processes) if job.kind == "train" else 1
     try:
-        shape = model_shape(recipe.models[index], f"models.{index}", facts.vocabulary)
-        deepspeed = recipe.launch.deepspeed if processes > 1 else None
-        settings = deepspeed_settings(deepspeed, gpus > 0) if deepspeed else {}
-        zero = settings.get("zero_optimization", {}).get("stage", 0)
-        parallelism = Parallelism(processes, zero, gpu=gpus > 0)
-        estimate = estimate_model(recipe, job.model, shape, facts, parallelism)
+        parallelism = parallelism_of(recipe, processes, None, gpus > 0)
+        estimate = estimate_named(recipe, job.model, facts, parallelism)
     except InputError as error:
         return Needs(f"not planned: {error}")
     is_evaluation = job.kind == "evaluate"

@@ -59,7 +59,7 @@ def check_cluster(recipe: Recipe, cluster: str, dry_run: bool) -> None:
                 "trains it on as many GPUs as processes; give both the same number, or gpus: 0 for "
                 "a CPU job"
             )
-    known = _partitions()
+    known = set(_output_of("sinfo", "--noheader", "--format=%R").split())  # empty: no answer
     for partition in sorted({request.partition for request in requests if request.partition}):
         # A job may name several partitions, and takes the first that is free.
         if known and not known.issuperset(partition.split(",")):
@@ -67,11 +67,6 @@ def check_cluster(recipe: Recipe, cluster: str, dry_run: bool) -> None:
                 f"launch.slurm.partition: this cluster has no partition {partition}; it has "
                 f"{', '.join(sorted(known))}"
             )
-
-
-def _partitions() -> set[str]:
-    """Return the names of the cluster's partitions; empty if no cluster answers."""
-    return set(_output_of("sinfo", "--noheader", "--format=%R").split())
 
 
 def _output_of(*command: str) -> str:

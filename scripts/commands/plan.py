@@ -11,7 +11,6 @@ from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.commands.run import Overrides, RecipeName
 from selfcorrect.scripts.commands.tables import table_console
-from selfcorrect.train.distributed.settings import deepspeed_settings
 from selfcorrect.train.planning.devices import GPUS, Device, device_named
 from selfcorrect.train.planning.estimate import (
     USABLE,
@@ -19,10 +18,10 @@ from selfcorrect.train.planning.estimate import (
     disk_of_ladder,
     estimate_ladder,
     oversized_stages,
+    parallelism_of,
     suggest_settings,
 )
 from selfcorrect.train.planning.feedback import FeedbackFacts, feedback_facts
-from selfcorrect.train.planning.memory import Parallelism
 
 PARTS = (
     "weights", "gradients", "optimizer", "activations", "logits", "KV cache", "critic", "reference",
@@ -78,19 +77,6 @@ def plan(
     console.print(_disk_table(checked, ladder))
     for line in notes(checked, ladder, facts, machine):
         typer.echo(line)
-
-
-def parallelism_of(
-    recipe: Recipe, processes: int | None, zero: int | None, gpu: bool
-) -> Parallelism:
-    """Return the parallelism of the recipe's `launch` section, with the options on top."""
-    launch = recipe.launch
-    count = launch.processes if processes is None else processes
-    if zero is None:
-        zero = 0
-        if launch.deepspeed is not None and count > 1:
-            zero = int(deepspeed_settings(launch.deepspeed, gpu)["zero_optimization"]["stage"])
-    return Parallelism(count, zero, gpu)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -18,6 +18,8 @@ DOCS = ROOT / "docs"
 RECIPE_KEYS = "<!-- recipe keys -->"
 GLOSSARY = "<!-- glossary -->"
 PPO_STEP = "<!-- ppo step -->"
+TYPES = {"integer": "whole number", "number": "number", "string": "text",
+         "boolean": "true or false", "array": "list", "object": "mapping"}  # fmt: skip
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -71,8 +73,7 @@ def recipe_tables() -> str:
         for key, value in section["properties"].items():
             names = [name for name in _referenced(value) if "properties" in sections[name]]
             path = f"{prefix}.{key}" if prefix else key
-            if _is_list(value):
-                path += "[]"
+            path += "[]" if value.get("type") == "array" else ""
             inner += [(path, name) for name in names if name not in path_of]
             for name in names:
                 path_of.setdefault(name, path)
@@ -98,10 +99,6 @@ def _referenced(value: Any) -> list[str]:
     return list(dict.fromkeys(re.findall(r"'\$ref': '#/\$defs/(\w+)'", str(value))))
 
 
-def _is_list(value: dict[str, Any]) -> bool:
-    return value.get("type") == "array"
-
-
 def _type(value: dict[str, Any], sections: dict[str, Any]) -> str:
     """Return a property's type in words a YAML author knows."""
     if "$ref" in value:
@@ -111,25 +108,17 @@ def _type(value: dict[str, Any], sections: dict[str, Any]) -> str:
         return ", ".join(f"`{choice}`" for choice in value["enum"])
     if "const" in value:
         return f"`{value['const']}`"
-    for several in ("anyOf", "oneOf"):
-        if several in value:
-            kinds = [_type(kind, sections) for kind in value[several] if kind.get("type") != "null"]
-            return " or ".join(dict.fromkeys(kinds))
+    kinds = value.get("anyOf") or value.get("oneOf")
     if isinstance(value.get("type"), list):
-        return " or ".join(_type({"type": kind}, sections) for kind in value["type"])
-    if value.get("type") == "array":
-        return f"list ({_type(value['items'], sections)})" if value.get("items") else "list"
-    if value.get("type") == "object":
-        if set(value.get("properties", ())) == {"every"}:
-            return "`{every: n}`"
-        return "mapping"
-    words = {
-        "integer": "whole number",
-        "number": "number",
-        "string": "text",
-        "boolean": "true or false",
-    }
-    return words.get(value.get("type", ""), "any")
+        kinds = [{"type": kind} for kind in value["type"]]
+    if kinds:
+        words = [_type(kind, sections) for kind in kinds if kind.get("type") != "null"]
+        return " or ".join(dict.fromkeys(words))
+    if value.get("type") == "array" and value.get("items"):
+        return f"list ({_type(value['items'], sections)})"
+    if set(value.get("properties", ())) == {"every"}:
+        return "`{every: n}`"
+    return TYPES.get(value.get("type", ""), "any")
 
 
 def _default(value: dict[str, Any]) -> str:

@@ -29,10 +29,9 @@ from selfcorrect.recipes.schema import Recipe
 from selfcorrect.scripts.cluster.jobs import LIBRARIES
 from selfcorrect.scripts.study.records import read_json, table
 from selfcorrect.train.planning.devices import CPU_CORE
-from selfcorrect.train.planning.estimate import estimate_model
+from selfcorrect.train.planning.estimate import estimate_ladder
 from selfcorrect.train.planning.feedback import feedback_facts
 from selfcorrect.train.planning.memory import Parallelism
-from selfcorrect.train.planning.model_shape import model_shape
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/results"
 STEPS, TRAINING = "smollm2-steps.png", "smollm2-training.png"
@@ -118,9 +117,7 @@ def page(run: Path, overrides: list[str]) -> str:
 
 
 def _beside_estimate(recipe: Recipe, stages: dict[str, dict[str, Any]], run: Path) -> str:
-    facts = feedback_facts(recipe.data)
-    shape = model_shape(recipe.models[0], "models.0", facts.vocabulary)
-    estimate = estimate_model(recipe, recipe.models[0].name, shape, facts, Parallelism(gpu=False))
+    [estimate] = estimate_ladder(recipe, feedback_facts(recipe.data), Parallelism(gpu=False))
     hours = estimate.hours(CPU_CORE, 0.3)
     evaluation = stages["ppo"]["evaluation_seconds"]
     times = {

@@ -7,6 +7,7 @@ from typing import Any
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import apply_override, check_recipe
 from selfcorrect.recipes.schema import Recipe
+from selfcorrect.train.distributed.settings import deepspeed_settings
 from selfcorrect.train.planning.devices import Device
 from selfcorrect.train.planning.disk import Disk, disk
 from selfcorrect.train.planning.feedback import FeedbackFacts
@@ -72,15 +73,33 @@ class ModelEstimate:
         return seconds + max(work.sampling_flops / rate, tokens * max(read, host))
 
 
+def parallelism_of(
+    recipe: Recipe, processes: int | None, zero: int | None, gpu: bool
+) -> Parallelism:
+    """Return the parallelism of the recipe's `launch` section, with the options on top."""
+    launch = recipe.launch
+    count = launch.processes if processes is None else processes
+    if zero is None:
+        zero = 0
+        if launch.deepspeed is not None and count > 1:
+            zero = int(deepspeed_settings(launch.deepspeed, gpu)["zero_optimization"]["stage"])
+    return Parallelism(count, zero, gpu)
+
+
 def estimate_ladder(
     recipe: Recipe, facts: FeedbackFacts, parallelism: Parallelism
 ) -> list[ModelEstimate]:
     """Return the estimate of each of the recipe's models, in its order."""
-    ladder = []
-    for index, model in enumerate(recipe.models):
-        shape = model_shape(model, f"models.{index}", facts.vocabulary)
-        ladder.append(estimate_model(recipe, model.name, shape, facts, parallelism))
-    return ladder
+    return [estimate_named(recipe, model.name, facts, parallelism) for model in recipe.models]
+
+
+def estimate_named(
+    recipe: Recipe, name: str, facts: FeedbackFacts, parallelism: Parallelism
+) -> ModelEstimate:
+    """Return the estimate of the recipe's model of that name."""
+    index = [model.name for model in recipe.models].index(name)
+    shape = model_shape(recipe.models[index], f"models.{index}", facts.vocabulary)
+    return estimate_model(recipe, name, shape, facts, parallelism)
 
 
 def estimate_model(

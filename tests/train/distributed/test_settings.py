@@ -16,7 +16,6 @@ import yaml
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe, training_digest
 from selfcorrect.recipes.schema import Launch, Recipe
-from selfcorrect.scripts.commands.plan import parallelism_of
 from selfcorrect.train.check import check_training
 from selfcorrect.train.distributed.settings import (
     check_launch,
@@ -24,6 +23,7 @@ from selfcorrect.train.distributed.settings import (
     process_environment,
     write_settings,
 )
+from selfcorrect.train.planning.estimate import parallelism_of
 from selfcorrect.train.planning.memory import Parallelism
 
 deepspeed = pytest.mark.skipif(
