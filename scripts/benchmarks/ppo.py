@@ -114,9 +114,9 @@ def table(shape: str, result: dict[str, Any]) -> str:
     ]
     for arm, figures in result["arms"].items():
         low, high = figures["cpu_seconds_range"]
-        ratio = "" if "ratio" not in figures else "{:.2f} ({:.2f}-{:.2f})".format(
-            figures["ratio"], *figures["ratio_range"]
-        )  # fmt: skip
+        ratio = ""
+        if "ratio" in figures:
+            ratio = "{:.2f} ({:.2f}-{:.2f})".format(figures["ratio"], *figures["ratio_range"])
         phases = " / ".join(f"{s:.2f}" if s else "-" for s in figures["phases"].values())
         lines.append(
             f"| {arm} | {figures['cpu_seconds']:.2f} ({low:.2f}-{high:.2f}) | {ARMS[arm]} | {ratio}"
@@ -129,14 +129,10 @@ def table(shape: str, result: dict[str, Any]) -> str:
 def verdicts(result: dict[str, Any]) -> list[str]:
     """Return a line for each target ratio: whether it was reached."""
     arms = result["arms"]
-    ratios = [
-        (arm, ARMS[arm], arms[arm]["ratio"], target)
-        for arm, target in TARGETS.items()
-        if "ratio" in arms.get(arm, {})
-    ]
-    old = arms.get("trl18-ppo")
-    if old is not None and "ppo-separate" in arms:
-        ratio = arms["ppo-separate"]["cpu_seconds"] / old["cpu_seconds"]
+    measured = [arm for arm in TARGETS if "ratio" in arms.get(arm, {})]
+    ratios = [(arm, ARMS[arm], arms[arm]["ratio"], TARGETS[arm]) for arm in measured]
+    if arms.keys() >= {"trl18-ppo", "ppo-separate"}:
+        ratio = arms["ppo-separate"]["cpu_seconds"] / arms["trl18-ppo"]["cpu_seconds"]
         ratios.append(("ppo-separate", "trl18-ppo", ratio, TARGET_TRL18))
     return [
         f"{arm} over {base}: {ratio:.2f}, target {target}: "

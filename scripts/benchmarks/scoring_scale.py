@@ -67,11 +67,8 @@ def measure_start(arguments: argparse.Namespace) -> None:
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=one_thread())
             ready, scored = (map(float, line.split()) for line in done.stdout.split(b"\n")[:2])
             rounds.append([(clock - started, cpu) for clock, cpu in (ready, scored)])
-            print(
-                "ready to score after {:.2f} s ({:.2f} s CPU), first items scored after {:.2f} s "
-                "({:.2f} s CPU)".format(*(number for pair in rounds[-1] for number in pair)),
-                flush=True,
-            )
+            times = [f"{seconds:.2f} s ({cpu:.2f} s CPU)" for seconds, cpu in rounds[-1]]
+            print("ready to score after {}, first items scored after {}".format(*times), flush=True)
     save_figures(arguments.json, rounds)
 
 
@@ -86,9 +83,9 @@ def one_thread() -> dict[str, str]:
 def measure_scale(arguments: argparse.Namespace) -> None:
     """Measure every size in its own process, and print the table."""
     print(
-        "| items | prompts | plan s | first 256 items s | checkpoint 1 s | checkpoint 2 s |", end=""
+        "| items | prompts | plan s | first 256 items s | checkpoint 1 s | checkpoint 2 s "
+        "| ms an item (2nd) | peak MB above the model | kept packs MB |"
     )
-    print(" ms an item (2nd) | peak MB above the model | kept packs MB |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     rows = []
     for items in arguments.items:
@@ -99,12 +96,13 @@ def measure_scale(arguments: argparse.Namespace) -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=one_thread())
         row = json.loads(done.stdout)
         rows.append(row)
+        first, second = row["checkpoint_seconds"]
+        seconds = [row["plan_seconds"], row["first_slice_seconds"], first, second]
         print(
-            f"| {row['items']:,} | {row['prompts']:,} | {row['plan_seconds']:.1f} | "
-            f"{row['first_slice_seconds']:.1f} | {row['checkpoint_seconds'][0]:.1f} | "
-            f"{row['checkpoint_seconds'][1]:.1f} | "
-            f"{1000 * row['checkpoint_seconds'][1] / row['items']:.2f} | "
-            f"{row['peak_bytes'] / 1e6:.0f} | {row['kept_bytes'] / 1e6:.0f} |",
+            f"| {row['items']:,} | {row['prompts']:,} "
+            f"| {' | '.join(f'{number:.1f}' for number in seconds)} "
+            f"| {1000 * second / row['items']:.2f} "
+            f"| {row['peak_bytes'] / 1e6:.0f} | {row['kept_bytes'] / 1e6:.0f} |",
             flush=True,
         )
     save_figures(arguments.json, rows)

@@ -59,10 +59,8 @@ def header(recipe: Recipe, options: dict[str, str]) -> list[str]:
         rows.append(
             (model.name, training, measuring, *map(hours, times), gigabytes(model.disk.kept))
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     seeds = len(recipe.seeds)
     kept, working = disk_of_ladder(recipe, ladder)
     lines += [

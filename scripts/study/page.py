@@ -216,12 +216,9 @@ def _findings(results: Results) -> str:
     corrected = adjusted(judged)
 
     def entry(title: str, model: str, number: Number) -> str:
-        p = number.p_value
-        return (
-            f"{model}: {number}"
-            + ("" if p is None else f", p {_p(p)}")
-            + (f" ({_p(corrected[title, model])})" if (title, model) in corrected else "")
-        )
+        p = "" if number.p_value is None else f", p {_p(number.p_value)}"
+        p += f" ({_p(corrected[title, model])})" if (title, model) in corrected else ""
+        return f"{model}: {number}{p}"
 
     rows = []
     for finding in judged:

@@ -44,7 +44,7 @@ def grid_recipe(
     processes: int, gathers: bool, limit: int | None, conditions: list[str] | None
 ) -> Recipe:
     """Return one model's recipe on that many GPUs, with the same rollout batch on any number."""
-    trainer: dict[str, Any] = {
+    trainer = {
         "per_device_train_batch_size": ROWS,
         "steps_per_generation": max(1, ROLLOUT // (ROWS * processes)),
         "num_iterations": 1,
@@ -98,9 +98,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     training = evaluation = disk = 0.0
     for name, sizes in SIZES.items():
-        estimate = smallest(
-            grid_shape(*sizes), device, limit=arguments.limit, conditions=conditions
-        )
+        shape = grid_shape(*sizes)
+        estimate = smallest(shape, device, limit=arguments.limit, conditions=conditions)
         hours = estimate.hours(device, UTILISATION)
         work = {stage.stage: stage for stage in estimate.work}
         largest = max(s.total for s in estimate.footprints if s.stage != "evaluation")

@@ -6,6 +6,7 @@ to; a training pass costs three times that, or twice if only an adapter is train
 """
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -225,13 +226,10 @@ def _society_items(settings: str) -> dict[str, int]:
     """Return the lines of a society's benchmark files, by experiment."""
     with tempfile.TemporaryDirectory() as folder:
         write_benchmarks(make_world(SocietySettings.model_validate_json(settings)), Path(folder))
-        return {
-            experiment.name: sum(
-                len(path.read_text(encoding="utf-8").splitlines()) for path in experiment.iterdir()
-            )
-            for experiment in Path(folder).iterdir()
-            if experiment.is_dir()
-        }
+        items: Counter[str] = Counter()
+        for path in Path(folder).glob("*/*"):
+            items[path.parent.name] += len(path.read_text(encoding="utf-8").splitlines())
+        return items
 
 
 def _conditions(recipe: Recipe, experiment: str) -> tuple[int, int]:

@@ -90,10 +90,10 @@ class Settings:
         """Whether activations are recomputed instead of kept."""
         return bool(self.values["gradient_checkpointing"])
 
-    @property
-    def accumulates(self) -> bool:
-        """Whether an update adds up several micro-batches."""
-        return self.number("gradient_accumulation_steps") > 1
+    def batch(self, rows: int, length: int, scored: int, bf16: bool) -> Batch:
+        """Return one forward and backward pass over `rows` of `length` tokens."""
+        accumulates = self.number("gradient_accumulation_steps") > 1
+        return Batch(rows, length, scored, bf16, self.checkpointing, accumulates)
 
     @property
     def rows_per_update(self) -> int:
@@ -204,19 +204,11 @@ def rollout_of(
                 f"{sampled} completions; change it, or steps_per_generation"
             )
         scored = completion if parallelism.gpu else length  # as in _text_batch
-    batch = Batch(
-        rows,
-        length,
-        rows * scored,
-        settings.bf16(parallelism, default=True),
-        settings.checkpointing,
-        settings.accumulates,
-    )
     return Rollout(
         sampled,
         lengths.longest_prompt,
         completion,
-        batch,
+        settings.batch(rows, length, rows * scored, settings.bf16(parallelism, default=True)),
         critic,
         settings.values["beta"] != 0,
         adapter,
@@ -256,13 +248,8 @@ def _base(
     if recipe.base.method == "sft":
         batch = _text_batch(settings, lengths, parallelism, answers=1)
         return fine_tuning_footprint("base", shape, None, batch, parallelism)
-    batch = Batch(
-        1,
-        recipe.base.batch_tokens,
-        bf16=settings.bf16(parallelism, default=False),
-        checkpointing=settings.checkpointing,
-        accumulates=settings.accumulates,
-    )
+    bf16 = settings.bf16(parallelism, default=False)
+    batch = settings.batch(1, recipe.base.batch_tokens, 0, bf16)
     return pretraining_footprint(shape, batch, parallelism)
 
 
@@ -289,4 +276,4 @@ def _text_batch(
     bf16 = settings.bf16(parallelism, default=False)
     # Without a GPU's kernel TRL computes the LM head at every position (memory.lm_head_bytes).
     scored = rows * (min(lengths.longest_answer, length) if parallelism.gpu else length)
-    return Batch(rows, length, scored, bf16, settings.checkpointing, settings.accumulates)
+    return settings.batch(rows, length, scored, bf16)

@@ -77,16 +77,13 @@ def _training(
     weights, gradients, optimizer = training_bytes(parameters, trainable, parallelism, batch.bf16)
     kept = activation_bytes(shape, adapter, batch, parallelism)
     kept += backward_buffer_bytes(shape, batch)
-    return Footprint(
-        stage,
-        "learning",
-        {
-            "weights": weights + gathered_bytes(shape, parallelism, batch.bf16),
-            "gradients": gradient_bytes_at_peak(gradients, kept, batch, parallelism),
-            "optimizer": optimizer,
-            "activations": kept,
-        },
-    )
+    parts = {
+        "weights": weights + gathered_bytes(shape, parallelism, batch.bf16),
+        "gradients": gradient_bytes_at_peak(gradients, kept, batch, parallelism),
+        "optimizer": optimizer,
+        "activations": kept,
+    }
+    return Footprint(stage, "learning", parts)
 
 
 def rollout_footprint(
@@ -190,9 +187,8 @@ def measuring_footprint(
 ) -> Footprint:
     """Return the footprint of evaluation within training, beside `resident` bytes by purpose."""
     activations, logits = _scoring_bytes(shape, parallelism)
-    return Footprint(
-        "policy", "measuring", resident | {"activations": activations, "logits": logits}
-    )
+    parts = resident | {"activations": activations, "logits": logits}
+    return Footprint("policy", "measuring", parts)
 
 
 def _scoring_bytes(shape: ModelShape, parallelism: Parallelism) -> tuple[float, float]:
