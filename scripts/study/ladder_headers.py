@@ -41,7 +41,7 @@ def header(recipe: Recipe, options: dict[str, str]) -> list[str]:
         int(options.get("processes", 1)), int(options.get("zero", 0)), device.gpu
     )
     ladder = estimate_ladder(recipe, portable_facts(recipe), parallelism)
-    rows = [("model", "training, GB", "evaluation, GB", "training", "evaluation", "disk, GB")]
+    rows = [["model", "training, GB", "evaluation, GB", "training", "evaluation", "disk, GB"]]
     total = device_hours = 0.0
     for model in ladder:
         by_stage = model.hours(device, UTILISATION)
@@ -56,9 +56,8 @@ def header(recipe: Recipe, options: dict[str, str]) -> list[str]:
         if evaluation is not None:
             measuring = gigabytes(evaluation) + " !" * ("evaluation" in oversized)
         times = [sum(by_stage.values()) - by_stage["evaluation"], by_stage["evaluation"]]
-        rows.append(
-            (model.name, training, measuring, *map(hours, times), gigabytes(model.disk.kept))
-        )
+        disk = gigabytes(model.disk.kept)
+        rows.append([model.name, training, measuring, *map(hours, times), disk])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     seeds = len(recipe.seeds)
