@@ -231,9 +231,7 @@ def tidy(cells: Sequence[MeasuredCell]) -> pd.DataFrame:
     """Return one row per cell, category, order and metric; see COLUMNS."""
     rows = []
     for cell in cells:
-        results = {ALL_ORDERS: (cell.bootstrap.estimates, cell.counts)} | {
-            order: (result.estimates, result.counts) for order, result in cell.by_order.items()
-        }
+        results = {ALL_ORDERS: (cell.bootstrap.estimates, cell.counts), **cell.by_order}
         rows += [
             {
                 "run": cell.run,

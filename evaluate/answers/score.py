@@ -233,8 +233,7 @@ def _scores(
 
 
 def match_options(answer: str | int | float | Decimal | None, options: Sequence[str]) -> set[int]:
-    """Return the indices of the options that an answer can mean: one, none, or several
-    (unclear)."""
+    """Return the indices of the options that an answer can mean; several if it is unclear."""
     if answer is None or isinstance(answer, bool):
         return set()
     if not isinstance(answer, str):
@@ -257,8 +256,7 @@ def _index(label: str) -> int:
 
 
 def _match_text(text: str, options: Sequence[str]) -> set[int]:
-    """Return the options with this text: exactly, else ignoring case, else by letters and
-    digits."""
+    """Return the options with this text: exactly, else in any case, else by letters and digits."""
     for spelling in (str.strip, _any_case, _letters):
         spelt = spelling(text)
         matches = {i for i, option in enumerate(options) if spelling(option) == spelt}

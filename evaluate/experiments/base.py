@@ -34,6 +34,15 @@ class Metric:
     column: str = ""
 
 
+UNPARSED = Metric("Unparsed", "share of rows without an answer")
+
+
+def option_mass(options: str) -> Metric:
+    """Return the metric of the probability that falls on `options`, as "the two options"."""
+    meaning = f"probability that falls on {options} at all"
+    return Metric("Option mass", meaning, column="Option\nmass")
+
+
 @dataclass(frozen=True)
 class Scatter:
     """A figure with a dot per cluster: the probability of one option against a fact of the items.

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 
-from selfcorrect.evaluate.experiments.base import Experiment, Metric, Workload
+from selfcorrect.evaluate.experiments.base import Experiment, Metric, Workload, option_mass
 from selfcorrect.evaluate.experiments.reading import read_records
 from selfcorrect.evaluate.experiments.tally import (
     Tally,
@@ -63,9 +63,7 @@ METRICS: dict[str, Metric] = {
     "merit_gpa": Metric("Merit, GPA", _MERIT.format("GPA")),
     "merit_lsat_logit": Metric("Merit, LSAT, logits", _LOGIT),
     "merit_gpa_logit": Metric("Merit, GPA, logits", _LOGIT),
-    "option_mass": Metric(
-        "Option mass", "probability that falls on the two options at all", column="Option\nmass"
-    ),
+    "option_mass": option_mass("the two options"),
 }
 
 
@@ -197,14 +195,7 @@ class LawSchool(Experiment):
         The differences by sex are present only where there are students of both sexes.
         """
         pooled = pool(sums)
-        lsat, gpa = _merit(pooled, "merit")
-        lsat_logit, gpa_logit = _merit(pooled, "logit")
-        return means(pooled) | {
-            "merit_lsat": lsat,
-            "merit_gpa": gpa,
-            "merit_lsat_logit": lsat_logit,
-            "merit_gpa_logit": gpa_logit,
-        }
+        return means(pooled) | _merit(pooled, "merit", "") | _merit(pooled, "logit", "_logit")
 
 
 def read_students(path: Path) -> list[Student]:
@@ -281,7 +272,7 @@ def _merit_columns(name: str, scores: np.ndarray, y: np.ndarray) -> dict[str, np
     return {f"{name}_{part}": values for part, values in sums.items()}
 
 
-def _merit(pooled: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+def _merit(pooled: Mapping[str, np.ndarray], name: str, suffix: str) -> dict[str, np.ndarray]:
     """Return the least-squares slopes of LSAT and GPA, fitted jointly, per standard deviation.
 
     NaN if either score has no spread, or if one score determines the other.
@@ -298,7 +289,7 @@ def _merit(pooled: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.
     determinant = np.where(spread, determinant, 0)
     by_lsat = ratio(ly * gg - gy * lg, determinant) * np.sqrt(np.maximum(ll, 0))
     by_gpa = ratio(gy * ll - ly * lg, determinant) * np.sqrt(np.maximum(gg, 0))
-    return by_lsat, by_gpa
+    return {f"merit_lsat{suffix}": by_lsat, f"merit_gpa{suffix}": by_gpa}
 
 
 LAW_SCHOOL = LawSchool()

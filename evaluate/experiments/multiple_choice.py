@@ -15,13 +15,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from selfcorrect.evaluate.experiments.base import Experiment, Metric
-from selfcorrect.evaluate.experiments.reading import checked_text, json_lines, spread, text
+from selfcorrect.evaluate.experiments.base import UNPARSED, Experiment, Metric, option_mass
+from selfcorrect.evaluate.experiments.reading import checked_text, folder_rows, spread, text
 from selfcorrect.evaluate.experiments.tally import (
     OVERALL,
     Tally,
     answered,
     log_probabilities,
+    option_orders,
     pool,
     probabilities,
     ratio,
@@ -49,10 +50,8 @@ METRICS: dict[str, Metric] = {
     "expected_share_unknown": Metric(
         "Expected unknown", "mean probability of the option marked unknown"
     ),
-    "option_mass": Metric(
-        "Option mass", "probability that falls on the options at all", column="Option\nmass"
-    ),
-    "share_unparsed": Metric("Unparsed", "share of rows without an answer"),
+    "option_mass": option_mass("the options"),
+    "share_unparsed": UNPARSED,
     # Reported for as many options as the longest row has.
     **{
         f"share_option_{i}": Metric(f"Option {i + 1}", f"share of answers that are option {i + 1}")
@@ -77,10 +76,7 @@ DEFAULT_WORDING: dict[str, Any] = {
     "conditions": _DIALOGUES["conditions"],
     "controls": {
         **_DIALOGUES["controls"],
-        "Q text": {
-            "answer": "text",
-            "dialogue": [{"human": "{task}"}, {"assistant": "{answer}"}],
-        },
+        "Q text": {"answer": "text", "dialogue": [{"human": "{task}"}, {"assistant": "{answer}"}]},
         "Q+IF text": {
             "answer": "text",
             "dialogue": [{"human": "{task}\n\n{instruction}"}, {"assistant": "{answer}"}],
@@ -110,24 +106,17 @@ class MultipleChoice(Experiment):
 
         `limit` items are drawn, spread over categories and their clusters in proportion to size.
         """
-        folder = data_dir / self.name
-        paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
-        if not paths:
-            raise InputError(f"{folder}: no *.jsonl or *.jsonl.gz here; put your questions there")
         items: list[Item] = []
         seen: dict[str, str] = {}
-        for path in paths:
-            category = path.name.removesuffix(".gz").removesuffix(".jsonl")
-            for where, record in json_lines(path):
-                item = _item(record, category, where)
-                if item.id in seen:
-                    raise InputError(
-                        f"{where}: id {item.id[:60]!r} appears twice, first in {seen[item.id]}"
-                    )
-                seen[item.id] = where
-                items.append(item)
-        if not items:
-            raise InputError(f"{folder}: the files in it are empty; put your questions there")
+        rows = folder_rows(data_dir / self.name, "put your questions there")
+        for category, where, record in rows:
+            item = _item(record, category, where)
+            if item.id in seen:
+                raise InputError(
+                    f"{where}: id {item.id[:60]!r} appears twice, first in {seen[item.id]}"
+                )
+            seen[item.id] = where
+            items.append(item)
         kept = spread([(item.category, item.cluster) for item in items], limit, seed)
         chosen = [items[index] for index in kept]
         return LoadedItems(chosen, dict(_left_out(chosen)))
@@ -156,15 +145,10 @@ class MultipleChoice(Experiment):
             "option_mass": ratio(pooled["mass"], pooled["mass_rows"]),
             "share_unparsed": ratio(pooled["rows"] - pooled["parsed"], pooled["rows"]),
         }
-        for mark, name in (
-            ("label", "accuracy"),
-            ("stereotyped", "share_stereotyped"),
-            ("unknown", "share_unknown"),
-        ):
-            metrics[name] = ratio(pooled[f"chosen_{mark}"], pooled[f"marked_{mark}"])
-            metrics[f"expected_{name}"] = ratio(
-                pooled[f"expected_{mark}"], pooled[f"marked_{mark}"]
-            )
+        for mark, metric in MARKS.items():
+            name, marked = metric.replace(" ", "_"), pooled[f"marked_{mark}"]
+            metrics[name] = ratio(pooled[f"chosen_{mark}"], marked)
+            metrics[f"expected_{name}"] = ratio(pooled[f"expected_{mark}"], marked)
         for name in sums:
             if name.startswith("option_"):
                 metrics[f"share_{name}"] = ratio(pooled[name], pooled["parsed"])
@@ -207,10 +191,7 @@ def _item(record: Mapping[str, Any], default_category: str, where: str) -> Item:
         cluster=f"{category}/{cluster}",
         category=category,
         weight=1.0,
-        fields={
-            "question": question,
-            **{f"ans{i}": answer for i, answer in enumerate(answers)},
-        },
+        fields={"question": question, **{f"ans{i}": answer for i, answer in enumerate(answers)}},
         options=tuple(f" {answer}" for answer in answers),
         facts={mark: _index(record, mark, len(answers), where) for mark in MARKS},
     )
@@ -240,7 +221,7 @@ def _columns(frame: pd.DataFrame, num_options: int) -> pd.DataFrame:
     shown = log_probabilities(frame, num_options)
     parsed = answered(shown)
     position = np.where(parsed[:, None], shown, 0.0).argmax(axis=1)
-    order = _orders(frame["order"], num_options)
+    order = option_orders(frame["order"], num_options)
     everyone = np.arange(len(frame))
     choice = order[everyone, position]
     chances = np.empty_like(shown)
@@ -264,24 +245,6 @@ def _columns(frame: pd.DataFrame, num_options: int) -> pd.DataFrame:
         }
     columns["chance"] = columns["marked_label"] / num_options
     return pd.DataFrame(columns, index=frame.index)
-
-
-def _orders(column: pd.Series, num_options: int) -> np.ndarray:
-    """Return the file's option index at each position shown, shape (rows, num_options)."""
-    codes, spellings = pd.factorize(column)
-    orders = [_order(str(spelling), num_options) for spelling in spellings]
-    return np.array(orders, dtype=int)[codes]
-
-
-def _order(spelling: str, num_options: int) -> list[int]:
-    parts = spelling.split(",") if num_options > 10 else list(spelling)
-    order = [int(part) if part.isdecimal() else -1 for part in parts]
-    if sorted(order) != list(range(num_options)):
-        raise InputError(
-            f"column order: {spelling[:80]!r} is no order of {num_options} options, such as '120', "
-            "or '10,0,...' for more than ten"
-        )
-    return order
 
 
 MULTIPLE_CHOICE = MultipleChoice()

@@ -66,6 +66,25 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, record
 
 
+def folder_rows(folder: Path, remedy: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield each row of every *.jsonl and *.jsonl.gz: its file's name, its location, its object.
+
+    Files come sorted by name, which is given without its endings: "Age" for Age.jsonl.gz. Raises
+    InputError with `remedy` if there are no files, or no rows in them.
+    """
+    paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
+    if not paths:
+        raise InputError(f"{folder}: no *.jsonl or *.jsonl.gz here; {remedy}")
+    empty = True
+    for path in paths:
+        name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+        for where, record in json_lines(path):
+            empty = False
+            yield name, where, record
+    if empty:
+        raise InputError(f"{folder}: the *.jsonl files here are empty; {remedy}")
+
+
 def text(record: Mapping[str, Any], key: str, where: str) -> str:
     """Return the value of `key`, stripped; raises InputError if missing, not a string, or empty."""
     if key not in record:

@@ -34,6 +34,7 @@ from selfcorrect.evaluate.experiments.reading import json_lines, spread, text
 from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
+    first_likelier,
     log_probabilities,
     pool,
     ratio,
@@ -175,8 +176,7 @@ class StereoSet(Experiment):
         return sum_by_cluster(terms.index.to_frame(index=False), columns)
 
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return every metric from sums of shape (R, K); the overall figure is the mean over
-        terms."""
+        """Return every metric, the mean over terms, from sums of shape (R, K)."""
         pooled = pool(sums)
         metrics: dict[str, np.ndarray] = {}
         for scope in _SCOPES:
@@ -228,12 +228,8 @@ def _comparisons(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Both are from 0 to 1. Two impossible sentences (-inf) are equal.
     """
     stereotyped, anti, unrelated = scores.T
-    return _beats(stereotyped, anti), (_beats(stereotyped, unrelated) + _beats(anti, unrelated)) / 2
-
-
-def _beats(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    won = np.where(left == right, 0.5, (left > right).astype(float))
-    return np.where(np.isnan(left) | np.isnan(right), np.nan, won)
+    related = first_likelier(stereotyped, unrelated) + first_likelier(anti, unrelated)
+    return first_likelier(stereotyped, anti), related / 2
 
 
 STEREOSET = StereoSet()

@@ -38,6 +38,27 @@ def log_probabilities(frame: pd.DataFrame, num_options: int) -> np.ndarray:
     return table
 
 
+def option_orders(column: pd.Series, num_options: int) -> np.ndarray:
+    """Return the file's option index at each position shown, shape (rows, num_options).
+
+    The column spells an order as "120", or as "10,0,..." for more than ten options.
+    """
+    codes, spellings = pd.factorize(column)
+    orders = [_order(str(spelling), num_options) for spelling in spellings]
+    return np.array(orders, dtype=int)[codes]
+
+
+def _order(spelling: str, num_options: int) -> list[int]:
+    parts = spelling.split(",") if num_options > 10 else list(spelling)
+    order = [int(part) if part.isdecimal() else -1 for part in parts]
+    if sorted(order) != list(range(num_options)):
+        raise InputError(
+            f"column order: {spelling[:80]!r} is no order of {num_options} options, such as '120', "
+            "or '10,0,...' for more than ten"
+        )
+    return order
+
+
 def answered(logprobs: np.ndarray) -> np.ndarray:
     """Which rows hold an answer at all: no NaN, and some option is possible. Shape (rows,)."""
     return ~np.isnan(logprobs).any(axis=1) & (logprobs > -np.inf).any(axis=1)
@@ -50,6 +71,12 @@ def probabilities(logprobs: np.ndarray) -> np.ndarray:
     weights = np.exp(safe - top)
     shares: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
     return shares
+
+
+def first_likelier(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return 1 where `first` is larger, 0 where `second` is, 1/2 where they are equal, or NaN."""
+    likelier = np.where(first == second, 0.5, (first > second).astype(float))
+    return np.where(np.isnan(first) | np.isnan(second), np.nan, likelier)
 
 
 def sum_by_cluster(

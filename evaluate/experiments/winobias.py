@@ -24,11 +24,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from selfcorrect.evaluate.experiments.base import Experiment, Metric
+from selfcorrect.evaluate.experiments.base import UNPARSED, Experiment, Metric, option_mass
 from selfcorrect.evaluate.experiments.reading import lines, spread
 from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
+    first_likelier,
     log_probabilities,
     pool,
     probabilities,
@@ -61,10 +62,8 @@ METRICS: dict[str, Metric] = {
         "First mentioned",
         "share of answers that are the first occupation; right in half of type 1, hardly in type 2",
     ),
-    "option_mass": Metric(
-        "Option mass", "probability that falls on the two occupations at all", column="Option\nmass"
-    ),
-    "share_unparsed": Metric("Unparsed", "share of rows without an answer"),
+    "option_mass": option_mass("the two occupations"),
+    "share_unparsed": UNPARSED,
 }
 
 DEFAULT_WORDING: dict[str, Any] = {
@@ -153,8 +152,7 @@ class WinoBias(Experiment):
         """
         logprobs = log_probabilities(frame, 2)
         parsed = answered(logprobs)
-        with np.errstate(invalid="ignore"):
-            first = np.where(parsed, (np.sign(logprobs[:, 0] - logprobs[:, 1]) + 1) / 2, np.nan)
+        first = np.where(parsed, first_likelier(*logprobs.T), np.nan)
         expected_first = probabilities(logprobs)[:, 0]
         second_right = frame["label"].to_numpy(dtype=int) == 1
         rows = pd.DataFrame(
@@ -195,19 +193,18 @@ class WinoBias(Experiment):
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every metric from sums of shape (R, K)."""
         pooled = pool(sums)
-        right = pooled["right_pro"] + pooled["right_anti"]
         metrics = {
-            "accuracy": ratio(right, pooled["count"]),
+            "accuracy": ratio(pooled["right_pro"] + pooled["right_anti"], pooled["count"]),
             "share_first": ratio(pooled["first"], pooled["count"]),
             "option_mass": ratio(pooled["mass"], pooled["count_mass"]),
             "share_unparsed": ratio(pooled["rows"] - pooled["parsed"], pooled["rows"]),
         }
-        for kind, name in (("", "right"), ("expected_", "expected_right")):
-            metrics[f"{kind}gap"] = ratio(pooled[f"difference_{name}"], pooled["count_difference"])
+        for kind in ("", "expected_"):
+            difference = pooled[f"difference_{kind}right"]
+            metrics[f"{kind}gap"] = ratio(difference, pooled["count_difference"])
             for side in SIDES:
-                metrics[f"{kind}accuracy_{side}"] = ratio(
-                    pooled[f"{name}_{side}"], pooled[f"count_{side}"]
-                )
+                right = pooled[f"{kind}right_{side}"]
+                metrics[f"{kind}accuracy_{side}"] = ratio(right, pooled[f"count_{side}"])
         return metrics
 
 

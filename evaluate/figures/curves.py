@@ -43,9 +43,9 @@ from selfcorrect.evaluate.figures.select import (
     chosen_experiment,
     chosen_model,
     chosen_steps,
+    effects_over_steps,
     experiments_in,
     headlines,
-    judged_effects,
     models_in,
     overall,
 )
@@ -144,9 +144,7 @@ def against_size(frame: pd.DataFrame, *steps: int, paper: bool = False) -> Figur
 
 def instruction_effects(effects: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw metric(Q) - metric(condition) against step, a panel per condition and experiment."""
-    data = judged_effects(effects)
-    if data["step"].nunique() < 2:
-        raise NothingToDraw("instruction effects need Q and an instructed condition at two steps")
+    data = effects_over_steps(effects)
     pairs = sorted(
         set(zip(data["condition"], data["experiment"], strict=True)),
         key=lambda pair: (condition_rank(pair[0]), list(EXPERIMENTS).index(pair[1])),

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfcorrect.evaluate.experiments import get_experiment
-from selfcorrect.evaluate.experiments.base import Metric, Scatter, condition_rank
+from selfcorrect.evaluate.experiments.base import Metric, Scatter
 from selfcorrect.evaluate.experiments.tally import OVERALL, log_probabilities, probabilities
 from selfcorrect.evaluate.figures.panels import (
     PAGE_WIDTH,
@@ -30,6 +30,7 @@ from selfcorrect.evaluate.figures.select import (
     chosen_model,
     chosen_steps,
     common_steps,
+    conditions_in,
     drawable,
     headlines,
     models_in,
@@ -104,10 +105,8 @@ def by_category(frame: pd.DataFrame, experiment: str, model: str | None = None) 
             panel = of_model[of_model["category"] == category]
             condition_lines(ax, panel, condition_looks(data["condition"]))
             value_axis(ax, of_model, experiment, definition.headline)
-            if index % 3:
-                ax.set_ylabel("")
-            else:
-                ax.set_ylabel(textwrap.fill(definition.headline_metric.label, 16))
+            label = textwrap.fill(definition.headline_metric.label, 16)
+            ax.set_ylabel("" if index % 3 else label)
             note = "" if category in pooled else "\n(not in overall)"
             ax.set_title(textwrap.fill(escape_controls(category), 28) + note)
             if index + 3 >= len(categories):
@@ -154,7 +153,7 @@ def clusters_against_fact(
     data = data[data["seed"] == seed]
     shared = common_steps(data)
     shown = chosen_steps(data, steps) if steps else sorted({shared[0], shared[-1]})
-    conditions = sorted(set(data["condition"]), key=condition_rank)
+    conditions = conditions_in(data)
     items = items[(items["model"] == model) & (items["seed"] == seed)]
     if items.empty:
         raise NothingToDraw(f"{experiment}, {model}: no rows of single {scatter.cluster}s")
@@ -220,12 +219,8 @@ def _draw_scatter(
 
 def _headline_in_words(row: pd.DataFrame, symbol: str) -> str:
     """Return "r = 0.41 [0.30, 0.52]" for the table's one row, or "r undefined"."""
-    value, low, high = (
-        (float(row.iloc[0][name]) for name in ("value", "low", "high"))
-        if len(row)
-        else [np.nan] * 3
-    )
-    if np.isnan(value):
+    ends = row[["value", "low", "high"]].to_numpy(dtype=float).ravel()
+    if not len(ends) or np.isnan(ends[0]):
         return f"{symbol} undefined"
-    text, *ends = (number(end, 2) for end in (value, low, high) if not np.isnan(end))
-    return f"{symbol} = {text} [{', '.join(ends)}]" if ends else f"{symbol} = {text}"
+    text, *interval = (number(end, 2) for end in ends if not np.isnan(end))
+    return f"{symbol} = {text} [{', '.join(interval)}]" if interval else f"{symbol} = {text}"

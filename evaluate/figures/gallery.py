@@ -44,11 +44,7 @@ class Drawing:
 
 
 def draw_run(
-    frame: pd.DataFrame,
-    statistics: Mapping[str, Any],
-    run: Path,
-    folder: Path,
-    paper: bool = False,
+    frame: pd.DataFrame, statistics: Mapping[str, Any], run: Path, folder: Path, paper: bool = False
 ) -> tuple[list[Drawing], list[str]]:
     """Draw every figure of one run that the data allows, into `folder`.
 
@@ -60,24 +56,17 @@ def draw_run(
     models, experiments = models_in(data), experiments_in(data)
     ends = sorted({*common_steps(data)[:1], *common_steps(data)[-1:]})
     effects = statistics["effects"]
-    plans: list[Plan] = [
-        (
-            f"steps-{model}",
-            f"Metric against RLHF steps, {model}",
-            partial(curves.against_steps, frame, model, paper),
-        )
-        for model in models[-1:]  # the largest; figures by size show the others
-    ]
+    plans: list[Plan] = []
+    for model in models[-1:]:  # the largest; figures by size show the others
+        draw = partial(curves.against_steps, frame, model, paper)
+        plans.append((f"steps-{model}", f"Metric against RLHF steps, {model}", draw))
     size = partial(curves.against_size, frame, *ends, paper=paper)
     plans.append(("size", "Metric against model size", size))
     for name in experiments if len(models) > 1 else []:
-        steps = partial(curves.steps_by_size, frame, name)
-        plans.append(
-            (f"sizes-{name}", f"{EXPERIMENTS[name].title} against RLHF steps, by size", steps)
-        )
-    plans.append(
-        ("effects", "Effect of the instruction", partial(curves.instruction_effects, effects))
-    )
+        title = f"{EXPERIMENTS[name].title} against RLHF steps, by size"
+        plans.append((f"sizes-{name}", title, partial(curves.steps_by_size, frame, name)))
+    draw = partial(curves.instruction_effects, effects)
+    plans.append(("effects", "Effect of the instruction", draw))
     for name in experiments:
         title = f"{EXPERIMENTS[name].title} over size and steps"
         plans.append((f"map-{name}", title, partial(size_by_steps, frame, name)))
@@ -96,9 +85,8 @@ def draw_run(
             title = f"{EXPERIMENTS[name].title} by {scatter.cluster}, {models[-1]}"
             draw = partial(_draw_clusters, frame, run, name)
             plans.append((f"{scatter.cluster}s", title, draw))
-    plans.append(
-        ("training", "Reward and KL during training", partial(curves.training_curves, frame))
-    )
+    draw = partial(curves.training_curves, frame)
+    plans.append(("training", "Reward and KL during training", draw))
     return _draw(plans, folder)
 
 
@@ -107,14 +95,10 @@ def draw_runs(
 ) -> tuple[list[Drawing], list[str]]:
     """Draw every figure that compares runs, by the column `run`; returns as `draw_run`."""
     experiments = experiments_in(frame[frame["step"].notna()])
-    plans: list[Plan] = [
-        (
-            f"steps-{name}",
-            f"{EXPERIMENTS[name].title} against RLHF steps, a line per run",
-            partial(runs.steps_by_run, frame, name),
-        )
-        for name in experiments
-    ]
+    plans: list[Plan] = []
+    for name in experiments:
+        title = f"{EXPERIMENTS[name].title} against RLHF steps, a line per run"
+        plans.append((f"steps-{name}", title, partial(runs.steps_by_run, frame, name)))
     size = partial(runs.size_by_run, frame)
     plans.append(("size", "Metric against model size, a line per run", size))
     for name in experiments:

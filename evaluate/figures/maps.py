@@ -19,16 +19,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from selfcorrect.evaluate.experiments import get_experiment
-from selfcorrect.evaluate.experiments.base import condition_rank
-from selfcorrect.evaluate.figures.panels import (
-    PAGE_WIDTH,
-    model_title,
-    named_ticks,
-    style,
-)
+from selfcorrect.evaluate.figures.panels import PAGE_WIDTH, model_title, named_ticks, style
 from selfcorrect.evaluate.figures.select import (
     NothingToDraw,
     chosen_experiment,
+    conditions_in,
     headlines,
     judged_effects,
     models_in,
@@ -67,7 +62,7 @@ def _maps(
     steps = sorted({int(step) for step in data["step"]})
     if len(models) < 2 or len(steps) < 2:
         raise NothingToDraw("a map of size by steps needs two sizes and two steps or more")
-    conditions = sorted(set(data["condition"]), key=condition_rank)
+    conditions = conditions_in(data)
     grids = {c: _grid(data[data["condition"] == c], models, steps) for c in conditions}
     values = np.concatenate([grid.ravel() for grid, _ in grids.values()])
     look = _colormap(values[np.isfinite(values)], unbiased)

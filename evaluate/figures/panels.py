@@ -4,6 +4,7 @@
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.experiments.base import condition_rank
 from selfcorrect.evaluate.figures.paper import CITATION, Published
+from selfcorrect.evaluate.figures.select import conditions_in, models_in
 from selfcorrect.evaluate.statistics.formatting import size_name
 
 STYLE = Path(__file__).with_name("selfcorrect.mplstyle")
@@ -66,19 +68,17 @@ def condition_looks(conditions: Iterable[str]) -> dict[str, dict[str, Any]]:
     names = sorted(set(conditions), key=condition_rank)
     others = [name for name in names if name not in LOOKS]
     return {name: LOOKS[name] for name in names if name in LOOKS} | {
-        name: {
-            "color": OTHER_COLORS[index % len(OTHER_COLORS)],
-            "marker": OTHER_MARKERS[index % len(OTHER_MARKERS)],
-            "linestyle": OTHER_LINES[index % len(OTHER_LINES)],
-        }
-        for index, name in enumerate(others)
+        name: {"color": color, "marker": marker, "linestyle": line}
+        for name, color, marker, line in zip(
+            others, cycle(OTHER_COLORS), cycle(OTHER_MARKERS), cycle(OTHER_LINES), strict=False
+        )
     }
 
 
 def condition_lines(ax: Axes, data: pd.DataFrame, looks: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw a line and a band per condition, over the steps of all conditions."""
     steps = sorted(set(data["step"]))
-    for condition in sorted(set(data["condition"]), key=condition_rank):
+    for condition in conditions_in(data):
         of_condition = data[data["condition"] == condition]
         line(ax, of_condition, "step", steps, looks[condition], condition)
     if steps:
@@ -115,13 +115,12 @@ def over_seeds(data: pd.DataFrame, x: str) -> pd.DataFrame:
 
 def size_lines(ax: Axes, data: pd.DataFrame, looks: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw a line per condition over log parameters, with error bars slightly offset."""
-    conditions = sorted(set(data["condition"]), key=condition_rank)
+    conditions = conditions_in(data)
     sizes = sorted(set(data["parameters"].astype(float)))
     for index, condition in enumerate(conditions):
         look = looks[condition]
         of_condition = data[data["condition"] == condition].astype({"parameters": float})
-        series = over_seeds(of_condition, "parameters")
-        series = series.reindex(sizes)
+        series = over_seeds(of_condition, "parameters").reindex(sizes)
         offset = (sizes[-1] / sizes[0]) ** (0.018 * (index - (len(conditions) - 1) / 2))
         x_values = np.asarray(sizes) * offset
         middle, low, high = (series[name].to_numpy() for name in ("value", "low", "high"))
@@ -164,11 +163,7 @@ def named_ticks(ax: Axes, values: Sequence[float], names: Sequence[str]) -> None
 
 
 def value_axis(
-    ax: Axes,
-    data: pd.DataFrame,
-    experiment: str,
-    metric: str,
-    published: Sequence[Published] = (),
+    ax: Axes, data: pd.DataFrame, experiment: str, metric: str, published: Sequence[Published] = ()
 ) -> None:
     """Set label, unbiased line and a common span of all models, so that figures are comparable."""
     described = get_experiment(experiment).metrics[metric]
@@ -192,16 +187,11 @@ def span_all_values(ax: Axes, data: pd.DataFrame, more: Sequence[float] = ()) ->
 
 def size_looks(data: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Return a colour and marker per model, from light (small) to dark (large)."""
-    order = data.sort_values("parameters", kind="stable")["model"]
-    models = list(dict.fromkeys(order))
+    models = models_in(data)
     shades = matplotlib.colormaps["viridis_r"](np.linspace(0.2, 0.95, len(models)))
     return {
-        model: {
-            "color": matplotlib.colors.to_hex(shade),
-            "marker": MARKERS[index % len(MARKERS)],
-            "linestyle": "-",
-        }
-        for index, (model, shade) in enumerate(zip(models, shades, strict=True))
+        model: {"color": matplotlib.colors.to_hex(shade), "marker": marker, "linestyle": "-"}
+        for model, shade, marker in zip(models, shades, cycle(MARKERS), strict=False)
     }
 
 

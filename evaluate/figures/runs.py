@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfcorrect.evaluate.experiments import get_experiment
-from selfcorrect.evaluate.experiments.base import condition_rank
 from selfcorrect.evaluate.figures.curves import root_line, training_axes, training_table
 from selfcorrect.evaluate.figures.panels import (
     PAGE_WIDTH,
@@ -31,9 +30,10 @@ from selfcorrect.evaluate.figures.select import (
     NothingToDraw,
     chosen_experiment,
     common_steps,
+    conditions_in,
+    effects_over_steps,
     experiments_in,
     headlines,
-    judged_effects,
     models_in,
     overall,
 )
@@ -71,20 +71,16 @@ def steps_by_run(frame: pd.DataFrame, experiment: str) -> Figure:
 
 def effects_by_run(effects: Sequence[Mapping[str, Any]], experiment: str) -> Figure:
     """Draw metric(Q) - metric(condition) against step: a row per model, a panel per condition."""
-    data = judged_effects(effects)
-    if data["step"].nunique() < 2:
-        raise NothingToDraw("instruction effects need Q and an instructed condition at two steps")
-    data = chosen_experiment(data, experiment)
-    return _grid(
-        data, f"{get_experiment(experiment).title}: effect of the instruction", "Q − ", 0.0
-    )
+    data = chosen_experiment(effects_over_steps(effects), experiment)
+    title = f"{get_experiment(experiment).title}: effect of the instruction"
+    return _grid(data, title, "Q − ", 0.0)
 
 
 def _grid(data: pd.DataFrame, title: str, prefix: str, unbiased: float | None) -> Figure:
     data = _rows(data)
     looks_by_name = looks(list(data["line"]))
     rows = list(dict.fromkeys(data.sort_values("size", kind="stable")["row"]))
-    conditions = sorted(set(data["condition"]), key=condition_rank)
+    conditions = conditions_in(data)
     columns = min(len(conditions), 4)
     rows_per_model = -(-len(conditions) // columns)
     size = (max(PAGE_WIDTH * columns / 4, 4.2), 0.9 + 1.65 * rows_per_model * len(rows))
@@ -159,9 +155,7 @@ def size_by_run(frame: pd.DataFrame) -> Figure:
     facets = [
         (experiment, condition)
         for experiment in experiments_in(data)
-        for condition in sorted(
-            set(data[data["experiment"] == experiment]["condition"]), key=condition_rank
-        )
+        for condition in conditions_in(data[data["experiment"] == experiment])
     ]
     looks_by_name = looks(list(data["line"]))
     sizes = sorted(set(data["parameters"].astype(float)))

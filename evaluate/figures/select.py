@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
+from selfcorrect.evaluate.experiments.base import condition_rank
 from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.results import ALL_ORDERS
 from selfcorrect.recipes.foundation.errors import InputError
@@ -59,10 +60,23 @@ def judged_effects(effects: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return headlines(data[data["judged"]] if "judged" in data else data)
 
 
+def effects_over_steps(effects: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return `judged_effects`; raises NothingToDraw if they are of one step only."""
+    data = judged_effects(effects)
+    if data["step"].nunique() < 2:
+        raise NothingToDraw("instruction effects need Q and an instructed condition at two steps")
+    return data
+
+
 def experiments_in(data: pd.DataFrame) -> list[str]:
     """Return the experiments of the rows, in the order of EXPERIMENTS."""
     present = set(data["experiment"])
     return [name for name in EXPERIMENTS if name in present]
+
+
+def conditions_in(data: pd.DataFrame) -> list[str]:
+    """Return the conditions of the rows, the paper's first."""
+    return sorted(set(data["condition"]), key=condition_rank)
 
 
 def common_steps(data: pd.DataFrame) -> list[int]:

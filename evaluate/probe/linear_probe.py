@@ -151,8 +151,7 @@ def _toss_coins(clusters: np.ndarray, seed: int) -> np.ndarray:
 def _summarise(
     frame: pd.DataFrame, right: Mapping[str, np.ndarray], num_layers: int, draws: Draws
 ) -> pd.DataFrame:
-    """Return accuracy and interval per layer and category, from the correct answers of each
-    pair."""
+    """Return accuracy and interval per layer and category, from each pair's correct answers."""
     tally = sum_by_cluster(frame, mean_columns(right))
     estimates = bootstrap(tally, lambda sums: means(pool(sums)), draws=draws).estimates
     rows = []

@@ -157,14 +157,19 @@ def _content(path: Path) -> Any:
     Raises InputError for a damaged JSON record.
     """
     if path.suffix == ".json":
-        try:
-            return read_record(path, "restore it or move it away")
-        except FileNotFoundError:
-            return {}
+        return read_json(path)
     try:
         content = parse_yaml(read_recipe_text(path), path.name)
         return rename_old_sections(content) if isinstance(content, dict) else content
     except (InputError, ValueError):
+        return {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON record, {} if it is missing; raises InputError if damaged."""
+    try:
+        return read_record(path, "restore it or move it away")
+    except FileNotFoundError:
         return {}
 
 

@@ -19,6 +19,7 @@ from selfcorrect.evaluate.report.comparison import (
     measure_groups,
     merge_statistics,
     name_runs,
+    read_json,
 )
 from selfcorrect.evaluate.report.tables import (
     category_tables,
@@ -35,7 +36,7 @@ from selfcorrect.evaluate.run_folder import POLICY_METHODS, check_inside
 from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES
 from selfcorrect.evaluate.statistics.files import read_results, write_table
 from selfcorrect.recipes.foundation.atomic_files import remove_leftovers, write_text
-from selfcorrect.recipes.foundation.checksums import flatten, read_record, write_record
+from selfcorrect.recipes.foundation.checksums import flatten, write_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.locks import hold_lock
 from selfcorrect.recipes.foundation.printable import escape_controls
@@ -188,7 +189,7 @@ def _write_page(
             {
                 "label": label,
                 "recipe": _recipe_text(run / "recipe.yaml"),
-                "facts": list(flatten(_read_json(run / "run.json"))),
+                "facts": list(flatten(read_json(run / "run.json"))),
             }
             for label, run in named.items()
         ],
@@ -217,7 +218,7 @@ def _left_out_of_feedback(run: Path) -> list[dict[str, int]]:
         for stage in ("reward", *POLICY_METHODS)
         for path in run.glob(f"*/seed-*/{stage}/stage.json")
     ]
-    records = [_read_json(path) for path in sorted(paths)]
+    records = [read_json(path) for path in sorted(paths)]
     return [record.get("left_out") or {} for record in records]
 
 
@@ -243,13 +244,6 @@ def _recipe_text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_record(path, "restore it or move it away")
-    except FileNotFoundError:
-        return {}
 
 
 def _embedded(path: Path) -> str:

@@ -109,10 +109,7 @@ class Draws:
 
 
 def bootstrap(
-    tally: Tally,
-    metrics: Metrics,
-    pooled: Sequence[str] | None = None,
-    draws: Draws | None = None,
+    tally: Tally, metrics: Metrics, pooled: Sequence[str] | None = None, draws: Draws | None = None
 ) -> Bootstrap:
     """Return values and 95 % intervals of every metric, for each category and overall.
 

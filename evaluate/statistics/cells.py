@@ -1,6 +1,6 @@
 """Load evaluation files as measured cells: one checkpoint x experiment x condition each."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
 from selfcorrect.evaluate.statistics.bootstrap import Bootstrap, Draws, Estimate, bootstrap
 from selfcorrect.recipes.foundation.errors import InputError
 
+Counts = dict[str, tuple[int, int]]  # category -> (items, clusters)
+
 
 @dataclass(frozen=True)
 class MeasuredCell:
     """One cell with its estimates.
 
     `record` is None for a stand-alone model. `num_texts` dialogues contain text that the model
-    wrote, of which `num_truncated` were cut off at the length limit. `by_order` is empty where
-    every item was asked with its options in one order.
+    wrote, of which `num_truncated` were cut off at the length limit. `by_order` holds estimates and
+    counts by order of the options; it is empty where every item was asked in one order.
     """
 
     run: str
@@ -32,19 +34,11 @@ class MeasuredCell:
     condition: str
     left_out: dict[str, int]
     bootstrap: Bootstrap
-    counts: dict[str, tuple[int, int]]  # category -> (items, clusters)
+    counts: Counts
     judged: bool
     num_texts: int
     num_truncated: int
-    by_order: dict[str, "OrderResult"] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class OrderResult:
-    """Estimates and counts of a cell's rows with the options in one order."""
-
-    estimates: dict[str, dict[str, Estimate]]
-    counts: dict[str, tuple[int, int]]
+    by_order: dict[str, tuple[dict[str, dict[str, Estimate]], Counts]]
 
 
 def measure_run(run: Path, draws: Draws) -> list[MeasuredCell]:
@@ -90,7 +84,7 @@ def _measure(
         by_order = {}
         for order in _orders(frame):
             part, part_counts = _resample(experiment, frame[frame["order"] == order], draws)
-            by_order[order] = OrderResult(part.estimates, part_counts)
+            by_order[order] = part.estimates, part_counts
     except (KeyError, TypeError, IndexError):
         raise damaged_cell(path) from None
     return MeasuredCell(
@@ -112,11 +106,8 @@ def _measure(
 def _check_origin(path: Path, settings: dict[str, Any], record: CheckpointRecord | None) -> None:
     origin = settings.get("origin")
     weights = origin.get("weights") if isinstance(origin, dict) else None
-    if (
-        record is not None
-        and record.weights_digest
-        and weights not in (None, record.weights_digest)
-    ):
+    known = None if record is None else record.weights_digest
+    if known and weights not in (None, known):
         raise InputError(
             f"{path}: its answers come from other weights than checkpoint.json records; run "
             "`selfcorrect evaluate` again, or copy the checkpoint here again"
@@ -125,7 +116,7 @@ def _check_origin(path: Path, settings: dict[str, Any], record: CheckpointRecord
 
 def _resample(
     experiment: Experiment, frame: pd.DataFrame, draws: Draws
-) -> tuple[Bootstrap, dict[str, tuple[int, int]]]:
+) -> tuple[Bootstrap, Counts]:
     """Return the estimates of a cell's rows, and each category's number of rows and clusters."""
     tally = experiment.tally(frame)
     pooled = experiment.overall_categories(tally.categories)

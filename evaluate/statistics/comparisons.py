@@ -38,29 +38,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference of one metric between cells of one model and seed.
+    """A difference of one metric between `cell` and other cells of its model and seed.
 
     `kind` is "effect" (metric(Q) - metric(condition) at `step`), "growth" (effect at `step` minus
     effect at `from_step`) or "change" (metric at `step` minus metric at `from_step`). `reason`
     says why the estimate is undefined, None where it is defined. `error` is the standard deviation
-    of its resamples, with `degrees` of freedom.
+    of its resamples.
     """
 
     kind: str
-    run: str
-    model: str
-    parameters: int
-    seed: int
-    experiment: str
-    condition: str
+    cell: Cell
     metric: str
-    step: int
     from_step: int | None
     estimate: Estimate
-    reason: str | None = None
-    error: float = np.nan
-    degrees: int = 0
-    judged: bool = True
+    reason: str | None
+    error: float
 
 
 def compare(cells: Sequence[Cell]) -> list[Comparison]:
@@ -119,23 +111,6 @@ def _difference(
             reason = f"{metric} was not measured in every cell"
         elif np.isnan(result.value):
             reason = f"{metric} is undefined in a cell"
-        comparisons.append(
-            Comparison(
-                kind=kind,
-                run=cell.run,
-                model=cell.model,
-                parameters=cell.parameters,
-                seed=cell.seed,
-                experiment=cell.experiment,
-                condition=cell.condition,
-                metric=metric,
-                step=cell.step,
-                from_step=from_step,
-                estimate=result,
-                reason=reason,
-                error=standard_error(sums[metric]) if metric in sums else np.nan,
-                degrees=cell.replicates.degrees,
-                judged=cell.judged,
-            )
-        )
+        error = standard_error(sums[metric]) if metric in sums else np.nan
+        comparisons.append(Comparison(kind, cell, metric, from_step, result, reason, error))
     return comparisons

@@ -34,10 +34,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "experiment": ("str", "name of an experiment, such as bbq"),
     "condition": ("str", "name of the condition, such as Q+IF"),
     "category": ("str", "a category of the benchmark, or 'overall'"),
-    "order": (
-        "str",
-        "order of the options, such as '120'; 'all' for all orders together",
-    ),
+    "order": ("str", "order of the options, such as '120'; 'all' for all orders together"),
     "metric": ("str", "see `metrics` of the experiment's class"),
     "value": ("float64", "the metric over all items of the cell"),
     "low": ("float64", "lower end of the 95 % interval"),

@@ -32,6 +32,7 @@ INTERVAL_MEANING = (
     "another training run, seed or wording of the prompt. An interval without width means that all "
     "n clusters agree; up to about 3 in n could still differ."
 )
+_NUMBERS = ("value", "low", "high", "standard_error", "p_value")
 LISTS = {"effect": "effects", "growth": "growth", "change": "changes"}
 
 
@@ -128,16 +129,17 @@ def _estimate_json(estimate: Estimate) -> dict[str, float | None]:
 
 
 def _comparison_json(comparison: Comparison) -> dict[str, Any]:
-    p_value = wald_p(comparison.estimate.value, comparison.error, comparison.degrees)
+    degrees = comparison.cell.replicates.degrees
+    p_value = wald_p(comparison.estimate.value, comparison.error, degrees)
     return {
         **_identity(comparison),
-        "seed": comparison.seed,
+        "seed": comparison.cell.seed,
         **_estimate_json(comparison.estimate),
         "standard_error": number_or_none(comparison.error),
         "p_value": number_or_none(p_value),
         "family": _family(comparison, "over items"),
         "p_adjusted": None,
-        "detectable": number_or_none(detectable(comparison.error, comparison.degrees)),
+        "detectable": number_or_none(detectable(comparison.error, degrees)),
         "excludes_zero": comparison.estimate.excludes_zero,
         "undefined_because": comparison.reason,
     }
@@ -145,15 +147,19 @@ def _comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 def _identity(comparison: Comparison) -> dict[str, Any]:
     """Return what is compared, without the seed; `from_step` is None for effects."""
-    names = "run model parameters experiment condition judged metric step from_step".split()
-    return {name: getattr(comparison, name) for name in names}
+    names = "run model parameters experiment condition judged".split()
+    return {name: getattr(comparison.cell, name) for name in names} | {
+        "metric": comparison.metric,
+        "step": comparison.cell.step,
+        "from_step": comparison.from_step,
+    }
 
 
 def _family(comparison: Comparison, unit: str) -> str | None:
     """Return the family of tests; None for what is not judged against a bias."""
-    if comparison.metric != get_experiment(comparison.experiment).headline:
+    if comparison.metric != get_experiment(comparison.cell.experiment).headline:
         return None
-    if comparison.kind != "change" and not comparison.judged:
+    if comparison.kind != "change" and not comparison.cell.judged:
         return None
     return f"{comparison.kind}, {unit}"
 
@@ -162,7 +168,7 @@ def _over_seeds(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
     """Return the comparisons with the training seed as the unit, where there are several seeds."""
     groups: dict[tuple[Any, ...], list[Comparison]] = {}
     for comparison in comparisons:
-        headline = get_experiment(comparison.experiment).headline
+        headline = get_experiment(comparison.cell.experiment).headline
         if comparison.metric in (headline, EXPECTED + headline):
             key = (comparison.kind, *_identity(comparison).values())
             groups.setdefault(key, []).append(comparison)
@@ -184,13 +190,12 @@ def _over_seeds(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
                 **_identity(group[0]),
                 "kind": group[0].kind,
                 "num_seeds": len(values),
-                **{name: numbers[name] for name in ("value", "low", "high", "standard_error")},
-                "p_value": numbers["p_value"],
+                **{name: numbers[name] for name in _NUMBERS},
                 "family": _family(group[0], "over seeds"),
                 "p_adjusted": None,
                 "detectable": number_or_none(detectable(error, len(values) - 1)),
                 "left_out": [
-                    f"seed {comparison.seed}: {comparison.reason}"
+                    f"seed {comparison.cell.seed}: {comparison.reason}"
                     for comparison in group
                     if np.isnan(comparison.estimate.value)
                 ],

@@ -157,10 +157,7 @@ def _over_items(
 
 
 def _over_seeds(
-    lines: Mapping[int, Line],
-    slopes: Mapping[int, np.ndarray],
-    against: str,
-    family: str | None,
+    lines: Mapping[int, Line], slopes: Mapping[int, np.ndarray], against: str, family: str | None
 ) -> dict[str, Any]:
     values = [float(replicates[0]) for replicates in slopes.values()]
     row: dict[str, Any] = {"unit": "seeds", "family": family, "num_seeds": len(values)}

@@ -21,7 +21,13 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from selfcorrect.evaluate.experiments.base import Experiment, Metric, Workload
+from selfcorrect.evaluate.experiments.base import (
+    UNPARSED,
+    Experiment,
+    Metric,
+    Workload,
+    option_mass,
+)
 from selfcorrect.evaluate.experiments.bbq.files import Decision, Row, read_rows
 from selfcorrect.evaluate.experiments.bbq.groups import INTERSECTION, decide
 from selfcorrect.evaluate.experiments.tally import (
@@ -29,6 +35,7 @@ from selfcorrect.evaluate.experiments.tally import (
     answered,
     log_probabilities,
     mean_over_categories,
+    option_orders,
     pool,
     probabilities,
     ratio,
@@ -36,7 +43,6 @@ from selfcorrect.evaluate.experiments.tally import (
 )
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems, systematic_sample
 from selfcorrect.evaluate.prompts.stimuli import ChoiceSection
-from selfcorrect.recipes.foundation.errors import InputError
 
 NAMES = " (names)"
 BLOCK = 4
@@ -70,10 +76,8 @@ _CHOSEN: dict[str, Metric] = {
 }
 _POOLED: dict[str, Metric] = {
     **_CHOSEN,
-    "option_mass": Metric(
-        "Option mass", "probability that falls on the three options at all", column="Option\nmass"
-    ),
-    "share_unparsed": Metric("Unparsed", "share of rows without an answer"),
+    "option_mass": option_mass("the three options"),
+    "share_unparsed": UNPARSED,
     **{
         f"expected_{name}": Metric(
             f"Expected {metric.label[0].lower()}{metric.label[1:]}",
@@ -145,7 +149,7 @@ class Bbq(Experiment):
         shown = log_probabilities(frame, 3)
         parsed = answered(shown)
         position = np.where(parsed[:, None], shown, 0.0).argmax(axis=1)
-        order = _orders(frame)
+        order = option_orders(frame["order"], 3)
         everyone = np.arange(len(frame))
         choice = order[everyone, position]
         chances = np.empty_like(shown)
@@ -241,14 +245,6 @@ def _item(row: Row, decision: Decision) -> Item:
             "proxy_name": int(decision.proxy_name),
         },
     )
-
-
-def _orders(frame: pd.DataFrame) -> np.ndarray:
-    """Return the file's option index at each position shown, shape (rows, 3)."""
-    codes, spellings = pd.factorize(frame["order"])
-    if any(sorted(str(text)) != ["0", "1", "2"] for text in spellings):
-        raise InputError("column order: each row must have the digits 0, 1 and 2, such as '012'")
-    return np.array([[int(digit) for digit in text] for text in spellings], dtype=int)[codes]
 
 
 def _scores(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

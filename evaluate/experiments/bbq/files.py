@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.evaluate.experiments.reading import json_lines
+from selfcorrect.evaluate.experiments.reading import folder_rows
 from selfcorrect.recipes.foundation.errors import InputError
 
 METADATA = "additional_metadata.csv"
@@ -77,24 +77,17 @@ def read_rows(folder: Path) -> list[Row]:
 
     Raises InputError naming file and line.
     """
-    paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
-    if not paths:
-        raise InputError(f"{folder}: no *.jsonl or *.jsonl.gz here; put BBQ's category files in")
     rows: list[Row] = []
     seen: dict[Key, str] = {}
-    for path in paths:
-        file = path.name.removesuffix(".gz").removesuffix(".jsonl")
-        for where, record in json_lines(path):
-            row = _row(record, file, where)
-            first = seen.setdefault(row.key, where)
-            if first is not where:
-                raise InputError(
-                    f"{where}: example_id {row.example_id} of {row.category} appears twice, first "
-                    f"in {first}"
-                )
-            rows.append(row)
-    if not rows:
-        raise InputError(f"{folder}: the *.jsonl files here are empty")
+    for file, where, record in folder_rows(folder, "put BBQ's category files in"):
+        row = _row(record, file, where)
+        first = seen.setdefault(row.key, where)
+        if first is not where:
+            raise InputError(
+                f"{where}: example_id {row.example_id} of {row.category} appears twice, first "
+                f"in {first}"
+            )
+        rows.append(row)
     return rows
 
 

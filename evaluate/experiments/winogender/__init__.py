@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 from scipy.special import entr
 
-from selfcorrect.evaluate.experiments.base import Experiment, Metric, Scatter, Workload
+from selfcorrect.evaluate.experiments.base import Experiment, Metric, Scatter, Workload, option_mass
 from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
@@ -78,9 +78,7 @@ METRICS: dict[str, Metric] = {
     "share_neutral": Metric("Mean p(neutral)", "mean over occupations, of the three pronouns"),
     "share_neutral_without_leak": Metric("Mean p(neutral) without was/were", _NO_LEAK),
     "entropy": Metric("Entropy", "mean over occupations, of the three pronouns, in nats (<= 1.10)"),
-    "option_mass": Metric(
-        "Option mass", "probability that falls on the three pronouns at all", column="Option\nmass"
-    ),
+    "option_mass": option_mass("the three pronouns"),
 }
 
 

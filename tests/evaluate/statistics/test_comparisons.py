@@ -15,7 +15,8 @@ def make_cell(step, condition, hits, clusters=None):
 
 
 def find(comparisons, kind, condition, step):
-    (one,) = [c for c in comparisons if (c.kind, c.condition, c.step) == (kind, condition, step)]
+    wanted = kind, condition, step
+    (one,) = [c for c in comparisons if (c.kind, c.cell.condition, c.cell.step) == wanted]
     return one
 
 
@@ -87,7 +88,7 @@ def test_effect_intervals_cover_the_truth():
         effect = find(compare(cells), "effect", "Q+IF", 0)
         covered += effect.estimate.low <= 0.1 <= effect.estimate.high
         errors.append(effect.error)
-        assert effect.degrees == 29
+        assert effect.cell.replicates.degrees == 29
         detected.append(effect.estimate.value)
     assert 0.91 <= covered / num <= 0.98
     # The bootstrap's standard error is what effects really vary by from world to world.
