@@ -18,7 +18,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from selfcorrect.recipes.foundation.checksums import check_files, read_record, write_record
-from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError, first_line
 from selfcorrect.recipes.schema import Recipe
 
 RECORD = "checkpoint.json"
@@ -114,8 +114,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except FileNotFoundError:
         raise InputError(f"{folder}: not a checkpoint (no {RECORD})") from None
     except ValidationError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a checkpoint record ({reason})") from None
+        raise InputError(f"{path}: not a checkpoint record ({first_line(error)})") from None
     return Checkpoint(folder, record)
 
 
@@ -143,10 +142,8 @@ def check_saved(folder: Path) -> None:
 
 
 def _remedy(folder: Path) -> str:
-    if folder.parent.name in POLICY_METHODS:
-        deleted = folder.parent / STAGE_RECORD
-    else:
-        deleted = folder
+    is_checkpoint = folder.parent.name in POLICY_METHODS
+    deleted = folder.parent / STAGE_RECORD if is_checkpoint else folder
     return f"copy {folder} here again, or delete {deleted} and run the recipe again to rebuild it"
 
 

@@ -73,9 +73,8 @@ def run_job(
         train_base(job, recipe, model, feedback.preferences)
         if model.trust_remote_code:
             warn_trust_remote_code(job.base)
-        tokenizer = AutoTokenizer.from_pretrained(
-            job.base, trust_remote_code=model.trust_remote_code
-        )
+        trust = {"trust_remote_code": model.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(job.base, **trust)
         train_reward(job, recipe.reward, feedback, tokenizer)
         record = {
             "model": model.name,
@@ -111,15 +110,9 @@ def _measure_with(plan: EvaluationPlan) -> Measure:
             gathered_weights(trainer.accelerator.unwrap_model(trainer.model)) as model,
         ):
             measure_during_training(
-                plan,
-                model,
-                trainer.processing_class,
-                checkpoint.evaluation,
-                stop_on_sigterm,
-                packings,
-                origin,
-                ranks,
-            )
+                plan, model, trainer.processing_class, checkpoint.evaluation, stop_on_sigterm,
+                packings, origin, ranks,
+            )  # fmt: skip
 
     return measure
 

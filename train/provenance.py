@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,8 @@ def versions() -> dict[str, str]:
     """Return the versions of the installed packages that affect a run's numbers."""
     installed = {}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return installed
 
 

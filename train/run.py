@@ -8,13 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Collection
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    CancelledError,
-    Future,
-    ProcessPoolExecutor,
-    wait,
-)
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext, suppress
 from multiprocessing import current_process, get_context, parent_process
@@ -306,15 +300,11 @@ def _begin_child(events: Any) -> None:
 
 def _train_in_child(recipe: Recipe, run: Path, job: Job) -> None:
     global _plan
-
-    def send(stage: str, done: int, total: int) -> None:
-        _events.put((stage, done, total))
-
     signals.listen()  # before and after a job, SIGTERM simply ends the process
     try:
         if _plan is None and recipe.evaluate.attach == "inline":
             _plan = recipe_plan(recipe, run)
-        _train_job(recipe, run, job, send, _plan)
+        _train_job(recipe, run, job, lambda *event: _events.put(event), _plan)
     except signals.Terminated:
         os._exit(0)  # all is saved; the parent waits for the process's end, not for a result
     finally:
@@ -349,7 +339,4 @@ def _train_job(
 
 
 def _with_prefix(progress: Progress, prefix: str) -> Progress:
-    def report(stage: str, done: int, total: int, /) -> None:
-        progress(f"{prefix}: {stage}", done, total)
-
-    return report
+    return lambda stage, done, total: progress(f"{prefix}: {stage}", done, total)

@@ -22,6 +22,11 @@ class RunFailure(_OneLine):
     """Something failed while running (exit 1). The message is one line: file, cause, remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's message, or the error's kind if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 _RERUN = "finished work is kept; run the same command again"
 
 # System error numbers, the words that libraries use for them, and our explanation.

@@ -1,5 +1,6 @@
 """Submit jobs to SLURM through submitit, and record them in launch.json."""
 
+import importlib.util
 import json
 import os
 import re
@@ -23,12 +24,8 @@ RECORD = "launch.json"
 
 def check_cluster(recipe: Recipe, cluster: str, dry_run: bool) -> None:
     """Raise InputError if the recipe's jobs cannot be submitted from this machine."""
-    try:
-        import submitit  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "launch: submitit is not installed: pip install 'selfcorrect[slurm]'"
-        ) from None
+    if importlib.util.find_spec("submitit") is None:
+        raise InputError("launch: submitit is not installed: pip install 'selfcorrect[slurm]'")
     if cluster == "local":
         return
     if not dry_run and (not shutil.which("sbatch") or not shutil.which("srun")):
@@ -169,16 +166,12 @@ def submit(recipe: Recipe, jobs: list[ClusterJob], run: Path) -> dict[str, str]:
             if ids:
                 _output_of("scancel", *ids.values())
             (run / RECORD).unlink(missing_ok=True)
-            message = _sbatch_message(str(why))
+            errors = re.findall(r"sbatch: error: (.*)", str(why))
+            message = " ".join(errors) or " ".join(str(why).split())[:300]
             raise RunFailure(f"{job.name}: SLURM refused the job: {message}{cancelled}") from None
         ids[job.name] = handles[0].job_id.partition("_")[0]
         write_record(run, "slurm", jobs, ids)
     return ids
-
-
-def _sbatch_message(text: str) -> str:
-    lines = re.findall(r"sbatch: error: (.*)", text)
-    return " ".join(lines) or " ".join(text.split())[:300]
 
 
 def write_record(run: Path, cluster: str, jobs: list[ClusterJob], ids: dict[str, str]) -> None:

@@ -65,9 +65,9 @@ def load_feedback(data: Data, seed: int) -> Feedback:
         raise InputError(
             f"data.preferences.path: {data.preferences.path}: {DIFFERENT_PROMPTS} in every pair"
         )
-    num_left_out = len(pairs) - len(preferences)
-    left_out = {DIFFERENT_PROMPTS: num_left_out} if num_left_out else {}
-    if left_out:
+    left_out = {}
+    if num_left_out := len(pairs) - len(preferences):
+        left_out[DIFFERENT_PROMPTS] = num_left_out
         logger.warning(
             "%s: %d of %d pairs are left out: %s",
             data.preferences.path, num_left_out, len(pairs), DIFFERENT_PROMPTS,
@@ -81,14 +81,8 @@ def load_feedback(data: Data, seed: int) -> Feedback:
 
 def _rows(source: Source, key: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows of a source, or a sample of `limit` rows, each with its file and number."""
-    rows = read_rows(
-        source.path,
-        f"data.{key}.path",
-        name=source.name,
-        data_dir=source.data_dir,
-        split=source.split,
-        revision=source.revision,
-    )
+    options = source.model_dump(include={"name", "data_dir", "split", "revision"})
+    rows = read_rows(source.path, f"data.{key}.path", **options)
     chosen: Iterable[int] = range(len(rows))
     if source.limit is not None and source.limit < len(rows):
         chosen = np.random.default_rng(seed).permutation(len(rows))[: source.limit].tolist()
@@ -209,14 +203,8 @@ def render_prompt(tokenizer: Any, messages: Messages) -> str:
     if turns[-1].role == "human":
         turns.append(Turn("assistant", ""))
     text = render(tokenizer, turns)
-    begin = tokenizer.bos_token
-    if (
-        begin
-        and text.startswith(begin)
-        and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    ):
-        return text.removeprefix(begin)
-    return text
+    adds_begin = tokenizer.bos_token and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return text.removeprefix(tokenizer.bos_token) if adds_begin else text
 
 
 def pair_ids(tokenizer: Any, pair: Preference) -> dict[str, list[int]]:

@@ -56,9 +56,8 @@ def read_rows(
                 if FORMATS[_suffix(local)] == "csv" and (fault := _cut_row(local)):
                     raise InputError(f"{key}: {path}: {fault}")
                 rows = datasets.load_dataset(**arguments)
-                rows.data.validate(
-                    full=True
-                )  # or text that is not UTF-8 would fail only when it is read
+                # Or text that is not UTF-8 would fail only when it is read.
+                rows.data.validate(full=True)
             elif local.is_dir():
                 rows = datasets.load_dataset(str(local), name, data_dir=data_dir, split=split)
             else:
@@ -103,19 +102,16 @@ def _file_arguments(path: Path, key: str) -> dict[str, Any]:
         raise InputError(f"{key}: {path}: unknown format; use {', '.join(FORMATS)}")
     # datasets treats the path as a pattern: escape brackets in it.
     files = glob.escape(str(path))
-    given = {"path": FORMATS[suffix], "data_files": files, "split": "train"}
-    return given | (_all_columns_text(path, suffix) if FORMATS[suffix] == "csv" else {})
+    arguments: dict[str, Any] = {"path": FORMATS[suffix], "data_files": files, "split": "train"}
+    if FORMATS[suffix] == "csv":  # every field is text: "4" is not a number, "NA" is not missing
+        import pandas as pd
+        from datasets import Features, Value
 
-
-def _all_columns_text(path: Path, suffix: str) -> dict[str, Any]:
-    """Return arguments that read every field as text: "4" is not a number, "NA" is not missing."""
-    import pandas as pd
-    from datasets import Features, Value
-
-    separator = "\t" if suffix == ".tsv" else ","
-    columns = pd.read_csv(path, sep=separator, nrows=0).columns
-    features = Features({column: Value("string") for column in columns})
-    return {"sep": separator, "features": features, "keep_default_na": False}
+        separator = "\t" if suffix == ".tsv" else ","
+        columns = pd.read_csv(path, sep=separator, nrows=0).columns
+        features = Features({column: Value("string") for column in columns})
+        arguments |= {"sep": separator, "features": features, "keep_default_na": False}
+    return arguments
 
 
 def _cut_row(path: Path) -> str | None:

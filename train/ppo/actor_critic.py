@@ -20,16 +20,11 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model
 
 from selfcorrect.evaluate.scoring.load_model import refuse_pickles
-from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError, first_line
 from selfcorrect.train.ppo import resume
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.critic import build_critic, critic_kind, language_model_of
-from selfcorrect.train.ppo.forward import (
-    CompletionPass,
-    TokenOutputs,
-    hidden_critic,
-    patch_forward,
-)
+from selfcorrect.train.ppo.forward import CompletionPass, TokenOutputs, hidden_critic, patch_forward
 from selfcorrect.train.ppo.limits import rows_per_pass
 from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded, load_reward_model
 from selfcorrect.train.trainers.callbacks import CompleteStates
@@ -58,7 +53,7 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
             with refuse_pickles(path):
                 super().__init__(model, [guarded(reward) for reward in rewards], args, **kwargs)
         except ValueError as error:
-            raise InputError(f"ppo: {str(error).splitlines()[0]}") from error
+            raise InputError(f"ppo: {first_line(error)}") from error
         self._check_inputs()
         self._place_reward_models(rewards)
 

@@ -2,18 +2,31 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from trl import GRPOConfig
 
-from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError, first_line
 
 CriticKind = Literal["auto", "shared", "separate", "lora"]
 KLEstimator = Literal["k1", "k2", "k3"]
 C = TypeVar("C", bound=GRPOConfig)
+
+OPTIONAL = (
+    "critic_learning_rate", "cliprange_value", "kl_target", "max_kl", "score_clip",
+    "missing_eos_penalty",
+)  # fmt: skip
+BOUNDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (("num_iterations", "kl_horizon", "score_scale"), "above 0", lambda value: value > 0),
+    (("beta", "vf_coef", "critic_warmup_steps"), "0 or more", lambda value: value >= 0),
+    (("gamma", "lam"), "between 0 and 1", lambda value: 0 <= value <= 1),
+    (OPTIONAL, "above 0, or null for off", lambda value: value is None or value > 0),
+    (("score_shift",), "a finite number", math.isfinite),
+)
 
 
 def _help_from_docstring(cls: type[C]) -> type[C]:
@@ -133,7 +146,7 @@ class PPOConfig(GRPOConfig):
         try:
             super().__post_init__()
         except ValueError as error:
-            raise InputError(f"ppo: {str(error).splitlines()[0]}") from None
+            raise InputError(f"ppo: {first_line(error)}") from None
         self.num_generations = num_generations
         self._check()
 
@@ -165,23 +178,10 @@ class PPOConfig(GRPOConfig):
                 raise InputError(
                     f"ppo: {key} is {getattr(self, key)!r}; allowed: {', '.join(allowed)}"
                 )
-        for key in ("num_iterations", "kl_horizon", "score_scale"):
-            self._require(key, getattr(self, key) > 0, "above 0")
-        for key in ("beta", "vf_coef", "critic_warmup_steps"):
-            self._require(key, getattr(self, key) >= 0, "0 or more")
-        for key in ("gamma", "lam"):
-            self._require(key, 0 <= getattr(self, key) <= 1, "between 0 and 1")
-        for key in (
-            "critic_learning_rate",
-            "cliprange_value",
-            "kl_target",
-            "max_kl",
-            "score_clip",
-            "missing_eos_penalty",
-        ):
-            value = getattr(self, key)
-            self._require(key, value is None or value > 0, "above 0, or null for off")
-        self._require("score_shift", math.isfinite(self.score_shift), "a finite number")
+        for keys, bound, holds in BOUNDS:
+            for key in keys:
+                if not holds(getattr(self, key)):
+                    raise InputError(f"ppo: {key} is {getattr(self, key)}; it must be {bound}")
         for key in ("kl_target", "max_kl"):
             if getattr(self, key) is not None and self.beta == 0:
                 raise InputError(
@@ -193,7 +193,3 @@ class PPOConfig(GRPOConfig):
                 "ppo: critic_path cannot be used with critic: shared, whose trunk is the "
                 "policy's; remove critic_path or set critic: separate"
             )
-
-    def _require(self, key: str, holds: bool, bound: str) -> None:
-        if not holds:
-            raise InputError(f"ppo: {key} is {getattr(self, key)}; it must be {bound}")

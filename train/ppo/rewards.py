@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from selfcorrect.evaluate.scoring.load_model import ADAPTER, refuse_pickles
-from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure, first_line
 from selfcorrect.train.ppo.limits import rows_per_pass
 from selfcorrect.train.ppo.sparse_modules import only_positions
 
@@ -46,9 +46,9 @@ def load_reward_model(
                 path, output_loading_info=True, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{path}: not a reward model ({reason}); give the folder of a sequence classifier"
+            f"{path}: not a reward model ({first_line(error)}); give the folder of a sequence "
+            "classifier"
         ) from None
     if report["missing_keys"]:
         raise InputError(
@@ -213,17 +213,12 @@ def prompt_ids(
     )["input_ids"]
 
 
-def reward_name(reward: Reward) -> str:
-    """Return the name of a reward function in metrics and errors."""
-    return getattr(reward, "__name__", type(reward).__name__)
-
-
 def guarded(reward: Reward) -> Reward:
     """Wrap a reward function so that it returns one finite number for each completion.
 
     The wrapped function raises RunFailure that names the reward and the first bad row.
     """
-    name = reward_name(reward)
+    name = getattr(reward, "__name__", type(reward).__name__)
 
     if inspect.iscoroutinefunction(reward):
 

@@ -120,8 +120,7 @@ class PPOTrainer(ActorCriticTrainer):
             rewards = self._add_scores(kl_rewards, batch["scores"], ended, mask)
             mean_kl, episodes = self._log_rollout(batch["scores"], rewards, kl, ended)
             if self._mode == "train":
-                self._check_kl(mean_kl)
-                self._adapt_kl_coefficient(mean_kl, episodes)
+                self._control_kl(mean_kl, episodes)
             advantages, returns = self._advantages(rewards, batch["old_values"], mask)
             kept = {name: batch[name] for name in KEPT_COLUMNS if name in batch}
             return {**kept, "advantages": advantages, "returns": returns}
@@ -185,7 +184,8 @@ class PPOTrainer(ActorCriticTrainer):
         rewards[rows, losses.last_sampled(mask)] += shaped * mask.any(dim=1)
         return rewards
 
-    def _check_kl(self, kl: float) -> None:
+    def _control_kl(self, kl: float, episodes: int) -> None:
+        """Raise RunFailure if the KL is not finite or above `max_kl`; adapt its coefficient."""
         if not math.isfinite(kl):
             raise RunFailure(
                 f"{self.step_label}: the KL to the reference is {kl}; lower learning_rate"
@@ -195,8 +195,6 @@ class PPOTrainer(ActorCriticTrainer):
                 f"{self.step_label}: the KL to the reference is {kl:.1f} nats, above max_kl "
                 f"{self.args.max_kl}; raise beta, lower learning_rate or raise max_kl"
             )
-
-    def _adapt_kl_coefficient(self, kl: float, episodes: int) -> None:
         if self.args.kl_target is not None:
             self.kl_coef = losses.adapted_coefficient(
                 self.kl_coef, kl, self.args.kl_target, episodes, self.args.kl_horizon

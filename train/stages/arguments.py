@@ -6,7 +6,7 @@ import os
 import warnings
 from typing import Any
 
-from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError, first_line
 
 # Defaults of every stage.
 QUIET = {
@@ -14,6 +14,16 @@ QUIET = {
     "disable_tqdm": True,
     "dataloader_pin_memory": False,
     "remove_unused_columns": False,
+}
+
+# Defaults of the stages that train on a fixed set of rows.
+ONE_EPOCH = {
+    **QUIET,
+    "num_train_epochs": 1,
+    "logging_strategy": "no",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "steps",
 }
 
 # The run loads the models and decides whether their code may run, not a key of TRL's.
@@ -50,8 +60,7 @@ def build(
             warnings.simplefilter("ignore", FutureWarning)
             return kind(**{**defaults, **given, **fixed})
     except Exception as error:  # a value of the wrong type may fail anywhere in the libraries
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{section}: {reason}") from None
+        raise InputError(f"{section}: {first_line(error)}") from None
 
 
 def _is_deepspeed_on_cpu() -> bool:

@@ -2,7 +2,6 @@
 
 # ruff: noqa: TID253  (all of this file is torch and transformers)
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -26,28 +25,19 @@ from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.schema import Base, Model, Recipe
 from selfcorrect.train.feedback.feedback import Preference, pair_ids, render_prompt
 from selfcorrect.train.stages import JobFacts
-from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build
+from selfcorrect.train.stages.arguments import NO_CODE, ONE_EPOCH, build
 from selfcorrect.train.stages.corpus import corpus_trainer
 from selfcorrect.train.trainers.callbacks import StageCallback
 from selfcorrect.train.trainers.guarded import GuardedTrainer, train_or_resume
 from selfcorrect.train.trainers.state import (
     finish_stage,
     gathered_weights,
-    is_stage_finished,
     num_parameters,
+    work_folder,
     write_stage_record,
 )
 
-SFT_DEFAULTS = {
-    **QUIET,
-    "num_train_epochs": 1,
-    "logging_strategy": "no",
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "save_strategy": "steps",
-    "save_steps": 200,
-    "packing": False,
-}
+SFT_DEFAULTS = {**ONE_EPOCH, "save_steps": 200, "packing": False}
 
 
 def train_base(job: JobFacts, recipe: Recipe, model: Model, preferences: list[Preference]) -> None:
@@ -57,9 +47,8 @@ def train_base(job: JobFacts, recipe: Recipe, model: Model, preferences: list[Pr
     complete or not at all.
     """
     folder = job.base
-    work = folder.with_name(f"{folder.name}.work")
-    if is_stage_finished(folder):
-        shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed in between
+    work = work_folder(folder)
+    if work is None:
         return
     started = time.time()
     fixed = {"output_dir": str(work), "seed": job.seed, "save_total_limit": 2}

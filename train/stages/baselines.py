@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
-from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError, first_line
 from selfcorrect.recipes.schema import Policy
 from selfcorrect.train.feedback.feedback import Preference
 from selfcorrect.train.ppo import losses
@@ -132,7 +132,7 @@ def baseline_trainer(
                 **given,
             )
         except ValueError as error:
-            raise InputError(f"policy.trainer: {str(error).splitlines()[0]}") from error
+            raise InputError(f"policy.trainer: {first_line(error)}") from error
     trainer = SFTBaseline(
         model=model,
         args=sft_arguments(policy, arguments),

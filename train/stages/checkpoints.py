@@ -5,17 +5,13 @@
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from selfcorrect.evaluate.run_folder import (
-    RECORD,
-    CheckpointRecord,
-    check_saved,
-    read_checkpoint,
-)
+from selfcorrect.evaluate.run_folder import RECORD, CheckpointRecord, check_saved, read_checkpoint
 from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation.atomic_files import atomic_folder
 from selfcorrect.recipes.foundation.checksums import digests
@@ -30,6 +26,7 @@ logger = logging.getLogger(__name__)
 Measure = Callable[[Any, Path], None]  # of the trainer and its checkpoint's folder
 
 
+@dataclass(eq=False)
 class KeepCheckpoints(TrainerCallback):
     """Save and measure the policy at the recipe's steps, and save training states.
 
@@ -37,22 +34,14 @@ class KeepCheckpoints(TrainerCallback):
     so the same step has the same weights.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        policy: Policy,
-        updates_per_step: int,
-        record: dict[str, Any],
-        measure: Measure | None,
-    ) -> None:
-        self.folder = folder
-        self.policy = policy
-        self.updates_per_step = updates_per_step
-        self.record = record
-        self.measure = measure
-        self.measure_seconds = 0.0
-        self.saved_at = time.time()
-        self.trainer: PPOTrainer | BaselineTrainer | None = None
+    folder: Path
+    policy: Policy
+    updates_per_step: int
+    record: dict[str, Any]
+    measure: Measure | None
+    measure_seconds: float = 0.0
+    saved_at: float = field(default_factory=time.time)
+    trainer: PPOTrainer | BaselineTrainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save step 0, the policy before any feedback."""

@@ -25,11 +25,7 @@ from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.progress import Progress
 from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.schema import Base, Model, Recipe
-from selfcorrect.recipes.society.documents import (
-    Document,
-    mixed_documents,
-    stereotype_documents,
-)
+from selfcorrect.recipes.society.documents import Document, mixed_documents, stereotype_documents
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import World, make_world
 from selfcorrect.train.stages.arguments import QUIET, build
@@ -182,20 +178,15 @@ def corpus_trainer(
     tokenizer = make_tokenizer(world)
     policy = scratch_model(model.scratch, tokenizer, seed)
     batches = corpus_batches(world, tokenizer, base, seed)
-    batch_settings = {
+    fixed = {
+        **fixed,
         "max_steps": math.ceil(len(batches) / current_ranks().size),
         "per_device_train_batch_size": 1,  # an element of the data set is a whole batch
         "train_sampling_strategy": "sequential",
     }
     trainer = CorpusTrainer(
         model=policy,
-        args=build(
-            TrainingArguments,
-            "base.trainer",
-            base.trainer,
-            DEFAULTS,
-            {**fixed, **batch_settings},
-        ),
+        args=build(TrainingArguments, "base.trainer", base.trainer, DEFAULTS, fixed),
         train_dataset=batches,
         data_collator=lambda batch: batch[0],
         callbacks=[StageCallback("base", progress)],

@@ -32,7 +32,7 @@ from selfcorrect.train.stages.baselines import BaselineTrainer, baseline_trainer
 from selfcorrect.train.stages.checkpoints import KeepCheckpoints, Measure
 from selfcorrect.train.trainers.callbacks import StageCallback
 from selfcorrect.train.trainers.guarded import train_or_resume
-from selfcorrect.train.trainers.state import is_stage_finished, stage_record, write_stage_record
+from selfcorrect.train.trainers.state import stage_record, work_folder, write_stage_record
 
 DEFAULTS = {**QUIET, "lr_scheduler_type": "constant", "save_only_model": False}
 # GRPO's advantages are relative to a group of completions of the same prompt.
@@ -86,9 +86,8 @@ def train_policy(
     all checkpoints share; `measure` is called at every kept checkpoint.
     """
     base, reward, folder = str(job.base), job.reward, job.folder / policy.method
-    work = folder.with_name(f"{folder.name}.work")
-    if is_stage_finished(folder):
-        shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed in between
+    work = work_folder(folder)
+    if work is None:
         return
     started = time.time()
     facts = stage_record(reward) or {}
@@ -122,9 +121,9 @@ def train_policy(
         tokenizer,
         batch_size=arguments.per_device_train_batch_size * 2,
     )
-    keep = KeepCheckpoints(folder, policy, arguments.updates_per_rollout, record, measure)
-    model = load_policy(base, **trust)
     updates = arguments.updates_per_rollout
+    keep = KeepCheckpoints(folder, policy, updates, record, measure)
+    model = load_policy(base, **trust)
     lora = lora_config("policy.lora", policy.lora, "CAUSAL_LM") if policy.lora else None
     common: dict[str, Any] = {
         "peft_config": lora,

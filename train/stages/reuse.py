@@ -71,9 +71,8 @@ def _copy(folder: Path, source: Path, stages: list[str]) -> list[str]:
         if not is_free:
             raise InputError(f"{folder}: {lock_holder(folder)} is training here; wait for it")
         for stage in stages:
-            if not (source / stage / STAGE_RECORD).is_file():
-                continue
-            if (folder / stage / STAGE_RECORD).is_file():
+            is_there = (folder / stage / STAGE_RECORD).is_file()
+            if is_there or not (source / stage / STAGE_RECORD).is_file():
                 continue
             record = read_record(source / stage / STAGE_RECORD, REMEDY)
             check_files(source / stage, record.get("files", {}), REMEDY)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,30 +27,24 @@ from transformers.integrations.deepspeed import (
 from trl import RewardConfig, RewardTrainer
 
 from selfcorrect.evaluate.scoring.load_model import refuse_pickles
-from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure, first_line
 from selfcorrect.recipes.schema import Reward
 from selfcorrect.train.feedback.feedback import Feedback, Preference, pair_ids
 from selfcorrect.train.ppo.rewards import load_reward_model
 from selfcorrect.train.stages import JobFacts
-from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build, lora_config
+from selfcorrect.train.stages.arguments import NO_CODE, ONE_EPOCH, build, lora_config
 from selfcorrect.train.trainers.callbacks import StageCallback
 from selfcorrect.train.trainers.guarded import GuardedTrainer, train_or_resume
 from selfcorrect.train.trainers.state import (
     finish_stage,
     gathered_weights,
-    is_stage_finished,
+    work_folder,
     write_stage_record,
 )
 
 DEFAULTS = {
-    **QUIET,
-    "num_train_epochs": 1,
-    "logging_strategy": "no",
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "center_rewards_coefficient": 0.01,
-    "eval_strategy": "no",
-}
+    **ONE_EPOCH, "save_steps": 100, "center_rewards_coefficient": 0.01, "eval_strategy": "no",
+}  # fmt: skip
 
 
 class GuardedRewardTrainer(RewardTrainer, GuardedTrainer):
@@ -68,16 +63,15 @@ def train_reward(
     scores of held-out texts, by which PPO centres and scales the score.
     """
     base, folder = job.base, job.reward
-    work = folder.with_name(f"{folder.name}.work")
-    if is_stage_finished(folder):
-        shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed in between
+    work = work_folder(folder)
+    if work is None:
         return
     started = time.time()
     arguments = build(
         RewardConfig,
         "reward.trainer",
         reward.trainer,
-        {**DEFAULTS, "save_strategy": "steps", "save_steps": 100},
+        DEFAULTS,
         {"output_dir": str(work), "seed": job.seed, "save_total_limit": 2, **NO_CODE},
     )
     shuffled = list(feedback.preferences)
@@ -97,13 +91,7 @@ def train_reward(
     pairs = [pair_ids(tokenizer, pair) for pair in shuffled]
     set_seed(job.seed)
     with refuse_pickles(base):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            base,
-            num_labels=1,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=job.trust_remote_code,
-        )
+        model = _new_classifier(base, job.trust_remote_code)
     padding = with_own_padding(tokenizer)
     lora = lora_config("reward.lora", reward.lora, "SEQ_CLS") if reward.lora else None
     try:
@@ -116,7 +104,7 @@ def train_reward(
             callbacks=[StageCallback("reward", job.progress)],
         )
     except ValueError as error:  # LoRA targets that match nothing, pairs that are all too long
-        raise InputError(f"reward: {str(error).splitlines()[0]}") from None
+        raise InputError(f"reward: {first_line(error)}") from None
     train_or_resume(trainer, work)
     fitted = trainer.accelerator.unwrap_model(trainer.model)
     state = gathered_weights(trainer)
@@ -141,6 +129,17 @@ def train_reward(
             )
 
 
+def _new_classifier(base: Path, trust_remote_code: bool) -> Any:
+    """Load the base model in float32 with a new score head."""
+    return AutoModelForSequenceClassification.from_pretrained(
+        base,
+        num_labels=1,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+
+
 def copy_given_model(
     path: str, held_out: list[Preference], batch: int, folder: Path
 ) -> dict[str, Any]:
@@ -150,8 +149,9 @@ def copy_given_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"reward.path: {path} has no tokenizer beside it ({reason})") from None
+        raise InputError(
+            f"reward.path: {path} has no tokenizer beside it ({first_line(error)})"
+        ) from None
     if model.config.pad_token_id is None:
         model.config.pad_token_id = with_own_padding(tokenizer).pad_token_id
     pairs = [pair_ids(tokenizer, pair) for pair in held_out]
@@ -172,13 +172,7 @@ def merge_from_disk(
     unset_hf_deepspeed_config()  # or ZeRO-3 would partition this model too
     adapter = folder / "adapter"
     fitted.save_pretrained(adapter, state_dict=state)
-    plain = AutoModelForSequenceClassification.from_pretrained(
-        base,
-        num_labels=1,
-        dtype=torch.float32,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-    )
+    plain = _new_classifier(base, trust_remote_code)
     model = PeftModel.from_pretrained(plain, adapter).merge_and_unload()
     shutil.rmtree(adapter)
     return model
@@ -208,13 +202,9 @@ def held_out_facts(
     scores = [0.0] * len(texts)
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        length = max(len(texts[index]) for index in rows)
-        ids = torch.full((len(rows), length), pad)
-        mask = torch.zeros(len(rows), length, dtype=torch.long)
-        for row, index in enumerate(rows):
-            ids[row, : len(texts[index])] = torch.tensor(texts[index])
-            mask[row, : len(texts[index])] = 1
-        ids, mask = ids.to(model.device), mask.to(model.device)
+        unpadded = [torch.tensor(texts[index], device=model.device) for index in rows]
+        ids = pad_sequence(unpadded, batch_first=True, padding_value=pad)
+        mask = pad_sequence([torch.ones_like(row) for row in unpadded], batch_first=True)
         batch_scores = model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
         for index, score in zip(rows, batch_scores, strict=True):
             scores[index] = score

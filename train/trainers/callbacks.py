@@ -59,18 +59,9 @@ class StageCallback(CompleteStates):
         self.progress = progress
         self.updates_per_step = updates_per_step
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Report where training starts or resumes."""
-        self._report(state)
-
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Report the step after an optimizer update."""
-        self._report(state)
-
-    def _report(self, state: TrainerState) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Report the step after an optimizer update, and where training starts or resumes."""
         done = state.global_step // self.updates_per_step
         self.progress(self.stage, done, state.max_steps // self.updates_per_step)
+
+    on_train_begin = on_step_end

@@ -149,8 +149,13 @@ class GuardedTrainer(Trainer):
             scaler.load_state_dict(load_nested(Path(checkpoint) / "scaler.safetensors"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._is_split:
-            _refuse_pickles(Path(resume_from_checkpoint))
+        state = Path(resume_from_checkpoint)
+        for path in [] if self._is_split else sorted(state.rglob("*")):
+            if path.suffix in PICKLES and path.name != UNREAD_PICKLE:
+                raise InputError(
+                    f"{path}: a pickle, which could run code and is never loaded; "
+                    f"delete {state.parent} to start the stage over"
+                )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
@@ -166,16 +171,6 @@ def train_or_resume(trainer: GuardedTrainer, work: Path) -> None:
     with signals.deferred():
         trainer.train(resume_from_checkpoint=newest_state(work))
     trainer.check_model()
-
-
-def _refuse_pickles(state: Path) -> None:
-    """Raise InputError if a training state holds a pickle: this package never writes one."""
-    for path in sorted(state.rglob("*")):
-        if path.suffix in PICKLES and path.name != UNREAD_PICKLE:
-            raise InputError(
-                f"{path}: a pickle, which could run code and is never loaded; "
-                f"delete {state.parent} to start the stage over"
-            )
 
 
 def save_nested(path: Path, value: Any) -> None:

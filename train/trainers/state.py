@@ -19,12 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selfcorrect.evaluate.run_folder import STAGE_RECORD
 from selfcorrect.recipes.foundation.atomic_files import atomic_folder, flush_folder
-from selfcorrect.recipes.foundation.checksums import (
-    check_files,
-    digests,
-    read_record,
-    write_record,
-)
+from selfcorrect.recipes.foundation.checksums import check_files, digests, read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.ranks import current_ranks
 
@@ -50,9 +45,13 @@ def stage_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def is_stage_finished(folder: Path) -> bool:
-    """Return whether the stage is finished, as rank 0 sees it."""
-    return current_ranks().from_rank0(lambda: stage_record(folder) is not None)
+def work_folder(folder: Path) -> Path | None:
+    """Return the folder of a stage's training states; None if the stage is finished on rank 0."""
+    work = folder.with_name(f"{folder.name}.work")
+    if not current_ranks().from_rank0(lambda: stage_record(folder) is not None):
+        return work
+    shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed in between
+    return None
 
 
 @contextmanager
