@@ -28,10 +28,10 @@ FLOORS = {
     "train": [
         "feedback trainers provenance",
         "ppo",
-        "stages planning",
+        "stages",
         "check job",
         "distributed",
-        "run",
+        "run planning",
     ],
     "scripts": ["dev cluster", "commands", "benchmarks study"],
 }
