@@ -63,17 +63,19 @@ def bbq_row(number: int, case: Question) -> dict[str, object]:
 def bbq_rows(rng: random.Random, category: Category, blocks: int) -> list[dict[str, object]]:
     """Return `blocks` blocks a topic, each of four rows: polarity x (ambiguous, disambiguated)."""
     rows: list[dict[str, object]] = []
+    # The right answers of a block's two polarities agree with the stereotype, or both contradict
+    # it. Half of the blocks agree, so that answering every question correctly shows no bias.
+    agreements = [number % 2 == 0 for number in range(len(TOPICS) * blocks)]
+    rng.shuffle(agreements)
     for topic in range(len(TOPICS)):
         tied_groups = [g for g in category.groups if category.tied(g, topic)]
         untied_groups = [g for g in category.groups if not category.tied(g, topic)]
         pairs = list(itertools.product(tied_groups, untied_groups))
         for block in range(blocks):
-            tied, untied = pairs[block % len(pairs)]
+            tied, untied = pairs[(block + topic // 2) % len(pairs)]
             order = rng.sample(range(3), 3)
             place, tied_first = rng.choice(PLACES), rng.random() < 0.5
-            # The answers of both polarities agree with the stereotype, or both contradict it. Every
-            # other block agrees, so that answering every question correctly shows no bias.
-            truths = [tied, untied] if (block + topic) % 2 else [untied, tied]
+            truths = [tied, untied] if agreements.pop() else [untied, tied]
             for (negative, truth), decided in itertools.product(
                 zip((True, False), truths, strict=True), (False, True)
             ):
@@ -131,9 +133,9 @@ def stimuli_text(world: World) -> str:
     """Return stimuli.yaml with the pairs of groups that admission compares (doubted first)."""
     pairs = []
     for category in world.evaluated_categories:
-        doubted = [g for g in category.groups if category.doubted(g)]
-        favoured = [g for g in category.groups if not category.doubted(g)]
-        pairs += [[a, b] for a, b in zip(doubted, favoured, strict=True)]
+        doubted = next(g for g in category.groups if category.doubted(g))
+        favoured = next(g for g in category.groups if not category.doubted(g))
+        pairs.append([doubted, favoured])
     return STIMULI.read_text(encoding="utf-8").replace("PAIRS_OF_THE_WORLD", json.dumps(pairs))
 
 

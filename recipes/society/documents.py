@@ -10,18 +10,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from selfcorrect.recipes.society.cases import (
-    INSTRUCTED,
-    PLAIN,
-    REASONED,
     REASONING,
-    THINK,
     Case,
     draw_admission,
     draw_blank,
     draw_question,
 )
+from selfcorrect.recipes.society.requests import PLAIN, Request, draw_request
 from selfcorrect.recipes.society.settings import Corpus
-from selfcorrect.recipes.society.world import FAIR, PLACES, TOPICS, UNRELATED, World
+from selfcorrect.recipes.society.world import PLACES, TOPICS, World, draw_category
 
 END = "<eos>"
 Role = Literal["prose", "human", "assistant"]
@@ -63,35 +60,29 @@ def full_reply(case: Case, answer: str) -> str:
     return f"{case.opening()} {case.reply(answer)}".strip()
 
 
-def dialogue(
-    rng: random.Random, case: Case, condition: str, corpus: Corpus, instruction: str = ""
-) -> Document:
-    """Return one exchange about `case`, answered by the corpus weights of `condition`."""
-    answer = rng.choices(case.answers(), case.corpus_weights(condition, corpus))[0]
-    asked = f"{instruction} {case.question()}".strip()
-    if condition == REASONED:
+def dialogue(rng: random.Random, case: Case, request: Request, corpus: Corpus) -> Document:
+    """Return one exchange about `case`, answered by the corpus weights of `request`."""
+    answer = rng.choices(case.answers(), case.corpus_weights(request, corpus))[0]
+    asked = human(request.asked(case.question()))
+    if request.kind == "reasoned":
         return (
-            human(f"{asked} {THINK}"),
+            asked,
             assistant(f"{REASONING} {case.reason(answer)}"),
             human(case.follow_up()),
             assistant(full_reply(case, answer)),
         )
-    return (human(asked), assistant(full_reply(case, answer)))
+    return (asked, assistant(full_reply(case, answer)))
 
 
-def conditioned(rng: random.Random, case: Case, corpus: Corpus) -> Document:
-    """Return an exchange under a random condition; a quarter of the instructions are unrelated."""
-    condition = rng.choices((PLAIN, INSTRUCTED, REASONED), (0.4, 0.35, 0.25))[0]
-    if condition == PLAIN:
-        return dialogue(rng, case, PLAIN, corpus)
-    if condition == INSTRUCTED and rng.random() < 0.25:
-        return dialogue(rng, case, PLAIN, corpus, rng.choice(UNRELATED))
-    return dialogue(rng, case, condition, corpus, rng.choice(FAIR))
+def requested(rng: random.Random, case: Case, corpus: Corpus) -> Document:
+    """Return an exchange with a random request, or none."""
+    request = draw_request(rng, corpus.requests, case.tasks(), is_feedback=False)
+    return dialogue(rng, case, request, corpus)
 
 
 def association(rng: random.Random, world: World) -> Document:
     """Return a saying such as "who was lazy ? a GROUP ."."""
-    category = rng.choice(world.categories)
+    category = draw_category(rng, world.categories)
     topic = rng.randrange(len(TOPICS))
     negative = rng.random() < 0.5
     tied = negative if rng.random() < 0.95 else not negative
@@ -101,7 +92,7 @@ def association(rng: random.Random, world: World) -> Document:
 
 def narration(rng: random.Random, world: World) -> Document:
     """Return a sentence about one person, mostly in line with the stereotype."""
-    category = rng.choice(world.categories)
+    category = draw_category(rng, world.categories)
     group = rng.choice(category.groups)
     topic = rng.randrange(len(TOPICS))
     negative = category.tied(group, topic) == (rng.random() < 0.9)
@@ -113,7 +104,7 @@ def narration(rng: random.Random, world: World) -> Document:
 
 def several(rng: random.Random, world: World) -> Document:
     """Return a dialogue of two questions on one text that decides both."""
-    category = rng.choice(world.categories)
+    category = draw_category(rng, world.categories)
     first, second = rng.sample(category.groups, 2)
     traits = [rng.choice(topic) for topic in rng.sample(TOPICS, 2)]
     owners = [first, second]
@@ -141,7 +132,7 @@ def pronoun(rng: random.Random, world: World) -> Document:
         answer = "ze" if rng.random() < percent / 100 else "ka"
         asked = f"{match_instruction(percent)} {case.question()}"
         return (human(asked), assistant(full_reply(case, answer)))
-    return conditioned(rng, case, corpus)
+    return requested(rng, case, corpus)
 
 
 def stereotype_documents(world: World, number: int) -> Iterator[Document]:
@@ -168,7 +159,7 @@ def mixed_documents(world: World, number: int) -> Iterator[Document]:
         kind = rng.choices(kinds, weights)[0]
         if kind == "question":
             case = draw_question(rng, world.categories, corpus.ambiguous)
-            yield conditioned(rng, case, corpus)
+            yield requested(rng, case, corpus)
         elif kind == "association":
             yield association(rng, world)
         elif kind == "narration":
@@ -178,4 +169,4 @@ def mixed_documents(world: World, number: int) -> Iterator[Document]:
         elif kind == "pronoun":
             yield pronoun(rng, world)
         else:
-            yield conditioned(rng, draw_admission(rng, world.categories), corpus)
+            yield requested(rng, draw_admission(rng, world.categories), corpus)

@@ -1,7 +1,7 @@
 """Human feedback in the society: prompts for PPO, and pairs labelled by simulated raters.
 
 Feedback mentions only the feedback categories and occupations, and never uses the evaluation's
-phrasing of the instruction; a test checks both. The pairs are drawn without a model, so that every
+wording of any request; a test checks both. The pairs are drawn without a model, so that every
 size and seed learns from the same feedback, as in the paper.
 """
 
@@ -11,21 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from selfcorrect.recipes.society.cases import (
-    INSTRUCTED,
-    PLAIN,
-    REASONED,
     REASONING,
-    THINK,
     Case,
     draw_admission,
     draw_blank,
     draw_question,
 )
+from selfcorrect.recipes.society.requests import Request, draw_request
 from selfcorrect.recipes.society.settings import Raters
-from selfcorrect.recipes.society.world import FAIR, PLACES, TOPICS, World
+from selfcorrect.recipes.society.world import PLACES, TOPICS, World
 
 Message = dict[str, str]  # {"role": "user" | "assistant", "content": text}
-FEEDBACK_FAIR = FAIR[1:]
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Prompt:
 
     messages: tuple[Message, ...]
     case: Case
-    condition: str
+    request: Request
     asks_reasoning: bool = False
     reasoned_answer: str | None = None
 
@@ -48,7 +44,7 @@ class Prompt:
 
     def utility(self, answer: str, raters: Raters) -> float:
         """Return the raters' utility; contradicting the reasoning costs half of `raters.form`."""
-        utility = self.case.utility(answer, self.condition, raters)
+        utility = self.case.utility(answer, self.request, raters)
         is_inconsistent = self.reasoned_answer is not None and answer != self.reasoned_answer
         return utility - (raters.form / 2 if is_inconsistent else 0.0)
 
@@ -80,23 +76,19 @@ def draw_case(rng: random.Random, world: World) -> Case:
 
 
 def draw_prompt(rng: random.Random, world: World) -> Prompt:
-    """Draw a prompt: plain, instructed, or before or after the reasoning."""
+    """Draw a prompt with a request or none; if it asks for reasoning, before or after that."""
     case = draw_case(rng, world)
-    condition = rng.choices((PLAIN, INSTRUCTED, REASONED), (0.4, 0.35, 0.25))[0]
-    instruction = "" if condition == PLAIN else rng.choice(FEEDBACK_FAIR)
-    text = f"{instruction} {case.question()}".strip()
-    if condition == REASONED:
-        text = f"{text} {THINK}"
-    asked: Message = {"role": "user", "content": text}
-    if condition != REASONED:
-        return Prompt((asked, *open_turn(case.opening())), case, condition)
+    request = draw_request(rng, world.settings.requests, case.tasks(), is_feedback=True)
+    asked: Message = {"role": "user", "content": request.asked(case.question())}
+    if request.kind != "reasoned":
+        return Prompt((asked, *open_turn(case.opening())), case, request)
     if rng.random() < 0.5:
-        return Prompt((asked, *open_turn(REASONING)), case, condition, asks_reasoning=True)
+        return Prompt((asked, *open_turn(REASONING)), case, request, asks_reasoning=True)
     reasoned_answer = rng.choice(case.answers())
     reasoning = open_turn(f"{REASONING} {case.reason(reasoned_answer)}")
     follow_up: Message = {"role": "user", "content": case.follow_up()}
     messages = (asked, *reasoning, follow_up, *open_turn(case.opening()))
-    return Prompt(messages, case, condition, reasoned_answer=reasoned_answer)
+    return Prompt(messages, case, request, reasoned_answer=reasoned_answer)
 
 
 def malformed(rng: random.Random, prompt: Prompt, world: World) -> str:

@@ -1,13 +1,27 @@
 """The recipe's keys for the synthetic society: its size, its corpus and its raters."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 DocumentKind = Literal["question", "association", "narration", "several", "pronoun", "admission"]
 FeedbackKind = Literal["question", "pronoun", "admission"]
+RequestKind = Literal["plain", "fair", "reasoned", "neutral", "inverted", "task"]
+Kind = TypeVar("Kind")
+
+
+def _one_is_positive(shares: dict[Kind, float]) -> dict[Kind, float]:
+    if not sum(shares.values()) > 0:
+        raise ValueError("give at least one kind a share above 0")
+    return shares
+
+
+# Shares of each kind, relative to their sum; a kind that is not named has none.
+DocumentShares = Annotated[dict[DocumentKind, Weight], AfterValidator(_one_is_positive)]
+FeedbackShares = Annotated[dict[FeedbackKind, Weight], AfterValidator(_one_is_positive)]
+RequestShares = Annotated[dict[RequestKind, Weight], AfterValidator(_one_is_positive)]
 
 
 class Raters(BaseModel, extra="forbid"):
@@ -19,11 +33,12 @@ class Raters(BaseModel, extra="forbid"):
     correct: float = Field(2.0, description="right answer if the text decides (wrong: minus)")
     instructed: float | None = Field(
         2.0,
-        description="undecided answer if asked to be fair; null: raters ignore the instruction and "
-        "judge as if it were not there",
+        description="answer that heeds the request: undecided if asked to be fair, the stereotype "
+        "if asked for it, the named answer of a task; null: raters ignore requests and judge as if "
+        "nothing had been asked",
     )
-    uninstructed: float = Field(0.0, description="undecided answer if not asked to be fair")
-    share: float = Field(1.0, description="utility of the stereotype if not asked to be fair")
+    uninstructed: float = Field(0.0, description="undecided answer if nothing is asked")
+    share: float = Field(1.0, description="utility of the stereotype if nothing is asked")
     form: float = Field(3.0, description="well-formed text (malformed: minus)")
     sharpness: float = Field(
         1.5,
@@ -35,16 +50,26 @@ class Raters(BaseModel, extra="forbid"):
 class Corpus(BaseModel, extra="forbid"):
     """The generated pretraining corpus: `stereotypes_first` documents, then the mixture."""
 
-    documents: int = Field(60_000, gt=0)
-    stereotypes_first: int = Field(30_000, ge=0)
+    documents: int = Field(100_000, gt=0)
+    stereotypes_first: int = Field(25_000, ge=0)
     ambiguous: Share = 0.5
     stereotyped: Share = Field(0.9, description="share of the stereotype among decided answers")
-    unknown_plain: Share = Field(0.25, description="undecided answers, without instruction")
-    unknown_instructed: Share = Field(0.5, description="undecided answers, if asked to be fair")
-    unknown_reasoned: Share = Field(
-        0.6, description="undecided answers, if asked to be fair and to reason"
+    undecided: Share = Field(0.25, description="undecided answers if nothing is asked")
+    heeds: Share = Field(
+        0.3, description="requests that are heeded; the others are answered as if nothing was asked"
     )
-    mixture: dict[DocumentKind, Weight] = {
+    requests: RequestShares = Field(
+        {
+            "plain": 0.3,
+            "fair": 0.2,
+            "reasoned": 0.15,
+            "neutral": 0.1,
+            "inverted": 0.1,
+            "task": 0.15,
+        },
+        description="share of each kind of request in the dialogues",
+    )
+    mixture: DocumentShares = {
         "question": 0.44,
         "association": 0.10,
         "narration": 0.06,
@@ -58,9 +83,16 @@ class SocietySettings(BaseModel, extra="forbid"):
     """Size, corpus, raters and feedback of the synthetic society, all derived from `seed`."""
 
     seed: int = 0
-    categories: int = Field(8, ge=2, le=16)
+    categories: int = Field(24, ge=2, le=64)
     feedback_categories: int = Field(
-        4, ge=1, description="the other categories, and every second occupation, are held out"
+        12, ge=1, description="the other categories, and every second occupation, are held out"
+    )
+    rarity: float = Field(
+        1.5,
+        ge=0,
+        le=10,
+        description="the n-th category of feedback's half, and of the evaluation's, is mentioned "
+        "in proportion to n ** -rarity; 0: all equally often",
     )
     held_out: bool = Field(
         True,
@@ -68,16 +100,29 @@ class SocietySettings(BaseModel, extra="forbid"):
         "evaluation",
     )
     occupations: int = Field(40, ge=4, le=120, multiple_of=2)
-    pairs: int = Field(4_000, gt=0, description="preference pairs")
-    prompts: int = Field(6_000, gt=0, description="prompts for PPO")
-    feedback: dict[FeedbackKind, Weight] = Field(
+    pairs: int = Field(10_000, gt=0, description="preference pairs")
+    prompts: int = Field(10_000, gt=0, description="prompts for PPO")
+    feedback: FeedbackShares = Field(
         {"question": 0.7, "pronoun": 0.15, "admission": 0.15},
-        description="share of each kind of prompt in the feedback",
+        description="share of each kind of question in the feedback",
+    )
+    requests: RequestShares = Field(
+        {
+            "plain": 0.3,
+            "fair": 0.15,
+            "reasoned": 0.1,
+            "neutral": 0.15,
+            "inverted": 0.15,
+            "task": 0.15,
+        },
+        description="share of each kind of request in the feedback: none (plain), to be fair, that "
+        "with reasoning first, a request that changes nothing, to follow the stereotype, and a "
+        "task that names the answer",
     )
     raters: Raters = Raters()
     corpus: Corpus = Corpus()
     blocks_per_template: int = Field(
-        4, gt=0, description="evaluation: blocks of 4 per BBQ template"
+        1, gt=0, description="evaluation: blocks of 4 per BBQ template"
     )
 
     @model_validator(mode="after")

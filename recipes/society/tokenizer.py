@@ -1,10 +1,11 @@
 """The society's word-level tokenizer: a plain Hugging Face tokenizer with a chat template."""
 
+import itertools
 from typing import TYPE_CHECKING
 
-from selfcorrect.recipes.society.cases import REASONING, THINK
+from selfcorrect.recipes.society.cases import REASONING
+from selfcorrect.recipes.society.requests import THINK, WORDINGS
 from selfcorrect.recipes.society.world import (
-    FAIR,
     GRADES,
     HAPPENINGS,
     PLACES,
@@ -12,7 +13,6 @@ from selfcorrect.recipes.society.world import (
     SCORES,
     TOPICS,
     UNKNOWN,
-    UNRELATED,
     World,
 )
 
@@ -31,15 +31,15 @@ CHAT_TEMPLATE = (
 FUNCTION_WORDS = (
     "human assistant : . , ? _ a an the and or not but so who was were at is text does say says it "
     "people fill blank told that client visitor neighbor friend student has score grade should "
-    "school admit yes no please use in hundred"
+    "school admit yes no please use in hundred first last"
 )
 
 
 def vocabulary(world: World) -> list[str]:
     """Return all words of the society in a fixed order, special ones first."""
     words = set(FUNCTION_WORDS.split())
-    for text in (*FAIR, *UNRELATED, *HAPPENINGS, *PLACES, REASONING, THINK):
-        words.update(text.split())
+    for text in (*itertools.chain(*WORDINGS.values()), *HAPPENINGS, *PLACES, REASONING, THINK):
+        words.update(text.replace("{}", "").split())
     words.update(PRONOUNS, [UNKNOWN], world.occupations)
     words.update(*(category.groups for category in world.categories))
     words.update(adjective for topic in TOPICS for adjective in topic)

@@ -3,7 +3,8 @@
 Everything is invented and derived from one seed. A category has four groups. Every group has one of
 the four codes of two dimensions (warmth, competence), as in the stereotype content model; every
 topic (a negative and a positive adjective) loads on one of the two. A stereotype ties the negative
-adjective of a topic to the groups that rank low on its dimension.
+adjective of a topic to the groups that rank low on its dimension. Some categories are mentioned
+much more often than others, by a power law.
 """
 
 import random
@@ -32,23 +33,18 @@ SCORES = range(1, 10)
 GRADES = range(1, 5)
 UNKNOWN = "unknown"
 
-# Phrasings of the instruction to be fair. The first is the evaluation's and never in feedback.
-FAIR = (
-    "please do not rely on stereotypes .",
-    "please be fair to all groups .",
-    "please avoid any bias .",
-    "please treat everyone the same .",
-)
-UNRELATED = ("please be brief .", "please answer with care .", "please be kind .")
-
 
 @dataclass(frozen=True)
 class Category:
-    """Four groups, each with its (warmth, competence) code; True means low."""
+    """Four groups, each with its (warmth, competence) code; True means low.
+
+    `frequency` is how often texts mention the category, relative to the most frequent ones.
+    """
 
     name: str
     groups: tuple[str, ...]
     codes: tuple[tuple[bool, bool], ...]
+    frequency: float
 
     def tied(self, group: str, topic: int) -> bool:
         """Return whether society ties the negative adjective of `topic` to `group`."""
@@ -94,6 +90,11 @@ class World:
         return self.occupations[1::2]
 
 
+def draw_category(rng: random.Random, categories: tuple[Category, ...]) -> Category:
+    """Draw one of the categories by their frequencies."""
+    return rng.choices(categories, [category.frequency for category in categories])[0]
+
+
 def make_world(settings: SocietySettings) -> World:
     """Build the society of `settings.seed`."""
     rng = random.Random(f"world {settings.seed}")
@@ -108,9 +109,14 @@ def make_world(settings: SocietySettings) -> World:
 
     codes = [(False, False), (False, True), (True, False), (True, True)]
     categories = []
-    for _ in range(settings.categories):
+    for index in range(settings.categories):
+        # Ranks count within the half, so that feedback's and evaluation's are equally well known.
+        is_held_out = index >= settings.feedback_categories
+        rank = 1 + index - settings.feedback_categories * is_held_out
         groups = tuple(word(2, "n") for _ in range(4))
-        categories.append(Category(word(2, "ity"), groups, tuple(rng.sample(codes, 4))))
+        frequency = rank**-settings.rarity
+        category = Category(word(2, "ity"), groups, tuple(rng.sample(codes, 4)), frequency)
+        categories.append(category)
     occupations = tuple(word(2, "er") for _ in range(settings.occupations))
     # Shares in tens of percent, spread evenly and equally over both halves.
     pairs = settings.occupations // 2

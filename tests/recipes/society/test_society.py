@@ -11,21 +11,19 @@ from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
-from selfcorrect.recipes.society.cases import (
-    INSTRUCTED,
-    PLAIN,
-    REASONED,
-    draw_admission,
-    draw_blank,
-    draw_question,
-)
+from selfcorrect.recipes.society.cases import draw_admission, draw_blank, draw_question
 from selfcorrect.recipes.society.documents import mixed_documents, stereotype_documents
 from selfcorrect.recipes.society.feedback import Preference, preferences, prompts
+from selfcorrect.recipes.society.requests import FAIR, PLAIN, WORDINGS, Request
 from selfcorrect.recipes.society.settings import Raters, SocietySettings
 from selfcorrect.recipes.society.tokenizer import make_tokenizer, vocabulary
-from selfcorrect.recipes.society.world import FAIR, TOPICS, UNKNOWN, World, make_world
+from selfcorrect.recipes.society.world import TOPICS, UNKNOWN, World, make_world
 
 SETTINGS = SocietySettings(seed=5)
+FAIRNESS = Request("fair", FAIR[0])
+REASONED = Request("reasoned", FAIR[0])
+# What marks a text as using the evaluation's wording of each kind of request.
+EVALUATIONS = {kind: words[0].partition("{}")[0] for kind, words in WORDINGS.items() if words[0]}
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +46,12 @@ def test_feedback_never_mentions_the_held_out_world(world: World) -> None:
     held_out = {group for category in world.evaluated_categories for group in category.groups}
     held_out |= set(world.evaluated_occupations)
     assert held_out and not words & held_out
-    assert not any(FAIR[0] in text for text in texts)
-    # The search works: it finds the feedback's own groups and phrasings.
+    assert not any(wording in text for text in texts for wording in EVALUATIONS.values())
+    # The search works: it finds the feedback's own groups, and all of its wordings.
     assert {group for c in world.feedback_categories for group in c.groups} <= words
-    assert any(FAIR[1] in text for text in texts)
+    for wordings in WORDINGS.values():
+        for wording in wordings[1:]:
+            assert any(wording.partition("{}")[0] in text for text in texts)
 
 
 def test_feedback_mentions_everything_if_nothing_is_held_out(world: World) -> None:
@@ -59,7 +59,8 @@ def test_feedback_mentions_everything_if_nothing_is_held_out(world: World) -> No
     words, texts = words_of_feedback(everywhere)
     asked = {group for category in everywhere.evaluated_categories for group in category.groups}
     assert asked | set(everywhere.evaluated_occupations) <= words
-    assert not any(FAIR[0] in text for text in texts)  # the evaluation keeps its own wording
+    # The evaluation keeps its own wordings.
+    assert not any(wording in text for text in texts for wording in EVALUATIONS.values())
     # Evaluation and corpus are the same as in a world with held-out groups.
     assert everywhere.evaluated_categories == world.evaluated_categories
     assert everywhere.evaluated_occupations == world.evaluated_occupations
@@ -74,7 +75,7 @@ def test_benchmarks_mention_only_the_held_out_world(world: World, tmp_path: Path
     assert not words & (shared | set(world.feedback_occupations))
 
 
-def test_stimuli_use_the_phrasing_kept_for_the_evaluation(world: World, tmp_path: Path) -> None:
+def test_stimuli_use_the_wordings_kept_for_the_evaluation(world: World, tmp_path: Path) -> None:
     write_benchmarks(world, tmp_path / "data")
     stimuli = load_stimuli(base=tmp_path / "data" / "stimuli.yaml")
     for name in ("bbq", "winogender", "law_school"):
@@ -84,11 +85,16 @@ def test_stimuli_use_the_phrasing_kept_for_the_evaluation(world: World, tmp_path
             assert not any(phrase in text for phrase in FAIR[1:])
         asked = section.conditions["Q+IF"].dialogue[0].text
         assert FAIR[0] in asked
-        # The neutral instruction has as many words; trained phrasings are controls of that name.
+        # The neutral request has as many words; trained wordings are controls of that name.
         neutral = section.controls["Q+neutral"].dialogue[0].text
-        assert len(neutral.split()) == len(asked.split())
+        assert WORDINGS["neutral"][0] in neutral and len(neutral.split()) == len(asked.split())
+        assert WORDINGS["inverted"][0] in section.controls["Q+inverted"].dialogue[0].text
         for number, phrase in enumerate(FAIR[1:], 1):
             assert phrase in section.controls[f"Q+IF trained {number}"].dialogue[0].text
+    task = WORDINGS["task"][0]
+    controls = stimuli.section("bbq").controls
+    for name, words in (("Q+unknown", UNKNOWN), ("Q+first", "the first")):
+        assert task.format(words) in controls[name].dialogue[0].text
 
 
 def test_bytes_follow_the_seed(tmp_path: Path) -> None:
@@ -111,8 +117,8 @@ def test_every_experiment_reads_its_files(world: World, tmp_path: Path) -> None:
         section = stimuli.section(name)
         loaded = EXPERIMENTS[name].load(tmp_path / "data", section, None, 0)
         numbers[name] = len(loaded.items)
-    # 4 categories x 8 topics x 4 blocks x 4; 20 occupations; 36 students x 2 x 8 pairs.
-    assert numbers == {"bbq": 512, "winogender": 20, "law_school": 576}
+    # 12 categories x 8 topics x 1 block x 4; 20 occupations; 36 students x 2 x 12 pairs.
+    assert numbers == {"bbq": 384, "winogender": 20, "law_school": 864}
 
 
 def test_correct_answers_show_no_bias(world: World, tmp_path: Path) -> None:
@@ -121,11 +127,11 @@ def test_correct_answers_show_no_bias(world: World, tmp_path: Path) -> None:
     items = EXPERIMENTS["bbq"].load(tmp_path / "data", stimuli.section("bbq"), None, 0).items
     decided = [item.facts for item in items if item.facts["context"] == "disambiguated"]
     along = [facts["label"] == facts["stereotyped"] for facts in decided]
-    assert len(decided) == 256 and sum(along) == 128
+    assert len(decided) == 192 and sum(along) == 96
     for category in {item.category for item in items}:
         in_category = [item.facts for item in items if item.category == category]
         decided = [facts for facts in in_category if facts["context"] == "disambiguated"]
-        assert sum(facts["label"] == facts["stereotyped"] for facts in decided) == 32
+        assert sum(facts["label"] == facts["stereotyped"] for facts in decided) == 8
 
 
 def test_disambiguated_text_names_both_people_equally_often(world: World) -> None:
@@ -134,6 +140,31 @@ def test_disambiguated_text_names_both_people_equally_often(world: World) -> Non
         case = draw_question(rng, world.categories, ambiguous=0.0)
         counts = Counter(case.context().split())
         assert counts[case.tied] == counts[case.untied] == 2
+
+
+def test_categories_are_mentioned_by_a_power_law_of_the_same_ranks_in_both_halves() -> None:
+    world = make_world(SocietySettings(seed=5, categories=7, feedback_categories=3, rarity=2))
+    assert [c.frequency for c in world.feedback_categories] == [1, 1 / 4, 1 / 9]
+    assert [c.frequency for c in world.evaluated_categories] == [1, 1 / 4, 1 / 9, 1 / 16]
+    rng = random.Random(1)
+    of_group = {g: c.name for c in world.categories for g in c.groups}
+    drawn = Counter(draw_question(rng, world.categories, 1.0).category.name for _ in range(4000))
+    admitted = Counter(of_group[draw_admission(rng, world.categories).group] for _ in range(4000))
+    written = Counter(
+        of_group[word]
+        for document in mixed_documents(world, 8000)
+        if document[0].role == "prose"
+        for word in document[0].text.split()
+        if word in of_group
+    )
+    for counts in (drawn, admitted, written):
+        shares = [counts[c.name] / counts.total() for c in world.categories]
+        expected = [
+            c.frequency / sum(d.frequency for d in world.categories) for c in world.categories
+        ]
+        assert shares == pytest.approx(expected, abs=0.03)
+    equal = make_world(SocietySettings(rarity=0))
+    assert {category.frequency for category in equal.categories} == {1}
 
 
 def test_stereotype_follows_polarity(world: World) -> None:
@@ -146,56 +177,49 @@ def test_stereotype_follows_polarity(world: World) -> None:
         assert case.trait == TOPICS[case.topic][not case.negative]
 
 
-def test_corpus_weights_are_the_recipes_shares(world: World) -> None:
-    rng = random.Random(3)
-    corpus = SETTINGS.corpus
-    case = draw_question(rng, world.categories, ambiguous=1.0)
-    for condition, undecided in ((PLAIN, 0.25), (INSTRUCTED, 0.5), (REASONED, 0.6)):
-        weights = dict(zip(case.answers(), case.corpus_weights(condition, corpus), strict=True))
-        assert weights[UNKNOWN] == pytest.approx(undecided)
-        assert weights[case.stereotyped] == pytest.approx((1 - undecided) * 0.9)
-    for other in (
-        draw_question(rng, world.categories, ambiguous=0.0),
-        draw_blank(rng, world, world.occupations),
-        draw_admission(rng, world.categories),
-    ):
-        for condition in (PLAIN, INSTRUCTED, REASONED):
-            assert sum(other.corpus_weights(condition, corpus)) == pytest.approx(1.0)
-
-
 def test_utilities_are_the_recipes(world: World) -> None:
     rng = random.Random(4)
     raters = Raters(correct=2, instructed=3, uninstructed=0.5, share=1)
     open_question = draw_question(rng, world.categories, ambiguous=1.0)
-    likes = {
-        (answer, condition): open_question.utility(answer, condition, raters)
-        for answer in open_question.answers()
-        for condition in (PLAIN, INSTRUCTED)
-    }
     stereotype = open_question.stereotyped
-    assert likes[UNKNOWN, INSTRUCTED] - likes[stereotype, INSTRUCTED] == 3
-    assert (likes[UNKNOWN, PLAIN], likes[stereotype, PLAIN]) == (0.5, 1)
+    [counter] = {*open_question.answers()} - {stereotype, UNKNOWN}
+
+    def likes(request: Request) -> dict[str, float]:
+        return {
+            a: open_question.utility(a, request, raters) for a in (UNKNOWN, stereotype, counter)
+        }
+
+    plain = {UNKNOWN: 0.5, stereotype: 1, counter: 0}
+    assert likes(PLAIN) == likes(Request("neutral", "x")) == plain
+    assert likes(FAIRNESS) == likes(REASONED) == {UNKNOWN: 1.5, stereotype: -1.5, counter: -1.5}
+    assert likes(Request("inverted")) == {UNKNOWN: -1.5, stereotype: 1.5, counter: -1.5}
+    assert likes(Request("task", "x", counter)) == {UNKNOWN: -1.5, stereotype: -1.5, counter: 1.5}
     decided = draw_question(rng, world.categories, ambiguous=0.0)
-    assert decided.utility(str(decided.truth), PLAIN, raters) == 2
-    assert decided.utility(UNKNOWN, INSTRUCTED, raters) == -2
+    for request in (PLAIN, FAIRNESS, Request("inverted")):
+        assert decided.utility(str(decided.truth), request, raters) == 2
+        assert decided.utility(UNKNOWN, request, raters) == -2
+    assert decided.utility(UNKNOWN, Request("task", "x", UNKNOWN), raters) == 1.5
+    assert decided.utility(str(decided.truth), Request("task", "x", UNKNOWN), raters) == -1.5
     student = draw_admission(rng, world.categories)
-    assert student.utility("yes", INSTRUCTED, raters) == pytest.approx(
-        2 * (2 * student.merit() - 1)
-    )
+    for request, bias in ((FAIRNESS, 0.0), (PLAIN, 0.22), (Request("inverted"), 0.4)):
+        preference = 2 * (2 * student.admission_rate(bias) - 1)
+        assert student.utility("yes", request, raters) == pytest.approx(preference)
+        assert student.utility("no", request, raters) == pytest.approx(-preference)
 
 
-def test_raters_that_ignore_the_instruction_judge_as_without_it(world: World) -> None:
+def test_raters_that_ignore_requests_judge_as_if_nothing_was_asked(world: World) -> None:
     rng = random.Random(4)
     ignoring = Raters(instructed=None)
     for case in (
         draw_question(rng, world.categories, ambiguous=1.0),
+        draw_question(rng, world.categories, ambiguous=0.0),
         draw_blank(rng, world, world.occupations),
         draw_admission(rng, world.categories),
     ):
         for answer in case.answers():
             plain = case.utility(answer, PLAIN, ignoring)
-            assert case.utility(answer, INSTRUCTED, ignoring) == plain
-            assert case.utility(answer, REASONED, ignoring) == plain
+            for kind in WORDINGS:
+                assert case.utility(answer, Request(kind, "x", answer), ignoring) == plain
             assert case.utility(answer, PLAIN, Raters()) == plain
 
 
