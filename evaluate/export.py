@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from selfcorrect.evaluate.experiments import get_experiment
-from selfcorrect.evaluate.experiments.tally import OVERALL
+from selfcorrect.evaluate.experiments.tally import OVERALL, option_order
 from selfcorrect.evaluate.measuring.cell_files import read_settings, read_table
 from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE
 from selfcorrect.recipes.foundation.atomic_files import atomic_file, write_json, write_text
@@ -62,13 +62,13 @@ def write_lm_eval(folder: Path, frame: pd.DataFrame, name: str, out: Path) -> li
             "metadata": settings,
         }
         sample_file = model_folder / f"samples_{task}_{date}.jsonl"
-        digest, num_samples = hashlib.sha256(), 0
+        digest, num_items = hashlib.sha256(), 0
         with atomic_file(sample_file) as temporary, temporary.open("w", encoding="utf-8") as handle:
             for sample in _samples(path):
                 digest.update((sample["doc_hash"] + sample["target_hash"]).encode())
                 handle.write(json.dumps(sample, allow_nan=False, ensure_ascii=False) + "\n")
-                num_samples += 1
-        counts[task] = {"original": num_samples, "effective": num_samples}
+                num_items = max(num_items, sample["doc_id"] + 1)
+        counts[task] = {"original": num_items, "effective": num_items}
         hashes[task] = digest.hexdigest()
         sample_files.append(sample_file)
     results_file = model_folder / f"results_{date}.json"
@@ -94,17 +94,24 @@ def write_lm_eval(folder: Path, frame: pd.DataFrame, name: str, out: Path) -> li
 
 
 def _samples(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield a sample per row; the orders and draws of an item share its `doc_id`.
+
+    `target` is the position at which the row shows the right option, as `resps` are in that order.
+    """
     batches = read_table(path, None).to_batches(max_chunksize=1024)
     rows = (row for batch in batches for row in batch.to_pylist())
-    for doc_id, row in enumerate(rows):
+    doc_ids: dict[str, int] = {}
+    for row in rows:
         doc = {key: _number(value) for key, value in row.items() if key not in _ANSWER}
         target, logprobs = row.get("label"), row["logprobs"]
         scores = [[str(value), str(None)] for value in logprobs]
         accuracy = {}
         if target is not None:
-            accuracy["acc"] = float(logprobs.index(max(logprobs)) == target)
+            target = option_order(row["order"], len(logprobs)).index(target)
+            if row["probabilities"] is not None:  # null where there is no answer
+                accuracy["acc"] = float(logprobs.index(max(logprobs)) == target)
         yield {
-            "doc_id": doc_id,
+            "doc_id": doc_ids.setdefault(row["item"], len(doc_ids)),
             "doc": doc,
             "target": str(target),
             "arguments": {

@@ -2,9 +2,10 @@
 
 docs/guides/own-benchmark.md describes the format. The chosen answer is the likeliest option, the
 first shown of exactly equal ones, as in BBQ. A row with a NaN, or without a possible option, is
-unparsed: it counts only in `share_unparsed`. A metric that needs a mark (label, stereotyped,
-unknown) is over the rows with that mark; if only some rows have it, the others are counted as left
-out.
+unparsed: it counts only in `share_unparsed`. A question that is asked in several orders, or with
+several draws, counts once: its answers are averaged first. A metric that needs a mark (label,
+stereotyped, unknown) is over the questions with that mark; if only some have it, the others are
+counted as left out.
 """
 
 import string
@@ -21,6 +22,7 @@ from selfcorrect.evaluate.experiments.tally import (
     OVERALL,
     Tally,
     answered,
+    average_items,
     log_probabilities,
     option_orders,
     pool,
@@ -37,7 +39,7 @@ MARKS = {"label": "accuracy", "stereotyped": "share stereotyped", "unknown": "sh
 _KEYS = ("id", "question", "options", "category", "cluster", *MARKS)
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric("Accuracy", "share of right answers among the rows with a label"),
+    "accuracy": Metric("Accuracy", "share of right answers among the questions with a label"),
     "expected_accuracy": Metric("Expected accuracy", "mean probability of the right option"),
     "chance": Metric("Chance", "accuracy of random answers: mean of 1 / number of options"),
     "share_stereotyped": Metric(
@@ -132,7 +134,12 @@ class MultipleChoice(Experiment):
         sizes = frame["logprobs"].map(len)
         parts = [_columns(rows, num_options) for num_options, rows in frame.groupby(sizes)]
         columns = pd.concat(parts).reindex(frame.index).astype(float)
-        return sum_by_cluster(frame, {str(name): columns[name].to_numpy() for name in columns})
+        rows = {str(name): columns[name].to_numpy() for name in columns}
+        return sum_by_cluster(*average_items(frame, rows))
+
+    def raising_option(self, row: Mapping[str, Any]) -> int | None:
+        """Return the right option."""
+        return row["label"]
 
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every metric from sums of shape (R, K).
@@ -143,7 +150,7 @@ class MultipleChoice(Experiment):
         metrics = {
             "chance": ratio(pooled["chance"], pooled["marked_label"]),
             "option_mass": ratio(pooled["mass"], pooled["mass_rows"]),
-            "share_unparsed": ratio(pooled["rows"] - pooled["parsed"], pooled["rows"]),
+            "share_unparsed": ratio(pooled["unparsed"], pooled["rows"]),
         }
         for mark, metric in MARKS.items():
             name, marked = metric.replace(" ", "_"), pooled[f"marked_{mark}"]
@@ -227,23 +234,27 @@ def _columns(frame: pd.DataFrame, num_options: int) -> pd.DataFrame:
     chances = np.empty_like(shown)
     chances[everyone[:, None], order] = probabilities(shown)
     mass = frame["mass"].to_numpy(dtype=float)
-    columns = {
-        "rows": np.ones(len(frame)),
+    answers: dict[str, np.ndarray] = {
         "parsed": parsed,
-        "mass": mass,
-        "mass_rows": ~np.isnan(mass),
-        **{f"option_{i}": parsed & (position == i) for i in range(num_options)},
+        **{f"option_{i}": position == i for i in range(num_options)},
     }
     for mark in MARKS:
         marks = pd.to_numeric(frame[mark]).to_numpy(dtype=float, na_value=np.nan)
-        marked = parsed & ~np.isnan(marks)
+        marked = ~np.isnan(marks)
         index = np.where(marked, marks, 0).astype(int)
-        columns |= {
+        answers |= {
             f"marked_{mark}": marked,
             f"chosen_{mark}": marked & (choice == index),
             f"expected_{mark}": np.where(marked, chances[everyone, index], 0),
         }
-    columns["chance"] = columns["marked_label"] / num_options
+    answers["chance"] = answers["marked_label"] / num_options
+    columns = {
+        "rows": np.ones(len(frame)),
+        "unparsed": ~parsed,
+        "mass": mass,
+        "mass_rows": np.where(np.isnan(mass), np.nan, 1),
+        **{name: np.where(parsed, values, np.nan) for name, values in answers.items()},
+    }
     return pd.DataFrame(columns, index=frame.index)
 
 

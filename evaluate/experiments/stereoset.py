@@ -34,6 +34,7 @@ from selfcorrect.evaluate.experiments.reading import json_lines, spread, text
 from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
+    average_items,
     first_likelier,
     log_probabilities,
     pool,
@@ -150,7 +151,7 @@ class StereoSet(Experiment):
         return LoadedItems([items[i] for i in kept])
 
     def tally(self, frame: pd.DataFrame) -> Tally:
-        """Average each target term's comparisons, so that every term counts once.
+        """Average each item's comparisons (samples), then each target term's: a term counts once.
 
         Options are stereotyped, anti-stereotyped, unrelated. `terms...` counts the terms with a
         mean.
@@ -160,20 +161,27 @@ class StereoSet(Experiment):
         lengths = frame[[f"characters_{i}" for i in range(3)]].to_numpy(dtype=float)
         stereotyped, related = _comparisons(np.where(parsed[:, None], logprobs / lengths, np.nan))
         plain = _comparisons(np.where(parsed[:, None], logprobs, np.nan))
-        rows = frame[["category", "cluster"]].reset_index(drop=True)
+        scores = {"unparsed": ~parsed}
         for scope in _SCOPES[:-1]:
             here = np.ones(len(frame), bool) if not scope else frame["type"].to_numpy() == scope[1:]
-            rows[f"stereotype_score{scope}"] = np.where(here, stereotyped, np.nan)
-            rows[f"lm_score{scope}"] = np.where(here, related, np.nan)
-        rows["stereotype_score_total"], rows["lm_score_total"] = plain
-        terms = rows.groupby(["category", "cluster"], sort=True).mean()
+            scores[f"stereotype_score{scope}"] = np.where(here, stereotyped, np.nan)
+            scores[f"lm_score{scope}"] = np.where(here, related, np.nan)
+        scores["stereotype_score_total"], scores["lm_score_total"] = plain
+        items, by_item = average_items(frame, scores)
+        unparsed = pd.Series(by_item.pop("unparsed"))
+        keys = [items["category"], items["cluster"]]
+        terms = pd.DataFrame(by_item).groupby(keys, sort=True).mean()
         columns = {str(name): terms[name].to_numpy() for name in terms}
         columns |= {
             f"terms{scope}": terms[f"lm_score{scope}"].notna().to_numpy() for scope in _SCOPES
         }
-        unparsed = pd.Series(~parsed).groupby([rows["category"], rows["cluster"]], sort=True)
-        columns |= {"unparsed": unparsed.sum().to_numpy(), "rows": unparsed.size().to_numpy()}
+        of_term = unparsed.groupby(keys, sort=True)
+        columns |= {"unparsed": of_term.sum().to_numpy(), "rows": of_term.size().to_numpy()}
         return sum_by_cluster(terms.index.to_frame(index=False), columns)
+
+    def raising_option(self, row: Mapping[str, Any]) -> int | None:
+        """Return the stereotyped sentence."""
+        return 0
 
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every metric, the mean over terms, from sums of shape (R, K)."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -44,11 +45,13 @@ def option_orders(column: pd.Series, num_options: int) -> np.ndarray:
     The column spells an order as "120", or as "10,0,..." for more than ten options.
     """
     codes, spellings = pd.factorize(column)
-    orders = [_order(str(spelling), num_options) for spelling in spellings]
+    orders = [option_order(str(spelling), num_options) for spelling in spellings]
     return np.array(orders, dtype=int)[codes]
 
 
-def _order(spelling: str, num_options: int) -> list[int]:
+@cache
+def option_order(spelling: str, num_options: int) -> list[int]:
+    """Return the file's option index at each position shown, from the spelling of one order."""
     parts = spelling.split(",") if num_options > 10 else list(spelling)
     order = [int(part) if part.isdecimal() else -1 for part in parts]
     if sorted(order) != list(range(num_options)):
@@ -79,14 +82,40 @@ def first_likelier(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(first) | np.isnan(second), np.nan, likelier)
 
 
+def average_items(
+    frame: pd.DataFrame, columns: Mapping[str, np.ndarray]
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Average the rows of each item, so that an item counts once however often it was asked.
+
+    An item has a row per order of its options and per draw, so one with more options has more rows.
+    Return `item`, `category` and `cluster` of each item, in order of appearance, and each column's
+    mean over the item's rows (shape (items,)). A row whose value is NaN is in no mean of that
+    column; an item without values has NaN. So a count must be NaN, not 0, in the rows that it
+    leaves out.
+    """
+    names = ["item", "category", "cluster"]
+    codes, items = pd.factorize(frame["item"])
+    if len(items) == len(frame):
+        return frame[names].reset_index(drop=True), dict(columns)
+    means = {}
+    for name, values in columns.items():
+        known = ~np.isnan(values)
+        total = np.bincount(codes, np.where(known, values, 0), len(items))
+        means[name] = ratio(total, np.bincount(codes, known, len(items)))
+    return frame[names].drop_duplicates("item").reset_index(drop=True), means
+
+
 def sum_by_cluster(
     frame: pd.DataFrame, columns: Mapping[str, np.ndarray], units: np.ndarray | None = None
 ) -> Tally:
     """Add up `columns` (each of shape (rows,)) within the frame's clusters.
 
     A NaN counts as nothing: a column that can be undefined needs its own count beside it. `units`
-    gives each row's cluster size and is 1 by default.
+    gives each row's cluster size and is 1 by default. Raises ValueError if an item has several
+    rows, which would count several times: `average_items` makes one of them.
     """
+    if "item" in frame and frame["item"].duplicated().any():
+        raise ValueError("sum_by_cluster: an item has several rows; call average_items first")
     codes, clusters = pd.factorize(frame["cluster"], sort=True)
     first = pd.Series(np.arange(len(frame))).groupby(codes).first().to_numpy(dtype=int)
     strata, categories = pd.factorize(frame["category"].iloc[first], sort=True)

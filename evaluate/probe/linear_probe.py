@@ -13,6 +13,7 @@ import pandas as pd
 
 from selfcorrect.evaluate.experiments.tally import (
     OVERALL,
+    average_items,
     mean_columns,
     means,
     pool,
@@ -152,7 +153,8 @@ def _summarise(
     frame: pd.DataFrame, right: Mapping[str, np.ndarray], num_layers: int, draws: Draws
 ) -> pd.DataFrame:
     """Return accuracy and interval per layer and category, from each pair's correct answers."""
-    tally = sum_by_cluster(frame, mean_columns(right))
+    pairs, shares = average_items(frame, right)  # a question in several orders counts once
+    tally = sum_by_cluster(pairs, mean_columns(shares))
     estimates = bootstrap(tally, lambda sums: means(pool(sums)), draws=draws).estimates
     rows = []
     for category, by_layer in estimates.items():

@@ -9,8 +9,6 @@ from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.statistics.formatting import number, p_value, with_interval
 from selfcorrect.recipes.foundation.printable import escape_controls
 
-COMPARISONS = {"effects": "effect", "growth": "growth of the effect", "changes": "change"}
-
 
 @dataclass(frozen=True)
 class TableCell:
@@ -32,22 +30,19 @@ class Table:
     meanings: list[tuple[str, str]] = field(default_factory=list)
 
 
-def result_tables(statistics: Mapping[str, Any]) -> list[Table]:
-    """Return a table per experiment: a row per checkpoint and condition, a column per metric.
+def result_tables(cells: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Return the cells of one experiment: a row per checkpoint and condition, a column per metric.
 
     Metrics from probabilities instead of choices ("expected_") and means over categories ("_mean")
     are in a second table where an experiment has them.
     """
-    tables = []
-    for experiment in dict.fromkeys(cell["experiment"] for cell in statistics["cells"]):
-        definition = get_experiment(experiment)
-        cells = [cell for cell in statistics["cells"] if cell["experiment"] == experiment]
-        first = [name for name in definition.metrics if not _is_variant(name)]
-        variants = [name for name in definition.metrics if _is_variant(name)]
-        tables.append(_result_table(experiment, "every checkpoint and condition", cells, first))
-        if variants:
-            title = "from probabilities, and means over categories"
-            tables.append(_result_table(experiment, title, cells, variants, "-variants"))
+    metrics = get_experiment(cells[0]["experiment"]).metrics
+    first = [name for name in metrics if not _is_variant(name)]
+    variants = [name for name in metrics if _is_variant(name)]
+    tables = [_result_table("Every checkpoint and condition", cells, first)]
+    if variants:
+        title = "The same from probabilities, and means over categories"
+        tables.append(_result_table(title, cells, variants, "variants"))
     return tables
 
 
@@ -56,14 +51,13 @@ def _is_variant(metric: str) -> bool:
 
 
 def _result_table(
-    experiment: str,
     title: str,
     cells: Sequence[Mapping[str, Any]],
     metrics: Sequence[str],
-    suffix: str = "",
+    name: str = "results",
 ) -> Table:
     """Return the table; metrics without any defined value have no column but are named above it."""
-    definition = get_experiment(experiment)
+    definition = get_experiment(cells[0]["experiment"])
     values = [cell["metrics"][OVERALL] for cell in cells]
     measured = [name for name in metrics if any(name in value for value in values)]
     defined = [
@@ -78,7 +72,7 @@ def _result_table(
     if undefined := [label[name] for name in measured if name not in defined]:
         note.append(f"Undefined everywhere: {', '.join(undefined)}.")
     # How many texts were cut off at the length limit, where the model wrote any.
-    wrote = any(cell["num_texts"] for cell in cells) and not suffix
+    wrote = any(cell["num_texts"] for cell in cells) and name == "results"
     checkpoint = CheckpointColumns(cells)
     rows = [
         [*checkpoint.cells(cell), text_cell(cell["condition"]), count_cell(cell["num_items"])]
@@ -87,10 +81,10 @@ def _result_table(
         for cell, value in zip(cells, values, strict=True)
     ]
     return Table(
-        name=f"results-{experiment}{suffix}",
-        title=f"{get_experiment(experiment).title}: {title}",
+        name=name,
+        title=title,
         note=" ".join(note),
-        columns=[*checkpoint.names, "Condition", "Prompts"]
+        columns=[*checkpoint.names, "Condition", "Items"]
         + (["Texts cut off"] if wrote else [])
         + [label[name] for name in defined],
         rows=rows,
@@ -106,86 +100,33 @@ def _cut_off(cell: Mapping[str, Any]) -> TableCell:
     return TableCell(f"{cell['num_truncated']:,} of {cell['num_texts']:,}", cell["num_truncated"])
 
 
-def comparison_table(statistics: Mapping[str, Any]) -> Table:
-    """Return headline metrics' effects, the growth of effects, and each condition's change."""
-    checkpoint = CheckpointColumns(statistics["cells"])
-    rows = []
-    for kind, name in COMPARISONS.items():
-        for row in statistics[kind]:
-            if row["metric"] != get_experiment(row["experiment"]).headline:
-                continue
-            start = row.get("from_step")
-            steps = str(row["step"]) if start is None else f"{start} to {row['step']}"
-            judged = {True: "yes", False: "no", None: row["undefined_because"] or "no interval"}
-            rows.append(
-                [
-                    text_cell(name),
-                    text_cell(get_experiment(row["experiment"]).title),
-                    *checkpoint.run(row),
-                    text_cell(row["model"]),
-                    count_cell(row["seed"]),
-                    text_cell(row["condition"]),
-                    TableCell(steps, row["step"]),
-                    estimate_cell(row, True),
-                    text_cell(judged[row["excludes_zero"]]),
-                    probability_cell(row.get("p_adjusted")),
-                    estimate_cell({"value": row.get("detectable")}, False),
-                ]
-            )
-    about = statistics["about"]
-    return Table(
-        name="comparisons",
-        title="Comparisons on the same items",
-        note=f"Effect: {about['effect']}. Growth: {about['growth']}. Change: {about['change']}. "
-        "Intervals are per row; p-values are corrected for the number of rows of a kind (Holm). "
-        "Detectable: the smallest true difference that this many items would show with an interval "
-        f"that excludes zero in {about.get('power', 0.8):.0%} of cases.",
-        columns=[
-            "Comparison", "Experiment", *checkpoint.run_column, "Model", "Seed",
-            "Condition", "Step", "Difference [95 % interval]", "Excludes zero", "p, corrected",
-            "Detectable",
-        ],
-        rows=rows,
-    )  # fmt: skip
-
-
-def category_tables(statistics: Mapping[str, Any]) -> list[Table]:
-    """Return the headline metric by category at each model's last step, if there are categories."""
-    tables = []
-    for experiment in dict.fromkeys(cell["experiment"] for cell in statistics["cells"]):
-        definition = get_experiment(experiment)
-        cells = [cell for cell in statistics["cells"] if cell["experiment"] == experiment]
-        categories = sorted({name for cell in cells for name in cell["metrics"]} - {OVERALL})
-        if len(categories) < 2:
-            continue
-        checkpoint = CheckpointColumns(cells)
-        last: dict[tuple[str, str, int], int] = {}
-        for cell in cells:
-            key = cell["run"], cell["model"], cell["seed"]
-            last[key] = max(cell["step"], last.get(key, 0))
-        rows = [
-            [
-                *checkpoint.cells(cell),
-                text_cell(cell["condition"]),
-                text_cell(category),
-                estimate_cell(cell["metrics"].get(category, {}).get(definition.headline), True),
-            ]
-            for cell in cells
-            if cell["step"] == last[cell["run"], cell["model"], cell["seed"]]
-            for category in categories
+def category_table(cells: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the headline metric by category at each last step; no rows for a single category."""
+    definition = get_experiment(cells[0]["experiment"])
+    categories = sorted({name for cell in cells for name in cell["metrics"]} - {OVERALL})
+    checkpoint = CheckpointColumns(cells)
+    last: dict[tuple[str, str, int], int] = {}
+    for cell in cells:
+        key = cell["run"], cell["model"], cell["seed"]
+        last[key] = max(cell["step"] or 0, last.get(key, 0))
+    rows = [
+        [
+            *checkpoint.cells(cell),
+            text_cell(cell["condition"]),
+            text_cell(category),
+            estimate_cell(cell["metrics"].get(category, {}).get(definition.headline), True),
         ]
-        label = definition.headline_metric.label
-        pooled = definition.overall_categories(categories)
-        tables.append(
-            Table(
-                name=f"categories-{experiment}",
-                title=f"{get_experiment(experiment).title}: categories at the last step",
-                note=f"The overall value pools {', '.join(pooled)}.",
-                columns=[*checkpoint.names, "Condition", "Category", label],
-                rows=rows,
-            )
-        )
-    return tables
+        for cell in cells
+        if (cell["step"] or 0) == last[cell["run"], cell["model"], cell["seed"]]
+        for category in (categories if len(categories) > 1 else [])
+    ]
+    return Table(
+        name="categories",
+        title="Categories at the last step",
+        note=f"The overall value pools {', '.join(definition.overall_categories(categories))}.",
+        columns=[*checkpoint.names, "Condition", "Category", definition.headline_metric.label],
+        rows=rows,
+    )
 
 
 def difference_table(

@@ -74,11 +74,11 @@ def _model_table(data: pd.DataFrame) -> Table:
     table.add_column("Model", overflow="fold")
     table.add_column("Condition", no_wrap=True)
     table.add_column("Headline metric", justify="right", no_wrap=True)
-    for name in (*columns.values(), "Prompts"):
+    for name in (*columns.values(), "Items"):
         table.add_column(name, justify="right", no_wrap=True)
     if (data["num_items"] == 0).any():
         table.caption = (
-            f"{table.caption}\n0 prompts: the sample has only categories that no overall value "
+            f"{table.caption}\n0 items: the sample has only categories that no overall value "
             "pools (names, intersections); use a larger --limit"
         )
     for model, of_model in data.groupby("model", sort=False):

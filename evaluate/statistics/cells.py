@@ -117,17 +117,17 @@ def _check_origin(path: Path, settings: dict[str, Any], record: CheckpointRecord
 def _resample(
     experiment: Experiment, frame: pd.DataFrame, draws: Draws
 ) -> tuple[Bootstrap, Counts]:
-    """Return the estimates of a cell's rows, and each category's number of rows and clusters."""
+    """Return the estimates of a cell's rows, and each category's number of items and clusters."""
     tally = experiment.tally(frame)
     pooled = experiment.overall_categories(tally.categories)
-    items = frame["category"].value_counts().to_dict()
+    items = frame.groupby("category")["item"].nunique().to_dict()
     clusters = np.bincount(tally.strata, minlength=len(tally.categories))
     counts = {
         category: (int(items.get(category, 0)), int(clusters[index]))
         for index, category in enumerate(tally.categories)
     }
     parts = [counts[category] for category in pooled if category in counts]
-    counts[OVERALL] = (sum(rows for rows, _ in parts), sum(num for _, num in parts))
+    counts[OVERALL] = (sum(num for num, _ in parts), sum(num for _, num in parts))
     return bootstrap(tally, experiment.compute, pooled, draws), counts
 
 

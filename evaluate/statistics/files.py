@@ -39,7 +39,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "value": ("float64", "the metric over all items of the cell"),
     "low": ("float64", "lower end of the 95 % interval"),
     "high": ("float64", "upper end of the 95 % interval"),
-    "num_items": ("Int64", "rows scored behind the value: items x orders of options x draws"),
+    "num_items": (
+        "Int64",
+        "items behind the value; one asked in several orders or draws counts once",
+    ),
     "num_clusters": ("Int64", "clusters (templates, occupations, students) behind the value"),
 }
 

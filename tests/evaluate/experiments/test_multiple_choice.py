@@ -7,12 +7,14 @@ import re
 from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.experiments.multiple_choice import MULTIPLE_CHOICE
 from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.evaluate.measuring.plan import plan_evaluation
+from selfcorrect.evaluate.prompts.stimuli import option_orders
 from selfcorrect.recipes.foundation.errors import InputError
 from tests.support import ROOT
 from tests.support.answer_rows import measured, measured_by_a_tiny_model, rows
@@ -160,6 +162,47 @@ def test_metrics_by_hand(tmp_path):
     own = measured(MULTIPLE_CHOICE, frame, "own")
     assert own["accuracy"] == 0 and own["expected_accuracy"] == pytest.approx(0.5)
     assert math.isnan(own["share_stereotyped"]) and math.isnan(own["share_unknown"])
+
+
+def test_questions_asked_in_several_orders_count_once(tmp_path):
+    """A question with more options has more orders, and no more weight."""
+    records = [
+        {"id": 1, "question": "?", "options": ["x", "y"], "label": 0, "unknown": 1},
+        {"id": 2, "question": "?", "options": ["x", "y", "z"], "label": 2, "stereotyped": 0},
+        {"id": 3, "question": "?", "options": ["x", "y", "z", "w"], "label": 3},
+    ]
+    frame = pd.concat(
+        [
+            rows(
+                [item],
+                lambda item: np.log([0.6, 0.2, 0.1, 0.1][: len(item.options)]),
+                option_orders(len(item.options), 3),
+            )
+            for item in loaded(write(tmp_path, records)).items
+        ],
+        ignore_index=True,
+    )
+    assert len(frame) == 2 + 3 + 4
+    metrics = measured(MULTIPLE_CHOICE, frame)  # "x" is always chosen
+    assert metrics["accuracy"] == pytest.approx(1 / 3)  # over rows: 2 / 9
+    assert metrics["expected_accuracy"] == pytest.approx((0.6 / 0.8 + 0.1 / 0.9 + 0.1) / 3)
+    assert metrics["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
+    assert metrics["share_stereotyped"] == 1 and metrics["share_unknown"] == 0
+    assert metrics["option_mass"] == pytest.approx((0.8 + 0.9 + 1) / 3)
+    shares = [metrics[f"share_option_{i}"] for i in range(4)]
+    expected = [
+        (1 / 2 + 1 / 3 + 1 / 4) / 3,
+        (1 / 2 + 1 / 3 + 1 / 4) / 3,
+        (1 / 3 + 1 / 4) / 3,
+        1 / 12,
+    ]
+    assert shares == pytest.approx(expected)
+    # In one order, the middle question has no answer: it keeps its weight with the other orders.
+    gap = frame.index[frame["item"] == "2"][0]
+    frame.at[gap, "logprobs"] = np.full(3, np.nan)
+    partly = measured(MULTIPLE_CHOICE, frame)
+    assert partly["accuracy"] == pytest.approx(1 / 3) and partly["share_stereotyped"] == 1
+    assert partly["share_unparsed"] == pytest.approx(1 / 9)
 
 
 def test_metrics_of_absent_marks_are_undefined(tmp_path):
@@ -319,11 +362,13 @@ def test_tiny_model_from_plan_to_metrics_in_every_order(tmp_path):
     for frame, _ in cells.values():
         assert len(frame) == 3 + 3 + 2 + 4 + 26  # every option at every place once
         metrics = measured(MULTIPLE_CHOICE, frame)
-        right = []
+        right = {}
         for row in frame[frame["label"].notna()].itertuples():
             order = row.order.split(",") if "," in row.order else list(row.order)
-            right.append(int(order[int(np.argmax(row.logprobs))]) == row.label)
-        assert metrics["accuracy"] == pytest.approx(np.mean(right))
+            is_right = int(order[int(np.argmax(row.logprobs))]) == row.label
+            right.setdefault(row.item, []).append(is_right)
+        assert sorted(map(len, right.values())) == [2, 3, 3, 26]
+        assert metrics["accuracy"] == pytest.approx(np.mean([np.mean(r) for r in right.values()]))
         assert sum(metrics[f"share_option_{i}"] for i in range(26)) == pytest.approx(1)
     letters, texts = (cells[name][0]["options"][0] for name in ("Q", "Q text"))
     assert list(letters) == [" (a)", " (b)", " (c)"] and texts[0] == " The old man"

@@ -47,6 +47,7 @@ def frame(shares, chances, mass=0.9, leaks=0):
         logprobs = [np.log(np.array(row) * mass) for row in chances]
     return pd.DataFrame(
         {
+            "item": [f"job {i:02}" for i in range(len(shares))],
             "cluster": [f"job {i:02}" for i in range(len(shares))],
             "category": "occupations",
             "weight": 1.0,

@@ -124,6 +124,7 @@ def made_up(num_pairs=240, hidden=24, categories=4, templates=10, seed=0):
     place = np.arange(num_pairs) * categories * templates // num_pairs
     frame = pd.DataFrame(
         {
+            "item": range(num_pairs),
             "cluster": [f"c{i // templates}/{i % templates}" for i in place],
             "category": [f"c{i // templates}" for i in place],
             "first": rng.integers(0, 2, num_pairs).astype(bool),
