@@ -54,9 +54,6 @@ def bbq(
     folder = existing_data_dir(data_dir)
     table = read_answers(answers)
     scores = score_bbq(table, folder, str(answers))
-    values = {str(answer).strip() for answer in table["answer"]}
-    if "3" in values and "0" not in values:
-        typer.echo(f"{answers}: some answers are 3 and none is 0, but indices start at 0", err=True)
     if as_json:
         typer.echo(json.dumps(scores, indent=2, allow_nan=False))
         return

@@ -262,6 +262,69 @@ def test_category_by_its_name_or_its_file(tmp_path: Path) -> None:
         score_bbq(twice, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "spell",
+    [
+        int,
+        float,
+        str,
+        np.int64,
+        np.float32,
+        Decimal,
+        lambda i: f"{i}.0",
+        lambda i: f"{i}.",
+        lambda i: f" {i} ",
+        lambda i: f"({i})",
+        lambda i: f"[{i}]",
+        lambda i: f"{i})",
+        lambda i: f"**{i}**",
+        lambda i: f'"{i}"',
+        lambda i: chr(ord("０") + i),  # full width
+        lambda i: f"（{i}）",
+        lambda i: f"{i}. {['The elder', 'The Not known', 'The youth'][i - 1]}",
+    ],
+)
+def test_answers_counted_from_one_are_refused_in_every_spelling(data: Path, spell: Any) -> None:
+    """They would be answers to other options, with an accuracy near 0."""
+    answers = [spell(1 + i % 3) for i in range(8)]
+    table = pd.DataFrame({"category": "Age", "example_id": range(8)}).assign(
+        answer=pd.Series(answers, dtype=object)
+    )
+    with pytest.raises(InputError, match="answers: 2 answers are 3 and none is 0"):
+        score_bbq(table, data)
+    for suffix in (".csv", ".parquet") if not isinstance(answers[0], Decimal) else ():
+        path = data / f"answers{suffix}"
+        frame = table.assign(answer=pd.Series(answers))
+        frame.to_csv(path, index=False) if suffix == ".csv" else frame.to_parquet(path)
+        with pytest.raises(InputError, match=r"2 answers are 3 and none is 0"):
+            score_bbq(read_answers(path), data, str(path))
+    table["answer"] = [spell(i % 3) if i % 3 or i > 3 else 0 for i in range(8)]  # one 0: from 0
+    assert score_bbq(table, data)["categories"]["Age"]["n_unanswered"] == 0
+
+
+@pytest.mark.parametrize("answers", [["1", "2"], ["b", "c"], ["3", 0], ["The youth", "3 people"]])
+def test_answers_that_may_count_from_zero_are_scored(data: Path, answers: list[Any]) -> None:
+    table = pd.DataFrame({"category": "Age", "example_id": [0, 1], "answer": answers})
+    assert score_bbq(table, data)["categories"]["Age"]["n_unanswered"] == 6
+
+
+def test_text_of_an_option_that_is_a_number_is_no_index(tmp_path: Path) -> None:
+    records = block(0)
+    for record in records:
+        record |= {"ans0": "3", "ans2": "4"}
+    table = pd.DataFrame({"category": "Age", "example_id": range(4), "answer": "3"})
+    age = score_bbq(table, write(tmp_path, records))["categories"]["Age"]
+    assert age["share_option_0"] == 1 and age["n_unparsed"] == 0
+
+
+@pytest.mark.parametrize("name", ["race_x_ses", "Race x SES", "RACE-X-SES", " Race_x_SES "])
+def test_category_in_another_case_or_with_blanks(tmp_path: Path, name: str) -> None:
+    write(tmp_path, [*block(0), *block(0, category="Race_x_SES")])
+    table = pd.DataFrame({"category": [name], "example_id": [" 2.0 "], "answer": [0]})
+    result = score_bbq(table, tmp_path)["categories"]
+    assert (result["Race_x_SES"]["n_unanswered"], result["Age"]["n_unanswered"]) == (3, 4)
+
+
 def test_data_dir_may_be_the_bbq_folder(data: Path) -> None:
     table = pd.DataFrame(RECORDS)
     assert score_bbq(table, data / "bbq") == score_bbq(table, data)
@@ -346,7 +409,7 @@ HEAD = "category,example_id,answer\n"
         ("a.csv", f"{HEAD},1,0\n".encode(), "line 2: category must be the name of a BBQ category"),
         (
             "a.csv",
-            f"{HEAD}Age,1,0\nAge,99,0\nage,1,0\n".encode(),
+            f"{HEAD}Age,1,0\nAge,99,0\nages,1,0\n".encode(),
             "line 3: 'Age' has no example_id 99 in .*bbq, and 1 more .*categories: Age",
         ),
         (
@@ -485,11 +548,11 @@ def test_table_and_json_have_the_same_intervals(tmp_path: Path) -> None:
     assert compact_with_interval(row) in shown
 
 
-def test_warning_for_answers_counted_from_one(data: Path) -> None:
+def test_command_refuses_answers_counted_from_one(data: Path) -> None:
     records = [{"category": "Age", "example_id": i, "answer": 1 + i % 3} for i in range(8)]
-    result = command(str(written(data, ".csv", records)), "--data-dir", str(data), "--json")
-    assert "indices start at 0" in result.stderr
-    assert json.loads(result.stdout)["categories"]["Age"]["n_unparsed"] == 2
+    path = str(written(data, ".csv", records))
+    with pytest.raises(InputError, match="2 answers are 3 and none is 0, but indices start at 0"):
+        command(path, "--data-dir", str(data), "--json")
     records[0]["answer"] = 0
     assert command(str(written(data, ".csv", records)), "--data-dir", str(data)).stderr == ""
 
