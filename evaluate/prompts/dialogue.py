@@ -1,10 +1,12 @@
 """Render dialogues, lists of turns of which the last is open, as the text a model expects."""
 
+import datetime
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +22,131 @@ _HUMAN_AGAIN = "\n\nHuman:"
 LONGEST_PROMPT = 4_000_000  # characters; no context holds a tenth of it
 TEMPLATE_SECONDS = 10.0
 _MARK = "\ue000open\ue000"  # replaces the open text; occurs in no template and no item
+# Stands for first tokens that the tokenizer adds but does not read from a text.
+BEGINNING = "\ue000beginning\ue000"
 
 
-def read_style(style: str) -> str:
-    """Return a style for `render`: one of STYLES, or the text of the Jinja file that it names."""
+# Parameters of `apply_chat_template` itself: no template can have an argument of such a name.
+NOT_ARGUMENTS = frozenset(
+    "conversation messages chat_template add_generation_prompt continue_final_message tokenize "
+    "padding truncation max_length return_tensors return_dict return_assistant_tokens_mask "
+    "tokenizer_kwargs sanitize_control_tokens".split()
+)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How dialogues are written, in training as in evaluation.
+
+    `template` is "chat" (the tokenizer's chat template), "plain" (the paper's `Human:` and
+    `Assistant:`), "auto" (the template if there is one, else plain), or the text of a template.
+    `arguments` are passed to the template. `date` (ISO) is the day that a template gets if it asks
+    for the time; None: the present moment.
+    """
+
+    template: str = "auto"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    date: str | None = None
+
+
+AUTO = Style()
+
+
+def read_style(
+    style: str, arguments: Mapping[str, Any] | None = None, date: str | None = None
+) -> Style:
+    """Return the style of a recipe's keys; `style` is one of STYLES, or a Jinja file."""
+    for name in arguments or {}:
+        if name in NOT_ARGUMENTS:
+            raise InputError(
+                f"chat_template_kwargs.{name}: this is set by the program itself; remove the key"
+            )
     if style in STYLES:
-        return style
+        return Style(style, arguments or {}, date)
     path = Path(style)
     if path.suffix not in (".jinja", ".jinja2"):
         raise InputError(f"style {style!r}: use {', '.join(STYLES)}, or a chat template (*.jinja)")
     template = read_text(path)
     if "messages" not in template:
         raise InputError(f"{path}: not a chat template (it does not use `messages`)")
-    return template
+    return Style(template, arguments or {}, date)
 
 
-def render(tokenizer: Any, turns: Sequence[Turn], style: str = "auto") -> str:
+def render(tokenizer: Any, turns: Sequence[Turn], style: Style | str = AUTO) -> str:
     """Return the dialogue as one string that ends inside the last, open assistant turn.
 
-    Style "chat" uses the tokenizer's chat template, "plain" the paper's `Human:` and `Assistant:`,
-    "auto" the template if there is one, else plain; any other style is the text of a chat template.
+    If that turn ends in `SAMPLE`, the model is to write on; otherwise the string ends where an
+    answer follows. The two differ if a template begins a finished turn with more than its prompt
+    for a new turn (an empty reasoning block, the name of a channel): a model writes that by itself.
+
     The string holds all special tokens, including the beginning-of-text token of a plain dialogue
-    if the tokenizer would add one, so tokenise it with `add_special_tokens=False`.
+    if the tokenizer would add one: tokenise it with `tokenized.token_ids`, which adds none.
 
     Raises InputError if the chat template is missing, or if it refuses the turns.
     """
     if not turns or turns[-1].role != "assistant":
         raise ValueError("the last turn of a dialogue must be the open assistant turn")
-    resolved = style_of(tokenizer, style)
-    if resolved == "plain":
-        return _render_plain(tokenizer, turns[:-1], turns[-1].text)
-    template = None if resolved == "chat" else resolved
-    return _render_chat(tokenizer, turns[:-1], turns[-1].text, template)
+    style = style if isinstance(style, Style) else Style(style)
+    closed, opened = turns[:-1], turns[-1].text.removesuffix(SAMPLE)
+    if style_of(tokenizer, style) == "plain":
+        return _render_plain(tokenizer, closed, opened)
+    prompt = _apply(tokenizer, closed, style, add_generation_prompt=True)
+    if not opened and turns[-1].text == SAMPLE:
+        return prompt
+    before, _ = _around_content(tokenizer, closed, style)
+    # Templates end their prompt with or without the white space that precedes a turn's content. If
+    # one adds more to the prompt than to a finished turn (a reasoning tag), the addition is kept.
+    lead = before[len(prompt) :] if before.startswith(prompt) else ""
+    return prompt + (lead if opened or lead.strip() else "") + opened
 
 
-def style_of(tokenizer: Any, style: str = "auto") -> str:
-    """Resolve "auto" for this tokenizer; InputError for a missing chat template."""
+def render_answer(
+    tokenizer: Any, turns: Sequence[Turn], answer: str, style: Style, end: str
+) -> tuple[str, str]:
+    """Return the prompt of the open turn, and what the model has to write to give `answer`.
+
+    The second string is the template's own turn, up to `end`, the text with which the template ends
+    a turn (`text_after_answer`): it begins with the channel or reasoning block that a finished turn
+    has. An answer continues the text of an open turn after a space.
+    """
+    *closed, last = turns
+    prompt = render(tokenizer, [*closed, Turn("assistant", last.text + SAMPLE)], style)
+    needs_space = last.text and not (last.text[-1].isspace() or answer[:1].isspace())
+    content = Turn("assistant", last.text + (" " if needs_space else "") + answer)
+    if style_of(tokenizer, style) != "plain":
+        finished = _apply(tokenizer, [*closed, content], style, add_generation_prompt=False)
+        if finished.startswith(prompt) and finished.endswith(end):
+            return prompt, finished[len(prompt) : len(finished) - len(end)]
+    text = render(tokenizer, [*closed, content], style)
+    return prompt, text[len(prompt) :]
+
+
+def text_after_answer(tokenizer: Any, style: Style) -> str:
+    """Return what the chat template writes after an answer's last word; "" in plain style."""
+    if style_of(tokenizer, style) == "plain":
+        return ""
+    return _around_content(tokenizer, [Turn("human", "a")], style)[1]
+
+
+def style_of(tokenizer: Any, style: Style | str = AUTO) -> str:
+    """Return "plain", "chat" or the text of a template; InputError for a missing template."""
+    template = style.template if isinstance(style, Style) else style
     has_template = bool(getattr(tokenizer, "chat_template", None))
-    if style == "auto":
+    if template == "auto":
         return "chat" if has_template else "plain"
-    if style == "chat" and not has_template:
+    if template == "chat" and not has_template:
         name = getattr(tokenizer, "name_or_path", "") or "the model"
         raise InputError(f"{name}: the tokenizer has no chat template; use the plain style")
-    return style
+    return template
 
 
-def stop_text(tokenizer: Any, style: str = "auto") -> str | None:
+def reads_clock(tokenizer: Any, style: Style) -> bool:
+    """Return whether dialogues of this style depend on the date."""
+    template = style_of(tokenizer, style)
+    return "strftime_now" in str(tokenizer.chat_template if template == "chat" else template)
+
+
+def stop_text(tokenizer: Any, style: Style | str = AUTO) -> str | None:
     """Return the string that ends a sample: in plain style, the start of the human's next turn."""
     return _HUMAN_AGAIN if style_of(tokenizer, style) == "plain" else None
 
@@ -74,7 +155,7 @@ def before_sample(turns: Sequence[Turn]) -> list[Turn]:
     """Return the dialogue up to the next text that the model samples, or all of it."""
     for index, turn in enumerate(turns):
         if turn.text.endswith(SAMPLE):
-            return [*turns[:index], Turn(turn.role, turn.text.removesuffix(SAMPLE))]
+            return list(turns[: index + 1])
     return list(turns)
 
 
@@ -84,7 +165,7 @@ def with_sample(tokenizer: Any, turns: Sequence[Turn], sample: str) -> list[Turn
     Special tokens are removed from `sample`, so that a sample can neither end its turn nor open
     the next one. Trailing space is removed too.
     """
-    special = _special_tokens(tokenizer)
+    special = special_tokens(tokenizer)
     # Removing a token can create another from the parts around it.
     while present := [token for token in special if token in sample]:
         for token in present:
@@ -97,39 +178,35 @@ def with_sample(tokenizer: Any, turns: Sequence[Turn], sample: str) -> list[Turn
     return filled
 
 
-def _special_tokens(tokenizer: Any) -> set[str]:
+def special_tokens(tokenizer: Any) -> set[str]:
+    """Return the texts of all special tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
 
 
-def _render_chat(tokenizer: Any, closed: Sequence[Turn], opened: str, template: str | None) -> str:
-    """Return the template's prompt for a new assistant turn, and the open text after it.
-
-    Templates end that prompt with or without the white space that precedes a turn's content, so
-    a marked turn is rendered to find where content starts. If a template adds more to the prompt
-    than to a finished turn (a reasoning tag), the addition is kept.
-    """
-    prompt = _apply(tokenizer, closed, template, add_generation_prompt=True)
-    if not opened:
-        return prompt
+def _around_content(tokenizer: Any, closed: Sequence[Turn], style: Style) -> tuple[str, str]:
+    """Return what the template writes before and after the content of a finished last turn."""
     marked = [*closed, Turn("assistant", _MARK)]
-    finished = _apply(tokenizer, marked, template, add_generation_prompt=False)
-    before, mark, _ = finished.partition(_MARK)
-    return (before if mark and before.startswith(prompt) else prompt) + opened
+    finished = _apply(tokenizer, marked, style, add_generation_prompt=False)
+    before, mark, after = finished.partition(_MARK)
+    return (before, after) if mark else ("", "")
 
 
 def _apply(
-    tokenizer: Any, turns: Sequence[Turn], template: str | None, *, add_generation_prompt: bool
+    tokenizer: Any, turns: Sequence[Turn], style: Style, *, add_generation_prompt: bool
 ) -> str:
     messages = [{"role": _ROLES[turn.role], "content": turn.text} for turn in turns]
     name = getattr(tokenizer, "name_or_path", "") or "the model"
+    template = style_of(tokenizer, style)
+    date = style.date if reads_clock(tokenizer, style) else None
     try:
-        with _time_limit(TEMPLATE_SECONDS):
+        with _time_limit(TEMPLATE_SECONDS), _fixed_clock(date):
             text: str = tokenizer.apply_chat_template(
                 messages,
-                chat_template=template,
+                chat_template=None if template == "chat" else template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **style.arguments,
             )
     except Exception as error:  # templates are untrusted programs, which may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -140,6 +217,29 @@ def _apply(
             f"the limit of {LONGEST_PROMPT:,}; use another template, or --style plain"
         )
     return text
+
+
+@contextmanager
+def _fixed_clock(date: str | None) -> Iterator[None]:
+    """Let `strftime_now`, a template's only way to the time, tell midnight of `date`."""
+    if date is None:
+        yield
+        return
+    from transformers.utils import chat_template_utils
+
+    midnight = datetime.datetime.fromisoformat(date)
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime.datetime:
+            return midnight
+
+    original = chat_template_utils.datetime
+    chat_template_utils.datetime = Clock
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = original
 
 
 @contextmanager
@@ -174,8 +274,19 @@ def _render_plain(tokenizer: Any, closed: Sequence[Turn], opened: str) -> str:
 
 
 def _beginning(tokenizer: Any) -> str:
-    """Return the beginning-of-text token if the tokenizer puts one before every text, else ""."""
-    begin: str | None = tokenizer.bos_token
-    if begin and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        return begin
-    return ""
+    """Return the text of the tokens that the tokenizer puts before every text, "" if none."""
+    ids = beginning_ids(tokenizer)
+    if not ids:
+        return ""
+    text = "".join(tokenizer.convert_ids_to_tokens(ids))
+    is_read_back = tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+    return text if is_read_back else BEGINNING
+
+
+def beginning_ids(tokenizer: Any) -> list[int]:
+    """Return the tokens that the tokenizer puts before every text."""
+    framed = tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = range(len(framed) - len(bare) + 1)
+    matches = (i for i in starts if bare and framed[i : i + len(bare)] == bare)
+    return list(framed[: next(matches, int(framed[:1] == [tokenizer.bos_token_id]))])

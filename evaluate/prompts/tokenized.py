@@ -1,10 +1,25 @@
-"""Tokenise prompts and options, and place the boundary between given and scored tokens."""
+"""The only way from dialogues to token ids: what is measured is what was trained.
+
+Text is tokenised here alone, in evaluation and in every stage of training, and nothing is added to
+it: `dialogue.render` has written the special tokens.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from selfcorrect.evaluate.prompts.dialogue import (
+    AUTO,
+    BEGINNING,
+    Style,
+    beginning_ids,
+    render,
+    render_answer,
+    special_tokens,
+    text_after_answer,
+)
+from selfcorrect.evaluate.prompts.stimuli import Turn
 from selfcorrect.recipes.foundation.errors import InputError
 
 Request = tuple[str, tuple[str, ...]]  # a prompt, and the options to score after it
@@ -32,6 +47,80 @@ class Continuation:
         return self.tokens[:-1]
 
 
+@dataclass(frozen=True, slots=True)
+class TurnEnd:
+    """The end of a finished assistant turn.
+
+    `ids` end with the token that ends the turn, `rest` follow it in a dialogue (a line break, say).
+    `text` is all that the template writes.
+    """
+
+    text: str
+    ids: list[int]
+    rest: list[int]
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of texts that hold their special tokens (`dialogue.render`)."""
+    if not texts:
+        return []
+    bare = [text.removeprefix(BEGINNING) for text in texts]
+    ids: list[list[int]] = tokenizer(bare, add_special_tokens=False)["input_ids"]
+    if bare == list(texts):
+        return ids
+    first = beginning_ids(tokenizer)
+    return [
+        [*first, *row] if text.startswith(BEGINNING) else row
+        for text, row in zip(texts, ids, strict=True)
+    ]
+
+
+def prompt_ids(tokenizer: Any, turns: Sequence[Turn], style: Style = AUTO) -> list[int]:
+    """Return the ids of a dialogue up to where its last, open turn goes on."""
+    return token_ids(tokenizer, [render(tokenizer, turns, style)])[0]
+
+
+def turn_end(tokenizer: Any, style: Style = AUTO) -> TurnEnd:
+    """Return the template's end of an assistant turn, with the end-of-text token if it has none."""
+    end_of_text = tokenizer.eos_token_id
+    text = text_after_answer(tokenizer, style)
+    ids = continued_ids(tokenizer, "a", text)
+    special = {tokenizer.convert_tokens_to_ids(token) for token in special_tokens(tokenizer)}
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    special |= {index for index, token in added if token.content.strip()}
+    ends = [i for i, token in enumerate(ids) if token == end_of_text]
+    ends = ends or [i for i, token in enumerate(ids) if token in special]
+    if not ends:
+        return TurnEnd(text, [end_of_text], [])
+    return TurnEnd(text, ids[: ends[0] + 1], ids[ends[0] + 1 :])
+
+
+def answer_ids(
+    tokenizer: Any, turns: Sequence[Turn], answer: str, style: Style, end: TurnEnd
+) -> tuple[list[int], list[int]]:
+    """Return the ids of the prompt, as `prompt_ids`, and those that answer it, without its end."""
+    prompt, text = render_answer(tokenizer, turns, answer, style, end.text)
+    return token_ids(tokenizer, [prompt])[0], continued_ids(tokenizer, prompt, text)
+
+
+def continued_ids(tokenizer: Any, prompt: str, text: str) -> list[int]:
+    """Return the ids of `text` after those of `prompt`, whose own ids do not change.
+
+    A tokenizer may merge across the boundary, or begin a text with a space of its own: then the
+    text is tokenised after another one, such that it reads the same.
+    """
+    if not text:
+        return []
+    whole = token_ids(tokenizer, [prompt + text])[0]
+    given = token_ids(tokenizer, [prompt])[0]
+    wanted = tokenizer.decode(whole)
+    for before in (prompt, "a", "\n", ""):
+        first, both = token_ids(tokenizer, [before, before + text])
+        if both[: len(first)] == first and tokenizer.decode(given + both[len(first) :]) == wanted:
+            return both[len(first) :]
+    return token_ids(tokenizer, [text])[0]
+
+
 def continuations(tokenizer: Any, requests: Sequence[Request]) -> list[list[Continuation]]:
     """Tokenise every option of every request, with the boundary where the tokenizer allows it.
 
@@ -41,10 +130,9 @@ def continuations(tokenizer: Any, requests: Sequence[Request]) -> list[list[Cont
     `yes`, a merged token `"yes` is scored, and the other options are scored from their own
     quotation mark on: the options stay comparable.
 
-    Special tokens are read from the text (`dialogue.render` writes them) and never added.
     """
     texts = [prompt + option for prompt, options in requests for option in ("", *options)]
-    tokenised = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    tokenised = iter(token_ids(tokenizer, texts))
     result = []
     for prompt, options in requests:
         prompt_tokens, *option_tokens = [tuple(next(tokenised)) for _ in range(1 + len(options))]

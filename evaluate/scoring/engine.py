@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, Request, opening
+from selfcorrect.evaluate.prompts.tokenized import (
+    PromptTooLong,
+    Request,
+    opening,
+    token_ids,
+)
 from selfcorrect.recipes.foundation.errors import RunFailure
 
 
@@ -88,9 +93,7 @@ class Engine(ABC):
 
     def check_room(self, prompts: Sequence[str], num_tokens: int) -> list[list[int]]:
         """Return the prompts' tokens; PromptTooLong if the model cannot write `num_tokens` more."""
-        if not prompts:
-            return []
-        tokenised = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        tokenised = token_ids(self.tokenizer, prompts)
         for index, tokens in enumerate(tokenised):
             self._check_length(index, len(tokens) + num_tokens, prompts[index])
         return tokenised

@@ -76,7 +76,8 @@ def test_missing_or_refusing_template_is_a_one_line_error():
 
 
 def test_sample_is_asked_for_and_filled_in_at_its_marker():
-    assert before_sample(COT) == [COT[0], Turn("assistant", "the reason : ")]
+    assert before_sample(COT) == COT[:2]
+    assert render(tiny_tokenizer(), before_sample(COT)).endswith("\n\nAssistant: the reason : ")
     filled = with_sample(tiny_tokenizer(), COT, "she said so . \n")
     assert filled == [COT[0], Turn("assistant", "the reason : she said so ."), *COT[2:]]
     assert before_sample(ONE) == with_sample(tiny_tokenizer(), ONE, "unused") == ONE
