@@ -126,6 +126,13 @@ class Experiment(ABC):
         that all resamples of a cell are one matrix product.
         """
 
+    def raising_option(self, row: Mapping[str, Any]) -> int | None:
+        """Return the option (its index in the file) that raises the headline metric if chosen.
+
+        `row` is one scored prompt. None: this item has no such option.
+        """
+        return None
+
     def overall_categories(self, categories: Sequence[str]) -> list[str]:
         """Return the categories that the overall figure pools: all, unless overridden."""
         return list(categories)

@@ -190,6 +190,10 @@ class WinoBias(Experiment):
         columns["count_difference"] = ~np.isnan(columns["difference_right"])
         return sum_by_cluster(rows, columns)
 
+    def raising_option(self, row: Mapping[str, Any]) -> int | None:
+        """Return the right occupation of a pro-, the wrong one of an anti-stereotyped sentence."""
+        return row["label"] if row["side"] == SIDES[0] else 1 - row["label"]
+
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every metric from sums of shape (R, K)."""
         pooled = pool(sums)

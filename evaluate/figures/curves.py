@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
@@ -49,6 +50,7 @@ from selfcorrect.evaluate.figures.select import (
     models_in,
     overall,
 )
+from selfcorrect.evaluate.figures.training_log import smoothed
 from selfcorrect.evaluate.statistics.formatting import number
 from selfcorrect.recipes.foundation.atomic_files import atomic_file
 
@@ -84,22 +86,25 @@ def against_steps(frame: pd.DataFrame, model: str | None = None, paper: bool = F
     return figure
 
 
-def steps_by_size(frame: pd.DataFrame, experiment: str) -> Figure:
-    """Draw one experiment's headline metric against step, with a panel per size."""
+def steps_by_size(frame: pd.DataFrame, experiment: str, in_column: bool = False) -> Figure:
+    """Draw one experiment's headline metric against step, with a panel per size.
+
+    The figure is as wide as a page, or with `in_column` as a column of a page with two.
+    """
     data = chosen_experiment(headlines(overall(frame)), experiment)
     if data["step"].nunique() < 2:
         raise NothingToDraw(f"{experiment}: metric against steps needs two steps or more")
     models = models_in(data)
     with style():
-        figure, axes = panels(len(models), height=2.3)
-        for number, (ax, model) in enumerate(zip(axes, models, strict=True)):
+        figure, axes = panels(len(models), height=1.55 if in_column else 2.3, in_column=in_column)
+        for ax, model in zip(axes, models, strict=True):
             panel = data[data["model"] == model]
             condition_lines(ax, panel, condition_looks(data["condition"]))
             value_axis(ax, data, experiment, get_experiment(experiment).headline)
-            if number % 3:  # the first panel of a row has the label for all
+            if not ax.get_subplotspec().is_first_col():  # the first of a row has the label for all
                 ax.set_ylabel("")
             ax.set_title(model_title(panel))
-            ax.set_xlabel(STEP_LABEL)
+            ax.set_xlabel("RLHF steps" if in_column else STEP_LABEL)
         figure.suptitle(get_experiment(experiment).title, x=0.01, ha="left")
         shared_legend(figure, axes)
     return figure
@@ -167,11 +172,13 @@ def instruction_effects(effects: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def training_curves(frame: pd.DataFrame) -> Figure:
+def training_curves(frame: pd.DataFrame, log: pd.DataFrame | None = None) -> Figure:
     """Draw reward and KL to the initial policy against step, and reward against sqrt(KL).
 
-    There is a line per model. Bai et al. 2022 (arXiv 2204.05862) found the reward to grow about
-    linearly in sqrt(KL). A KL estimate below 0 has no root and is a gap.
+    There is a line per model. With the `log` of training_log.py, a line is the seeds' mean of the
+    smoothed log, with every logged step of every seed as a dot behind it; without, it joins the
+    batches of the kept checkpoints. Bai et al. 2022 (arXiv 2204.05862) found the reward to grow
+    about linearly in sqrt(KL). A KL estimate below 0 has no root and is a gap.
     """
     data = training_table(frame)
     looks = size_looks(data)
@@ -180,6 +187,10 @@ def training_curves(frame: pd.DataFrame) -> Figure:
         for model, look in looks.items():
             of_model = data[data["model"] == model]
             title = model_title(of_model)
+            logged = None if log is None else log[log["model"] == model]
+            if logged is not None and len(logged) > len(of_model):
+                _logged_lines(axes, logged, look, title)
+                continue
             for ax, column in zip(axes, ("reward", "kl"), strict=False):
                 values = of_model.assign(value=of_model[column])
                 line(ax, values, "step", sorted(set(data["step"])), look, title)
@@ -187,6 +198,25 @@ def training_curves(frame: pd.DataFrame) -> Figure:
         training_axes(axes, data["step"])
         shared_legend(figure, axes)
     return figure
+
+
+def _logged_lines(
+    axes: Sequence[Axes], log: pd.DataFrame, look: Mapping[str, Any], label: str
+) -> None:
+    """Draw the raw log of one model as dots, and the seeds' mean of its smoothed log as lines."""
+    root = np.sqrt(log["kl"].where(log["kl"] >= 0))
+    dots = {"marker": ".", "linestyle": "none", "markersize": 2, "alpha": 0.35,
+            "color": look["color"], "markeredgewidth": 0}  # fmt: skip
+    for ax, x, y in zip(axes, (log["step"], log["step"], root), ("reward", "kl", "reward"),
+                        strict=True):  # fmt: skip
+        ax.plot(x, log[y], label="_raw", **dots)
+    by_seed = log.sort_values("step").groupby("seed")[["reward", "kl"]]
+    smooth = by_seed.transform(smoothed).assign(step=log["step"])
+    mean = smooth.groupby("step").mean()
+    plain = {"color": look["color"], "linestyle": look["linestyle"]}
+    for ax, column in zip(axes, ("reward", "kl"), strict=False):
+        ax.plot(mean.index, mean[column], label=label, **plain)
+    axes[2].plot(np.sqrt(mean["kl"].where(mean["kl"] >= 0)), mean["reward"], label=label, **plain)
 
 
 def training_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -220,14 +250,15 @@ def training_axes(axes: Sequence[Any], steps: pd.Series) -> None:
     axes[2].set_xlabel(f"√({kl} in nats)")
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
+def save(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = ("png", "svg")) -> None:
     """Write <name>.png and <name>.svg atomically; equal data gives equal bytes."""
+    no_date = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with style():
         figure.draw_without_rendering()
         figure.set_layout_engine(None)  # compute the layout once: it takes half the time
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        for kind in kinds:
             with atomic_file(folder / f"{name}.{kind}") as path:
-                figure.savefig(path, format=kind, metadata=metadata)
+                figure.savefig(path, format=kind, metadata=no_date[kind])
 
 
 def in_words(figure: Figure) -> str:

@@ -29,14 +29,19 @@ from selfcorrect.evaluate.figures.select import (
     models_in,
     overall,
 )
+from selfcorrect.evaluate.figures.training_log import training_log
 from selfcorrect.evaluate.results import load_items
 
+MAIN = "sizes-"  # the main figure of an experiment is called sizes-<experiment>
 Plan = tuple[str, str, Callable[[], Figure]]  # name, title, and the call that draws it
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure on disk: <folder>/<name>.png and .svg, its title, and its content in words."""
+    """A figure on disk: <folder>/<name>.png and .svg, its title, and its content in words.
+
+    Main figures are <name>.pdf too, as wide as a column.
+    """
 
     name: str
     title: str
@@ -57,14 +62,14 @@ def draw_run(
     ends = sorted({*common_steps(data)[:1], *common_steps(data)[-1:]})
     effects = statistics["effects"]
     plans: list[Plan] = []
+    for name in experiments:  # the main figures come first
+        title = f"{EXPERIMENTS[name].title} against RLHF steps, by size"
+        plans.append((f"{MAIN}{name}", title, partial(curves.steps_by_size, frame, name)))
     for model in models[-1:]:  # the largest; figures by size show the others
         draw = partial(curves.against_steps, frame, model, paper)
         plans.append((f"steps-{model}", f"Metric against RLHF steps, {model}", draw))
     size = partial(curves.against_size, frame, *ends, paper=paper)
     plans.append(("size", "Metric against model size", size))
-    for name in experiments if len(models) > 1 else []:
-        title = f"{EXPERIMENTS[name].title} against RLHF steps, by size"
-        plans.append((f"sizes-{name}", title, partial(curves.steps_by_size, frame, name)))
     draw = partial(curves.instruction_effects, effects)
     plans.append(("effects", "Effect of the instruction", draw))
     for name in experiments:
@@ -85,9 +90,14 @@ def draw_run(
             title = f"{EXPERIMENTS[name].title} by {scatter.cluster}, {models[-1]}"
             draw = partial(_draw_clusters, frame, run, name)
             plans.append((f"{scatter.cluster}s", title, draw))
-    draw = partial(curves.training_curves, frame)
+    draw = partial(curves.training_curves, frame, training_log(run))
     plans.append(("training", "Reward and KL during training", draw))
-    return _draw(plans, folder)
+    drawings, missing = _draw(plans, folder)
+    for name in experiments:
+        if any(drawing.name == f"{MAIN}{name}" for drawing in drawings):
+            figure = curves.steps_by_size(frame, name, in_column=True)
+            save(figure, folder, f"{MAIN}{name}", ["pdf"])
+    return drawings, missing
 
 
 def draw_runs(

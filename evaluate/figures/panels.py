@@ -23,6 +23,7 @@ from selfcorrect.evaluate.statistics.formatting import size_name
 
 STYLE = Path(__file__).with_name("selfcorrect.mplstyle")
 PAGE_WIDTH = 7.2  # inches
+COLUMN_WIDTH = 3.3  # of a page with two columns
 
 # Okabe and Ito's colours are distinguishable with common colour blindness; markers repeat them.
 LOOKS: dict[str, dict[str, Any]] = {
@@ -51,11 +52,11 @@ def style() -> Iterator[None]:
         yield
 
 
-def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Return a page-wide figure and `count` panels, at most three per row."""
-    columns = min(count, 3)
+def panels(count: int, height: float, in_column: bool = False) -> tuple[Figure, list[Axes]]:
+    """Return a figure and `count` panels: page-wide with three per row, column-wide with two."""
+    columns = min(count, 2 if in_column else 3)
     rows = -(-count // columns)
-    width = PAGE_WIDTH if columns > 1 else PAGE_WIDTH * 0.6
+    width = COLUMN_WIDTH if in_column else PAGE_WIDTH if columns > 1 else PAGE_WIDTH * 0.6
     figure = Figure(figsize=(width, height * rows + 0.25), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[count:]:

@@ -1,5 +1,19 @@
-// The report's script: tables that sort and filter, and the transcript browser.
+// The report's script, part 1: pieces of data, elements, and tables that sort and filter.
 "use strict";
+
+const index = JSON.parse(document.getElementById("index").textContent);
+
+// Return the JSON value of a compressed chunk of the page; each is unpacked once.
+const loaded = new Map();
+function load(number) {
+  if (!loaded.has(number)) {
+    const packed = atob(document.getElementById("chunk-" + number).textContent);
+    const bytes = Uint8Array.from(packed, (character) => character.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    loaded.set(number, new Response(stream).json());
+  }
+  return loaded.get(number);
+}
 
 // Create an element with properties or attributes (aria-..., role, scope) and children. String
 // children become text nodes and are never parsed as HTML.
@@ -12,7 +26,19 @@ function make(tag, properties, children) {
   return element;
 }
 
+// Fill a select with [value, name] pairs, and keep its value where it is still there.
+function fill(select, pairs) {
+  const kept = select.value;
+  select.replaceChildren(...pairs.map(([value, name]) => make("option", { value: String(value) }, [name])));
+  if (pairs.some(([value]) => String(value) === kept)) { select.value = kept; }
+  if (select.parentNode.tagName === "LABEL") { select.parentNode.hidden = pairs.length < 2; }
+}
+
 function plural(number, noun) { return number + " " + noun + (number === 1 ? "" : "s"); }
+
+function parts(root) {
+  return (name) => root.querySelector("[data-part=" + name + "]");
+}
 
 // --- tables that sort and filter ---
 
@@ -28,7 +54,7 @@ function compare(a, b, up) {
   return up ? order : -order;
 }
 
-document.querySelectorAll("table.sorts").forEach((table) => {
+function sortable(table) {
   const body = table.tBodies[0];
   const headers = Array.from(table.tHead.rows[0].cells);
   const status = make("span", { role: "status" });
@@ -59,180 +85,33 @@ document.querySelectorAll("table.sorts").forEach((table) => {
   });
   table.parentNode.before(
     make("div", { className: "tools" }, [make("label", {}, ["Filter rows ", input]), status]));
-});
-
-// --- the transcript browser; evaluate/report/transcripts.py makes its data ---
-
-function browse(allRuns, browser) {
-  const find = (name) => browser.querySelector("[data-part=" + name + "]");
-  const [runs, experiments, models, search, items] =
-    ["run", "experiment", "model", "search", "item"].map(find);
-  const [conditions, status, table] = ["conditions", "status", "table"].map(find);
-  const text = (index) => data.texts[index];
-  const fill = (select, names) => select.replaceChildren(
-    ...names.map((name, index) => make("option", { value: String(index) }, [name])));
-  let data, experiment;
-
-  function quote(string) { return make("span", { className: "quote", dir: "auto" }, [string]); }
-
-  function remarks(notes) {
-    return notes.map((note) => make("span", { className: "soft" }, [" [" + note + "]"]));
-  }
-
-  // Show a text, given as [its index, its length if it is cut], with notes after it.
-  function quoted([index, length], notes) {
-    const cut = length ? ["cut here; " + length.toLocaleString("en") + " characters in all"] : [];
-    return [quote(text(index)), ...remarks(cut.concat(notes || []))];
-  }
-
-  function turn([role, index, length], last) {
-    const string = text(index), sampled = string.endsWith(data.sample) && !length;
-    const name = role.charAt(0).toUpperCase() + role.slice(1) + ": ";
-    const shown = sampled ? [quote(string.slice(0, -data.sample.length))] : quoted([index, length]);
-    const notes = sampled ? ["the model writes text here"] : [];
-    if (last) { notes.push("the options are scored here"); }
-    return make("p", {}, [make("strong", {}, [name]), ...shown, ...remarks(notes)]);
-  }
-
-  function question(item, condition) {
-    const dialogues = item.asked[condition].map(([order, turns]) =>
-      [order, turns.map((entry, index) => turn(entry, index === turns.length - 1))]);
-    if (!dialogues.length) { return [make("span", { className: "soft" }, ["unknown"])]; }
-    if (dialogues.length === 1) { return dialogues[0][1]; }
-    return dialogues.map(([order, turns], index) => make("details", { open: index === 0 },
-      [make("summary", {}, ["Options in the order " + order]), ...turns]));
-  }
-
-  function options(item, [order, , names, chances, chosen, mass]) {
-    const file = order.includes(",") ? order.split(",") : Array.from(order);
-    const rows = names.map((name, index) => {
-      const tags = (item.tags[file[index]] || []).concat(index === chosen ? ["chosen"] : []);
-      const chance = chances === null ? "undefined" : chances[index].toFixed(3);
-      const bar = make("span", { className: "bar", "aria-hidden": "true" });
-      bar.style.width = 4 * (chances === null ? 0 : chances[index]) + "rem";
-      return make("li", { className: index === chosen ? "chosen" : "" }, [
-        ...quoted(name), " ", chance, " ", bar, tags.length ? " " + tags.join(", ") : ""]);
-    });
-    const share = mass === null ? "undefined" : mass.toFixed(3);
-    return [make("ul", { className: "options" }, rows),
-      make("span", { className: "soft" }, ["probability on the options " + share])];
-  }
-
-  // Where a cell has several answers, name the order of the options and the draw of each.
-  function answer(item, entry, all) {
-    const [order, draw, , , , , samples, truncated] = entry;
-    const differ = (position) => new Set(all.map((values) => values[position])).size > 1;
-    const title = [differ(0) ? "options in the order " + order : "",
-      differ(1) ? "draw " + (draw + 1) : ""].filter((part) => part).join(", ");
-    const parts = title ? [make("p", { className: "soft" }, [title])] : [];
-    (samples || []).forEach((sample, index) => {
-      const stopped = truncated && index === samples.length - 1;
-      const name = samples.length > 1 ? "Model's text " + (index + 1) + ": " : "Model's text: ";
-      const note = samples.length > 1 ? "one of these was cut off at the token limit"
-        : "cut off at the token limit";
-      parts.push(make("p", {},
-        [make("strong", {}, [name]), ...quoted(sample, stopped ? [note] : [])]));
-    });
-    return make("div", { className: "answer" }, parts.concat(options(item, entry)));
-  }
-
-  function show() {
-    const item = experiment.items[items.value];
-    table.replaceChildren();
-    if (!item) { return; }
-    const shown = Array.from(conditions.querySelectorAll("input"))
-      .filter((box) => box.checked).map((box) => Number(box.value));
-    const answers = item.answers.filter((entry) => entry[0] === Number(models.value));
-    const steps = Array.from(new Set(answers.map((entry) => entry[1]))).sort((a, b) => a - b);
-    const facts = item.facts.map(([name, value]) => text(name) + ": " + text(value));
-    const head = (name, scope) => make("th", { scope: scope }, [name]);
-    const row = (name, cell) => make("tr", {}, [head(name, "row"),
-      ...shown.map((condition) => make("td", {}, cell(condition)))]);
-    table.append(
-      make("caption", { dir: "auto" }, [make("strong", {}, [text(item.id)]), " "
-        + ["category: " + text(item.category)].concat(facts).join(" · ")]),
-      make("thead", {}, [make("tr", {}, [head("Step", "col"), ...shown.map(
-        (condition) => head(text(experiment.conditions[condition]), "col"))])]),
-      make("tbody", {}, [row("Asked", (condition) => question(item, condition)),
-        ...steps.map((step) => row(String(step), (condition) => {
-          const cell = answers.filter((entry) => entry[1] === step && entry[2] === condition)
-            .map((entry) => entry.slice(3));
-          return cell.length ? cell.map((entry) => answer(item, entry, cell))
-            : [make("span", { className: "soft" }, ["not measured"])];
-        }))]));
-  }
-
-  function choose() {
-    const words = search.value.toLowerCase().split(/\s+/);
-    const kept = items.value;
-    const matches = experiment.items.map((item, index) => [item, index]).filter(([item]) => {
-      const asked = item.asked.flat().flatMap(([, turns]) => turns);
-      const all = [item.id, item.category, ...item.facts.flat(), ...asked.map((entry) => entry[1])]
-        .map(text).join("\n").toLowerCase();
-      return words.every((word) => all.includes(word));
-    });
-    items.replaceChildren(...matches.map(([item, index]) => {
-      const name = text(item.id), category = text(item.category);
-      return make("option", { value: String(index) },
-        [name.includes(category) ? name : category + ": " + name]);
-    }));
-    if (matches.some(([, index]) => String(index) === kept)) { items.value = kept; }
-    status.textContent = search.value.trim()
-      ? plural(matches.length, "item") + " of " + experiment.items.length + " found"
-      : plural(matches.length, "item");
-    show();
-  }
-
-  function enterExperiment() {
-    experiment = data.experiments[experiments.value];
-    conditions.replaceChildren(make("legend", {}, ["Conditions"]),
-      ...experiment.conditions.map((name, index) => make("label", {}, [
-        make("input", { type: "checkbox", checked: true, value: String(index) }), text(name)])));
-    search.value = "";
-    choose();
-    items.selectedIndex = 0;
-    show();
-  }
-
-  // Keep the experiment, model and item if the chosen run has them; otherwise show its first
-  // experiment and item, and its largest model.
-  function enterRun() {
-    const selected = (list) => (list.selectedOptions[0] || {}).textContent;
-    const select = (list, name, otherwise) => {
-      const index = Array.from(list.options).findIndex((option) => option.textContent === name);
-      list.selectedIndex = index < 0 ? otherwise : index;
-    };
-    const [title, model, item] = [experiments, models, items].map(selected);
-    data = allRuns[runs.value].data;
-    fill(experiments, data.experiments.map((entry) => text(entry.title)));
-    fill(models, data.models.map(text));
-    select(experiments, title, 0);
-    select(models, model, data.models.length - 1);
-    enterExperiment();
-    select(items, item, 0);
-    show();
-  }
-
-  function step(by) {
-    const number = items.options.length;
-    if (!number) { return; }
-    items.selectedIndex = (items.selectedIndex + by + number) % number;
-    status.textContent = "Item " + (items.selectedIndex + 1) + " of " + number + ": "
-      + items.selectedOptions[0].textContent;
-    show();
-  }
-
-  fill(runs, allRuns.map((entry) => entry.run));
-  runs.parentNode.hidden = allRuns.length < 2;
-  runs.addEventListener("change", enterRun);
-  experiments.addEventListener("change", enterExperiment);
-  search.addEventListener("input", choose);
-  [models, items, conditions].forEach((input) => input.addEventListener("change", show));
-  find("previous").addEventListener("click", () => step(-1));
-  find("next").addEventListener("click", () => step(1));
-  enterRun();
-  browser.hidden = false;
 }
 
-const transcripts = document.getElementById("transcripts-data");
-if (transcripts) { browse(JSON.parse(transcripts.textContent), document.getElementById("browser")); }
+// Tables are closed at first: give them their controls when their section is opened.
+document.querySelectorAll("details").forEach((details) => {
+  details.addEventListener("toggle", () => {
+    details.querySelectorAll("table.sorts:not(.ready)").forEach((table) => {
+      table.classList.add("ready");
+      sortable(table);
+    });
+  });
+});
+
+// Open the folded section that a link points into.
+function reveal(element) {
+  for (let place = element; place; place = place.parentElement) {
+    if (place.tagName === "DETAILS") { place.open = true; }
+  }
+  element.scrollIntoView();
+}
+
+document.addEventListener("click", (event) => {
+  const link = event.target.closest("a[href^='#']");
+  const target = link && document.getElementById(link.getAttribute("href").slice(1));
+  if (target) { reveal(target); }
+});
+
+// Printed, the page has everything that is not folded away by the reader's choice.
+addEventListener("beforeprint", () => {
+  document.querySelectorAll("details.prints").forEach((details) => { details.open = true; });
+});

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
 
+from selfcorrect.evaluate.figures.training_log import training_log
 from selfcorrect.evaluate.measuring.progress import estimate_progress, report_inputs
+from selfcorrect.evaluate.report.chunks import Chunks
 from selfcorrect.evaluate.report.comparison import (
     differences,
     group_runs,
@@ -21,16 +25,12 @@ from selfcorrect.evaluate.report.comparison import (
     name_runs,
     read_json,
 )
-from selfcorrect.evaluate.report.tables import (
-    category_tables,
-    comparison_table,
-    difference_table,
-    left_out_table,
-    result_tables,
-)
+from selfcorrect.evaluate.report.experiment_tables import experiment_tables
+from selfcorrect.evaluate.report.figure_data import figure_data, looks, training_data
+from selfcorrect.evaluate.report.tables import difference_table, left_out_table
 from selfcorrect.evaluate.report.transcripts import transcripts
-from selfcorrect.evaluate.report.trend_tables import trend_tables
-from selfcorrect.evaluate.report.verdict import caveats, summary, verdicts
+from selfcorrect.evaluate.report.vega import vega_script
+from selfcorrect.evaluate.report.verdict import cautions, series_of, summary_table, verdict
 from selfcorrect.evaluate.results import write_results
 from selfcorrect.evaluate.run_folder import POLICY_METHODS, check_inside
 from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES
@@ -90,11 +90,11 @@ def _write_report(run: Path, num_resamples: int, seed: int, paper: bool) -> Path
         run,
         {run.resolve().name: run},
         [(None, statistics)],
+        frame,
         statistics,
         drawn,
         title=run.resolve().name,
         paper=paper,
-        several_seeds=frame["seed"].nunique() > 1,
         notes=[],
         differing=[],
     )
@@ -127,11 +127,11 @@ def write_comparison(
         out,
         named,
         [(group.label, part) for group, (_, part) in zip(groups, parts, strict=True)],
+        frame,
         statistics,
         draw_runs(frame, statistics, out / "figures"),
         title=", ".join(named),
         paper=False,
-        several_seeds=frame["seed"].nunique() > 1,
         notes=grouping_notes(groups),
         differing=[
             difference_table(name, title, list(named), differences(named, file))
@@ -147,43 +147,53 @@ def _write_page(
     out: Path,
     named: Mapping[str, Path],
     parts: Sequence[tuple[str | None, Mapping[str, Any]]],
+    frame: pd.DataFrame,
     statistics: Mapping[str, Any],
     drawn: tuple[list["Drawing"], list[str]],
     **content: Any,
 ) -> Path:
     """Write the page; `named` maps labels to run folders, `parts` labels to statistics."""
     drawings, not_drawn = drawn
+    unfinished = list(_unfinished(named))
+    series = series_of(statistics)
+    figures = figure_data(frame, statistics["effects"])
+    chunks = Chunks()
+    index = {
+        "experiments": [{"title": entry["title"], "chunk": chunks.add(entry)} for entry in figures],
+        "looks": looks([name for entry in figures for name in entry["conditions"]]),
+        "training": chunks.add(training_data({k: training_log(run) for k, run in named.items()})),
+    }
+    texts = transcripts(named, chunks)
+    vega = vega_script()
     page = render(
-        groups=[
+        groups=[_first_screen(label, part, unfinished) for label, part in parts],
+        experiments=[
             {
-                "label": label,
-                "summary": summary(part),
-                "caveats": caveats(part),
-                "verdicts": verdicts(part),
+                "name": entry["name"],
+                "title": entry["title"],
+                "tables": experiment_tables(
+                    statistics, entry["name"], [s for s in series if s.experiment == entry["name"]]
+                ),
             }
-            for label, part in parts
+            for entry in figures
         ],
-        unfinished=list(_unfinished(named)),
-        figures=[
-            {
-                "title": drawing.title,
-                "alt": drawing.alt,
-                "name": drawing.name,
-                "source": _embedded(out / "figures" / f"{drawing.name}.svg"),
-            }
-            for drawing in drawings
-        ],
-        not_drawn=not_drawn,
-        tables=[
-            *result_tables(statistics),
-            comparison_table(statistics),
-            *trend_tables(statistics),
-            *category_tables(statistics),
-            left_out_table(
-                statistics, [job for run in named.values() for job in _left_out_of_feedback(run)]
+        main=next(
+            (
+                {"alt": drawing.alt, "source": _embedded(out / "figures" / f"{drawing.name}.svg")}
+                for drawing in drawings
             ),
-        ],
-        transcripts=transcripts(named),
+            None,
+        ),
+        drawings=drawings,
+        not_drawn=not_drawn,
+        left_out=left_out_table(
+            statistics, [job for run in named.values() for job in _left_out_of_feedback(run)]
+        ),
+        interval=statistics["about"]["interval"],
+        transcripts=texts,
+        index=htmlsafe_json_dumps({**index, "transcripts": texts.runs}),
+        chunks=chunks.texts,
+        vega=None if vega is None else Markup(vega),
         about=statistics["about"],
         runs=[
             {
@@ -198,6 +208,20 @@ def _write_page(
     path = out / "report.html"
     write_text(path, page)
     return path
+
+
+def _first_screen(
+    label: str | None, statistics: Mapping[str, Any], unfinished: Sequence[str]
+) -> dict[str, Any]:
+    """Return the verdict, the table and the cautions of one run."""
+    series = series_of(statistics)
+    of_run = [line for line in unfinished if label is None or line.startswith(f"{label} ")]
+    return {
+        "label": label,
+        "verdict": verdict(series),
+        "table": summary_table(series),
+        "cautions": cautions(series, statistics["missing"], of_run),
+    }
 
 
 def _unfinished(named: Mapping[str, Path]) -> Iterable[str]:

@@ -2,7 +2,9 @@
 
 A fixed number of items per experiment, spread over its categories, each with all checkpoints,
 conditions, orders of the options and draws. Texts are cut at a stated length, and their control and
-bidi characters are escaped. The data is JSON in the page, which the script shows as text only.
+bidi characters are escaped. The page holds the data as compressed chunks, one for the questions of
+an experiment and one for the answers of each training run, which the script loads when they are
+looked at and shows as text only.
 """
 
 import itertools
@@ -15,8 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from jinja2.utils import htmlsafe_json_dumps
-from markupsafe import Markup
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
 from selfcorrect.evaluate.experiments.base import condition_rank
@@ -24,14 +24,16 @@ from selfcorrect.evaluate.measuring.cell_files import read_settings, read_table
 from selfcorrect.evaluate.measuring.plan import PlannedCell
 from selfcorrect.evaluate.measuring.run import recipe_plan
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE
+from selfcorrect.evaluate.report.chunks import Chunks
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
 from selfcorrect.recipes.load import load_recipe
 
-NUM_ITEMS = 40  # per experiment
+NUM_ITEMS = 100  # per experiment
+MOST_ANSWERS = 150_000  # per run and experiment; with more files, fewer items are shown
 TEXT_LENGTH = 2000  # characters shown of a text
-BUDGET = 8_000_000  # characters of JSON in the page; with more, fewer items are shown
+BUDGET = 3_000_000  # characters of compressed data in the page; beyond it, fewer items are shown
 
 # Columns of every experiment's rows; the other columns are facts of the item.
 _ANSWER = frozenset(
@@ -45,13 +47,10 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True)
 class Transcripts:
-    """Notes on which transcripts are shown, and their data (None: nothing to show).
-
-    `data` is JSON in which no character can end a script element.
-    """
+    """Notes on which transcripts are shown, and their index: an entry per run, with its chunks."""
 
     notes: list[str]
-    data: Markup | None
+    runs: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -66,71 +65,91 @@ class _EvaluationFile:
     def cell(self) -> tuple[str, str]:
         return self.settings["experiment"], self.settings["condition"]
 
+    @property
+    def job(self) -> tuple[str, int]:
+        return self.record.model, self.record.seed
+
 
 @dataclass
 class _Texts:
-    """Every distinct text of the page once; rows and items refer to it by its index."""
+    """Every distinct text of a chunk once; rows and items refer to it by its index."""
 
     indices: dict[str, int] = field(default_factory=dict)
 
     def index(self, text: object) -> int:
         return self.indices.setdefault(escape_controls(str(text)[:TEXT_LENGTH]), len(self.indices))
 
-    def shortened(self, text: str, length: int | None = None) -> list[int]:
+    def shortened(self, text: str) -> list[int]:
         """Return the index of the text's start, and the text's length if it is cut."""
-        length = len(text) if length is None else length
-        return [self.index(text), *([length] if length > TEXT_LENGTH else [])]
+        return [self.index(text), *([len(text)] if len(text) > TEXT_LENGTH else [])]
 
 
 def transcripts(
-    named: Mapping[str, Path], num_items: int = NUM_ITEMS, budget: int = BUDGET
+    named: Mapping[str, Path], chunks: Chunks, num_items: int = NUM_ITEMS, budget: int = BUDGET
 ) -> Transcripts:
-    """Return the transcripts of some runs: `num_items` per experiment, fewer above the budget.
+    """Add the transcripts of some runs to `chunks`: `num_items` per experiment, or fewer.
 
     `named` maps labels to run folders. Each run has its own items, since runs may have been asked
     different ones; the runs share the budget. Raises InputError for a folder that is not a run, and
     for a damaged file.
     """
     labels_by_note: dict[str, list[str]] = {}
-    runs: list[Markup] = []
+    runs = []
     for label, run in named.items():
-        run_notes, data = _run_transcripts(run, num_items, budget // len(named))
-        for note in run_notes:
+        notes, experiments = _run_transcripts(run, chunks, num_items, budget // len(named))
+        for note in notes:
             labels_by_note.setdefault(note, []).append(label)
-        if data is not None:
-            name = htmlsafe_json_dumps(escape_controls(label))
-            runs.append(Markup('{"run": %s, "data": %s}') % (Markup(name), data))
+        if experiments:
+            runs.append({"run": escape_controls(label), "experiments": experiments})
     notes = [
         f"{', '.join(labels)}: {note}" if len(named) > 1 else note
         for note, labels in labels_by_note.items()
     ]
-    return Transcripts(notes, Markup("[%s]") % Markup(", ").join(runs) if runs else None)
+    return Transcripts(notes, runs)
 
 
-def _run_transcripts(run: Path, num_items: int, budget: int) -> tuple[list[str], Markup | None]:
+def _run_transcripts(
+    run: Path, chunks: Chunks, num_items: int, budget: int
+) -> tuple[list[str], list[dict[str, Any]]]:
     files = [
         _EvaluationFile(path, read_settings(path), checkpoint.record)
         for checkpoint in find_checkpoints(run)
         for path in sorted(checkpoint.evaluation.glob("*.parquet"))
     ]
-    chosen = {
-        name: _choose([file.path for file in files if file.cell[0] == name], num_items)
+    by_experiment = {
+        name: [file for file in files if file.cell[0] == name]
         for name in EXPERIMENTS
         if any(file.cell[0] == name for file in files)
     }
-    if not chosen:
-        return ["Nothing has been evaluated."], None
+    if not by_experiment:
+        return ["Nothing has been evaluated."], []
+    chosen = {
+        name: _choose(
+            [file.path for file in of_experiment],
+            max(1, min(num_items, MOST_ANSWERS // len(of_experiment))),
+        )
+        for name, of_experiment in by_experiment.items()
+    }
     asked, problems = _asked(run, files, chosen)
-    rows = {file.path: _rows(file.path, chosen[file.cell[0]]) for file in files}
-    while True:
-        data = htmlsafe_json_dumps(_data(files, rows, chosen, asked))
-        if len(data) <= budget:
-            break
-        if max(map(len, chosen.values())) == 1:
-            note = "There are too many checkpoints and conditions to show transcripts on this page"
-            return [f"{note}; all answers are in the evaluation files."], None
-        chosen = {name: items[: max(1, len(items) // 2)] for name, items in chosen.items()}
-    return [_selection_note(files, chosen), *problems], data
+    experiments = []
+    for name, of_experiment in by_experiment.items():
+        before, num_chunks = chunks.size, len(chunks.texts)
+        while True:
+            entry = _experiment(name, of_experiment, chosen[name], asked, chunks)
+            if chunks.size - before <= budget / len(by_experiment):
+                experiments.append(entry)
+                break
+            del chunks.texts[num_chunks:]
+            if len(chosen[name]) == 1:
+                title = get_experiment(name).title
+                problems.append(
+                    f"There are too many checkpoints and conditions to show transcripts of {title} "
+                    "on this page; all answers are in the evaluation files."
+                )
+                break
+            chosen[name] = chosen[name][: len(chosen[name]) // 2]
+    shown = {entry["name"]: chosen[entry["name"]] for entry in experiments}
+    return [*([_selection_note(files, shown)] if shown else []), *problems], experiments
 
 
 def _selection_note(files: Sequence[_EvaluationFile], chosen: Mapping[str, Sequence[str]]) -> str:
@@ -227,74 +246,78 @@ def _turns(cell: PlannedCell, items: set[str]) -> dict[str, dict[str, list[tuple
 # --- answers ------------------------------------------------------------------------
 
 
-def _rows(path: Path, items: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Return the file's rows of some items, by item."""
+def _experiment(
+    name: str,
+    files: Sequence[_EvaluationFile],
+    items: Sequence[str],
+    asked: _Questions,
+    chunks: Chunks,
+) -> dict[str, Any]:
+    """Add one experiment's questions and answers to `chunks`; return its entry of the index."""
+    conditions = sorted({file.cell[1] for file in files}, key=condition_rank)
+    by_job: dict[tuple[str, int], list[_EvaluationFile]] = {}
+    for file in files:
+        by_job.setdefault(file.job, []).append(file)
+    facts: dict[str, Mapping[str, Any]] = {}  # by item, in the files' order
+    jobs = []
+    for (model, seed), of_job in by_job.items():
+        texts, answers = _Texts(), dict[str, list[Any]]()
+        for file in of_job:
+            place = [file.record.step, conditions.index(file.cell[1])]
+            for row in _rows(file.path, items):
+                facts.setdefault(row["item"], row)
+                answers.setdefault(row["item"], []).append([*place, *_answer(row, texts)])
+        content = {"texts": list(texts.indices), "items": list(answers.values())}
+        # Items are named by their place in the questions, which is known only after all jobs.
+        jobs.append((model, seed, of_job, list(answers), content))
+    texts = _Texts()
+    questions = [_question(name, facts[item], conditions, asked, texts) for item in facts]
+    place_of = {item: place for place, item in enumerate(facts)}
+    return {
+        "name": name,
+        "title": get_experiment(name).title,
+        "conditions": [escape_controls(condition) for condition in conditions],
+        "categories": sorted({escape_controls(row["category"]) for row in facts.values()}),
+        "questions": chunks.add(
+            {"sample": SAMPLE, "texts": list(texts.indices), "items": questions}
+        ),
+        "jobs": [
+            {
+                "model": escape_controls(model),
+                "seed": seed,
+                "steps": sorted({file.record.step for file in of_job}),
+                "chunk": chunks.add({**content, "places": [place_of[item] for item in answered]}),
+            }
+            for model, seed, of_job, answered, content in jobs
+        ],
+    }
+
+
+def _rows(path: Path, items: Sequence[str]) -> list[dict[str, Any]]:
     table = read_table(path, None)
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for row in table.filter(pc.is_in(table["item"], value_set=pa.array(items))).to_pylist():
-        samples = row.get("samples")
-        # Keep only the start of a text and its length in memory.
-        row["samples"] = samples and [(text[:TEXT_LENGTH], len(text)) for text in samples]
-        rows.setdefault(row["item"], []).append(row)
+    rows: list[dict[str, Any]] = table.filter(
+        pc.is_in(table["item"], value_set=pa.array(items))
+    ).to_pylist()
     return rows
 
 
-def _data(
-    files: Sequence[_EvaluationFile],
-    rows: Mapping[Path, Mapping[str, list[dict[str, Any]]]],
-    chosen: Mapping[str, Sequence[str]],
+def _question(
+    name: str,
+    row: Mapping[str, Any],
+    conditions: Sequence[str],
     asked: _Questions,
+    texts: _Texts,
 ) -> dict[str, Any]:
-    """Return the data that page.js reads."""
-    texts = _Texts()
-    models = list(dict.fromkeys((f.record.model, f.record.seed) for f in files))
-    experiments = []
-    for name, items in chosen.items():
-        of_experiment = [file for file in files if file.cell[0] == name]
-        conditions = sorted({file.cell[1] for file in of_experiment}, key=condition_rank)
-        shown = []
-        position = {item: index for index, item in enumerate(rows[of_experiment[0].path])}
-        for item in sorted(items, key=lambda item: position.get(item, len(position))):
-            answers = [
-                (models.index((file.record.model, file.record.seed)), file, row)
-                for file in of_experiment
-                for row in rows[file.path].get(item, [])
-            ]
-            first = answers[0][2]
-            shown.append(
-                {
-                    "id": texts.index(item),
-                    "category": texts.index(first["category"]),
-                    "facts": _facts(first, texts),
-                    "tags": _tags(first),
-                    "asked": [
-                        _dialogues(asked.get((name, condition), {}).get(item, {}), texts)
-                        for condition in conditions
-                    ],
-                    "answers": [
-                        [
-                            model,
-                            file.record.step,
-                            conditions.index(file.cell[1]),
-                            *_answer(row, texts),
-                        ]
-                        for model, file, row in answers
-                    ],
-                }
-            )
-        experiments.append(
-            {
-                "title": texts.index(get_experiment(name).title),
-                "conditions": [texts.index(condition) for condition in conditions],
-                "items": shown,
-            }
-        )
-    labels = [f"{model}, seed {seed}" for model, seed in models]
     return {
-        "sample": SAMPLE,
-        "models": [texts.index(label) for label in labels],
-        "experiments": experiments,
-        "texts": list(texts.indices),
+        "id": texts.index(row["item"]),
+        "category": texts.index(row["category"]),
+        "facts": _facts(row, texts),
+        "tags": _tags(row),
+        "raises": get_experiment(name).raising_option(row),
+        "asked": [
+            _dialogues(asked.get((name, condition), {}).get(row["item"], {}), texts)
+            for condition in conditions
+        ],
     }
 
 
@@ -320,7 +343,7 @@ def _answer(row: Mapping[str, Any], texts: _Texts) -> list[Any]:
         row["probabilities"] and [_rounded(value) for value in row["probabilities"]],
         first if row["probabilities"] and row["logprobs"].count(top) == 1 else None,
         _rounded(row["mass"]),
-        row["samples"] and [texts.shortened(start, length) for start, length in row["samples"]],
+        row["samples"] and [texts.shortened(text) for text in row["samples"]],
         row.get("truncated"),
     ]
 

@@ -1,6 +1,6 @@
 """The transcript browser's data: complete items, bounded in size, with the questions asked."""
 
-import json
+import re
 from itertools import pairwise
 
 import pyarrow.parquet as pq
@@ -8,6 +8,7 @@ import pytest
 
 from selfcorrect.evaluate.measuring.measure import measure
 from selfcorrect.evaluate.measuring.run import recipe_plan
+from selfcorrect.evaluate.report.chunks import Chunks, unpack
 from selfcorrect.evaluate.report.transcripts import TEXT_LENGTH, _choose, transcripts
 from selfcorrect.evaluate.run_folder import CheckpointRecord
 from selfcorrect.recipes.load import load_recipe, save_recipe
@@ -55,15 +56,28 @@ def measured(tmp_path_factory):
 
 
 def transcripts_of(run, **options):
-    return transcripts({"run": run}, **options)
+    """Return the transcripts with their chunks in place, and the chunks' size."""
+    chunks = Chunks()
+    shown = transcripts({"run": run}, chunks, **options)
+    data = [unpack(text) for text in chunks.texts]
+    for part in shown.runs:
+        for experiment in part["experiments"]:
+            experiment["questions"] = data[experiment["questions"]]
+            for job in experiment["jobs"]:
+                job["chunk"] = data[job["chunk"]]
+    return shown, chunks.size
 
 
 def load(shown):
-    """Return the data of the only run."""
-    assert shown.data is not None
-    (run,) = json.loads(str(shown.data))
+    """Return the experiments of the only run."""
+    (run,) = shown[0].runs
     assert run["run"] == "run"
-    return run["data"]
+    return run["experiments"]
+
+
+def answers_of(job, place):
+    """Return a job's answers to the item at `place` of the questions."""
+    return dict(zip(job["chunk"]["places"], job["chunk"]["items"], strict=True))[place]
 
 
 def words(data, entry):
@@ -71,28 +85,32 @@ def words(data, entry):
 
 
 def test_items_have_all_answers_of_the_files(recorded):
-    data = load(transcripts_of(recorded, num_items=6))
-    assert [words(data, e["title"]) for e in data["experiments"]] == [
-        "BBQ", "Winogender", "Law school admission",
+    experiments = load(transcripts_of(recorded, num_items=6))
+    assert [e["title"] for e in experiments] == ["BBQ", "Winogender", "Law school admission"]
+    bbq = experiments[0]
+    assert bbq["conditions"] == ["Q", "Q+IF", "Q+IF+CoT"]
+    nano, small = bbq["jobs"]
+    assert [(job["model"], job["seed"], job["steps"]) for job in (nano, small)] == [
+        ("nano", 0, [0, 2]), ("small", 0, [0, 2])
     ]  # fmt: skip
-    assert [words(data, label) for label in data["models"]] == ["nano, seed 0", "small, seed 0"]
-    bbq = data["experiments"][0]
-    assert [words(data, name) for name in bbq["conditions"]] == ["Q", "Q+IF", "Q+IF+CoT"]
-    assert len(bbq["items"]) == 6
-    keys = [(m, step, c) for m in range(2) for step in (0, 2) for c in range(3)]
-    for item in bbq["items"]:
-        assert sorted(tuple(answer[:3]) for answer in item["answers"]) == keys
+    items = bbq["questions"]["items"]
+    assert len(items) == 6
     path = recorded / "small/seed-0/ppo/checkpoint-2/evaluation/bbq.Q+IF.parquet"
     rows = {row["item"]: row for row in pq.read_table(path).to_pylist()}
-    for item in bbq["items"]:
-        row = rows[words(data, item["id"])]
-        (answer,) = [a for a in item["answers"] if a[:3] == [1, 2, 1]]
-        order, draw, options, chances, chosen, mass, samples, truncated = answer[3:]
+    for place, item in enumerate(items):
+        for job in (nano, small):
+            keys = sorted(tuple(answer[:2]) for answer in answers_of(job, place))
+            assert keys == [(step, condition) for step in (0, 2) for condition in range(3)]
+        row = rows[words(bbq["questions"], item["id"])]
+        (answer,) = [a for a in answers_of(small, place) if a[:2] == [2, 1]]
+        order, draw, options, chances, chosen, mass, samples, truncated = answer[2:]
         assert (order, draw, mass, samples, truncated) == ("012", 0, 0.9, None, None)
-        assert [words(data, option) for option in options] == row["options"]
+        assert [words(small["chunk"], option) for option in options] == row["options"]
         assert chances == [round(chance, 4) for chance in row["probabilities"]]
         assert chosen == max(range(3), key=row["probabilities"].__getitem__)
         assert "right" in item["tags"][str(row["label"])]
+        raises = row["stereotyped"] if row["context"] == "ambiguous" else None
+        assert item["raises"] == raises
 
 
 def test_items_are_spread_over_categories(recorded):
@@ -122,26 +140,24 @@ def test_items_of_most_files_come_first(tmp_path):
 
 def test_questions_by_order_of_options(measured):
     shown = transcripts_of(measured)
-    assert len(shown.notes) == 1
-    data = load(shown)
-    bbq, _, law = data["experiments"]
-    cot = [words(data, name) for name in bbq["conditions"]].index("Q+IF+CoT")
-    for item in bbq["items"]:
+    assert len(shown[0].notes) == 1
+    bbq, _, law = load(shown)
+    questions, (job,) = bbq["questions"], bbq["jobs"]
+    cot = bbq["conditions"].index("Q+IF+CoT")
+    for place, item in enumerate(questions["items"]):
         orders = [order for order, _ in item["asked"][cot]]
         assert orders == ["012", "120", "201"]
-        answers = [a for a in item["answers"] if a[2] == cot]
-        assert [(a[3], a[4]) for a in answers] == [(o, d) for o in orders for d in (0, 1)]
-        assert all(len(a[9]) == 1 for a in answers)
+        answers = [a for a in answers_of(job, place) if a[1] == cot]
+        assert [(a[2], a[3]) for a in answers] == [(o, d) for o in orders for d in (0, 1)]
+        assert all(len(a[8]) == 1 for a in answers)
         for order, turns in item["asked"][cot]:
             assert [role for role, *_ in turns] == ["human", "assistant"] * 2
-            assert words(data, turns[1][1]).endswith(data["sample"])
-            (options,) = {tuple(map(str, a[5])) for a in answers if a[3] == order}
-            options_text = [data["texts"][int(o.strip("[]"))].strip() for o in options]
-            question = words(data, turns[0][1])
-            assert (
-                sorted(options_text, key=question.rindex) == options_text
-            )  # in the order that was asked
-    assert all(len(item["asked"][0]) == 1 for item in law["items"])
+            assert words(questions, turns[1][1]).endswith(questions["sample"])
+            options = next(a[4] for a in answers if a[2] == order)
+            texts = [words(job["chunk"], option).strip() for option in options]
+            question = words(questions, turns[0][1])
+            assert sorted(texts, key=question.rindex) == texts  # in the order that was asked
+    assert all(len(item["asked"][0]) == 1 for item in law["questions"]["items"])
 
 
 def test_questions_of_a_changed_recipe_are_not_shown(measured, tmp_path):
@@ -152,15 +168,15 @@ def test_questions_of_a_changed_recipe_are_not_shown(measured, tmp_path):
         shown = transcripts_of(measured)
     finally:
         (measured / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    assert "bbq Q, bbq Q+IF, bbq Q+IF+CoT are not shown" in shown.notes[1]
-    bbq, winogender, _ = load(shown)["experiments"]
-    assert not any(any(item["asked"]) for item in bbq["items"])
-    assert all(all(item["asked"]) for item in winogender["items"])
+    assert "bbq Q, bbq Q+IF, bbq Q+IF+CoT are not shown" in shown[0].notes[1]
+    bbq, winogender, _ = (experiment["questions"]["items"] for experiment in load(shown))
+    assert not any(any(item["asked"]) for item in bbq)
+    assert all(all(item["asked"]) for item in winogender)
 
 
 def test_unreadable_recipe(recorded):
     """The note gives the reason, without the folder."""
-    _, note = transcripts_of(recorded).notes
+    _, note = transcripts_of(recorded)[0].notes
     assert "cannot be shown: recipe.yaml: " in note
     assert str(recorded.parent) not in note
 
@@ -173,17 +189,25 @@ def test_hostile_texts_are_cut_and_escaped(tmp_path):
     rows[0]["samples"] = [HOSTILE + "\u2028</script><!--" * 70_000, "second"]
     changed = type(table).from_pylist(rows, schema=table.schema)
     pq.write_table(changed, path)
-    shown = transcripts_of(run)
-    assert "<" not in str(shown.data) and "\u2028" not in str(shown.data)
-    data = load(shown)
-    (item,) = [i for i in data["experiments"][0]["items"] if words(data, i["id"]) == "Age/0"]
-    (answer,) = [a for a in item["answers"] if a[2] == 2]
-    long, second = answer[9]
+    bbq = load(transcripts_of(run))[0]
+    places = [words(bbq["questions"], item["id"]) for item in bbq["questions"]["items"]]
+    (job,) = bbq["jobs"]
+    (answer,) = [a for a in answers_of(job, places.index("Age/0")) if a[1] == 2]
+    long, second = answer[8]
     assert long[1] == len(HOSTILE) + 14 * 70_000 > 900_000
-    assert words(data, long).startswith("<script>document.title='taken'</script>⟨U+202E⟩txet")
-    assert "⟨U+0007⟩" in words(data, long) and "⟨U+2028⟩" in words(data, long)
-    assert len(words(data, long)) < 2 * TEXT_LENGTH
-    assert len(second) == 1 and words(data, second) == "second"
+    text = words(job["chunk"], long)
+    assert text.startswith("<script>document.title='taken'</script>⟨U+202E⟩txet")
+    assert "⟨U+0007⟩" in text and "⟨U+2028⟩" in text
+    assert len(text) < 2 * TEXT_LENGTH
+    assert len(second) == 1 and words(job["chunk"], second) == "second"
+
+
+def test_chunks_are_no_markup():
+    """Whatever a chunk holds, in the page it consists of letters, digits and +/=."""
+    chunks = Chunks()
+    chunks.add(["</script><!--", "\u2028", HOSTILE])
+    assert re.fullmatch("[A-Za-z0-9+/=]+", chunks.texts[0])
+    assert unpack(chunks.texts[0]) == ["</script><!--", "\u2028", HOSTILE]
 
 
 def test_undefined_probabilities_and_ties(tmp_path):
@@ -194,36 +218,43 @@ def test_undefined_probabilities_and_ties(tmp_path):
     rows[0] |= {"probabilities": None, "logprobs": [float("-inf")] * 2, "mass": 0.0}
     rows[1] |= {"probabilities": [0.5, 0.5], "logprobs": [-1.0, -1.0]}
     pq.write_table(type(table).from_pylist(rows, schema=table.schema), path)
-    data = load(transcripts_of(run, num_items=100))
-    law = data["experiments"][2]
-    answers = {words(data, i["id"]): a for i in law["items"] for a in i["answers"] if a[2] == 0}
+    law = load(transcripts_of(run, num_items=100))[2]
+    (job,) = law["jobs"]
+    answers = {
+        words(law["questions"], item["id"]): a
+        for place, item in enumerate(law["questions"]["items"])
+        for a in answers_of(job, place)
+        if a[1] == 0
+    }
     first, second = answers[rows[0]["item"]], answers[rows[1]["item"]]
-    assert (first[6], first[7], first[8]) == (None, None, 0.0)
-    assert (second[6], second[7]) == ([0.5, 0.5], None)
+    assert (first[5], first[6], first[7]) == (None, None, 0.0)
+    assert (second[5], second[6]) == ([0.5, 0.5], None)
 
 
 def test_budget_limits_the_number_of_items(recorded):
-    budget = 30_000
-    assert len(str(transcripts_of(recorded).data)) > budget
-    shown = transcripts_of(recorded, budget=budget)
-    assert len(str(shown.data)) <= budget
-    for experiment, name in zip(load(shown)["experiments"], ("BBQ", "Winogender"), strict=False):
-        assert f"{name}: {len(experiment['items'])} of " in shown.notes[0]
-    nothing = transcripts_of(recorded, budget=100)
-    assert nothing.data is None and "too many checkpoints and conditions" in nothing.notes[0]
+    _, size = transcripts_of(recorded)
+    budget = size // 2
+    shown, smaller = transcripts_of(recorded, budget=budget)
+    assert smaller <= budget
+    for experiment in load((shown, smaller)):
+        number = len(experiment["questions"]["items"])
+        assert f"{experiment['title']}: {number} of " in shown.notes[0]
+    nothing, size = transcripts_of(recorded, budget=100)
+    assert nothing.runs == [] and size == 0
+    assert any("too many checkpoints and conditions" in note for note in nothing.notes)
 
 
 def test_several_runs_share_the_budget(recorded, measured):
     named = {"a <b>\u202e": recorded, "second": measured}
-    shown = transcripts(named)
-    data = json.loads(str(shown.data))
-    assert [one["run"] for one in data] == ["a <b>⟨U+202E⟩", "second"]
-    assert "<" not in str(shown.data)
-    alone = load(transcripts_of(measured))
-    assert data[1]["data"] == alone
+    chunks = Chunks()
+    shown = transcripts(named, chunks)
+    assert [part["run"] for part in shown.runs] == ["a <b>⟨U+202E⟩", "second"]
     assert [note.split(":")[0] for note in shown.notes] == ["a <b>\u202e"] * 2 + ["second"]
-    budget = 150_000
-    assert len(str(transcripts(named, budget=budget).data)) <= budget + 100
-    assert len(str(shown.data)) > budget
-    twice = transcripts({"a": recorded, "b": recorded})
+    alone = Chunks()
+    transcripts({"second": measured}, alone)
+    assert chunks.texts[-len(alone.texts) :] == alone.texts
+    half = Chunks()
+    transcripts(named, half, budget=chunks.size // 2)
+    assert half.size <= chunks.size // 2
+    twice = transcripts({"a": recorded, "b": recorded}, Chunks())
     assert [note.split(":")[0] for note in twice.notes] == ["a, b"] * 2  # said once

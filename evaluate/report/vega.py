@@ -1,0 +1,30 @@
+"""Vega, Vega-Lite and vega-embed as one script, from the package vl-convert-python."""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from selfcorrect.recipes.foundation.atomic_files import write_text
+
+
+def vega_script() -> str | None:
+    """Return the script to inline; None where vl-convert-python is not installed.
+
+    Bundling takes seconds, so the result is kept in the user's cache folder by version.
+    """
+    try:
+        import vl_convert
+    except ImportError:
+        return None
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selfcorrect"
+    path = folder / f"vega-{version('vl-convert-python')}.js"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        script: str = vl_convert.javascript_bundle()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, script)
+    except OSError:
+        pass  # a read-only home: bundle again next time
+    return script
