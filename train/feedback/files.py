@@ -122,7 +122,10 @@ def _cut_row(path: Path) -> str | None:
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, delimiter=separator)
-            columns = len(next(reader, []))
+            header = next(reader, [])
+            columns = len(header)
+            if twice := [name for name in header if header.count(name) > 1]:
+                return f"column {twice[0]!r} appears twice; keep one"
             for fields in reader:
                 where = f"line {reader.line_num}"
                 if len(fields) not in (0, columns):

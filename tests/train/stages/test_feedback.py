@@ -11,14 +11,24 @@ import datasets
 import pandas as pd
 import pytest
 
+from selfcorrect.evaluate.prompts.dialogue import AUTO
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Data, Source
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
-from selfcorrect.train.feedback.feedback import load_feedback, pair_ids, render_prompt
+from selfcorrect.train.feedback.feedback import load_feedback, pair_ids
+from selfcorrect.train.ppo.prompts import policy_prompt_ids
 
 USER = {"role": "user", "content": "What is it?"}
+LAKE = {"role": "assistant", "content": "A lake."}
+NO = {"role": "assistant", "content": "No."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+WRITTEN = {
+    "chosen": "\n\nHuman: What is it?\n\nAssistant: A lake.",
+    "rejected": "\n\nHuman: What is it?\n\nAssistant: No.",
+}
+WHOLE = {"chosen": [USER, LAKE], "rejected": [USER, NO]}
 SHAPES = {
     "text": {
         "chosen": "\n\nHuman: What is it?\n\nAssistant: A lake.",
@@ -53,7 +63,51 @@ SHAPES = {
         "score_chosen": 8.5,
         "score_rejected": 7.0,
     },
+    "whole HH dialogues beside their prompt": {"prompt": "What is it?", **WRITTEN},
+    "whole HH dialogues beside an HH prompt": {"prompt": "\n\nHuman: What is it?", **WRITTEN},
+    "whole HH dialogues beside an open HH prompt": {
+        "prompt": "\n\nHuman: What is it?\n\nAssistant:",
+        **WRITTEN,
+    }
+    | {"chosen": "\n\nHuman: What is it? \n\nAssistant: A lake."},
+    "whole HH dialogues beside a list of messages": {"prompt": [USER], **WRITTEN},
+    "whole HH dialogues beside blanks": {"prompt": " \n", **WRITTEN},
+    "an answer that names its speaker": {
+        "prompt": "What is it?",
+        "chosen": "\n\nAssistant: A lake.",
+        "rejected": "Assistant: No.",
+    },
+    "HH without the first blank line": {side: text.strip("\n") for side, text in WRITTEN.items()},
+    "HH with Windows line ends": {
+        side: text.replace("\n", "\r\n") for side, text in WRITTEN.items()
+    },
+    "turns on new lines": {
+        side: text.strip("\n").replace("\n\n", "\n") for side, text in WRITTEN.items()
+    },
+    "a prompt of turns on new lines": {
+        "prompt": "Human: What is it?\nAssistant:",
+        "chosen": "Human: What is it?\nAssistant: A lake.",
+        "rejected": "Human: What is it?\nAssistant: No.",
+    },
+    "messages beside a prompt in messages": {"prompt": [USER], **WHOLE},
+    "messages beside an HH prompt": {"prompt": "\n\nHuman: What is it?", **WHOLE},
+    "messages beside the prompt in a format of its own": {
+        "prompt": "<|user|>\nWhat is it?</s>\n<|assistant|>",
+        **WHOLE,
+    },
+    "one side whole, the other an answer": {
+        "prompt": "What is it?",
+        "chosen": WRITTEN["chosen"],
+        "rejected": [NO],
+    },
+    "texts that repeat the prompt": {
+        "prompt": "What is it?",
+        "chosen": "What is it? A lake.",
+        "rejected": "What is it?\nNo.",
+    },
 }
+OPEN = [USER, {"role": "assistant", "content": "It is"}]
+LONG = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
 
 
 def write_rows(path: Path, rows: list[dict]) -> Data:
@@ -67,6 +121,97 @@ def test_pair_formats_give_the_same_prompt_and_answers(tmp_path: Path, shape: st
     (pair,) = load_feedback(data, 0).preferences
     assert (list(pair.prompt), pair.chosen, pair.rejected) == ([USER], "A lake.", "No.")
     assert load_feedback(data, 0).prompts == [[USER]]
+
+
+def test_answers_that_begin_with_their_prompt_in_some_rows_only_are_answers(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Hi", "chosen": "Hi there.", "rejected": "Hi, you."},
+        {"prompt": "What is it?", "chosen": "What is it? A lake.", "rejected": "No."},
+    ]
+    first, second = load_feedback(write_rows(tmp_path / "pairs.jsonl", rows), 0).preferences
+    assert (first.chosen, first.rejected) == ("Hi there.", "Hi, you.")
+    assert (second.chosen, second.rejected) == ("What is it? A lake.", "No.")
+    rows = [{"prompt": "Hi", "chosen": "Hit me.", "rejected": "Hi you."}]  # another word
+    (pair,) = load_feedback(write_rows(tmp_path / "pairs.jsonl", rows), 0).preferences
+    assert (pair.chosen, pair.rejected) == ("Hit me.", "Hi you.")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": OPEN, "chosen": " a lake.", "rejected": " no."},
+        {
+            "prompt": OPEN,
+            "chosen": [USER, {"role": "assistant", "content": "It is a lake."}],
+            "rejected": [USER, {"role": "assistant", "content": "It is no."}],
+        },
+        {
+            "prompt": "\n\nHuman: What is it?\n\nAssistant: It is",
+            "chosen": "\n\nHuman: What is it?\n\nAssistant: It is a lake.",
+            "rejected": "\n\nHuman: What is it?\n\nAssistant: It is no.",
+        },
+    ],
+)
+def test_dialogue_that_completes_the_open_turn_of_its_prompt(tmp_path: Path, row: dict) -> None:
+    (pair,) = load_feedback(write_rows(tmp_path / "pairs.jsonl", [row]), 0).preferences
+    assert (list(pair.prompt), pair.chosen, pair.rejected) == (OPEN, " a lake.", " no.")
+
+
+@pytest.mark.parametrize("prompt", [[USER], "What is it?", [*LONG, USER], None])
+def test_prompt_that_holds_the_last_question_of_a_longer_dialogue(
+    tmp_path: Path, prompt: object
+) -> None:
+    row = {"prompt": prompt, "chosen": [*LONG, USER, LAKE], "rejected": [*LONG, USER, NO]}
+    (pair,) = load_feedback(write_rows(tmp_path / "pairs.jsonl", [row]), 0).preferences
+    assert (list(pair.prompt), pair.chosen, pair.rejected) == ([*LONG, USER], "A lake.", "No.")
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "What is it?", "chosen": "A lake.", "rejected": "No."},
+        {"prompt": "What is it?", **WRITTEN},
+        {"prompt": [SYSTEM, USER], "chosen": [LAKE], "rejected": [NO]},
+        {"prompt": [SYSTEM, USER], **WHOLE},
+        {"prompt": "What is it?", **WHOLE},
+        WHOLE,
+        {"chosen": [SYSTEM, USER, LAKE], "rejected": [USER, NO]},
+    ],
+)
+def test_system_message_in_a_column(tmp_path: Path, row: dict, column: str) -> None:
+    rows = [{**row, column: "Be brief."}]
+    (pair,) = load_feedback(write_rows(tmp_path / "pairs.jsonl", rows), 0).preferences
+    assert list(pair.prompt) == [{"role": "user", "content": "Be brief.\n\nWhat is it?"}]
+    assert (pair.chosen, pair.rejected) == ("A lake.", "No.")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "What is it?", column: "Be brief."}) + "\n")
+    assert prompts(tmp_path, path) == [list(pair.prompt)]
+
+
+def test_pairs_with_equal_sides_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    equal = [
+        {"prompt": "What is it?", "chosen": "A lake.", "rejected": " A lake.\n"},
+        {"chosen": WRITTEN["chosen"], "rejected": f"{WRITTEN['chosen']}  "},
+        {"prompt": [USER], "chosen": [LAKE], "rejected": [LAKE]},
+        {"prompt": "What is it?", "chosen": "", "rejected": " "},
+    ]
+    for row in equal:
+        rows = [row, row, {"prompt": row.get("prompt"), **WHOLE} if "prompt" in row else WRITTEN]
+        if not isinstance(row["chosen"], list):
+            rows[2] = (
+                {"prompt": row["prompt"], "chosen": "A", "rejected": "B"}
+                if "prompt" in row
+                else WRITTEN
+            )
+        feedback = load_feedback(write_rows(tmp_path / "pairs.jsonl", rows), 0)
+        assert len(feedback.preferences) == 1
+        assert feedback.left_out == {"chosen and rejected are the same": 2}
+        assert "2 of 3 are left out: chosen and rejected are the same" in caplog.text
+    with pytest.raises(InputError, match="chosen and rejected are the same in every pair"):
+        load_feedback(write_rows(tmp_path / "pairs.jsonl", equal[:1]), 0)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +235,44 @@ def test_pair_formats_give_the_same_prompt_and_answers(tmp_path: Path, shape: st
             {"chosen": [{"role": "gpt", "content": "x"}], "rejected": []},
             "role 'gpt': use user or assistant",
         ),
-        ({"chosen": "a", "rejected": "b", "prompt": 3}, "chosen: a prompt is text or a list"),
+        ({"chosen": "a", "rejected": "b", "prompt": 3}, "prompt: a prompt is text or a list"),
+        (
+            {
+                "prompt": "Who are you?",
+                "chosen": "\n\nHuman: What is it?\n\nAssistant: A lake.",
+                "rejected": "No.",
+            },
+            "chosen: the dialogue does not begin with the turns of the column prompt",
+        ),
+        (
+            {"prompt": [USER], "chosen": [{**USER, "content": "Who?"}, LAKE], "rejected": [NO]},
+            "chosen: the dialogue does not begin with the turns of the column prompt",
+        ),
+        (
+            {
+                "prompt": "What is it?",
+                "chosen": "[{'role': 'user', 'content': 'x'}]",
+                "rejected": "",
+            },
+            "chosen: a list of messages in a text column",
+        ),
+        (
+            {"chosen": '[{"content": "x", "role": "user"}]', "rejected": "[]"},
+            "chosen: a list of messages in a text column",
+        ),
+        (
+            {"system": "Be brief.", "chosen": [SYSTEM, USER, LAKE], "rejected": [USER, NO]}
+            | {"system_prompt": "Be long."},
+            "system and system_prompt differ",
+        ),
+        (
+            {"system": "Be long.", "chosen": [SYSTEM, USER, LAKE], "rejected": [USER, NO]},
+            "chosen: its system message differs from the row's",
+        ),
+        (
+            {"instruction": "What is it?", "chosen": "A lake.", "rejected": "No."},
+            "chosen: expected turns that begin with a blank line and Human:, or an answer beside a",
+        ),
     ],
 )
 def test_malformed_pair_is_named(tmp_path: Path, row: dict, message: str) -> None:
@@ -115,7 +297,7 @@ def test_pairs_with_different_prompts_are_left_out_and_counted(
     feedback = load_feedback(write_rows(path, [parted, SHAPES["text"], parted]), 0)
     assert [pair.chosen for pair in feedback.preferences] == ["A lake."]
     assert feedback.left_out == {"chosen and rejected differ before the last turn": 2}
-    assert "2 of 3 pairs are left out" in caplog.text
+    assert "2 of 3 are left out" in caplog.text
     assert load_feedback(write_rows(path, [SHAPES["text"]]), 0).left_out == {}
     with pytest.raises(InputError, match="differ before the last turn in every pair"):
         load_feedback(write_rows(path, [parted, parted]), 0)
@@ -274,6 +456,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "empty.txt": (b"", r"no rows"),
     "blank.jsonl": (b"\n\n", r"no rows"),
     "header.csv": (b"prompt,chosen,rejected\n", r"no rows"),
+    "twice.csv": (b"prompt,prompt,chosen,rejected\na,b,c,d\n", r"column 'prompt' appears twice"),
     "fields.csv": (b"prompt,chosen,rejected\na,b,c\na,b,c,d\n", r"line 3: 4 fields"),
     "quote.csv": (b'prompt,chosen,rejected\n"a,b,c\nd,e,f\n', r"cannot be loaded \(.*string"),
     "cut.jsonl.gz": (gzip.compress(GOOD.encode())[:-12], r"not a complete gzip file"),
@@ -375,15 +558,13 @@ def test_limit_samples_the_same_rows_from_the_whole_file(tmp_path: Path) -> None
 def test_pair_ids_are_prompt_answer_and_end_of_text() -> None:
     tokenizer = make_tokenizer(make_world(SocietySettings()))
     feedback = load_feedback(Data(society=SocietySettings(pairs=50, prompts=50)), 0)
-    for pair in feedback.preferences:
-        prompt = tokenizer(render_prompt(tokenizer, pair.prompt))["input_ids"]
-        ids = pair_ids(tokenizer, pair)
+    rows = pair_ids(tokenizer, feedback.preferences)
+    for pair, ids in zip(feedback.preferences, rows, strict=True):
+        prompt = policy_prompt_ids(tokenizer, pair.prompt, AUTO)
         for side in ("chosen", "rejected"):
             answer = tokenizer(getattr(pair, side))["input_ids"]
             assert ids[f"{side}_ids"] == [*prompt, *answer, tokenizer.eos_token_id]
-    assert tokenizer.unk_token_id not in {
-        i for p in feedback.preferences for i in pair_ids(tokenizer, p)["chosen_ids"]
-    }
+    assert tokenizer.unk_token_id not in {i for row in rows for i in row["chosen_ids"]}
 
 
 def test_malformed_row_of_a_sample_has_its_number_in_the_file(tmp_path: Path) -> None:
