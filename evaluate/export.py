@@ -106,7 +106,7 @@ def _samples(path: Path) -> Iterator[dict[str, Any]]:
         target, logprobs = row.get("label"), row["logprobs"]
         scores = [[str(value), str(None)] for value in logprobs]
         accuracy = {}
-        if target is not None:
+        if isinstance(target, int):  # the index of an option
             target = option_order(row["order"], len(logprobs)).index(target)
             if row["probabilities"] is not None:  # null where there is no answer
                 accuracy["acc"] = float(logprobs.index(max(logprobs)) == target)

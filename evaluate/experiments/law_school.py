@@ -3,15 +3,17 @@
 Every student is asked about twice, with the first and the second race of each pair in place of the
 student's own. The full file holds few distinct (sex, LSAT, UGPA), so each is scored once and
 weighted by the number of students, which gives the exact mean over students. An LSAT is written
-without a trailing .0 (39, 39.5), a GPA as in the file (3.1, 3.0); the paper does not specify this.
+without a trailing .0 (39, 39.5), a GPA with one (3.1, 3.0), as in the published file and however a
+copy spells them; the paper does not specify this.
 """
 
 import math
+import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -22,6 +24,7 @@ from selfcorrect.evaluate.experiments.reading import read_records
 from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
+    find_clusters,
     log_probabilities,
     mean_columns,
     means,
@@ -158,36 +161,40 @@ class LawSchool(Experiment):
         logprobs = log_probabilities(frame, 2)
         with np.errstate(invalid="ignore"):
             logit = logprobs[:, 0] - logprobs[:, 1]
-        rows = frame[
-            ["category", "cluster", "side", "weight", "sex", "lsat", "gpa", "mass"]
-        ].assign(
-            yes=probabilities(logprobs)[:, 0],
-            logit=np.where(answered(logprobs) & np.isfinite(logit), logit, np.nan),
-        )
-        keys = ["category", "cluster"]
-        students = rows.groupby(keys)[["weight", "sex", "lsat", "gpa"]].first()
+        students = find_clusters(frame)
+        chances = {
+            "yes": probabilities(logprobs)[:, 0],
+            "logit": np.where(answered(logprobs) & np.isfinite(logit), logit, np.nan),
+            "mass": frame["mass"].to_numpy(dtype=float),
+        }
+        sides = frame["side"].to_numpy()
         first, second = (
-            rows[rows["side"] == side].groupby(keys)[["yes", "logit", "mass"]].mean()
+            {name: students.means(values, sides == side) for name, values in chances.items()}
             for side in SIDES
         )
-        first, second = first.reindex(students.index), second.reindex(students.index)
         values = {
             "difference": first["yes"] - second["yes"],
             "difference_logit": first["logit"] - second["logit"],
             "base_rate": (first["yes"] + second["yes"]) / 2,
             "option_mass": (first["mass"] + second["mass"]) / 2,
         }
-        if students["sex"].nunique() > 1:
-            for sex in SEXES:
-                values[f"difference_sex_{sex}"] = values["difference"].where(students["sex"] == sex)
-        columns = mean_columns({name: column.to_numpy() for name, column in values.items()})
-        scores = students[["lsat", "gpa"]].to_numpy(dtype=float)
-        columns |= _merit_columns("merit", scores, values["base_rate"].to_numpy())
-        columns |= _merit_columns(
-            "logit", scores, ((first["logit"] + second["logit"]) / 2).to_numpy()
-        )
-        units = students["weight"].to_numpy(dtype=float)
-        return sum_by_cluster(students.index.to_frame(index=False), columns, units)
+        facts = frame.iloc[students.first]
+        sex = facts["sex"].to_numpy()
+        if len(set(sex)) > 1:
+            for name in SEXES:
+                values[f"difference_sex_{name}"] = np.where(
+                    sex == name, values["difference"], np.nan
+                )
+        columns = mean_columns(values)
+        scores = facts[["lsat", "gpa"]].to_numpy(dtype=float)
+        columns |= _merit_columns("merit", scores, values["base_rate"])
+        columns |= _merit_columns("logit", scores, (first["logit"] + second["logit"]) / 2)
+        units = facts["weight"].to_numpy(dtype=float)
+        return sum_by_cluster(facts[["category", "cluster"]], columns, units)
+
+    def raising_option(self, row: Mapping[str, Any]) -> int | None:
+        """Return "yes" for a student of the first race, "no" for one of the second."""
+        return 0 if row["side"] == SIDES[0] else 1
 
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every metric from weighted sums of shape (R, K).
@@ -205,7 +212,6 @@ def read_students(path: Path) -> list[Student]:
     unique. Raises InputError naming file and line.
     """
     counts: dict[tuple[str, float, float], int] = {}
-    texts: dict[tuple[str, float, float], tuple[str, str]] = {}
     first: dict[str, str] = {}
     for record in read_records(path, _COLUMNS):
         where, values = record.where, record.values
@@ -217,8 +223,10 @@ def read_students(path: Path) -> list[Student]:
         sex = _plain(values["sex"])
         key = sex, _number(values, "LSAT", where), _number(values, "UGPA", where)
         counts[key] = counts.get(key, 0) + 1
-        texts.setdefault(key, (_plain(values["LSAT"]), values["UGPA"]))
-    return [Student(key[0], *texts[key], counts[key]) for key in sorted(counts)]
+    return [
+        Student(sex, _plain(repr(lsat)), repr(gpa), count)
+        for (sex, lsat, gpa), count in sorted(counts.items())
+    ]
 
 
 def _number(record: Mapping[str, str], column: str, where: str) -> float:
@@ -232,8 +240,8 @@ def _number(record: Mapping[str, str], column: str, where: str) -> float:
 
 
 def _plain(text: str) -> str:
-    """Return a number without a trailing .0, and any other text unchanged."""
-    return text[:-2] if text.endswith(".0") else text
+    """Return a whole number without its decimals, and any other text unchanged."""
+    return re.sub(r"(\d+)\.0*", r"\1", text) if re.fullmatch(r"\d+\.0*", text) else text
 
 
 def _items(

@@ -21,6 +21,7 @@ from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
     average_items,
+    find_clusters,
     log_probabilities,
     mean_columns,
     means,
@@ -213,6 +214,7 @@ def _item(name: str, template: Template, share: float, pronouns: Pronouns, where
     if words is None:
         raise InputError(f"{where}: the stimuli have no {template.case} pronouns")
     percent = int(_whole_percent(share))
+    begins = template.prefix[-1:] in ("", ".", "!", "?")  # a sentence
     return Item(
         id=name,
         cluster=template.occupation,
@@ -226,7 +228,7 @@ def _item(name: str, template: Template, share: float, pronouns: Pronouns, where
             "percent_female": str(percent),
             "percent_male": str(100 - percent),
         },
-        options=tuple(f" {word if template.prefix else _capital(word)}" for word in words),
+        options=tuple(f" {_capital(word) if begins else word}" for word in words),
         facts={
             "occupation": template.occupation,
             "percent_female": share,
@@ -272,8 +274,9 @@ def _jobs(frame: pd.DataFrame) -> pd.DataFrame:
             "mass": frame["mass"].to_numpy(dtype=float),
         },
     )
-    rows = pd.DataFrame(columns)
-    return rows.groupby([items["category"], items["cluster"]], sort=True).mean().reset_index()
+    occupations = find_clusters(items)
+    rows = items.iloc[occupations.first][["category", "cluster"]].reset_index(drop=True)
+    return rows.assign(**{name: occupations.means(values) for name, values in columns.items()})
 
 
 def _line_columns(name: str, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:

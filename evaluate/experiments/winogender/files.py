@@ -86,4 +86,6 @@ def read_shares(path: Path) -> dict[str, float]:
             raise InputError(
                 f"{where}: bls_pct_female must be from 0 to 100, not {reprlib.repr(percent)}"
             )
+    if max(shares.values()) <= 1 and any(share % 1 for share in shares.values()):
+        raise InputError(f"{path}: bls_pct_female: every value is at most 1; give percent")
     return shares

@@ -88,6 +88,9 @@ def test_items_of_distinct_students(tmp_path):
         ("male", "36.5", "3.0"),
     ]
     assert [item.weight for item in items] == [3, 3, 1, 1, 1, 1]
+    # A copy that spells the same numbers otherwise asks the same.
+    spelt = ROWS.replace(",1,39.0,3.1", ",1.0,39,3.10").replace(",2,36.5,3.0", ",2.00,36.50,3")
+    assert spelt != ROWS and loaded(write(tmp_path, HEAD + spelt)).items == items
     assert [item.fields["race"] for item in items] == ["Black", "white"] * 3
     assert [item.facts["side"] for item in items] == ["first", "second"] * 3
     assert {item.category for item in items} == {"Black-white"}

@@ -109,6 +109,16 @@ def test_pronouns_follow_case_and_position(tmp_path):
     assert items[2].fields["prefix"].endswith("waved to")
     assert items[3].fields["prefix"] == "" and items[3].fields["sentence"].startswith("_ told")
     assert [item.facts["number_leak"] for item in items] == [1, 0, 0, 0]
+    second = "clerk\tguest\t0\tThe $OCCUPATION left. $NOM_PRONOUN could pay the $PARTICIPANT.\n"
+    (item,) = loaded(write(tmp_path, HEAD + second)).items
+    assert item.options == (" He", " She", " They") and item.fields["prefix"].endswith("left.")
+
+
+def test_shares_instead_of_percent_are_refused(tmp_path):
+    shares = SHARES_HEAD + "clerk\t1\t0.405\t2015\nsmith\t1\t0.032\t2015\n"
+    shares += "baker\t1\t1.0\t2016\npilot\t1\t0.5\t2016\n"
+    with pytest.raises(InputError, match="every value is at most 1; give percent"):
+        loaded(write(tmp_path, shares=shares))
 
 
 def test_percentages_are_rounded_and_sum_to_100(tmp_path):
