@@ -1,9 +1,10 @@
 """The sections and keys of a recipe, which describes a whole run. Unknown keys are refused."""
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import BaseModel, Field, JsonValue, WithJsonSchema, field_validator, model_validator
 
 from selfcorrect.recipes.slurm import Positive, Slurm
 from selfcorrect.recipes.society.settings import SocietySettings
@@ -283,6 +284,16 @@ class Recipe(Section):
     description: str = ""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
     models: Annotated[list[Model], Field(min_length=1)]
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="arguments of chat templates in all stages and in the evaluation, such as "
+        "{enable_thinking: false}",
+    )
+    chat_template_date: date | None = Field(
+        None,
+        description="the day for chat templates that write today's date; default: the day on which "
+        "the run begins",
+    )
     data: Data
     base: Base | None = None
     reward: Reward

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from selfcorrect.evaluate.callback import gathered_weights, measure_during_training
 from selfcorrect.evaluate.measuring.cell_files import Origin
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan
-from selfcorrect.evaluate.measuring.run import recipe_plan
+from selfcorrect.evaluate.measuring.run import recipe_plan, run_style
 from selfcorrect.evaluate.run_folder import (
     POLICY_METHODS,
     check_inside,
@@ -63,7 +63,9 @@ def run_job(
     recipe = recipe.of(model_name)
     torch.set_num_threads(threads_per_job(recipe))
     model = next(m for m in recipe.models if m.name == model_name)
-    job = JobFacts(job_folder(run, model.name, seed), seed, progress, model.trust_remote_code)
+    style = run_style(recipe, run)
+    folder = job_folder(run, model.name, seed)
+    job = JobFacts(folder, seed, progress, model.trust_remote_code, style)
     for stage in ("base", "reward", recipe.policy.method):
         check_inside(run, job.folder / stage)
         check_inside(run, job.folder / f"{stage}.work")

@@ -13,6 +13,7 @@ from typing import Any
 from selfcorrect.recipes.foundation.checksums import flatten, read_record, write_record
 from selfcorrect.recipes.schema import Recipe
 
+DATE = "chat_template_date"  # key of run.json
 logger = logging.getLogger(__name__)
 
 PACKAGES = (
@@ -25,12 +26,14 @@ MATH_VARIABLES = (
 )  # fmt: skip
 # run.json keys that may change without affecting results bit for bit.
 IGNORED_FACTS = (
-    "name", "seeds", "models", "platform", "cores", "jobs", "begun", "changes", "taken",
+    "name", "seeds", "models", "platform", "cores", "jobs", "begun", "changes", "taken", DATE,
 )  # fmt: skip
 
 
-def record_start(recipe: Recipe, run: Path) -> None:
+def record_start(recipe: Recipe, run: Path, date: str) -> None:
     """Write run.json: the present facts, and how they changed since the run began.
+
+    `date` is what chat templates get for today; that of the first start stays.
 
     `changes` lists, for each start with new facts, the time and [before, now] by key. A warning
     says so if results may differ from the run's beginning. The caller holds the run's lock.
@@ -42,13 +45,14 @@ def record_start(recipe: Recipe, run: Path) -> None:
     try:
         before = read_record(path, "restore it or move it away")
     except FileNotFoundError:
-        write_record(path, {**now, "begun": time, "changes": []})
+        write_record(path, {**now, "begun": time, DATE: date, "changes": []})
         return
     changes = list(before.get("changes", []))
     if changed := _differences(before, now):
         changes.append({"at": time, **changed})
     copied = {"taken": before["taken"]} if "taken" in before else {}  # see train/stages/reuse.py
-    write_record(path, {**now, "begun": before.get("begun"), "changes": changes, **copied})
+    begun = {"begun": before.get("begun"), DATE: before.get(DATE) or date}
+    write_record(path, {**now, **begun, "changes": changes, **copied})
     if relevant := _changed_since_start(changes, now):
         words = ", ".join(
             f"{key} from {_shown(old)} to {_shown(new)}" for key, old, new in relevant

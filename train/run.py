@@ -21,7 +21,7 @@ from selfcorrect.evaluate.measuring.inputs import FILE as INPUTS
 from selfcorrect.evaluate.measuring.inputs import check_inputs
 from selfcorrect.evaluate.measuring.measure import cost_message
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan
-from selfcorrect.evaluate.measuring.run import evaluate_run, recipe_plan
+from selfcorrect.evaluate.measuring.run import evaluate_run, recipe_plan, run_date
 from selfcorrect.evaluate.run_folder import STAGE_RECORD, job_folder, planned_checkpoints
 from selfcorrect.recipes.foundation import signals
 from selfcorrect.recipes.foundation.checksums import read_record
@@ -29,7 +29,7 @@ from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.locks import LOCK, hold_lock
 from selfcorrect.recipes.foundation.messages import log_to_stderr
 from selfcorrect.recipes.foundation.progress import Progress, no_progress
-from selfcorrect.recipes.load import load_recipe, save_recipe
+from selfcorrect.recipes.load import TEMPLATE_KEYS, load_recipe, save_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.check import check_training
 from selfcorrect.train.provenance import record_start, threads_per_job
@@ -102,7 +102,7 @@ def prepare_run(
         reused = reusable_stages(recipe, stages_from)
     is_read_only = old == recipe and not unfinished(recipe, run)
     with nullcontext() if is_read_only else hold_lock(run, math.inf):
-        plan = _open(recipe, run)
+        plan = _open(recipe, run, run_date(recipe, run, stages_from))
     if stages_from is not None and unfinished(recipe, run):
         copied = copy_stages(recipe, run, stages_from, reused)
         logger.info("copied from %s: %s", stages_from, ", ".join(copied) or "nothing, all is here")
@@ -120,10 +120,10 @@ def check_run(recipe: Recipe, run: Path) -> Recipe | None:
     return old
 
 
-def _open(recipe: Recipe, run: Path) -> EvaluationPlan:
+def _open(recipe: Recipe, run: Path, date: str) -> EvaluationPlan:
     old = _check_folder(recipe, run)  # again: another process may have made it in the meantime
     try:
-        plan = recipe_plan(recipe, run)
+        plan = recipe_plan(recipe, run, date)
     except InputError:
         if old is None:
             shutil.rmtree(run, ignore_errors=True)
@@ -132,7 +132,7 @@ def _open(recipe: Recipe, run: Path) -> EvaluationPlan:
         save_recipe(recipe, run / "recipe.yaml")
     check_inputs(recipe, run, training=bool(unfinished(recipe, run)))
     if unfinished(recipe, run):
-        record_start(recipe, run)
+        record_start(recipe, run, date)
     return plan
 
 
@@ -154,7 +154,7 @@ def _check_folder(recipe: Recipe, run: Path) -> Recipe | None:
 
 def _check_same(old: Recipe, new: Recipe, run: Path) -> None:
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for section in ("data", "base", "reward", "policy"):
+    for section in ("data", "base", "reward", "policy", *TEMPLATE_KEYS):
         key = _first_difference(before[section], after[section], section)
         if key:
             raise InputError(

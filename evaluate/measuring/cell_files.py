@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from selfcorrect.recipes.foundation.checksums import (
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 METADATA_KEY = b"selfcorrect"  # of a file's schema; holds the settings as JSON
+DATE = "chat_template_date"  # in the settings of a cell whose template asks for today's date
 _COLUMNS = pa.schema(
     [
         ("item", pa.string()),
@@ -75,6 +76,10 @@ class CellWriter:
             "left_out": cell.loaded.left_out,
             "judged": cell.section.condition(cell.condition).judged,
         }
+        if cell.style.arguments:
+            metadata["chat_template_kwargs"] = dict(cell.style.arguments)
+        if cell.style.date is not None:
+            metadata[DATE] = cell.style.date
         facts = cell.loaded.fact_types
         if clash := set(facts) & set(_COLUMNS.names):
             raise ValueError(f"{cell.name}: facts named like columns: {sorted(clash)}")
@@ -214,9 +219,22 @@ def is_cell_measured(path: Path, cell: PlannedCell, origin: Origin | None = None
         return False
     return (
         metadata.get("settings_digest") == cell.settings_digest
+        and metadata.get(DATE) in (None, cell.style.date)
         and metadata["judged"] == cell.section.condition(cell.condition).judged
         and (origin is None or metadata.get("origin") == asdict(origin))
     )
+
+
+def recorded_date(out: Path) -> str | None:
+    """Return the latest date that a model's chat template got in an evaluation below `out`.
+
+    `out` holds <model>/<digest>/, so that models measured on different days get the same date.
+    """
+    dates = set()
+    for path in [*out.glob("*/*/*.parquet"), *out.glob("*/*/probe/*.parquet")]:
+        with suppress(pa.ArrowException, OSError, KeyError, ValueError, TypeError):
+            dates.add(_metadata(pq.read_schema(path)).get(DATE))
+    return max(dates - {None}, default=None)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -251,9 +269,10 @@ def _verify_checksum(path: Path) -> None:
 def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
     """Return those of `columns` that the file has (None: all); InputError if it is damaged."""
     try:
-        present = set(pq.read_schema(path).names)
-        wanted = None if columns is None else [name for name in columns if name in present]
-        return pq.read_table(path, columns=wanted, page_checksum_verification=True)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            present = file.schema_arrow.names
+            wanted = None if columns is None else [name for name in columns if name in present]
+            return file.read(wanted)
     except (pa.ArrowException, OSError, ValueError):
         raise damaged_cell(path) from None
 

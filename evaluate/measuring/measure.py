@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,13 @@ from selfcorrect.evaluate.measuring.cell_files import (
     is_cell_measured,
 )
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan, PlannedCell, Question
-from selfcorrect.evaluate.prompts.dialogue import before_sample, render, stop_text, with_sample
+from selfcorrect.evaluate.prompts.dialogue import (
+    before_sample,
+    reads_clock,
+    render,
+    stop_text,
+    with_sample,
+)
 from selfcorrect.evaluate.prompts.items import Item
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn
 from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, Request
@@ -86,15 +92,16 @@ def measure_with(
     Raises InputError for prompts that do not fit the model's context, RunFailure for NaN logits.
     """
     progress = (progress if ranks.rank == 0 else None) or no_progress
+    cells = [_dated(cell, engine.tokenizer) for cell in plan.cells]
     work = _Work(engine, folder, origin, progress, ranks)
     missing_names = ranks.from_rank0(
         lambda: {
             cell.name
-            for cell in plan.cells
+            for cell in cells
             if not is_cell_measured(folder / cell.file_name, cell, origin)
         }
     )
-    missing = [cell for cell in plan.cells if cell.name in missing_names]
+    missing = [cell for cell in cells if cell.name in missing_names]
     # The cells of an experiment share most of their prompts: those without samples go together.
     for experiment in dict.fromkeys(cell.experiment for cell in missing):
         cells = [cell for cell in missing if cell.experiment == experiment]
@@ -106,6 +113,13 @@ def measure_with(
                 _check_room(cell, engine)
                 _measure_together([cell], work, _sample_slice)
     return [folder / cell.file_name for cell in plan.cells]
+
+
+def _dated(cell: PlannedCell, tokenizer: Any) -> PlannedCell:
+    """Return the cell, with a date only if the chat template writes one."""
+    if reads_clock(tokenizer, cell.style):
+        return cell
+    return replace(cell, style=replace(cell.style, date=None))
 
 
 def cost_message(seconds: float, training_seconds: float, name: str = "training") -> str:
@@ -194,7 +208,8 @@ def _score_slice(cells: Sequence[PlannedCell], engine: Engine, part: slice) -> R
         return [(_prompt(cell, engine, draw.turns), draw.question.options) for cell, draw in asked]
 
     with _error_context([(cell, draw.question.item) for cell, draw in asked]):
-        key = "|".join([str(part), *(cell.settings_digest for cell in cells)])
+        digests = (cell.settings_digest for cell in cells)
+        key = "|".join([str(part), str(cells[0].style.date), *digests])
         scores = iter(engine.score_kept(key, requests))
     return [[_row(draw, next(scores)) for draw in draws] for draws in draws_by_cell]
 

@@ -1,15 +1,17 @@
 """Plan an evaluation: items, conditions and option orders, cell by cell, the same for any model."""
 
+import datetime
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from selfcorrect.evaluate.experiments.wording import Stimuli
-from selfcorrect.evaluate.prompts.dialogue import read_style
+from selfcorrect.evaluate.prompts.dialogue import Style, read_style
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems
 from selfcorrect.evaluate.prompts.stimuli import Section, Turn, option_orders
 from selfcorrect.evaluate.scoring.engine import Sampling
@@ -38,7 +40,7 @@ class PlannedCell:
     section: Section
     loaded: LoadedItems
     permutations: int
-    style: str
+    style: Style
     sampling: Sampling | None  # None: no turn is sampled
 
     @property
@@ -70,7 +72,10 @@ class PlannedCell:
 
     @cached_property
     def settings_digest(self) -> str:
-        """SHA-256 of everything that decides the rows: items, wording, orders, style, sampling."""
+        """SHA-256 of everything that decides the rows: items, wording, orders, style, sampling.
+
+        The date is apart: whether a template asks for it is known once there is a tokenizer.
+        """
         settings = {
             "format": FORMAT,
             "experiment": self.experiment,
@@ -83,10 +88,12 @@ class PlannedCell:
                 mode="json", exclude={"texts", "conditions", "controls"}
             ),
             "permutations": self.permutations if self.section.shows_options else 1,
-            "style": self.style,
+            "style": self.style.template,
             "sampling": None if self.sampling is None else asdict(self.sampling),
             "items": self.loaded.digest,
         }
+        if self.style.arguments:
+            settings["chat_template_kwargs"] = self.style.arguments
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -121,6 +128,8 @@ def plan_evaluation(
     samples: int = 1,
     permutations: int = 1,
     style: str = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    date: str | None = None,
 ) -> EvaluationPlan:
     """Load the items of each experiment, and return the cells to measure.
 
@@ -128,7 +137,8 @@ def plan_evaluation(
     is skipped for it. `limit` and `seed` select the items (see `Experiment.load`); `seed` also
     seeds the samples, of which each question gets `samples`. `permutations` (1, 3 or 6) selects
     the orders in which options are shown (`option_orders`). `style` is "auto", "chat", "plain"
-    (`dialogue.render`) or the path of a chat template.
+    (`dialogue.Style`) or the path of a chat template. `chat_template_kwargs` are passed to chat
+    templates, and `date` (ISO) is the day for those that write today's date, by default today.
 
     Raises InputError for unknown experiments, for a condition that no experiment has, and for
     unusable data.
@@ -138,7 +148,8 @@ def plan_evaluation(
     sections = {name: stimuli.section(name) for name in experiments}
     chosen = _chosen_conditions(sections, conditions)
     sampling = Sampling(max_new_tokens, temperature, seed, samples)
-    style = read_style(style)
+    day = date or datetime.date.today().isoformat()
+    written = read_style(style, chat_template_kwargs, day)
     cells = []
     for name, section in sections.items():
         if not (data_dir / name).is_dir():
@@ -154,7 +165,7 @@ def plan_evaluation(
                 section,
                 loaded,
                 permutations,
-                style,
+                written,
                 sampling if section.num_samples(condition) else None,
             )
             for condition in chosen[name]

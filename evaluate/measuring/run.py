@@ -4,8 +4,9 @@ import logging
 import shutil
 import time
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from selfcorrect.evaluate.measuring.cell_files import Origin, is_cell_measured
 from selfcorrect.evaluate.measuring.inputs import check_inputs
 from selfcorrect.evaluate.measuring.measure import measure, measure_with
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan, plan_evaluation
+from selfcorrect.evaluate.prompts.dialogue import Style, read_style
 from selfcorrect.evaluate.run_folder import (
     RECORD,
     Checkpoint,
@@ -24,6 +26,7 @@ from selfcorrect.evaluate.run_folder import (
     find_checkpoints,
     planned_checkpoints,
 )
+from selfcorrect.recipes.foundation.checksums import read_record
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.locks import hold_lock, lock_holder
 from selfcorrect.recipes.foundation.progress import Progress, no_progress
@@ -37,11 +40,33 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 2.0  # between two looks for new checkpoints, or for locks that were released
 
 
-def recipe_plan(recipe: Recipe, run: Path) -> EvaluationPlan:
+def run_date(recipe: Recipe, run: Path, stages_from: Path | None = None) -> str:
+    """Return the day (ISO) that chat templates get for today, the same in all parts of a run.
+
+    It is the recipe's, else that of run.json, which keeps the day of the start (of `stages_from`,
+    whose models were trained with it), else today's.
+    """
+    if recipe.chat_template_date is not None:
+        return recipe.chat_template_date.isoformat()
+    for folder in (run, *([stages_from] if stages_from else [])):
+        with suppress(FileNotFoundError):
+            record = read_record(folder / "run.json", "restore it or move it away")
+            if known := record.get("chat_template_date"):
+                return str(known)
+    return date.today().isoformat()
+
+
+def run_style(recipe: Recipe, run: Path) -> Style:
+    """Return how the dialogues of training are written."""
+    return read_style("auto", recipe.chat_template_kwargs, run_date(recipe, run))
+
+
+def recipe_plan(recipe: Recipe, run: Path, date: str | None = None) -> EvaluationPlan:
     """Load the benchmarks and return the plan of the recipe's `evaluate` section.
 
-    A society's benchmarks are written to the run's folder. Raises InputError for benchmarks,
-    stimuli or conditions that cannot be used.
+    `date` is the run's (`run_date`), if it is not recorded yet. A society's benchmarks are written
+    to the run's folder. Raises InputError for benchmarks, stimuli or conditions that cannot be
+    used.
     """
     if recipe.data.society is not None:
         data = run / "benchmarks"
@@ -53,7 +78,8 @@ def recipe_plan(recipe: Recipe, run: Path) -> EvaluationPlan:
         data, stimuli = recipe.data.benchmarks, load_stimuli(recipe.data.stimuli)
         warn_if_unpublished(data, recipe.evaluate.experiments)
     settings = recipe.evaluate.model_dump(exclude={"attach", "engine"})
-    return plan_evaluation(data, stimuli, **settings)
+    settings["chat_template_kwargs"] = recipe.chat_template_kwargs
+    return plan_evaluation(data, stimuli, **settings, date=date or run_date(recipe, run))
 
 
 def is_measured(checkpoint: Checkpoint, plan: EvaluationPlan, engine: str | None = None) -> bool:

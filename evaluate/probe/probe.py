@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfcorrect.evaluate.experiments.bbq import BBQ
-from selfcorrect.evaluate.measuring.cell_files import METADATA_KEY
+from selfcorrect.evaluate.measuring.cell_files import DATE, METADATA_KEY
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan, PlannedCell, Question
 from selfcorrect.evaluate.measuring.run import recipe_plan
 from selfcorrect.evaluate.probe.linear_probe import (
@@ -34,7 +34,7 @@ from selfcorrect.evaluate.probe.linear_probe import (
     STRENGTHS,
     probe_layers,
 )
-from selfcorrect.evaluate.prompts.dialogue import render
+from selfcorrect.evaluate.prompts.dialogue import reads_clock, render
 from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, Request
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.scoring.load_model import load_model
@@ -188,6 +188,8 @@ def probe_checkpoint(
         "stored_as": str(states.dtype),
         "left_out": pairs.left_out,
     }
+    if reads_clock(tokenizer, cells[0].style):
+        settings[DATE] = cells[0].style.date
     write_table(path, rows, settings)
 
 
@@ -206,6 +208,8 @@ def is_probed(
     except InputError:
         return False
     if weights is not None and settings.get("weights") not in (None, weights):
+        return False
+    if settings.get(DATE) not in (None, plan.cells[0].style.date):
         return False
     return bool(settings["settings_digest"] == settings_digest(plan, folds, seed))
 

@@ -142,8 +142,9 @@ def style_of(tokenizer: Any, style: Style | str = AUTO) -> str:
 
 def reads_clock(tokenizer: Any, style: Style) -> bool:
     """Return whether dialogues of this style depend on the date."""
-    template = style_of(tokenizer, style)
-    return "strftime_now" in str(tokenizer.chat_template if template == "chat" else template)
+    uses_own = style.template in ("auto", "chat")
+    template = getattr(tokenizer, "chat_template", None) if uses_own else style.template
+    return "strftime_now" in str(template)
 
 
 def stop_text(tokenizer: Any, style: Style | str = AUTO) -> str | None:

@@ -14,10 +14,10 @@ from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.society import feedback as society_feedback
 from selfcorrect.recipes.society.world import make_world
 from selfcorrect.scripts.benchmarks.random_models import word_tokenizer
-from selfcorrect.train.feedback.feedback import load_feedback, render_prompt
+from selfcorrect.train.feedback.feedback import load_feedback
 from selfcorrect.train.ppo import RewardModelScorer
 from selfcorrect.train.ppo.losses import shaped_score
-from selfcorrect.train.ppo.rewards import load_reward_model
+from selfcorrect.train.ppo.reward_models import load_reward_model
 from selfcorrect.train.stages import JobFacts
 from selfcorrect.train.stages.base import train_base
 from selfcorrect.train.stages.reward import train_reward
@@ -153,7 +153,7 @@ def society(folder: Path, steps: int) -> Problem:
     world = make_world(recipe.data.society)
     num_prompts = recipe.data.society.prompts
     drawn = list(society_feedback.prompts(world, num_prompts + 512))
-    texts = [render_prompt(tokenizer, prompt.messages) for prompt in drawn]
+    texts = [list(prompt.messages) for prompt in drawn]
     settings = recipe.policy.trainer
     clip, penalty = settings["score_clip"], settings["missing_eos_penalty"]
 

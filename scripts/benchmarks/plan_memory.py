@@ -201,7 +201,9 @@ def run_stage(case: Case, folder: Path) -> None:
     """Train two steps of the stage through the package's own code."""
     from transformers import AutoTokenizer
 
-    from selfcorrect.train.feedback.feedback import Feedback, Preference, render_prompt
+    from selfcorrect.evaluate.prompts.dialogue import AUTO
+    from selfcorrect.train.feedback.feedback import Feedback, Preference
+    from selfcorrect.train.ppo.prompts import policy_prompt_ids
     from selfcorrect.train.stages import JobFacts
     from selfcorrect.train.stages.base import train_base
     from selfcorrect.train.stages.policy import train_policy
@@ -212,7 +214,7 @@ def run_stage(case: Case, folder: Path) -> None:
 
     def prompt_of(question: str) -> tuple[list[dict[str, str]], int]:
         messages = [{"role": "user", "content": question}]
-        return messages, len(tokenizer(render_prompt(tokenizer, messages))["input_ids"])
+        return messages, len(policy_prompt_ids(tokenizer, messages, AUTO))
 
     template_tokens = prompt_of("w1")[1] - 1
     prompt, length = prompt_of(" ".join(f"w{i}" for i in range(case["prompt"] - template_tokens)))

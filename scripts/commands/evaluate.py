@@ -1,17 +1,19 @@
 """`selfcorrect evaluate`: measure a run's checkpoints, or any Hugging Face models side by side."""
 
+import datetime
 import gc
 import math
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.progress import Progress, no_progress
+from selfcorrect.recipes.foundation.yaml_text import parse_yaml
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.commands.data_folder import DataDir, existing_data_dir
 from selfcorrect.scripts.commands.progress import Bars
@@ -28,6 +30,20 @@ Targets = Annotated[
     list[str], typer.Argument(help="Run folders, or models: folders, hub names, GGUF files.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+TemplateArguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg", help="Argument of the chat template, such as enable_thinking=false."
+    ),
+]
+TemplateDate = Annotated[
+    str | None,
+    typer.Option(
+        "--date",
+        help="Day for chat templates that write today's date, YYYY-MM-DD "
+        "[default: that of the results in --out, else today].",
+    ),
+]
 ResultsFolder = Annotated[Path, typer.Option(help="Folder for the results of models.")]
 
 
@@ -53,6 +69,8 @@ def evaluate(
     style: Annotated[
         str, typer.Option(help="auto, chat, plain (Human/Assistant), or a chat template *.jinja.")
     ] = "auto",
+    template_arg: TemplateArguments = None,
+    date: TemplateDate = None,
     revision: Revision = None,
     engine: Annotated[
         str | None,
@@ -109,6 +127,8 @@ def evaluate(
         samples=samples,
         permutations=permutations,
         style=style,
+        chat_template_kwargs=template_arguments(template_arg),
+        date=template_date(date, out),
     )
     _evaluate_models(targets, cells, revision, engine or "packed", out)
 
@@ -119,6 +139,29 @@ def run_folders(targets: Sequence[str]) -> list[Path]:
     if runs and len(runs) < len(targets):
         raise InputError("give run folders or models, not both")
     return runs
+
+
+def template_arguments(given: Sequence[str] | None) -> dict[str, Any]:
+    """Return the arguments NAME=VALUE of a chat template; values are YAML."""
+    content: dict[str, Any] = {}
+    for argument in given or ():
+        name, equals, value = argument.partition("=")
+        if not equals or not name:
+            raise InputError(f"--template-arg {argument}: write NAME=VALUE")
+        content[name] = parse_yaml(value, f"--template-arg {argument}")
+    return content
+
+
+def template_date(given: str | None, out: Path) -> str | None:
+    """Return the date for chat templates: the one given, or that of earlier results in `out`."""
+    from selfcorrect.evaluate.measuring.cell_files import recorded_date
+
+    if given is None:
+        return recorded_date(out)
+    try:
+        return datetime.date.fromisoformat(given).isoformat()
+    except ValueError:
+        raise InputError(f"--date {given}: write YYYY-MM-DD") from None
 
 
 def split_names(text: str) -> list[str]:

@@ -13,9 +13,13 @@ from selfcorrect.scripts.commands.evaluate import (
     ResultsFolder,
     Revision,
     Targets,
+    TemplateArguments,
+    TemplateDate,
     model_label,
     run_folders,
     split_names,
+    template_arguments,
+    template_date,
 )
 from selfcorrect.scripts.commands.progress import Bars
 from selfcorrect.scripts.commands.tables import table_console
@@ -42,6 +46,8 @@ def probe(
         int | None,
         typer.Option(help="Seed of sampled items and of control labels [default: as evaluated]."),
     ] = None,
+    template_arg: TemplateArguments = None,
+    date: TemplateDate = None,
     revision: Revision = None,
     stimuli: Annotated[
         Path | None, typer.Option(help="YAML with your own conditions (models only).")
@@ -71,6 +77,8 @@ def probe(
         names,
         limit=limit,
         seed=seed or 0,
+        chat_template_kwargs=template_arguments(template_arg),
+        date=template_date(date, out),
     )
     check_plan(cells, folds)
     for target in targets:

@@ -27,7 +27,7 @@ RECIPE = load_recipe("quickstart")
 
 def start(run: Path, monkeypatch: pytest.MonkeyPatch, **facts: Any) -> dict[str, Any]:
     monkeypatch.setattr(provenance, "run_facts", lambda recipe: {**FACTS, **facts})
-    record_start(RECIPE, run)
+    record_start(RECIPE, run, "2026-11-27")
     return json.loads((run / "run.json").read_text())
 
 

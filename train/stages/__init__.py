@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from selfcorrect.evaluate.prompts.dialogue import AUTO, Style
 from selfcorrect.recipes.foundation.progress import Progress, no_progress
 
 
@@ -14,6 +15,7 @@ class JobFacts:
     seed: int
     progress: Progress = no_progress
     trust_remote_code: bool = False
+    style: Style = AUTO
 
     @property
     def base(self) -> Path:

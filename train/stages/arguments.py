@@ -26,6 +26,9 @@ ONE_EPOCH = {
     "save_strategy": "steps",
 }
 
+# Keys by which TRL would change the tokenizer after the run has tokenised its texts with it.
+TOKENIZER_KEYS = ("chat_template_path", "eos_token")
+
 # The run loads the models and decides whether their code may run, not a key of TRL's.
 NO_CODE = {"trust_remote_code": False, "model_init_kwargs": None}
 
@@ -33,6 +36,16 @@ NO_CODE = {"trust_remote_code": False, "model_init_kwargs": None}
 def check_keys(section: str, given: dict[str, Any], known: set[str], fixed: set[str]) -> None:
     """Raise InputError for a key that the library does not have, or that the run itself sets."""
     for key in given:
+        if key == "chat_template_kwargs":
+            raise InputError(
+                f"{section}.{key}: write {key} at the top of the recipe, where it applies to all "
+                "stages and to the evaluation"
+            )
+        if key in TOKENIZER_KEYS:
+            raise InputError(
+                f"{section}.{key}: the run tokenises with the model's own tokenizer; change it in "
+                "the model's folder, and remove the key"
+            )
         if key in fixed:
             raise InputError(f"{section}.{key}: this is set by the run itself; remove the key")
         if key not in known:

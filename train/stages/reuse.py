@@ -13,7 +13,7 @@ from selfcorrect.recipes.foundation.atomic_files import atomic_folder
 from selfcorrect.recipes.foundation.checksums import check_files, flatten, read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.locks import hold_lock, lock_holder
-from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.load import TEMPLATE_KEYS, load_recipe
 from selfcorrect.recipes.schema import Recipe
 
 # Keys of the society that do not affect its corpus, and so no base model.
@@ -102,6 +102,8 @@ def _inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
             data = {"society": {key: value for key, value in society if key not in FEEDBACK_ONLY}}
     inputs = {"data": data, "base": content["base"]}
     inputs["launch"] = {key: content["launch"][key] for key in ("processes", "deepspeed")}
+    if stage == "reward" or (recipe.base is not None and recipe.base.method == "sft"):
+        inputs |= {key: content[key] for key in TEMPLATE_KEYS}
     if stage == "reward":
         inputs["reward"] = content["reward"]
         inputs["seeds"] = recipe.seeds[:1]  # decides the rows that a `limit` keeps

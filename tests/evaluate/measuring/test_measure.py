@@ -17,6 +17,7 @@ from selfcorrect.evaluate.measuring import measure as measuring
 from selfcorrect.evaluate.measuring.cell_files import read_cell
 from selfcorrect.evaluate.measuring.measure import measure
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan, Question, plan_evaluation
+from selfcorrect.evaluate.prompts.dialogue import Style
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems
 from selfcorrect.evaluate.prompts.stimuli import Condition, Turn
 from selfcorrect.evaluate.scoring.engine import Sampling
@@ -169,7 +170,7 @@ def test_settings_digest_covers_every_setting_but_not_the_folder(tmp_path, cells
         replace(plain, loaded=LoadedItems([other_item, *plain.items[1:]])),
         replace(plain, loaded=LoadedItems(plain.items, {"why": 1})),
         replace(plain, section=section),
-        replace(plain, style="plain"),
+        replace(plain, style=Style("plain")),
         replace(plain, sampling=Sampling(6, 1.0, 0, 1)),
     ]
     digests = {cell.settings_digest for cell in [plain, *variants]}

@@ -203,9 +203,11 @@ def test_zero_3_cannot_measure_inline() -> None:
 
 
 def test_society_lengths_match_its_tokens() -> None:
+    from selfcorrect.evaluate.prompts.dialogue import AUTO
     from selfcorrect.recipes.society.tokenizer import make_tokenizer
     from selfcorrect.recipes.society.world import make_world
-    from selfcorrect.train.feedback.feedback import load_feedback, pair_ids, render_prompt
+    from selfcorrect.train.feedback.feedback import load_feedback, pair_ids
+    from selfcorrect.train.ppo.prompts import policy_prompt_ids
 
     recipe = load_recipe("quickstart", ["data.society.pairs=300", "data.society.prompts=300"])
     facts = feedback_facts(recipe.data)
@@ -213,9 +215,8 @@ def test_society_lengths_match_its_tokens() -> None:
     tokenizer = make_tokenizer(make_world(recipe.data.society))
     assert facts.vocabulary == len(tokenizer)
     preferences = load_feedback(recipe.data, 0).preferences
-    texts = [render_prompt(tokenizer, pair.prompt) for pair in preferences]
-    prompts = [len(tokenizer(text)["input_ids"]) for text in texts]
-    pairs = [len(pair_ids(tokenizer, pair)["chosen_ids"]) for pair in preferences]
+    prompts = [len(policy_prompt_ids(tokenizer, pair.prompt, AUTO)) for pair in preferences]
+    pairs = [len(row["chosen_ids"]) for row in pair_ids(tokenizer, preferences)]
     assert facts.lengths.prompt == pytest.approx(sum(prompts) / 300, rel=0.05)
     length = facts.lengths.prompt + facts.lengths.answer
     assert length == pytest.approx(sum(pairs) / 300, rel=0.05)

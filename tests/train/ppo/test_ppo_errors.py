@@ -182,16 +182,16 @@ def test_reward_adapter_that_matches_no_layer_is_one_line(models, tmp_path):
 def test_prompts_without_room_for_a_completion_are_left_out_and_counted(caplog):
     from selfcorrect.train.stages.policy import fitting_prompts
 
-    tokenizer = make_tokenizer()
-    prompts = ["w1 w2", "w1 " * 9, "w3", "w1 " * 8]
-    kept, left_out = fitting_prompts(prompts, tokenizer, context=12, completion=4)
-    assert kept == ["w1 w2", "w3", "w1 " * 8]
+    prompts = [[{"role": "user", "content": text}] for text in ("w1", "w2", "w3")]
+    lengths = [2, 9, 8]
+    kept, left_out = fitting_prompts(prompts, lengths, context=12, completion=4)
+    assert kept == [prompts[0], prompts[2]]
     assert left_out == {"prompt and completion would exceed the context": 1}
-    assert "1 of 4 prompts" in caplog.text
-    assert fitting_prompts(prompts, tokenizer, context=None, completion=4) == (prompts, {})
-    assert fitting_prompts(prompts, tokenizer, context=13, completion=4) == (prompts, {})
-    with pytest.raises(InputError, match="the shortest has 1 tokens"):
-        fitting_prompts(prompts, tokenizer, context=4, completion=4)
+    assert "1 of 3 prompts" in caplog.text
+    assert fitting_prompts(prompts, lengths, context=None, completion=4) == (prompts, {})
+    assert fitting_prompts(prompts, lengths, context=13, completion=4) == (prompts, {})
+    with pytest.raises(InputError, match="the shortest has 2 tokens"):
+        fitting_prompts(prompts, lengths, context=5, completion=4)
 
 
 # ---- numbers -----------------------------------------------------------------------------------
