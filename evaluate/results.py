@@ -21,8 +21,9 @@ from pyarrow import fs
 
 from selfcorrect.evaluate.measuring.cell_files import read_settings
 from selfcorrect.evaluate.run_folder import find_checkpoints
-from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES, Draws
+from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES, Draws, Estimate
 from selfcorrect.evaluate.statistics.cells import (
+    ALL_ORDERS,
     MeasuredCell,
     evaluated_cells,
     measure_folder,
@@ -30,15 +31,12 @@ from selfcorrect.evaluate.statistics.cells import (
     run_name,
 )
 from selfcorrect.evaluate.statistics.files import COLUMNS as COLUMNS
-from selfcorrect.evaluate.statistics.files import checkpoints_digest, write_table
+from selfcorrect.evaluate.statistics.files import checkpoints_digest, write_statistics, write_table
 from selfcorrect.evaluate.statistics.summary import record_facts
 from selfcorrect.evaluate.statistics.summary import statistics_of as statistics_of
 from selfcorrect.evaluate.statistics.thresholds import NOT_REACHED
 from selfcorrect.recipes.foundation.atomic_files import atomic_file
-from selfcorrect.recipes.foundation.checksums import write_record
 from selfcorrect.recipes.foundation.errors import InputError
-
-ALL_ORDERS = "all"
 
 # Columns that `items_dataset` adds before those of the evaluation files.
 ITEM_FACTS = [
@@ -121,7 +119,7 @@ def write_results(
     frame, statistics = results_of(run, num_resamples=num_resamples, seed=seed)
     made_from = {"made_from": checkpoints_digest(run)}
     write_table(run / "results.parquet", frame, made_from)
-    write_record(run / "statistics.json", {**made_from, **statistics})
+    write_statistics(run / "statistics.json", {**made_from, **statistics})
     return frame, statistics
 
 
@@ -229,28 +227,25 @@ def _dataset(files: Sequence[tuple[Path, list[Any]]]) -> ds.Dataset:
 
 def tidy(cells: Sequence[MeasuredCell]) -> pd.DataFrame:
     """Return one row per cell, category, order and metric; see COLUMNS."""
-    rows = []
+    blocks: list[list[Any]] = []  # what the metrics of a cell, order and category share
+    lengths: list[int] = []
+    metrics: list[str] = []
+    estimates: list[Estimate] = []
     for cell in cells:
+        facts = [cell.run, cell.model, *record_facts(cell.record).values()]
         results = {ALL_ORDERS: (cell.bootstrap.estimates, cell.counts), **cell.by_order}
-        rows += [
-            {
-                "run": cell.run,
-                "model": cell.model,
-                **record_facts(cell.record),
-                "experiment": cell.experiment,
-                "condition": cell.condition,
-                "category": category,
-                "order": order,
-                "metric": metric,
-                "value": estimate.value,
-                "low": estimate.low,
-                "high": estimate.high,
-                "num_items": counts[category][0],
-                "num_clusters": counts[category][1],
-            }
-            for order, (by_category, counts) in results.items()
-            for category, estimates in by_category.items()
-            for metric, estimate in estimates.items()
-        ]
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    return frame.astype({name: kind for name, (kind, _) in COLUMNS.items()})
+        for order, (by_category, counts) in results.items():
+            for category, of_category in by_category.items():
+                blocks.append(
+                    [*facts, cell.experiment, cell.condition, category, order, *counts[category]]
+                )
+                lengths.append(len(of_category))
+                metrics += of_category
+                estimates += of_category.values()
+    numbers = np.array(estimates, dtype=float).reshape(-1, 3)
+    own = {"metric": metrics, "value": numbers[:, 0], "low": numbers[:, 1], "high": numbers[:, 2]}
+    types = {name: kind for name, (kind, _) in COLUMNS.items()}
+    shared = [name for name in COLUMNS if name not in own]
+    frame = pd.DataFrame(blocks, columns=shared).astype({name: types[name] for name in shared})
+    frame = frame.take(np.repeat(np.arange(len(blocks)), lengths)).reset_index(drop=True)
+    return frame.assign(**own)[list(COLUMNS)].astype(types)

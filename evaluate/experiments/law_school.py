@@ -31,7 +31,6 @@ from selfcorrect.evaluate.experiments.tally import (
     pool,
     probabilities,
     ratio,
-    sum_by_cluster,
 )
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems, systematic_sample
 from selfcorrect.evaluate.prompts.stimuli import Named, Pair, Section
@@ -190,7 +189,7 @@ class LawSchool(Experiment):
         columns |= _merit_columns("merit", scores, values["base_rate"])
         columns |= _merit_columns("logit", scores, (first["logit"] + second["logit"]) / 2)
         units = facts["weight"].to_numpy(dtype=float)
-        return sum_by_cluster(facts[["category", "cluster"]], columns, units)
+        return students.tally(columns, units)
 
     def raising_option(self, row: Mapping[str, Any]) -> int | None:
         """Return "yes" for a student of the first race, "no" for one of the second."""

@@ -88,21 +88,20 @@ def average_items(
     """Average the rows of each item, so that an item counts once however often it was asked.
 
     An item has a row per order of its options and per draw, so one with more options has more rows.
-    Return `item`, `category` and `cluster` of each item, in order of appearance, and each column's
-    mean over the item's rows (shape (items,)). A row whose value is NaN is in no mean of that
+    Return the first row of each item, in order of appearance, and each column's mean over the
+    item's rows (shape (items,)). A row whose value is NaN is in no mean of that
     column; an item without values has NaN. So a count must be NaN, not 0, in the rows that it
     leaves out.
     """
-    names = ["item", "category", "cluster"]
+    if frame["item"].is_unique:
+        return frame.reset_index(drop=True), dict(columns)
     codes, items = pd.factorize(frame["item"])
-    if len(items) == len(frame):
-        return frame[names].reset_index(drop=True), dict(columns)
     means = {}
     for name, values in columns.items():
         known = ~np.isnan(values)
         total = np.bincount(codes, np.where(known, values, 0), len(items))
         means[name] = ratio(total, np.bincount(codes, known, len(items)))
-    return frame[names].drop_duplicates("item").reset_index(drop=True), means
+    return frame.drop_duplicates("item").reset_index(drop=True), means
 
 
 def sum_by_cluster(
@@ -114,19 +113,54 @@ def sum_by_cluster(
     gives each row's cluster size and is 1 by default. Raises ValueError if an item has several
     rows, which would count several times: `average_items` makes one of them.
     """
-    if "item" in frame and frame["item"].duplicated().any():
+    if "item" in frame and not frame["item"].is_unique:
         raise ValueError("sum_by_cluster: an item has several rows; call average_items first")
-    codes, clusters = pd.factorize(frame["cluster"], sort=True)
-    first = pd.Series(np.arange(len(frame))).groupby(codes).first().to_numpy(dtype=int)
-    strata, categories = pd.factorize(frame["category"].iloc[first], sort=True)
-    if not np.array_equal(strata[codes], categories.get_indexer(pd.Index(frame["category"]))):
-        raise InputError("column category: a cluster lies in two categories")
+    groups = find_clusters(frame)
+    table = np.nan_to_num(np.array(list(columns.values()), dtype=float))
     sums = {
-        name: np.bincount(codes, weights=np.nan_to_num(values), minlength=len(clusters))
-        for name, values in columns.items()
+        name: np.bincount(groups.codes, weights=values, minlength=len(groups.names))
+        for name, values in zip(columns, table, strict=True)
     }
-    sizes = np.ones(len(clusters)) if units is None else units[first]
-    return Tally([str(c) for c in clusters], strata, [str(c) for c in categories], sizes, sums)
+    return groups.tally(sums, None if units is None else units[groups.first])
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The clusters of a frame's rows, sorted by name.
+
+    `codes` holds each row's index into `names`, `first` the first row of each cluster, and `strata`
+    each cluster's index into the sorted `categories`.
+    """
+
+    names: list[str]
+    codes: np.ndarray
+    first: np.ndarray
+    strata: np.ndarray
+    categories: list[str]
+
+    def means(self, values: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """Return each cluster's mean of `values` over its `rows` (a mask), NaN left out."""
+        known = ~np.isnan(values) if rows is None else ~np.isnan(values) & rows
+        total = np.bincount(self.codes, np.where(known, values, 0.0), len(self.names))
+        return ratio(total, np.bincount(self.codes, known, len(self.names)))
+
+    def tally(self, sums: Mapping[str, np.ndarray], units: np.ndarray | None = None) -> Tally:
+        """Return a tally from one number per cluster; NaN counts as nothing."""
+        table = np.nan_to_num(np.array(list(sums.values()), dtype=float))
+        units = np.ones(len(self.names)) if units is None else units
+        by_name = dict(zip(sums, table, strict=True))
+        return Tally(self.names, self.strata, self.categories, units, by_name)
+
+
+def find_clusters(frame: pd.DataFrame) -> Clusters:
+    """Return the clusters of a frame's rows; InputError for a cluster in two categories."""
+    codes, names = pd.factorize(frame["cluster"], sort=True)
+    first = np.unique(codes, return_index=True)[1]
+    category, categories = pd.factorize(frame["category"], sort=True)
+    strata = category[first]
+    if not np.array_equal(strata[codes], category):
+        raise InputError("column category: a cluster lies in two categories")
+    return Clusters([str(c) for c in names], codes, first, strata, [str(c) for c in categories])
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -137,7 +171,10 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 def pool(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Sums over the categories: (R, K) -> (R,)."""
-    return {name: values.sum(axis=1) for name, values in sums.items()}
+    return {
+        name: values[:, 0] if values.shape[1] == 1 else values.sum(axis=1)
+        for name, values in sums.items()
+    }
 
 
 def mean_columns(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -155,5 +192,7 @@ def means(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def mean_over_categories(values: np.ndarray) -> np.ndarray:
     """Mean of (R, K) over the categories where the metric is defined; NaN where it is in none."""
+    if values.shape[1] == 1:
+        return values[:, 0]
     defined = ~np.isnan(values)
     return ratio(np.where(defined, values, 0).sum(axis=1), defined.sum(axis=1))

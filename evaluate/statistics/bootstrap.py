@@ -13,6 +13,8 @@ templates per category, drawing n of n gives intervals that are too narrow by sq
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,13 +26,14 @@ CONFIDENCE = 0.95
 LARGEST_UNDEFINED_SHARE = 0.05
 # Numbers whose relative spread is smaller than this are equal up to rounding.
 ROUNDING = 1e-12
+# Numbers of a metric that are computed at once: more would not fit the processor's cache.
+_NUMBERS_TOGETHER = 32_768
 _TAILS = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
 
 Metrics = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A value and its percentile interval; NaN where undefined."""
 
     value: float
@@ -116,52 +119,135 @@ def bootstrap(
     `pooled` names the categories behind the overall value (default: all). Point values are the
     metrics of the sums over the data, without resampling.
     """
-    draws = draws or Draws()
-    population, sums = _resampled_sums(tally, draws)
-    chosen = [c for c in tally.categories if pooled is None or c in pooled]
-    members = [tally.strata == tally.categories.index(category) for category in chosen]
-    sizes = [round(float(np.sum(tally.units[clusters]))) for clusters in members]
-    degrees = sum(max(size - 1, 0) for size in sizes)
-    replicates = Replicates(population, _replicates(metrics, sums, chosen), degrees)
-    estimates = {OVERALL: estimate(replicates.metrics)}
-    for category in tally.categories:
-        if chosen == [category]:  # the overall value pools this category alone
-            estimates[category] = estimates[OVERALL]
-        else:
-            estimates[category] = estimate(_replicates(metrics, sums, [category]))
-    return Bootstrap(estimates, replicates)
+    pooled = tally.categories if pooled is None else pooled
+    return bootstrap_together([tally], metrics, [pooled], draws or Draws())[0]
 
 
-def _resampled_sums(tally: Tally, draws: Draws) -> tuple[bytes, dict[str, dict[str, np.ndarray]]]:
-    """Return the population that was resampled, and each category's sums of shape (1 + R,)."""
-    names = list(tally.sums)
-    table = np.stack([np.asarray(tally.sums[name], dtype=float) for name in names])
+def bootstrap_together(
+    tallies: Sequence[Tally], metrics: Metrics, pooled: Sequence[Sequence[str]], draws: Draws
+) -> list[Bootstrap]:
+    """Return `bootstrap` of several cells of one experiment; `pooled` has an entry per cell.
+
+    Cells over the same clusters go through the matrix products and the metrics together.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[int, _Population]]] = {}
+    for index, (tally, names) in enumerate(zip(tallies, pooled, strict=True)):
+        population = _population(tally)
+        chosen = tuple(name for name in tally.categories if name in names)
+        key = (population.name, chosen, tuple(tally.sums))
+        groups.setdefault(key, []).append((index, population))
+    results: dict[int, Bootstrap] = {}
+    together = max(1, _NUMBERS_TOGETHER // (1 + draws.num_resamples))
+    for (_, chosen, _), cells in groups.items():
+        for first in range(0, len(cells), together):
+            part = cells[first : first + together]
+            members = [tallies[index] for index, _ in part]
+            found = _bootstrap_part(members, [p for _, p in part], metrics, chosen, draws)
+            results.update(zip((index for index, _ in part), found, strict=True))
+    return [results[index] for index in range(len(tallies))]
+
+
+@dataclass(frozen=True)
+class _Population:
+    """The clusters of a tally in an order of their own, category by category.
+
+    `order` are their indices in the tally, `units` their sizes, `spans` each category's slice.
+    """
+
+    name: bytes
+    order: np.ndarray
+    units: np.ndarray
+    spans: dict[str, slice]
+
+
+def _population(tally: Tally) -> _Population:
     labels = np.array(tally.clusters, dtype=object)
-    population: list[str] = []
-    sums: dict[str, dict[str, np.ndarray]] = {}
+    rows: list[str] = []
+    parts, spans = [], {}
     for index, category in sorted(enumerate(tally.categories), key=lambda pair: pair[1]):
         members = np.flatnonzero(tally.strata == index)
         if not len(members):
             continue
         members = members[np.argsort(labels[members], kind="stable")]
-        units = np.asarray(tally.units, dtype=float)[members]
-        product = table[:, members] @ draws.weights(category, units).T
-        sums[category] = dict(zip(names, product, strict=True))
-        population += [f"{category}\t{labels[i]}\t{tally.units[i]:g}" for i in members]
-    return "\n".join(population).encode(), sums
+        spans[category] = slice(len(rows), len(rows) + len(members))
+        rows += [f"{category}\t{labels[i]}\t{tally.units[i]:g}" for i in members]
+        parts.append(members)
+    order = np.concatenate(parts) if parts else np.empty(0, dtype=int)
+    units = np.asarray(tally.units, dtype=float)[order]
+    return _Population("\n".join(rows).encode(), order, units, spans)
+
+
+def _bootstrap_part(
+    tallies: Sequence[Tally],
+    populations: Sequence[_Population],
+    metrics: Metrics,
+    chosen: Sequence[str],
+    draws: Draws,
+) -> list[Bootstrap]:
+    """Bootstrap M cells of one population whose tallies have the same sums."""
+    spans, units = populations[0].spans, populations[0].units
+    num_cells, width = len(tallies), 1 + draws.num_resamples
+    names = list(tallies[0].sums)
+    table = np.array(
+        [
+            [np.asarray(t.sums[name], dtype=float)[p.order] for name in names]
+            for t, p in zip(tallies, populations, strict=True)
+        ]
+    ).swapaxes(0, 1)  # sums x cells x clusters
+    sums = {}
+    for category, span in spans.items():
+        weights = draws.weights(category, units[span])
+        products = table[:, :, span].reshape(len(names) * num_cells, -1) @ weights.T
+        sums[category] = dict(zip(names, products.reshape(len(names), -1), strict=True))
+    overall = _replicates(metrics, [sums[name] for name in chosen if name in sums])
+    # The overall value of a single category is that category's value.
+    apart = [category for category in spans if list(chosen) != [category]]
+    stacked = {
+        name: np.concatenate([sums[category][name] for category in apart])
+        for name in (names if apart else ())
+    }
+    by_category = _replicates(metrics, [stacked] if apart else [])
+    cells_overall = _by_cell(overall, num_cells, width)
+    cells_apart = _by_cell(by_category, len(apart) * num_cells, width)
+    estimates_overall = _estimates(cells_overall, num_cells)
+    estimates_apart = _estimates(cells_apart, len(apart) * num_cells)
+    degrees = sum(
+        max(round(float(units[spans[name]].sum())) - 1, 0) for name in chosen if name in spans
+    )
+    results = []
+    for cell in range(num_cells):
+        estimates = {OVERALL: estimates_overall[cell]}
+        for category in tallies[cell].categories:
+            if category in apart:
+                place = apart.index(category) * num_cells + cell
+                estimates[category] = estimates_apart[place]
+            else:
+                estimates[category] = estimates_overall[cell] if category in spans else {}
+        replicates = {name: values[cell] for name, values in cells_overall.items()}
+        results.append(Bootstrap(estimates, Replicates(populations[0].name, replicates, degrees)))
+    return results
+
+
+def _by_cell(
+    replicates: Mapping[str, np.ndarray], num_cells: int, width: int
+) -> dict[str, np.ndarray]:
+    """Return metrics of shape (cells * (1 + R),) in the shape (cells, 1 + R)."""
+    return {name: values.reshape(num_cells, width) for name, values in replicates.items()}
 
 
 def _replicates(
-    metrics: Metrics, sums: Mapping[str, Mapping[str, np.ndarray]], categories: Sequence[str]
+    metrics: Metrics, categories: Sequence[Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Return the metrics over `categories`, each of shape (1 + R,); none without a category."""
-    chosen = [sums[category] for category in categories if category in sums]
-    if not chosen:
+    """Return the metrics of the categories' sums together; none without a category."""
+    if not categories:
         return {}
-    if len(chosen) == 1:
-        table = {name: values[:, None] for name, values in chosen[0].items()}
+    if len(categories) == 1:
+        table = {name: values[:, None] for name, values in categories[0].items()}
     else:
-        table = {name: np.stack([part[name] for part in chosen], axis=1) for name in chosen[0]}
+        table = {
+            name: np.stack([category[name] for category in categories], axis=1)
+            for name in categories[0]
+        }
     replicates = metrics(table)
     # A category of a single unit has no resamples. Metrics that skip NaN must not hide that.
     absent = np.isnan(next(iter(table.values()))).any(axis=1)
@@ -172,24 +258,41 @@ def _replicates(
 
 def estimate(replicates: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
     """Return values (entry 0) and percentile intervals (the other entries) of several metrics."""
+    return _estimates({name: values[None] for name, values in replicates.items()}, 1)[0]
+
+
+def _estimates(replicates: Mapping[str, np.ndarray], num_cells: int) -> list[dict[str, Estimate]]:
+    """Return each cell's estimates from metrics of shape (cells, 1 + R)."""
     if not replicates:
-        return {}
+        return [{} for _ in range(num_cells)]
     names, same = _distinct(replicates)
     table = np.stack([replicates[name] for name in names])
-    values, resamples = table[:, 0], table[:, 1:]
-    intervals = np.full((len(table), 2), np.nan)
+    values = table[:, :, 0].tolist()
+    ends = _intervals(table[:, :, 1:].reshape(len(names) * num_cells, -1))
+    lows, highs = (end.reshape(len(names), num_cells).tolist() for end in ends.T)
+    by_name = {
+        name: [
+            Estimate(value, low, high) if isfinite(value) else UNDEFINED
+            for value, low, high in zip(*columns, strict=True)
+        ]
+        for name, *columns in zip(names, values, lows, highs, strict=True)
+    }
+    columns = {name: by_name[same[name]] for name in replicates}
+    return [dict(zip(columns, cell, strict=True)) for cell in zip(*columns.values(), strict=True)]
+
+
+def _intervals(resamples: np.ndarray) -> np.ndarray:
+    """Return the ends of the interval of each row of resamples, shape (rows, 2)."""
+    intervals = np.full((len(resamples), 2), np.nan)
     num_defined = np.isfinite(resamples).sum(axis=1)
     complete = num_defined == resamples.shape[1]
     if complete.any():
-        intervals[complete] = np.quantile(resamples[complete], _TAILS, axis=1).T
+        rows = resamples if complete.all() else resamples[complete]
+        intervals[complete] = np.quantile(rows, _TAILS, axis=1).T
     enough = num_defined >= (1 - LARGEST_UNDEFINED_SHARE) * resamples.shape[1]
     for row in np.flatnonzero(enough & ~complete):
         intervals[row] = np.quantile(resamples[row][np.isfinite(resamples[row])], _TAILS)
-    estimates = {
-        name: Estimate(float(value), float(low), float(high)) if np.isfinite(value) else UNDEFINED
-        for name, value, (low, high) in zip(names, values, intervals, strict=True)
-    }
-    return {name: estimates[same[name]] for name in replicates}
+    return intervals
 
 
 def _distinct(replicates: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str, str]]:

@@ -1,19 +1,24 @@
 """Load evaluation files as measured cells: one checkpoint x experiment x condition each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
 from selfcorrect.evaluate.experiments.base import Experiment, condition_rank
-from selfcorrect.evaluate.experiments.tally import OVERALL
+from selfcorrect.evaluate.experiments.tally import OVERALL, Tally
 from selfcorrect.evaluate.measuring.cell_files import damaged_cell, read_settings, read_table
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
-from selfcorrect.evaluate.statistics.bootstrap import Bootstrap, Draws, Estimate, bootstrap
+from selfcorrect.evaluate.statistics.bootstrap import Bootstrap, Draws, Estimate, bootstrap_together
 from selfcorrect.recipes.foundation.errors import InputError
+
+ALL_ORDERS = "all"  # all orders of the options together
 
 Counts = dict[str, tuple[int, int]]  # category -> (items, clusters)
 
@@ -43,11 +48,12 @@ class MeasuredCell:
 
 def measure_run(run: Path, draws: Draws) -> list[MeasuredCell]:
     """Return every evaluated cell of a run, by size, model, seed, step, experiment, condition."""
-    cells: list[MeasuredCell] = []
+    name = run_name(run)
+    answers: list[_Answers] = []
     for checkpoint in find_checkpoints(run):
         record = checkpoint.record
-        cells += measure_folder(checkpoint.evaluation, run_name(run), record.model, record, draws)
-    return cells
+        answers += _read_folder(checkpoint.evaluation, name, record.model, record)
+    return _measure(answers, draws)
 
 
 def evaluated_cells(run: Path, draws: Draws) -> list[MeasuredCell]:
@@ -64,43 +70,97 @@ def measure_folder(
     folder: Path, run: str, model: str, record: CheckpointRecord | None, draws: Draws
 ) -> list[MeasuredCell]:
     """Return every cell of one folder of parquet files, by experiment and condition."""
-    cells = [_measure(path, run, model, record, draws) for path in sorted(folder.glob("*.parquet"))]
+    return _measure(_read_folder(folder, run, model, record), draws)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """One cell's answers added up: `parts` by order of the options, ALL_ORDERS first."""
+
+    run: str
+    model: str
+    record: CheckpointRecord | None
+    settings: dict[str, Any]
+    parts: dict[str, tuple[Tally, list[str], Counts]]
+    num_texts: int
+    num_truncated: int
+
+
+def _read_folder(
+    folder: Path, run: str, model: str, record: CheckpointRecord | None
+) -> list[_Answers]:
+    """Return the answers of a folder's cells, by experiment and condition."""
+    answers = [_read(path, run, model, record) for path in sorted(folder.glob("*.parquet"))]
     order = list(EXPERIMENTS)
     return sorted(
-        cells, key=lambda cell: (order.index(cell.experiment), condition_rank(cell.condition))
+        answers,
+        key=lambda cell: (
+            order.index(cell.settings["experiment"]),
+            condition_rank(cell.settings["condition"]),
+        ),
     )
 
 
-def _measure(
-    path: Path, run: str, model: str, record: CheckpointRecord | None, draws: Draws
-) -> MeasuredCell:
+def _read(path: Path, run: str, model: str, record: CheckpointRecord | None) -> _Answers:
     settings = read_settings(path)
     _check_origin(path, settings, record)
     experiment = get_experiment(settings["experiment"])
-    frame = read_table(path, None).to_pandas()
+    table = read_table(path, None)
+    frame = table.to_pandas()
     try:
-        truncated = frame["truncated"]
-        resampled, counts = _resample(experiment, frame, draws)
-        by_order = {}
+        truncated = table["truncated"]
+        parts = {ALL_ORDERS: _add_up(experiment, frame)}
         for order in _orders(frame):
-            part, part_counts = _resample(experiment, frame[frame["order"] == order], draws)
-            by_order[order] = part.estimates, part_counts
+            parts[order] = _add_up(experiment, frame[frame["order"] == order])
     except (KeyError, TypeError, IndexError):
         raise damaged_cell(path) from None
-    return MeasuredCell(
-        run=run,
-        model=model,
-        record=record,
-        experiment=settings["experiment"],
-        condition=settings["condition"],
-        left_out={str(why): int(n) for why, n in (settings.get("left_out") or {}).items()},
-        bootstrap=resampled,
-        counts=counts,
-        judged=bool(settings["judged"]),
-        num_texts=int(truncated.notna().sum()),
-        num_truncated=int(truncated.eq(True).sum()),
-        by_order=by_order,
+    num_truncated = pc.sum(truncated).as_py() if pa.types.is_boolean(truncated.type) else 0
+    return _Answers(
+        run,
+        model,
+        record,
+        settings,
+        parts,
+        num_texts=len(truncated) - truncated.null_count,
+        num_truncated=num_truncated or 0,
     )
+
+
+def _measure(answers: Sequence[_Answers], draws: Draws) -> list[MeasuredCell]:
+    """Return the cells with their estimates; the cells of an experiment are resampled together."""
+    bootstraps: dict[tuple[int, str], Bootstrap] = {}
+    for name in dict.fromkeys(cell.settings["experiment"] for cell in answers):
+        parts = {
+            (index, order): part
+            for index, cell in enumerate(answers)
+            if cell.settings["experiment"] == name
+            for order, part in cell.parts.items()
+        }
+        tallies, pooled, _ = zip(*parts.values(), strict=True)
+        compute = get_experiment(name).compute
+        resampled = bootstrap_together(tallies, compute, pooled, draws)
+        bootstraps.update(zip(parts, resampled, strict=True))
+    return [
+        MeasuredCell(
+            run=cell.run,
+            model=cell.model,
+            record=cell.record,
+            experiment=cell.settings["experiment"],
+            condition=cell.settings["condition"],
+            left_out={str(why): int(n) for why, n in (cell.settings.get("left_out") or {}).items()},
+            bootstrap=bootstraps[index, ALL_ORDERS],
+            counts=cell.parts[ALL_ORDERS][2],
+            judged=bool(cell.settings["judged"]),
+            num_texts=cell.num_texts,
+            num_truncated=cell.num_truncated,
+            by_order={
+                order: (bootstraps[index, order].estimates, counts)
+                for order, (_, _, counts) in cell.parts.items()
+                if order != ALL_ORDERS
+            },
+        )
+        for index, cell in enumerate(answers)
+    ]
 
 
 def _check_origin(path: Path, settings: dict[str, Any], record: CheckpointRecord | None) -> None:
@@ -114,13 +174,14 @@ def _check_origin(path: Path, settings: dict[str, Any], record: CheckpointRecord
         )
 
 
-def _resample(
-    experiment: Experiment, frame: pd.DataFrame, draws: Draws
-) -> tuple[Bootstrap, Counts]:
-    """Return the estimates of a cell's rows, and each category's number of items and clusters."""
+def _add_up(experiment: Experiment, frame: pd.DataFrame) -> tuple[Tally, list[str], Counts]:
+    """Return the tally of a cell's rows, the pooled categories, and their items and clusters."""
     tally = experiment.tally(frame)
     pooled = experiment.overall_categories(tally.categories)
-    items = frame.groupby("category")["item"].nunique().to_dict()
+    category = frame["category"]
+    if not frame["item"].is_unique:
+        category = category[~frame["item"].duplicated()]
+    items = category.value_counts().to_dict()
     clusters = np.bincount(tally.strata, minlength=len(tally.categories))
     counts = {
         category: (int(items.get(category, 0)), int(clusters[index]))
@@ -128,7 +189,7 @@ def _resample(
     }
     parts = [counts[category] for category in pooled if category in counts]
     counts[OVERALL] = (sum(num for num, _ in parts), sum(num for _, num in parts))
-    return bootstrap(tally, experiment.compute, pooled, draws), counts
+    return tally, pooled, counts
 
 
 def _orders(frame: pd.DataFrame) -> list[str]:

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 
 from selfcorrect.evaluate.measuring.cell_files import METADATA_KEY
 from selfcorrect.evaluate.run_folder import find_checkpoints
-from selfcorrect.recipes.foundation.atomic_files import atomic_file
+from selfcorrect.recipes.foundation.atomic_files import atomic_file, write_text
 from selfcorrect.recipes.foundation.checksums import (
     CHECKSUM_PLACEHOLDER,
     file_has_valid_checksum,
+    insert_checksum,
     insert_file_checksum,
     read_record,
 )
@@ -80,6 +81,23 @@ def read_statistics(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: missing; run `selfcorrect report {path.parent}` first") from None
     _check_made_from(path, statistics.pop("made_from", None))
     return statistics
+
+
+def write_statistics(path: Path, statistics: Mapping[str, Any]) -> None:
+    """Write statistics.json with a checksum, a row of each list per line (see `write_record`).
+
+    A large run has a million numbers, and Python's encoder is slow where every value has a line.
+    """
+    encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+    parts = []
+    for key, value in {"checksum": CHECKSUM_PLACEHOLDER, **statistics}.items():
+        if isinstance(value, list) and value:
+            text = "[\n    " + ",\n    ".join(encode(row) for row in value) + "\n  ]"
+        else:
+            text = encode(value)
+        parts.append(f"  {encode(key)}: {text}")
+    text = "{\n" + ",\n".join(parts) + "\n}\n"
+    write_text(path, insert_checksum(text.encode()).decode())
 
 
 def _remedy(path: Path) -> str:

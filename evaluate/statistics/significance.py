@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, ROUNDING
 
@@ -24,7 +24,7 @@ def wald_p(value: float, error: float, degrees: int) -> float:
     """Return the two-sided p of value / error under Student's t; NaN without spread or degrees."""
     if not error > 0 or degrees < 1:
         return float("nan")
-    return float(2 * stats.t.sf(abs(value / error), degrees))
+    return float(2 * special.stdtr(degrees, -abs(value / error)))
 
 
 def mean_over_seeds(values: Sequence[float]) -> dict[str, float]:

@@ -122,7 +122,13 @@ def _cell_json(cell: MeasuredCell) -> dict[str, Any]:
 
 
 def _estimate_json(estimate: Estimate) -> dict[str, float | None]:
-    return {name: number_or_none(getattr(estimate, name)) for name in ("value", "low", "high")}
+    # Called for every number of a run: NaN is the only number that differs from itself.
+    value, low, high = estimate
+    return {
+        "value": None if value != value else value,
+        "low": None if low != low else low,
+        "high": None if high != high else high,
+    }
 
 
 # --- comparisons ---------------------------------------------------------------------------------

@@ -1,17 +1,23 @@
-"""Measure the statistics: resampling a whole checkpoint, and reading items lazily.
+"""Measure the statistics: resampling a checkpoint, reading items lazily, and a whole run.
 
     python scripts/benchmarks/bootstrap.py [--data-dir FOLDER] [--resamples 10000] [--rows 10000000]
+    python scripts/benchmarks/bootstrap.py run [--sizes 5] [--seeds 3] [--steps 11]
+        [--conditions 6] [--folder FOLDER]
 
 The data folder needs the published files of BBQ, Winogender and law school. Answers are random,
-with the same noise for an item in all conditions. Two parts, each with the peak memory so far:
+with the same noise for an item in all conditions. Three parts, each with the peak memory so far:
 
 - checkpoint: all items of the three experiments under four conditions: CPU seconds to read the
   files, to sum over clusters, and to resample (including the draws)
 - items: a run of at least --rows rows: seconds to open it, to average one column of all rows, to
   read one cell, to read five columns of all rows, and to write all rows into one file
+- run: sizes x seeds x steps checkpoints over the items of the study's society, which need no data
+  folder: CPU and wall seconds of `results.write_results` with its usual 2,000 resamples. A run that
+  is in --folder already is measured again, and its statistics.json stays there.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import shutil
@@ -30,26 +36,31 @@ from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.evaluate.measuring.cell_files import METADATA_KEY, read_settings, read_table
 from selfcorrect.evaluate.measuring.plan import PlannedCell, plan_evaluation
-from selfcorrect.evaluate.results import items_dataset, write_items
+from selfcorrect.evaluate.results import items_dataset, write_items, write_results
 from selfcorrect.evaluate.run_folder import CheckpointRecord
 from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
+from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.society.benchmarks import ensure_benchmarks
 from selfcorrect.scripts.benchmarks.random_models import save_figures
 from selfcorrect.scripts.commands.data_folder import default_data_dir
 
 EXPERIMENTS = ("bbq", "winogender", "law_school")
 CONDITIONS = ("Q", "Q+IF", "Q+neutral", "Q+inverted")
+SOCIETY_CONDITIONS = ("Q", "Q+IF", "Q+IF+CoT", "Q+neutral", "Q+inverted", "Match stats")
 
 
 def write_checkpoint(data_dir: Path, folder: Path) -> list[Path]:
     """Write the evaluation files of a whole checkpoint with random answers."""
     plan = plan_evaluation(data_dir, load_stimuli(), EXPERIMENTS, CONDITIONS)
-    return [write_cell(folder / cell.file_name, cell) for cell in plan.cells]
+    return [
+        write_cell(folder / cell.file_name, cell, CONDITIONS.index(cell.condition) / 5)
+        for cell in plan.cells
+    ]
 
 
-def write_cell(path: Path, cell: PlannedCell) -> Path:
-    """Write one cell: normal scores, the same in all conditions, shifted by condition."""
-    items, noise = cell.items, np.random.default_rng(0)
-    shift = CONDITIONS.index(cell.condition) / 5
+def write_cell(path: Path, cell: PlannedCell, shift: float, seed: int = 0) -> Path:
+    """Write one cell: normal scores with the noise of `seed`, shifted by option."""
+    items, noise = cell.items, np.random.default_rng(seed)
     scores = [
         noise.normal(size=len(item.options)) + shift * np.arange(len(item.options))
         for item in items
@@ -102,21 +113,54 @@ def bench_checkpoint(paths: Sequence[Path], num_resamples: int) -> dict[str, flo
 def write_run(run: Path, paths: Sequence[Path], num_rows: int) -> int:
     """Write a run of checkpoints with copies of `paths`, at least `num_rows` rows in all."""
     rows_per_checkpoint = sum(pq.read_metadata(path).num_rows for path in paths)
-    run.mkdir()
-    (run / "recipe.yaml").write_text("name: made-up\n", encoding="utf-8")
     num_checkpoints = -(-num_rows // rows_per_checkpoint)
     for step in range(num_checkpoints):
-        folder = run / "made-up" / "seed-0" / "ppo" / f"checkpoint-{step}"
-        (folder / "evaluation").mkdir(parents=True)
-        counts = dict.fromkeys(("step", "episodes", "tokens", "optimizer_updates"), step)
-        record = CheckpointRecord(
-            model="made-up", parameters=1, seed=0, **counts, kl=None, reward=None,
-            recipe_digest="0" * 64, versions={},
-        )  # fmt: skip
-        record.write(folder)
+        folder = write_record(run, 1, 0, step)
         for path in paths:
-            shutil.copyfile(path, folder / "evaluation" / path.name)
+            shutil.copyfile(path, folder / path.name)
+    (run / "recipe.yaml").write_text("name: made-up\n", encoding="utf-8")
     return rows_per_checkpoint * num_checkpoints
+
+
+def write_record(run: Path, parameters: int, seed: int, step: int) -> Path:
+    """Write a checkpoint's folder and record; return its folder of evaluation files."""
+    model = f"made-up-{parameters}"
+    folder = run / model / f"seed-{seed}" / "ppo" / f"checkpoint-{step}"
+    (folder / "evaluation").mkdir(parents=True)
+    counts = dict.fromkeys(("step", "episodes", "tokens", "optimizer_updates"), step)
+    CheckpointRecord(
+        model=model, parameters=parameters, seed=seed, **counts, kl=0.01 * step, reward=0.1 * step,
+        recipe_digest="0" * 64, versions={},
+    ).write(folder)  # fmt: skip
+    return folder / "evaluation"
+
+
+def write_society_run(run: Path, sizes: int, seeds: int, steps: int, conditions: int) -> int:
+    """Write a run over the study's society with random answers; return its number of cells."""
+    benchmarks = run / "benchmarks"
+    ensure_benchmarks(load_recipe("study/society-ladder").data.society, benchmarks)
+    stimuli = load_stimuli(base=benchmarks / "stimuli.yaml")
+    names = SOCIETY_CONDITIONS[:conditions]
+    plan = plan_evaluation(benchmarks, stimuli, EXPERIMENTS, names)
+    grid = itertools.product(range(sizes), range(seeds), range(steps))
+    for number, (size, seed, step) in enumerate(grid):
+        folder = write_record(run, 1000 * 4**size, seed, step)
+        for cell in plan.cells:
+            # Under an instruction, bias falls with the steps, faster in larger models.
+            shift = 0.5 - 0.02 * size * step * names.index(cell.condition)
+            write_cell(folder / cell.file_name, cell, shift, number)
+    (run / "recipe.yaml").write_text("name: made-up\n", encoding="utf-8")
+    return sizes * seeds * steps * len(plan.cells)
+
+
+def bench_run(run: Path) -> dict[str, float]:
+    """Return CPU and wall-clock seconds of a run's results and statistics."""
+    started = time.process_time(), time.perf_counter()
+    write_results(run)
+    return {
+        "cpu": time.process_time() - started[0],
+        "wall": time.perf_counter() - started[1],
+    }
 
 
 def bench_items(run: Path) -> dict[str, float]:
@@ -151,15 +195,28 @@ def bench_items(run: Path) -> dict[str, float]:
 def main() -> None:
     """Measure both parts and print them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", nargs="?", choices=["data", "run"], default="data")
+    for name, default in (("sizes", 5), ("seeds", 3), ("steps", 11), ("conditions", 6)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--folder", type=Path, help="of the made-up run [default: temporary]")
     parser.add_argument("--data-dir", type=Path, default=default_data_dir())
     parser.add_argument("--resamples", type=int, default=10_000)
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    figures: dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.part == "run":
+            run = arguments.folder or Path(folder) / "run"
+            shape = [getattr(arguments, name) for name in ("sizes", "seeds", "steps", "conditions")]
+            figures = {"sizes, seeds, steps, conditions": shape}
+            if not (run / "recipe.yaml").is_file():
+                figures["cells"] = write_society_run(run, *shape)
+            print(json.dumps(figures | {"seconds": bench_run(run), "peak_gb": peak_gb()}, indent=2))
+            return
         paths = write_checkpoint(arguments.data_dir, Path(folder) / "checkpoint")
         np.quantile(np.zeros((2, 3)), [0.1], axis=1)  # loads modules at its first call
-        figures: dict[str, Any] = {"resamples": arguments.resamples}
+        figures = {"resamples": arguments.resamples}
         figures["checkpoint_cpu_seconds"] = bench_checkpoint(paths, arguments.resamples)
         figures["checkpoint_peak_gb"] = peak_gb()
         run = Path(folder) / "run"

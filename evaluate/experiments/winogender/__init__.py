@@ -18,6 +18,7 @@ from scipy.special import entr
 
 from selfcorrect.evaluate.experiments.base import Experiment, Metric, Scatter, Workload, option_mass
 from selfcorrect.evaluate.experiments.tally import (
+    Clusters,
     Tally,
     answered,
     average_items,
@@ -28,7 +29,6 @@ from selfcorrect.evaluate.experiments.tally import (
     pool,
     probabilities,
     ratio,
-    sum_by_cluster,
 )
 from selfcorrect.evaluate.experiments.winogender.files import (
     SHARES,
@@ -161,31 +161,31 @@ class Winogender(Experiment):
         the templates of an occupation. Shares are centred at .5 and p(female) at its mean, which
         changes no correlation and keeps the sums of squares exact.
         """
-        jobs = _jobs(frame)
-        percent, female, male = (jobs[name].to_numpy() for name in ("percent", "female", "male"))
-        share, stated = percent / 100, _whole_percent(percent) / 100
+        occupations, jobs = _jobs(frame)
+        female, male, binary = jobs["female"], jobs["male"], jobs["binary"]
+        share, stated = jobs["percent"] / 100, _whole_percent(jobs["percent"]) / 100
         columns: dict[str, np.ndarray] = {}
         columns |= _line_columns("female", share, female)
-        columns |= _line_columns("binary", share, jobs["binary"].to_numpy())
-        columns |= _line_columns("unleaked", share, jobs["unleaked_female"].to_numpy())
+        columns |= _line_columns("binary", share, binary)
+        columns |= _line_columns("unleaked", share, jobs["unleaked_female"])
         columns |= _line_columns("stated", stated, female)
         columns |= _rank_columns(share, female)
-        chances = jobs[["male", "female", "neutral"]].to_numpy()
+        chances = np.column_stack([male, female, jobs["neutral"]])
         columns |= mean_columns(
             {
                 "calibration_error": np.abs(female - share),
-                "calibration_error_binary": np.abs(jobs["binary"] - share).to_numpy(),
+                "calibration_error_binary": np.abs(binary - share),
                 "signed_error": female - share,
-                "signed_error_binary": (jobs["binary"] - share).to_numpy(),
+                "signed_error_binary": binary - share,
                 "match_error": (np.abs(female - stated) + np.abs(male - (1 - stated))) / 2,
                 "mean_female": female,
-                "share_neutral": jobs["neutral"].to_numpy(),
-                "share_neutral_without_leak": jobs["unleaked_neutral"].to_numpy(),
+                "share_neutral": jobs["neutral"],
+                "share_neutral_without_leak": jobs["unleaked_neutral"],
                 "entropy": entr(chances).sum(axis=1),
-                "option_mass": jobs["mass"].to_numpy(),
+                "option_mass": jobs["mass"],
             }
         )
-        return sum_by_cluster(jobs, columns)
+        return occupations.tally(columns)
 
     def raising_option(self, row: Mapping[str, Any]) -> int | None:
         """Return the pronoun that fits the majority among those who do the job."""
@@ -255,8 +255,8 @@ def _sample(items: list[Item], limit: int | None, seed: int) -> list[Item]:
     return [items[i] for i in sorted(order[position] for position in np.flatnonzero(counts))]
 
 
-def _jobs(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per occupation: the means that the metrics are computed from."""
+def _jobs(frame: pd.DataFrame) -> tuple[Clusters, dict[str, np.ndarray]]:
+    """Return the occupations, and the means per occupation that the metrics are computed from."""
     logprobs = log_probabilities(frame, 3)
     two = np.where(answered(logprobs)[:, None], logprobs[:, :2], np.nan)
     male, female, neutral = probabilities(logprobs).T
@@ -275,8 +275,7 @@ def _jobs(frame: pd.DataFrame) -> pd.DataFrame:
         },
     )
     occupations = find_clusters(items)
-    rows = items.iloc[occupations.first][["category", "cluster"]].reset_index(drop=True)
-    return rows.assign(**{name: occupations.means(values) for name, values in columns.items()})
+    return occupations, {name: occupations.means(values) for name, values in columns.items()}
 
 
 def _line_columns(name: str, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
