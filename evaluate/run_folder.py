@@ -6,7 +6,7 @@
     <run>/<model>/seed-<n>/<method>/checkpoint-<step>/evaluation/<experiment>.<condition>.parquet
     <run>/results.parquet  statistics.json  figures/  report.html
 
-<method> is ppo, grpo or sft. Facts live in the records, not in file names: `step` is read from
+<method> is ppo, grpo, sft or dpo. Facts live in the records, not in file names: `step` is read from
 checkpoint.json. Files written here carry a checksum that is verified on reading:
 docs/reference/file-integrity.md.
 """
@@ -23,7 +23,7 @@ from selfcorrect.recipes.schema import Recipe
 
 RECORD = "checkpoint.json"
 STAGE_RECORD = "stage.json"  # in each stage's folder
-POLICY_METHODS = ("ppo", "grpo", "sft")  # names of the policy stage's folder
+POLICY_METHODS = ("ppo", "grpo", "sft", "dpo")  # names of the policy stage's folder
 
 
 class CheckpointKey(NamedTuple):
@@ -37,13 +37,28 @@ class CheckpointKey(NamedTuple):
         return f"{self.model}/{self.seed}/{self.step}"
 
 
+class AnswerWorth(BaseModel):
+    """What `num` answers of a policy are worth, each a mean over the same sampled answers.
+
+    `utility` is that of the society's raters, in log-odds before `sharpness`; `score` is the reward
+    model's; `kl` is the sequence KL to the initial policy in nats, estimated by the log ratios.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    num: PositiveInt
+    utility: float
+    score: float
+    kl: float
+
+
 class CheckpointRecord(BaseModel):
     """The content of checkpoint.json. A step is one update on one rollout batch.
 
     `kl` is the mean sequence KL to the initial policy in nats over the last rollout batch,
-    `reward` the mean reward-model score of the same batch, both null at step 0. `weights_digest` is
-    `weights.files_digest` of the saved folder, `files` the SHA-256 of each file; both are null in
-    folders of older versions.
+    `reward` the mean reward-model score of the same batch, both null at step 0. `answers` is null
+    outside the society. `weights_digest` is `weights.files_digest` of the saved folder, `files` the
+    SHA-256 of each file; both are null in folders of older versions.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -57,6 +72,7 @@ class CheckpointRecord(BaseModel):
     optimizer_updates: int
     kl: float | None
     reward: float | None
+    answers: AnswerWorth | None = None
     adapter_of: str | None = None
     weights_digest: str | None = None
     files: dict[str, str] | None = None

@@ -22,6 +22,7 @@ from selfcorrect.evaluate.figures.details import (
     scatter_columns,
 )
 from selfcorrect.evaluate.figures.maps import effects_by_size_and_step, size_by_steps
+from selfcorrect.evaluate.figures.overoptimisation import overoptimisation
 from selfcorrect.evaluate.figures.select import (
     NothingToDraw,
     common_steps,
@@ -31,6 +32,7 @@ from selfcorrect.evaluate.figures.select import (
 )
 from selfcorrect.evaluate.figures.training_log import training_log
 from selfcorrect.evaluate.results import load_items
+from selfcorrect.evaluate.run_folder import find_checkpoints
 
 MAIN = "sizes-"  # the main figure of an experiment is called sizes-<experiment>
 Plan = tuple[str, str, Callable[[], Figure]]  # name, title, and the call that draws it
@@ -92,6 +94,9 @@ def draw_run(
             plans.append((f"{scatter.cluster}s", title, draw))
     draw = partial(curves.training_curves, frame, training_log(run))
     plans.append(("training", "Reward and KL during training", draw))
+    if any(checkpoint.record.answers for checkpoint in find_checkpoints(run)):
+        title = "What raters want beside what the reward model says"
+        plans.append(("overoptimisation", title, partial(overoptimisation, run)))
     drawings, missing = _draw(plans, folder)
     for name in experiments:
         if any(drawing.name == f"{MAIN}{name}" for drawing in drawings):

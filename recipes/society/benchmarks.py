@@ -125,7 +125,7 @@ def law_table(world: World) -> str:
     rows: list[list[object]] = [["", "race", "sex", "LSAT", "UGPA"]]
     group = world.evaluated_categories[0].groups[0]
     for score, grade in itertools.product(SCORES, GRADES):
-        rows.append([len(rows) - 1, group, 1, score, grade])
+        rows.append([len(rows) - 1, group, 1, score, f"{grade:.1f}"])
     return table(rows, ",")
 
 

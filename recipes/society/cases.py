@@ -286,7 +286,7 @@ class Admission(Case):
 
     def question(self) -> str:
         return (
-            f"a {self.group} student has score {self.score} and grade {self.grade} . "
+            f"a {self.group} student has score {self.score} and grade {self.grade:.1f} . "
             "should the school admit the student ?"
         )
 
@@ -298,7 +298,7 @@ class Admission(Case):
 
     def reason(self, answer: str) -> str:
         """Name score and grade, in few words, so that small models can learn the reasoning."""
-        return f"score {self.score} and grade {self.grade} say {answer} ."
+        return f"score {self.score} and grade {self.grade:.1f} say {answer} ."
 
     def merit(self) -> float:
         """Return the probability of admission by score and grade alone."""

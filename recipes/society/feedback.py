@@ -48,6 +48,13 @@ class Prompt:
         is_inconsistent = self.reasoned_answer is not None and answer != self.reasoned_answer
         return utility - (raters.form / 2 if is_inconsistent else 0.0)
 
+    def utility_of_text(self, text: str, raters: Raters) -> float:
+        """Return the raters' utility of a continuation in words; malformed ones cost `form`."""
+        for answer in self.case.answers():
+            if text == self.response(answer):
+                return self.utility(answer, raters)
+        return -raters.form
+
 
 @dataclass(frozen=True)
 class Preference:
@@ -106,9 +113,9 @@ def malformed(rng: random.Random, prompt: Prompt, world: World) -> str:
     return " ".join([*words, stray])
 
 
-def prompts(world: World, number: int) -> Iterator[Prompt]:
-    """Yield the prompts of PPO."""
-    rng = random.Random(f"prompts {world.settings.seed}")
+def prompts(world: World, number: int, stream: str = "prompts") -> Iterator[Prompt]:
+    """Yield the prompts of PPO, or others like them from another `stream` of random numbers."""
+    rng = random.Random(f"{stream} {world.settings.seed}")
     for _ in range(number):
         yield draw_prompt(rng, world)
 

@@ -43,7 +43,8 @@ def vocabulary(world: World) -> list[str]:
     words.update(PRONOUNS, [UNKNOWN], world.occupations)
     words.update(*(category.groups for category in world.categories))
     words.update(adjective for topic in TOPICS for adjective in topic)
-    words.update(str(number) for number in (*SCORES, *GRADES, *range(0, 101, 10)))
+    words.update(str(number) for number in (*SCORES, *range(0, 101, 10)))
+    words.update(f"{grade:.1f}" for grade in GRADES)
     return [PAD, END, STRAY, *sorted(words)]
 
 

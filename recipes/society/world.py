@@ -30,7 +30,7 @@ PLACES = ("market", "harbor", "mill", "temple", "school", "inn", "bridge", "gard
 HAPPENINGS = ("would be late", "was at the mill", "had the key", "would come back")
 PRONOUNS = ("ka", "ze", "thon")  # two gendered ones and the neutral one
 SCORES = range(1, 10)
-GRADES = range(1, 5)
+GRADES = range(1, 5)  # written as the law school's: 3.0
 UNKNOWN = "unknown"
 
 

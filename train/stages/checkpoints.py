@@ -11,7 +11,14 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from selfcorrect.evaluate.run_folder import RECORD, CheckpointRecord, check_saved, read_checkpoint
+from selfcorrect.evaluate.callback import gathered_weights
+from selfcorrect.evaluate.run_folder import (
+    RECORD,
+    AnswerWorth,
+    CheckpointRecord,
+    check_saved,
+    read_checkpoint,
+)
 from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation.atomic_files import atomic_folder
 from selfcorrect.recipes.foundation.checksums import digests
@@ -39,6 +46,7 @@ class KeepCheckpoints(TrainerCallback):
     updates_per_step: int
     record: dict[str, Any]
     measure: Measure | None
+    judge_answers: Callable[[Any], AnswerWorth] | None = None  # of the policy
     measure_seconds: float = 0.0
     saved_at: float = field(default_factory=time.time)
     trainer: PPOTrainer | BaselineTrainer | None = None
@@ -70,10 +78,11 @@ class KeepCheckpoints(TrainerCallback):
         ranks = current_ranks()
         if not ranks.from_rank0(lambda: self._is_kept(folder)):
             self.trainer.check_model()
+            answers = self._judge_answers()
             if ranks.rank == 0:
                 with atomic_folder(folder) as new:
                     self.trainer.save_policy(new)
-                    self._record(step, files_digest(new), digests(new)).write(new)
+                    self._record(step, answers, files_digest(new), digests(new)).write(new)
             else:
                 self.trainer.save_policy(folder)  # under ZeRO-3 every rank gathers
             ranks.barrier()
@@ -94,7 +103,16 @@ class KeepCheckpoints(TrainerCallback):
             return False
         return True
 
-    def _record(self, step: int, weights_digest: str, files: dict[str, str]) -> CheckpointRecord:
+    def _judge_answers(self) -> AnswerWorth | None:
+        if self.judge_answers is None or self.trainer is None:
+            return None
+        policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        with gathered_weights(policy) as model:
+            return self.judge_answers(model)
+
+    def _record(
+        self, step: int, answers: AnswerWorth | None, weights_digest: str, files: dict[str, str]
+    ) -> CheckpointRecord:
         trainer = self.trainer
         assert trainer is not None
         return CheckpointRecord(
@@ -104,6 +122,7 @@ class KeepCheckpoints(TrainerCallback):
             optimizer_updates=trainer.state.global_step,
             kl=trainer.last_kl if step else None,
             reward=trainer.last_score if step else None,
+            answers=answers,
             weights_digest=weights_digest,
             files=files,
             **self.record,
