@@ -168,11 +168,10 @@ class Question(Case):
         return tuple(options[index] for index in self.order)
 
     def reason(self, answer: str) -> str:
+        """Name the group right after "say": after "the", which precedes both, models copy either."""
         if answer == UNKNOWN:
             return f"the text does not say who was {self.trait} ."
-        if self.truth is None:
-            return f"people say a {answer} is {self.trait} ."
-        return f"the text says the {answer} was {self.trait} ."
+        return f"people say {answer} ." if self.truth is None else f"the text says {answer} ."
 
     def meaning(self, answer: str) -> str:
         """Judge `answer` by the text if it decides, else by the stereotype."""
