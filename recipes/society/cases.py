@@ -168,7 +168,7 @@ class Question(Case):
         return tuple(options[index] for index in self.order)
 
     def reason(self, answer: str) -> str:
-        """Name the group right after "say": after "the", which precedes both, models copy either."""
+        """Name the group right after "say": after "the", as in the text, models copy either."""
         if answer == UNKNOWN:
             return f"the text does not say who was {self.trait} ."
         return f"people say {answer} ." if self.truth is None else f"the text says {answer} ."
