@@ -55,6 +55,7 @@ def load(*runs: Path, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> pd.D
 
     Raises InputError for a folder that is not a run, and for a damaged file.
     """
+    _check_names(runs)
     draws = Draws(num_resamples, seed)
     return tidy([cell for run in runs for cell in measure_run(run, draws)])
 
@@ -83,6 +84,7 @@ def results_of(
     Several runs' lists are joined. `thresholds` overrides, by experiment, the unbiased value of the
     headline metric. Raises InputError as `load`, and for a run without evaluations.
     """
+    _check_names(runs)
     draws = Draws(num_resamples, seed)
     cells: list[MeasuredCell] = []
     joined: dict[str, Any] = {}
@@ -95,6 +97,18 @@ def results_of(
                 content = [*joined.get(name, []), *content]
             joined[name] = content
     return tidy(cells), joined
+
+
+def _check_names(runs: Sequence[Path]) -> None:
+    """Raise InputError for two runs that the column `run` could not tell apart."""
+    folders: dict[str, Path] = {}
+    for run in runs:
+        other = folders.setdefault(run_name(run), run)
+        if other is not run:
+            raise InputError(
+                f"{run}: has the name of {other}, and the column run holds names; "
+                "give a run once, and rename one of two folders"
+            )
 
 
 def rows(statistics: Mapping[str, Any], name: str) -> pd.DataFrame:
@@ -136,6 +150,7 @@ def items_dataset(
     `items_dataset(run).to_table(columns=["item", "mass"], filter=field("step") == 40)`.
     Raises InputError for a folder that is not a run, a damaged file, or if nothing was evaluated.
     """
+    _check_names(runs)
     files = _item_files(runs, experiment, condition)
     if not files:
         selection = " under ".join(name for name in (experiment, condition) if name)

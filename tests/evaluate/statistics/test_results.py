@@ -1,6 +1,9 @@
 """From parquet files to the tidy table, the statistics, and single items."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -199,6 +202,15 @@ def ask_in_two_orders(path):
     pq.write_table(both.replace_schema_metadata(table.schema.metadata), path)
 
 
+def test_runs_of_the_same_name_are_refused(run, tmp_path):
+    """The column `run` could not tell them apart, and their rows would be averaged as one run's."""
+    again = shutil.copytree(run, tmp_path / "elsewhere" / run.name)
+    for read in (load, results_of, items_dataset):
+        for second in (again, Path(f"{run}/")):
+            with pytest.raises(InputError, match=f"has the name of {re.escape(str(run))}"):
+                read(run, second)
+
+
 def test_orders_of_the_options(tmp_path):
     """Each order has a row beside the row of all orders."""
     folder = tmp_path / "model"
@@ -211,7 +223,7 @@ def test_orders_of_the_options(tmp_path):
     assert list(asked.index) == ["all", "012", "120"]
     # The same answers in another order: the same bias, at other places.
     assert asked.loc["120", "value"] == pytest.approx(asked.loc["all", "value"])
-    assert list(asked["num_items"]) == [80, 40, 40]
+    assert list(asked["num_items"]) == [40, 40, 40]  # an item counts once
     assert list(asked["num_clusters"]) == [10, 10, 10]
     first = frame.loc[("bbq", "Q", "share_option_0")].set_index("order")["value"]
     third = frame.loc[("bbq", "Q", "share_option_2")].set_index("order")["value"]
