@@ -120,7 +120,7 @@ def _current(
     from trl import GRPOConfig, GRPOTrainer
 
     from selfcorrect.train.ppo import PPOConfig, PPOTrainer, RewardModelScorer
-    from selfcorrect.train.ppo.rewards import load_reward_model
+    from selfcorrect.train.ppo.reward_models import load_reward_model
 
     settings: dict[str, Any] = {
         **_settings(folder, steps * UPDATES),

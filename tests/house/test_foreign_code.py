@@ -12,7 +12,7 @@ from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Model
 from selfcorrect.train.feedback.files import read_rows
 from selfcorrect.train.planning.model_shape import _through_transformers, model_shape
-from selfcorrect.train.ppo.rewards import load_reward_model
+from selfcorrect.train.ppo.reward_models import load_reward_model
 from selfcorrect.train.stages.policy import load_policy
 from tests.support.payloads import model_folder, train_policy_of
 

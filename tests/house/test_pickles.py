@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.train.ppo.rewards import load_reward_model
+from selfcorrect.train.ppo.reward_models import load_reward_model
 from selfcorrect.train.stages.policy import load_policy
 from selfcorrect.train.trainers.guarded import GuardedTrainer, load_nested, save_nested
 from tests.support.payloads import model_folder, train_policy_of, write_pickle

@@ -17,13 +17,17 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from selfcorrect.evaluate.prompts.dialogue import AUTO, Style
+from selfcorrect.evaluate.prompts.tokenized import answer_ids, turn_end
 from selfcorrect.evaluate.scoring.load_model import load_model
+from selfcorrect.evaluate.scoring.packed import context_length
+from selfcorrect.evaluate.scoring.sampling import end_tokens
 from selfcorrect.recipes.foundation.atomic_files import atomic_folder
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.progress import Progress
 from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.schema import Base, Model, Recipe
-from selfcorrect.train.feedback.feedback import Preference, pair_ids, render_prompt
+from selfcorrect.train.feedback.feedback import Preference, open_turns
+from selfcorrect.train.feedback.kept_rows import NOT_REACHED, keep_rows, too_long
 from selfcorrect.train.stages import JobFacts
 from selfcorrect.train.stages.arguments import NO_CODE, ONE_EPOCH, build
 from selfcorrect.train.stages.corpus import corpus_trainer
@@ -33,6 +37,7 @@ from selfcorrect.train.trainers.state import (
     finish_stage,
     gathered_weights,
     num_parameters,
+    rows_drawn,
     work_folder,
     write_stage_record,
 )
@@ -63,29 +68,44 @@ def train_base(job: JobFacts, recipe: Recipe, model: Model, preferences: list[Pr
     if recipe.base.method == "pretrain":
         trainer, tokenizer = corpus_trainer(recipe, model, fixed, job.progress)
     else:
-        trainer, tokenizer = _sft_trainer(recipe.base, model, preferences, fixed, job.progress)
+        trainer, tokenizer = _sft_trainer(job, recipe.base, model, preferences, fixed)
     train_or_resume(trainer, work)
+    facts = trainer.row_facts() if isinstance(trainer, FineTuningTrainer) else {}
     policy = trainer.accelerator.unwrap_model(trainer.model)
     state = gathered_weights(trainer)
     with finish_stage(folder, work) as new:
         if new is not None:
             policy.save_pretrained(new, state_dict=state)
             tokenizer.save_pretrained(new)
-            write_stage_record(new, started, folder, parameters=num_parameters(policy))
+            facts |= {"parameters": num_parameters(policy)}
+            write_stage_record(new, started, folder, **facts)
 
 
-class _BaseSFTTrainer(SFTTrainer, GuardedTrainer):
-    """TRL's SFTTrainer with the checks of GuardedTrainer."""
+class RowCounter(GuardedTrainer):
+    """A trainer that counts the rows it uses; `left_out` are those that it was never given."""
+
+    left_out: dict[str, int]
+
+    def row_facts(self) -> dict[str, Any]:
+        """Return the number of rows trained on, and of those left out, by reason, for a record."""
+        num_rows, left_out = rows_drawn(self), dict(self.left_out)
+        if num_rows < len(self.train_dataset):
+            left_out[NOT_REACHED] = len(self.train_dataset) - num_rows
+        return {"rows": num_rows, "left_out": left_out}
+
+
+class FineTuningTrainer(SFTTrainer, RowCounter):
+    """TRL's SFTTrainer on preferred answers."""
 
     stage = "base"
 
 
 def _sft_trainer(
+    job: JobFacts,
     base: Base,
     model: Model,
     preferences: list[Preference],
     fixed: dict[str, Any],
-    progress: Progress,
 ) -> tuple[Trainer, PreTrainedTokenizerBase]:
     """Return a trainer on the preferred answers, whose loss leaves out the prompts."""
     copy = Path(fixed["output_dir"]) / "given"
@@ -105,43 +125,63 @@ def _sft_trainer(
             copy, dtype=torch.float32, use_safetensors=True, **trust
         )
         tokenizer = AutoTokenizer.from_pretrained(copy, **trust)
-    trainer = _BaseSFTTrainer(
+    rows = preferred_rows(tokenizer, preferences, job.style)
+    rows, left_out = usable_rows(rows, arguments.max_length, policy, "base")
+    trainer = FineTuningTrainer(
         model=policy,
         args=arguments,
-        train_dataset=Dataset.from_list(preferred_rows(tokenizer, preferences)),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[StageCallback("base", progress)],
+        callbacks=[StageCallback("base", job.progress)],
     )
+    trainer.left_out = left_out
     return trainer, tokenizer
 
 
+def usable_rows(
+    rows: list[dict[str, list[int]]], max_length: int | None, policy: PreTrainedModel, stage: str
+) -> tuple[list[dict[str, list[int]]], dict[str, int]]:
+    """Return the rows that fit, and the number left out by reason.
+
+    TRL would cut the others, and a policy would learn answers without an end. Raises InputError if
+    none fits.
+    """
+    context = context_length(policy)
+    kept, left_out = keep_rows(
+        stage,
+        "preferred answers",
+        rows,
+        lambda row: too_long(len(row["input_ids"]), max_length, context),
+    )
+    if not kept:
+        reasons = "; ".join(left_out) or "there are none"
+        raise InputError(f"{stage}: no preferred answer can be trained on: {reasons}")
+    return kept, left_out
+
+
 def preferred_rows(
-    tokenizer: PreTrainedTokenizerBase, preferences: list[Preference]
+    tokenizer: PreTrainedTokenizerBase, preferences: list[Preference], style: Style = AUTO
 ) -> list[dict[str, list[int]]]:
-    """Tokenize prompts with their preferred answers for SFTTrainer; the mask is 1 on answers."""
+    """Tokenise prompts with their preferred answers for SFTTrainer; the mask is 1 on answers.
+
+    The answer is all that the policy has to write after the prompt from which PPO samples, up to
+    the token that ends the turn.
+    """
+    end = turn_end(tokenizer, style)
     rows = []
     for pair in preferences:
-        prompt = render_prompt(tokenizer, pair.prompt)
-        ids = pair_ids(tokenizer, pair)["chosen_ids"]
-        num_prompt = len(tokenizer(prompt)["input_ids"])
-        mask = [0] * num_prompt + [1] * (len(ids) - num_prompt)
-        rows.append({"input_ids": ids, "completion_mask": mask})
+        turns = open_turns(pair.prompt)
+        prompt, answer = answer_ids(tokenizer, turns, pair.chosen, style, end)
+        mask = [0] * len(prompt) + [1] * len(answer + end.ids)
+        rows.append({"input_ids": prompt + answer + end.ids, "completion_mask": mask})
     return rows
 
 
-def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a padding token other than the end-of-text token, if the vocabulary has one.
-
-    transformers' classifiers score the last token that is not padding: with the same token for
-    both, a reward model would never see the end of a text.
-    """
-    pads = [token for token in tokenizer.get_added_vocab() if "pad" in token.lower()]
-    candidates = [*pads, tokenizer.unk_token, tokenizer.bos_token]
-    return next((t for t in candidates if t and t != tokenizer.eos_token), tokenizer.eos_token)
-
-
 def load_given_model(model: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the given model in float32, with a padding token; GGUF weights are dequantized."""
+    """Load the given model in float32, with a padding token.
+
+    Adapters are merged into their base, and GGUF weights are dequantized.
+    """
     assert model.path is not None
     policy, tokenizer = load_model(
         model.path,
@@ -153,9 +193,11 @@ def load_given_model(model: Model) -> tuple[PreTrainedModel, PreTrainedTokenizer
     )
     if tokenizer.eos_token is None:
         raise InputError(f"models: {model.name}: its tokenizer has no end-of-text token")
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
-        tokenizer.pad_token = padding_token(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     policy.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if policy.can_generate():  # TRL reads the end tokens there; the chat template may have its own
+        policy.generation_config.eos_token_id = sorted(end_tokens(policy, tokenizer))
     if model.gguf_file is not None:
         # transformers treats a model read from GGUF as quantized, and refuses to save or train it.
         # Its weights were dequantized on reading: move them into an ordinary model.

@@ -134,6 +134,13 @@ def gathered_weights(trainer: Any) -> dict[str, Any] | None:
     return trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
 
 
+def rows_drawn(trainer: Any) -> int:
+    """Return how many rows of its data set a trainer has trained on at least once."""
+    args = trainer.args
+    num = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return min(len(trainer.train_dataset), num * trainer.state.global_step)
+
+
 def num_parameters(model: Any) -> int:
     """Return the number of parameters, also of a model that ZeRO-3 has split."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

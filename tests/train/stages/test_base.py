@@ -1,20 +1,17 @@
 """Base models: initialised as the recipe says, batched without loss, padded so that ends show."""
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.schema import Base, Model
+from selfcorrect.recipes.schema import Base
 from selfcorrect.recipes.society.documents import mixed_documents
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
-from selfcorrect.train.stages.base import load_given_model, padding_token
 from selfcorrect.train.stages.corpus import CorpusTrainer, pack, scratch_model
-from tests.support.tiny_models import tiny_tokenizer
 
 LLAMA = {
     "model_type": "llama",
@@ -76,36 +73,3 @@ def test_wrong_scratch_configuration_is_one_line(change: dict, message: str) -> 
     with pytest.raises(InputError, match=message) as caught:
         scratch_model({**LLAMA, **change}, TOKENIZER, 0)
     assert "\n" not in str(caught.value)
-
-
-def test_padding_token_differs_from_end_of_text(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    scratch_model(LLAMA, tokenizer, 0).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    policy, read = load_given_model(Model(name="given", path=str(tmp_path)))
-    assert read.pad_token == "<pad>" != read.eos_token
-    assert policy.config.pad_token_id == read.pad_token_id
-    assert padding_token(read) == "<pad>"
-
-
-def test_reward_score_is_taken_at_the_end_of_text_token(tmp_path: Path) -> None:
-    from transformers import AutoModelForSequenceClassification
-
-    from selfcorrect.train.stages.reward import held_out_facts
-
-    tokenizer = tiny_tokenizer()
-    scratch_model(LLAMA, tokenizer, 0).save_pretrained(tmp_path)
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    ended, longer = [7, 8, tokenizer.eos_token_id], [7, 8, 9, 10, tokenizer.eos_token_id]
-    with torch.no_grad():
-        hidden = model.base_model(torch.tensor([ended])).last_hidden_state
-        at_end = model.score(hidden)[0, -1, 0].item()
-        hidden = model.base_model(torch.tensor([longer])).last_hidden_state
-        other = model.score(hidden)[0, -1, 0].item()
-    facts = held_out_facts(
-        model, [{"chosen_ids": ended, "rejected_ids": longer}], tokenizer.pad_token_id, 8
-    )
-    assert facts["score_mean"] == pytest.approx((at_end + other) / 2, abs=1e-5)
-    assert facts["held_out_accuracy"] == float(at_end > other)

@@ -20,7 +20,7 @@ from selfcorrect.train.ppo.rewards import RewardModelScorer
 from selfcorrect.train.ppo.trainer import PPOTrainer
 from selfcorrect.train.run import prepare_run
 from selfcorrect.train.stages import JobFacts
-from selfcorrect.train.stages.base import _BaseSFTTrainer, train_base
+from selfcorrect.train.stages.base import FineTuningTrainer, train_base
 from selfcorrect.train.stages.corpus import CorpusTrainer
 from selfcorrect.train.stages.reward import GuardedRewardTrainer
 from selfcorrect.train.trainers.guarded import GuardedTrainer
@@ -215,7 +215,7 @@ def test_non_finite_loss_stops_sft(
     rest = {"reward": {}, "policy": {"steps": 1, "checkpoints": [1]}}
     recipe = check_recipe({"name": "x", "models": [model], "data": data, "base": base, **rest}, "x")
     pairs = [Preference([{"role": "user", "content": "who was lazy ?"}], "unknown", "the")] * 8
-    change_loss(fault, _BaseSFTTrainer, "compute_loss", lambda loss: loss * math.nan)
+    change_loss(fault, FineTuningTrainer, "compute_loss", lambda loss: loss * math.nan)
     with pytest.raises(RunFailure, match="base: update 4: the loss is nan"):
         train_base(JobFacts(tmp_path, 0), recipe, recipe.models[0], pairs)
     assert not (tmp_path / "base").exists()
