@@ -19,6 +19,7 @@ from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.experiments.tally import OVERALL, option_order
 from selfcorrect.evaluate.measuring.cell_files import read_settings, read_table
 from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE
+from selfcorrect.evaluate.statistics.cells import ALL_ORDERS
 from selfcorrect.recipes.foundation.atomic_files import atomic_file, write_json, write_text
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
@@ -47,6 +48,7 @@ def write_lm_eval(folder: Path, frame: pd.DataFrame, name: str, out: Path) -> li
             (frame["experiment"] == experiment)
             & (frame["condition"] == condition)
             & (frame["category"] == OVERALL)
+            & (frame["order"] == ALL_ORDERS)
         ].to_dict("records")
         results[task] = {"alias": task}
         for row in rows:
@@ -147,7 +149,8 @@ def write_model_card(frame: pd.DataFrame, name: str, path: Path) -> Path:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     results = []
-    for row in frame[frame["category"] == OVERALL].to_dict("records"):
+    overall = frame[(frame["category"] == OVERALL) & (frame["order"] == ALL_ORDERS)]
+    for row in overall.to_dict("records"):
         experiment = get_experiment(str(row["experiment"]))
         if row["metric"] != experiment.headline or pd.isna(row["value"]):
             continue

@@ -23,7 +23,6 @@ def export(
 
     for folder, name in _models(source):
         frame = summarise(folder, name)
-        frame = frame[frame["order"] == "all"]
         if format == "lm-eval":
             for path in write_lm_eval(folder, frame, name, out):
                 typer.echo(path)

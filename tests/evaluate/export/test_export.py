@@ -3,12 +3,16 @@
 import json
 
 import datasets
+import numpy as np
+import pandas as pd
 import pytest
 from huggingface_hub import ModelCard
 
+from selfcorrect.evaluate.export import write_lm_eval, write_model_card
 from selfcorrect.evaluate.results import summarise
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.scripts.commands.export import export
+from tests.support.answer_rows import measured_by_a_tiny_model
 from tests.support.recorded_run import record_run
 
 
@@ -40,6 +44,37 @@ def test_lm_eval_files_hold_the_values_and_load_as_a_dataset(run, tmp_path):
     for row in loaded:
         best = max(range(3), key=lambda i: float(row["filtered_resps"][i][0]))
         assert row["acc"] == float(str(best) == row["target"])
+
+
+def test_orders_of_a_question_are_one_document(tmp_path):
+    """The right option's position depends on the order shown; documents weigh the same."""
+    questions = [
+        {"id": i, "question": "Who?", "options": ["x", "y", "z", "w"][:size], "label": size - 1}
+        for i, size in enumerate([2, 3, 4, 2, 3])
+    ]
+    (tmp_path / "multiple_choice").mkdir()
+    text = "".join(json.dumps(question) + "\n" for question in questions)
+    (tmp_path / "multiple_choice" / "own.jsonl").write_text(text)
+    cells = measured_by_a_tiny_model(
+        *(tmp_path, tmp_path / "cells", "multiple_choice", ["Q"]), permutations=3, style="plain"
+    )
+    frame = summarise(tmp_path / "cells", "tiny")
+    results_file, samples_file = write_lm_eval(tmp_path / "cells", frame, "tiny", tmp_path / "out")
+    results = json.loads(results_file.read_text())
+    assert results["n-samples"]["multiple_choice_Q"] == {"original": 5, "effective": 5}
+    samples = pd.DataFrame(map(json.loads, samples_file.read_text().splitlines()))
+    rows = cells["Q"][0]
+    assert len(samples) == len(rows) == 2 + 3 + 4 + 2 + 3
+    assert list(samples["doc_id"]) == [0] * 2 + [1] * 3 + [2] * 4 + [3] * 2 + [4] * 3
+    for sample, row in zip(samples.itertuples(), rows.itertuples(), strict=True):
+        shown = int(row.order[int(np.argmax(row.logprobs))])
+        assert row.order[int(sample.target)] == str(row.label)
+        assert sample.acc == float(shown == row.label)
+    accuracy = samples.groupby("doc_id")["acc"].mean().mean()
+    assert results["results"]["multiple_choice_Q"]["accuracy,none"] == pytest.approx(accuracy)
+    card = ModelCard.load(write_model_card(frame, "tiny", tmp_path / "README.md"))
+    (result,) = card.data.eval_results
+    assert result.metric_value == pytest.approx(accuracy) and result.metric_args["items"] == 5
 
 
 def test_file_names_are_read_by_lm_eval(run, tmp_path):
