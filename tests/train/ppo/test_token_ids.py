@@ -1,0 +1,101 @@
+"""Ids trained on are ids measured on, for tokenizers and chat templates of every form."""
+
+import pytest
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from selfcorrect.evaluate.prompts.dialogue import Style, before_sample, render
+from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn
+from selfcorrect.evaluate.prompts.tokenized import continuations, token_ids, turn_end
+from selfcorrect.evaluate.scoring.packed import PackedEngine
+from selfcorrect.train.feedback.feedback import Preference, pair_ids
+from selfcorrect.train.ppo.prompts import policy_prompt_ids
+from selfcorrect.train.ppo.rewards import RewardModelScorer
+from selfcorrect.train.stages.base import preferred_rows
+from tests.support.tiny_models import tiny_model
+from tests.support.tokenizers import ANSWER, QUESTION, TEMPLATES, TOKENIZERS, tokenizer_with
+
+STYLE = Style("auto", {"enable_thinking": True}, "2024-07-26")
+USER = [{"role": "user", "content": QUESTION}]
+DIALOGUES = {
+    "one turn": USER,
+    "later turn": [*USER, {"role": "assistant", "content": "he was ."}, *USER],
+    "open turn": [*USER, {"role": "assistant", "content": "so"}],
+}
+
+
+def turns_of(messages, text=""):
+    roles = {"user": "human", "assistant": "assistant"}
+    turns = [Turn(roles[m["role"]], m["content"]) for m in messages]
+    if turns[-1].role == "human":
+        turns.append(Turn("assistant", ""))
+    return [*turns[:-1], Turn("assistant", turns[-1].text + text)]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return PackedEngine(tiny_model(vocabulary=512), None)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, num_labels=1,
+    )  # fmt: skip
+    return LlamaForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("dialogue", DIALOGUES)
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_ids_trained_on_are_ids_measured_on(name, template, dialogue, engine, classifier):
+    tokenizer, messages = tokenizer_with(name, template), DIALOGUES[dialogue]
+    pair = Preference(messages, ANSWER, "he was .")
+    sampled_from = policy_prompt_ids(tokenizer, messages, STYLE)
+
+    # Evaluation samples from the same ids as PPO.
+    engine.tokenizer = tokenizer
+    asked = before_sample([*turns_of(messages, SAMPLE), *turns_of(USER)])
+    assert engine.check_room([render(tokenizer, asked, STYLE)], 4) == [sampled_from]
+
+    # Fine-tuning begins with them, and learns an answer up to the end of its turn.
+    (row,) = preferred_rows(tokenizer, [pair], STYLE)
+    start = len(sampled_from)
+    assert row["input_ids"][:start] == sampled_from
+    assert row["completion_mask"] == [0] * start + [1] * (len(row["input_ids"]) - start)
+    completion = row["input_ids"][start:]
+    end = turn_end(tokenizer, STYLE)
+    assert completion[-len(end.ids) :] == end.ids and completion[: -len(end.ids)]
+
+    # The answer stands where evaluation places it.
+    text = "" if dialogue != "open turn" else " "
+    placed = render(tokenizer, turns_of(messages, text + ANSWER), STYLE)
+    measured = token_ids(tokenizer, [placed])[0]
+    learned = [*sampled_from, *completion[: -len(end.ids)]]
+    assert tokenizer.decode(learned) == tokenizer.decode(measured)
+    merges = measured[:start] != sampled_from  # across the boundary: ":" and " " of plain bytes
+    assert learned == measured or merges
+    assert merges == (name == "bytes" and sampled_from[-1:] == token_ids(tokenizer, [":"])[0])
+    (options,) = continuations(tokenizer, [(placed, (" b", " a"))])
+    assert list(options[0].tokens[: start - merges]) == sampled_from[: start - merges]
+
+    # The reward model reads PPO's completions as it was fitted on the pairs.
+    scorer = RewardModelScorer(classifier, tokenizer, style=STYLE)
+    pairs = pair_ids(tokenizer, [pair], STYLE)[0]
+    read = scorer.token_ids([messages, messages], [completion, completion[: -len(end.ids)]])
+    assert read == [pairs["chosen_ids"], learned]
+    assert pairs["chosen_ids"] == [*learned, *end.ids, *end.rest]
+    # An end of another kind is read as the template's own.
+    scorer.end_ids.add(tokenizer.pad_token_id)
+    other_end = [*completion[: -len(end.ids)], tokenizer.pad_token_id]
+    assert scorer.token_ids([messages], [other_end]) == [pairs["chosen_ids"]]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_nothing_is_added_behind_a_text(name, template):
+    tokenizer = tokenizer_with(name, template)
+    bare = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
+    framed = tokenizer(QUESTION)["input_ids"]
+    ids = policy_prompt_ids(tokenizer, QUESTION, STYLE)
+    assert ids[len(ids) - len(bare) :] == bare and framed[: len(ids)] == ids
