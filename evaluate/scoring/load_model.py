@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ def load_model(
     if trust_remote_code:
         warn_trust_remote_code(path)
     file = Path(path).expanduser()
-    if file.suffix == ".gguf" and file.is_file():
+    if _is_gguf(file):
         path, gguf_file = file.parent, file.name
     source = _source(str(path))
     check_saved(Path(source))
@@ -46,11 +47,14 @@ def load_model(
         options["revision"] = revision
     adapter = Path(source) / ADAPTER
     if adapter.is_file():
-        base = base_of(adapter)
+        base, of_base = base_of(adapter), {"trust_remote_code": trust_remote_code}
         check_saved(Path(base))
-        model = _load_weights(base, dtype, {"trust_remote_code": trust_remote_code})
-        model = _load_adapter(model, source)
-        tokenizer = _load_tokenizer(source, base, {"trust_remote_code": trust_remote_code})
+        if Path(base).is_file():
+            base, of_base["gguf_file"] = str(Path(base).parent), Path(base).name
+        elif not Path(base).is_dir():
+            of_base["revision"] = _read_adapter(adapter).get("revision")
+        model = load_adapter(_load_weights(base, dtype, of_base), source)
+        tokenizer = _load_tokenizer(source, base, of_base)
     else:
         if gguf_file is not None:
             options["gguf_file"] = gguf_file
@@ -134,25 +138,44 @@ def _source(path: str) -> str:
 
 
 def base_of(adapter: Path) -> str:
-    """Return the base model of an adapter_config.json: as named there, or beside the adapter."""
-    try:
-        named = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        named = None
+    """Return the base model of an adapter_config.json: as named there, or beside the adapter.
+
+    It is a model folder, a .gguf file or a hub id.
+    """
+    named = _read_adapter(adapter).get("base_model_name_or_path")
     if not named:
         raise InputError(f"{adapter}: base_model_name_or_path: set it to the base model's path")
     folder = adapter.parent.resolve()
     beside = [folder / named, *(parent / Path(named).name for parent in folder.parents[:3])]
     for candidate in (Path(named).expanduser(), *beside):
-        if (candidate / "config.json").is_file():
+        if (candidate / "config.json").is_file() or _is_gguf(candidate):
             return str(candidate)
     try:
-        return _source(named)
+        source = _source(named)
     except InputError:
         raise InputError(
             f"{adapter}: the base model {named} is neither there nor beside the adapter; "
             "set base_model_name_or_path to its folder"
         ) from None
+    if Path(source).is_dir():
+        raise InputError(
+            f"{adapter}: the base model {named} has no config.json; set base_model_name_or_path to "
+            "a model folder or a .gguf file"
+        )
+    return source
+
+
+def _read_adapter(adapter: Path) -> dict[str, Any]:
+    """Return an adapter_config.json; {} for a damaged one."""
+    try:
+        settings = json.loads(adapter.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and path.is_file()
 
 
 def _load_weights(source: str, dtype: str, options: dict[str, Any]) -> Any:
@@ -164,13 +187,96 @@ def _load_weights(source: str, dtype: str, options: dict[str, Any]) -> Any:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **safetensors, **options)
 
 
-def _load_adapter(model: Any, source: str) -> Any:
-    from peft import PeftModel
+def load_adapter(model: Any, source: str) -> Any:
+    """Put the adapter of the folder `source` on its base model.
 
-    if not (Path(source) / "adapter_model.safetensors").is_file():
+    The base's embeddings get as many rows as the adapter was trained with. Raises InputError for an
+    adapter that changes the prompts, and for one that does not fit the base.
+    """
+    from peft import PeftConfig, PeftModel
+
+    weights = Path(source) / "adapter_model.safetensors"
+    if not weights.is_file():
         raise InputError(f"{source}: no adapter_model.safetensors; save the adapter as safetensors")
-    with _input_errors(source, "adapter"), refuse_pickles(source):
-        return PeftModel.from_pretrained(model, source, is_trainable=False)
+    with _input_errors(source, "adapter"), refuse_pickles(source), warnings.catch_warnings():
+        # peft only warns of weights that are missing, and keeps their random initial values.
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        config = PeftConfig.from_pretrained(source)
+        if config.is_prompt_learning or config.peft_type == "POLY":
+            raise InputError(
+                f"{source}: adapters of the type {config.peft_type.value} put virtual tokens "
+                "before each prompt, or need a task with it, which is not supported; give an "
+                "adapter of the weights, such as LoRA"
+            )
+        shapes = _shapes(weights)
+        _fit_vocabulary(model, shapes, source)
+        adapted = PeftModel.from_pretrained(model, source, is_trainable=False)
+    modules, found = (
+        sum(".lora_A." in name for name in names) for names in (shapes, adapted.state_dict())
+    )
+    if modules > found:
+        raise InputError(
+            f"{source}: the adapter has weights for {modules} modules, of which the base model has "
+            f"{found}; set base_model_name_or_path in {ADAPTER} to the model it was trained on"
+        )
+    _untie(adapted.get_base_model(), shapes)
+    return adapted
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """Return the shape of each tensor of a safetensors file, from its header."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+
+
+def _fit_vocabulary(model: Any, shapes: dict[str, list[int]], source: str) -> None:
+    """Give a base model the vocabulary of its adapter.
+
+    `shapes` are those of the adapter's file. Embeddings of another size than the base's must be in
+    it, and the head too unless both are one: their new rows are nowhere else.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = [embedding] if head is None else [embedding, head]
+    names = [next(n for n, module in model.named_modules() if module is layer) for layer in layers]
+    is_tied = head is not None and head.weight is embedding.weight
+    saved = [
+        {part: shape for part, shape in shapes.items() if f".{name}." in part} for name in names
+    ]
+    rows = [
+        shape[0]
+        for parts in saved
+        for part, shape in parts.items()
+        if part.endswith(".weight") and ".lora_" not in part
+    ]
+    wanted = {shape[1] for part, shape in saved[0].items() if part.endswith("lora_embedding_A")}
+    wanted |= set(rows)
+    if wanted - {embedding.weight.shape[0]}:
+        if len(rows) < (1 if is_tied else len(layers)):
+            raise InputError(
+                f"{source}: the adapter was trained with {max(wanted)} tokens, its base has "
+                f"{embedding.weight.shape[0]}, and the file lacks the embeddings or the head of "
+                "the others; save it again with save_embedding_layers=True"
+            )
+        model.resize_token_embeddings(rows[0], mean_resizing=False)
+
+
+def _untie(model: Any, shapes: dict[str, list[int]]) -> None:
+    """Give the head weights of its own if an adapter changes the embeddings or the head.
+
+    peft would merge such an adapter into the weights that both share.
+    """
+    import torch
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = [n for n, module in model.named_modules() if module in (embedding, head)]
+    base_embedding, base_head = (getattr(part, "base_layer", part) for part in (embedding, head))
+    is_tied = base_head is not None and base_head.weight is base_embedding.weight
+    if is_tied and any(f".{name}.lora_" in part for name in names for part in shapes):
+        base_head.weight = torch.nn.Parameter(base_head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
 
 
 def _load_tokenizer(source: str, fallback: str, options: dict[str, Any]) -> Any:
@@ -188,9 +294,12 @@ def _check_vocabulary(source: str, model: Any, tokenizer: Any) -> None:
     embeddings = model.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= embeddings > 0:
+        remedy = "use the model's own tokenizer"
+        if (Path(source) / ADAPTER).is_file():
+            remedy += ", or save the adapter with save_embedding_layers=True"
         raise InputError(
             f"{source}: the tokenizer has {largest + 1} tokens but the model only {embeddings} "
-            "embeddings; use the model's own tokenizer"
+            f"embeddings; {remedy}"
         )
 
 
@@ -201,6 +310,8 @@ def _input_errors(source: str, part: str) -> Iterator[None]:
         yield
     except BaseException as error:
         # The libraries raise all kinds of errors; tokenizers a plain Exception, or a Rust panic.
+        if isinstance(error, InputError):
+            raise
         if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         if isinstance(error, RuntimeError) and "out of memory" in str(error):

@@ -3,11 +3,12 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from selfcorrect.evaluate.prompts.tokenized import Request, continuations
 from selfcorrect.evaluate.scoring.engine import Engine, Sample, Sampling
-from selfcorrect.evaluate.scoring.load_model import check_no_pickles
+from selfcorrect.evaluate.scoring.load_model import ADAPTER, check_no_pickles
 from selfcorrect.recipes.foundation.errors import InputError
 
 
@@ -91,6 +92,11 @@ def load_vllm(model: str, revision: str | None = None) -> VllmEngine:
         from vllm import LLM
     except ImportError:
         raise InputError("vLLM is not installed: pip install 'selfcorrect[vllm]'") from None
+    if (Path(model) / ADAPTER).is_file():
+        raise InputError(
+            f"{model}: an adapter, but vLLM reads whole models here; leave out --engine vllm, or "
+            "merge it into its base first"
+        )
     check_no_pickles(model)
     weights = "auto" if model.endswith(".gguf") else "safetensors"
     try:

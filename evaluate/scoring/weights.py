@@ -34,7 +34,7 @@ def files_digest(model: str | Path, revision: str | None = None) -> str:
     """
     folder = Path(model)
     digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors"))
+    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
     for path in files:
         digest.update(path.name.encode() + bytes.fromhex(file_digest(path)))
     if not files:

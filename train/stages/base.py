@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -191,6 +192,9 @@ def load_given_model(model: Model) -> tuple[PreTrainedModel, PreTrainedTokenizer
         dtype="float32",
         device="cpu",
     )
+    is_adapted = isinstance(policy, PeftModel)
+    if is_adapted:
+        policy = merged(policy, f"models: {model.name}")
     if tokenizer.eos_token is None:
         raise InputError(f"models: {model.name}: its tokenizer has no end-of-text token")
     if tokenizer.pad_token is None:
@@ -198,13 +202,36 @@ def load_given_model(model: Model) -> tuple[PreTrainedModel, PreTrainedTokenizer
     policy.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if policy.can_generate():  # TRL reads the end tokens there; the chat template may have its own
         policy.generation_config.eos_token_id = sorted(end_tokens(policy, tokenizer))
-    if model.gguf_file is not None:
+    if model.gguf_file is not None or is_adapted:
         # transformers treats a model read from GGUF as quantized, and refuses to save or train it.
-        # Its weights were dequantized on reading: move them into an ordinary model.
+        # Its weights were dequantized on reading: move them into an ordinary model. An adapter may
+        # have doubled layers, which share their weights until then.
         if hasattr(policy.config, "quantization_config"):
             del policy.config.quantization_config
-        plain = AutoModelForCausalLM.from_config(policy.config)
+        plain = AutoModelForCausalLM.from_config(
+            policy.config, trust_remote_code=model.trust_remote_code
+        )
         plain.load_state_dict(policy.state_dict())
         plain.generation_config = policy.generation_config
         policy = plain.to(torch.float32)
     return policy, tokenizer
+
+
+@torch.no_grad()
+def merged(adapted: PeftModel, key: str) -> PreTrainedModel:
+    """Return the base model with its adapter merged; InputError if that cannot be exact."""
+    ids = torch.arange(min(16, adapted.get_input_embeddings().weight.shape[0]))[None]
+    expected = adapted(input_ids=ids).logits
+    try:
+        policy = adapted.merge_and_unload()
+        difference = (policy(input_ids=ids).logits - expected).abs().mean() / expected.std()
+        is_exact = bool(difference < 1e-3)
+    except (AttributeError, NotImplementedError, ValueError):
+        is_exact = False
+    if not is_exact:
+        kind = adapted.peft_config["default"].peft_type.value
+        raise InputError(
+            f"{key}: its adapter (type {kind}) cannot be merged into the base model, and so not be "
+            "trained further; give a whole model, or an adapter such as LoRA"
+        )
+    return policy
