@@ -181,9 +181,10 @@ function browse(allRuns, browser) {
   function enterExperiment() {
     entry = allRuns[Number(runs.value)].experiments[Number(experiments.value)];
     const seeds = new Set(entry.jobs.map((job) => job.seed)).size > 1;
-    const job = jobs.options.length;
-    fill(jobs, entry.jobs.map((one, i) => [i, one.model + (seeds ? ", seed " + one.seed : "")]));
-    if (!job) { jobs.selectedIndex = entry.jobs.length - 1; }
+    const kept = (jobs.selectedOptions[0] || {}).textContent;  // or else the largest model
+    const labels = entry.jobs.map((one) => one.model + (seeds ? ", seed " + one.seed : ""));
+    fill(jobs, labels.map((label, i) => [i, label]));
+    jobs.selectedIndex = labels.includes(kept) ? labels.indexOf(kept) : labels.length - 1;
     const request = entry.conditions.indexOf("Q+IF");
     fill(condition, entry.conditions.map((name, i) => [i, name]));
     if (request >= 0) { condition.value = String(request); }
@@ -233,7 +234,8 @@ function browse(allRuns, browser) {
       : to.value === known[0] ? known[known.length - 1] : known[0];
     choose();
     const place = questions.items.findIndex((item) => text(item.id) === wanted.item);
-    if (place >= 0) { items.value = String(place); show(); }
+    items.selectedIndex = Math.max(0, matches.findIndex((row) => row.place === place));
+    show();
     reveal(browser);
     items.focus({ preventScroll: true });
   }
@@ -257,7 +259,7 @@ function browse(allRuns, browser) {
   runs.addEventListener("change", enterRun);
   experiments.addEventListener("change", enterExperiment);
   jobs.addEventListener("change", enterJob);
-  [search].forEach((input) => input.addEventListener("input", choose));
+  search.addEventListener("input", choose);
   [condition, category, from, to, changed].forEach((input) => input.addEventListener("change", choose));
   [items, columns, all].forEach((input) => input.addEventListener("change", show));
   find("previous").addEventListener("click", () => step(-1));

@@ -24,7 +24,7 @@ function short(value) {
 // The interpreter instead of generated code: the page's security policy allows no eval.
 function draw(element, spec, tip) {
   return vegaEmbed(element, { ...spec, config: CONFIG }, {
-    actions: false, ast: true, renderer: "svg", tooltip: tip, mode: "vega-lite",
+    actions: false, ast: true, defaultStyle: false, mode: "vega-lite", renderer: "svg", tooltip: tip,
   });
 }
 
@@ -212,7 +212,8 @@ function mainFigure(box) {
       facts.chance === null ? "" : "Dotted: chance.",
       undef ? plural(undef, "point") + " undefined." : "",
       without ? plural(without, "point") + " without a value on this x-axis." : "",
-      "Hover over a point for its numbers; click it for the texts behind it.",
+      undef < shown.length && typeof vegaEmbed !== "undefined"
+        ? "Hover over a point for its numbers; click it for the texts behind it." : "",
     ].filter((part) => part).join(" ");
     chart.setAttribute("aria-label", "");
     if (!shown.some((row) => row.value !== null)) {

@@ -32,7 +32,7 @@ from selfcorrect.evaluate.report.transcripts import transcripts
 from selfcorrect.evaluate.report.vega import vega_script
 from selfcorrect.evaluate.report.verdict import cautions, series_of, summary_table, verdict
 from selfcorrect.evaluate.results import write_results
-from selfcorrect.evaluate.run_folder import POLICY_METHODS, check_inside
+from selfcorrect.evaluate.run_folder import POLICY_METHODS, check_inside, find_checkpoints
 from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES
 from selfcorrect.evaluate.statistics.files import read_results, write_table
 from selfcorrect.recipes.foundation.atomic_files import remove_leftovers, write_text
@@ -40,6 +40,7 @@ from selfcorrect.recipes.foundation.checksums import flatten, write_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.locks import hold_lock
 from selfcorrect.recipes.foundation.printable import escape_controls
+from selfcorrect.recipes.load import load_recipe
 
 if TYPE_CHECKING:
     from selfcorrect.evaluate.figures.gallery import Drawing
@@ -157,11 +158,12 @@ def _write_page(
     unfinished = list(_unfinished(named))
     series = series_of(statistics)
     figures = figure_data(frame, statistics["effects"])
+    training = training_data({label: training_log(run) for label, run in named.items()})
     chunks = Chunks()
     index = {
         "experiments": [{"title": entry["title"], "chunk": chunks.add(entry)} for entry in figures],
         "looks": looks([name for entry in figures for name in entry["conditions"]]),
-        "training": chunks.add(training_data({k: training_log(run) for k, run in named.items()})),
+        "training": chunks.add(training),
     }
     texts = transcripts(named, chunks)
     vega = vega_script()
@@ -177,6 +179,7 @@ def _write_page(
             }
             for entry in figures
         ],
+        is_training_logged=bool(training),
         main=next(
             (
                 {"alt": drawing.alt, "source": _embedded(out / "figures" / f"{drawing.name}.svg")}
@@ -229,10 +232,15 @@ def _unfinished(named: Mapping[str, Path]) -> Iterable[str]:
     for label, run in named.items():
         try:
             progress = estimate_progress(run)
+            models = {model.name for model in load_recipe(str(run / "recipe.yaml")).models}
         except InputError:
             continue  # the transcripts' notes report a recipe that cannot be read
         if not progress.complete:
-            yield f"{label} is not finished: {progress} so far."
+            measured = {c.record.model for c in find_checkpoints(run)}
+            none_of = ", ".join(sorted(models - measured))
+            yield f"{label} is not finished: {progress} so far" + (
+                f", none of {none_of}." if none_of else "."
+            )
 
 
 def _left_out_of_feedback(run: Path) -> list[dict[str, int]]:

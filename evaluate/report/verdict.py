@@ -275,6 +275,8 @@ def verdict(every: Sequence[Series]) -> str:
 def _sentence(series: Series, finding: Finding) -> str:
     experiment, name = get_experiment(series.experiment), _model(series)
     title, condition = experiment.title, request(series)
+    label = experiment.headline_metric.label
+    label = label[0].lower() + label[1:]
     if finding.effect == "not asked" or condition is None:
         return (
             f"Whether {name} answers {title} with less bias when asked to cannot be told: this "
@@ -289,12 +291,10 @@ def _sentence(series: Series, finding: Finding) -> str:
         reason = (series.compare("effect", condition) or {}).get("undefined_because")
         return (
             f"Whether asking changes the bias of {name} on {title} cannot be told: "
-            f"{reason or 'its metric is undefined'}."
+            f"{reason.replace(experiment.headline, label) if reason else label + ' is undefined'}."
         )
     step = series.steps(condition)[-1]
     plain, asked = series.value(UNINSTRUCTED, step), series.value(condition, step)
-    label = experiment.headline_metric.label
-    label = label[0].lower() + label[1:]
     unbiased = experiment.headline_metric.unbiased
     zero = "" if unbiased is None else f"; {unbiased:g} is no bias"
     values = f"({label} {compact(plain['value'])} → {compact_with_interval(asked)}{zero})"
@@ -372,10 +372,11 @@ def summary_table(every: Sequence[Series]) -> Table:
     of = _model(by_experiment[0]) if by_experiment else "the model"
     seeds = len(by_experiment[0].seeds) if by_experiment else 1
     unit = "items" if seeds == 1 else f"{seeds} training seeds"
+    several = any(len(steps) > 1 for s in by_experiment for steps in s.cells.values())
     meanings = "; ".join(f"{c}: {MEANINGS[c]}" for c in conditions if c in MEANINGS)
     return Table(
         name="summary",
-        title=f"{of[0].upper()}{of[1:]}, first → last step",
+        title=f"{of[0].upper()}{of[1:]}{', first → last step' if several else ''}",
         note=f"{meanings[:1].upper()}{meanings[1:]}. In brackets the 95 % interval of the last "
         f"value, over {unit}.",
         columns=["Experiment", "Does asking help?", *conditions],
@@ -388,6 +389,8 @@ def _course(series: Series, condition: str) -> TableCell:
         return TableCell("–", None)
     steps = series.steps(condition)
     last = series.value(condition, steps[-1])
+    if last["value"] is None:
+        return TableCell("undefined", None)
     text = compact_with_interval(last)
     if len(steps) > 1:
         text = f"{compact(series.value(condition, steps[0])['value'])} → {text}"
@@ -429,7 +432,8 @@ def cautions(
     `missing` names cells that were not measured.
     """
     lines = [*unfinished, *([f"Not measured: {_names(missing)}."] if missing else [])]
-    if every and max(len(series.seeds) for series in every) == 1:
+    trained = any(len(steps) > 1 for series in every for steps in series.cells.values())
+    if trained and max(len(series.seeds) for series in every) == 1:
         lines.append("One training run of each model: another seed may give other numbers.")
     chance, little, undefined, cut, written = [], [], [], 0, 0
     for series in every:
