@@ -2,7 +2,17 @@
 
 import pytest
 
-from selfcorrect.evaluate.prompts.dialogue import before_sample, render, stop_text, with_sample
+from selfcorrect.evaluate.prompts.dialogue import (
+    AUTO,
+    Style,
+    before_sample,
+    reads_clock,
+    render,
+    render_answer,
+    stop_text,
+    text_after_answer,
+    with_sample,
+)
 from selfcorrect.evaluate.prompts.stimuli import Turn
 from selfcorrect.recipes.foundation.errors import InputError
 from tests.support.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
@@ -66,6 +76,45 @@ def test_template_additions_to_the_generation_prompt_are_kept():
         CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|>think {% endif %}")
     )
     assert render(reasoning, ONE).endswith("<|assistant|>think the answer is")
+
+
+def test_answers_stand_where_the_template_puts_them_and_samples_begin_at_its_prompt():
+    channel = with_template(
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}a :{% endif %}"
+        "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    asked = "<|user|>who is fair ?</s><|assistant|>"
+    assert render(channel, [ONE[0], Turn("assistant", "")]) == asked + "a :"
+    assert render(channel, ONE) == asked + "a :the answer is"
+    assert render(channel, [ONE[0], Turn("assistant", "{sample}")]) == asked
+    end = text_after_answer(channel, AUTO)
+    assert end == "</s>"
+    assert render_answer(channel, [ONE[0], Turn("assistant", "")], "yes", AUTO, end) == (
+        asked,
+        "a :yes",
+    )
+    assert render_answer(channel, ONE, "yes", AUTO, end) == (asked + "a :the answer is", " yes")
+
+
+def test_answer_is_the_templates_own_turn():
+    """Also where the template moves or cuts what an answer holds."""
+    splits = with_template(
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}a {% endif %}"
+        "{{ m.content.replace('a ', '') | trim }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    end = text_after_answer(splits, AUTO)
+    asked = [ONE[0], Turn("assistant", "")]
+    assert render_answer(splits, asked, " a yes ", AUTO, end)[1] == "a yes"
+
+
+def test_date_of_a_template_is_that_of_the_style():
+    dated = with_template("{{ strftime_now('%d %b %Y %H') }}" + CHAT_TEMPLATE)
+    assert reads_clock(dated, AUTO) and not reads_clock(dated, Style("plain"))
+    assert render(dated, ONE, Style("auto", {}, "2024-07-26")).startswith("26 Jul 2024 00<s>")
+    assert not render(dated, ONE).startswith("26 Jul 2024")  # the clock goes on
+    assert not reads_clock(tiny_tokenizer(chat=True), AUTO)
+    assert reads_clock(tiny_tokenizer(), Style("{{ strftime_now('%d') }}{{ messages }}"))
 
 
 def test_missing_or_refusing_template_is_a_one_line_error():
