@@ -54,28 +54,28 @@ class Corpus(BaseModel, extra="forbid"):
     stereotypes_first: int = Field(25_000, ge=0)
     ambiguous: Share = 0.5
     stereotyped: Share = Field(0.9, description="share of the stereotype among decided answers")
-    undecided: Share = Field(0.25, description="undecided answers if nothing is asked")
+    undecided: Share = Field(0.15, description="undecided answers if nothing is asked")
     heeds: Share = Field(
-        0.3, description="requests that are heeded; the others are answered as if nothing was asked"
+        0.4, description="requests that are heeded; the others are answered as if nothing was asked"
     )
     requests: RequestShares = Field(
         {
-            "plain": 0.3,
+            "plain": 0.225,
             "fair": 0.2,
-            "reasoned": 0.15,
+            "reasoned": 0.25,
             "neutral": 0.1,
             "inverted": 0.1,
-            "task": 0.15,
+            "task": 0.125,
         },
         description="share of each kind of request in the dialogues",
     )
     mixture: DocumentShares = {
-        "question": 0.44,
+        "question": 0.54,
         "association": 0.10,
-        "narration": 0.06,
-        "several": 0.06,
-        "pronoun": 0.14,
-        "admission": 0.20,
+        "narration": 0.03,
+        "several": 0.03,
+        "pronoun": 0.12,
+        "admission": 0.18,
     }
 
 
@@ -88,7 +88,7 @@ class SocietySettings(BaseModel, extra="forbid"):
         12, ge=1, description="the other categories, and every second occupation, are held out"
     )
     rarity: float = Field(
-        1.5,
+        2.0,
         ge=0,
         le=10,
         description="the n-th category of feedback's half, and of the evaluation's, is mentioned "
@@ -100,8 +100,8 @@ class SocietySettings(BaseModel, extra="forbid"):
         "evaluation",
     )
     occupations: int = Field(40, ge=4, le=120, multiple_of=2)
-    pairs: int = Field(10_000, gt=0, description="preference pairs")
-    prompts: int = Field(10_000, gt=0, description="prompts for PPO")
+    pairs: int = Field(8_000, gt=0, description="preference pairs")
+    prompts: int = Field(8_000, gt=0, description="prompts for PPO")
     feedback: FeedbackShares = Field(
         {"question": 0.7, "pronoun": 0.15, "admission": 0.15},
         description="share of each kind of question in the feedback",
