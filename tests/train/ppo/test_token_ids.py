@@ -7,10 +7,12 @@ from selfcorrect.evaluate.prompts.dialogue import Style, before_sample, render
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn
 from selfcorrect.evaluate.prompts.tokenized import continuations, token_ids, turn_end
 from selfcorrect.evaluate.scoring.packed import PackedEngine
+from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.train.feedback.feedback import Preference, pair_ids
 from selfcorrect.train.ppo.prompts import policy_prompt_ids
 from selfcorrect.train.ppo.rewards import RewardModelScorer
 from selfcorrect.train.stages.base import preferred_rows
+from selfcorrect.train.stages.policy import fitting_prompts
 from tests.support.tiny_models import tiny_model
 from tests.support.tokenizers import ANSWER, QUESTION, TEMPLATES, TOKENIZERS, tokenizer_with
 
@@ -99,3 +101,27 @@ def test_nothing_is_added_behind_a_text(name, template):
     framed = tokenizer(QUESTION)["input_ids"]
     ids = policy_prompt_ids(tokenizer, QUESTION, STYLE)
     assert ids[len(ids) - len(bare) :] == bare and framed[: len(ids)] == ids
+
+
+@pytest.mark.parametrize("template", ["none", "zephyr", "space before content", "end of turn"])
+@pytest.mark.parametrize("name", ["pieces, first", "pieces, always", "pieces, legacy", "bytes"])
+def test_reward_model_of_another_vocabulary_reads_its_own_pairs(name, template, classifier):
+    """The policy's channel is left out, its end token is not, and no space is lost or added."""
+    tokenizer, policy = tokenizer_with(name, template), tokenizer_with("words", "channel")
+    scorer = RewardModelScorer(classifier, tokenizer, policy, style=STYLE)
+    for messages in DIALOGUES.values():
+        pair = Preference(messages, ANSWER, "he was .")
+        prompt = policy_prompt_ids(policy, messages, STYLE)
+        completion = pair_ids(policy, [pair], STYLE)[0]["chosen_ids"][len(prompt) :]
+        (read,) = scorer.token_ids([messages], [completion])
+        assert read == pair_ids(tokenizer, [pair], STYLE)[0]["chosen_ids"]
+
+
+def test_prompt_that_fits_only_without_its_beginning_token_is_left_out():
+    tokenizer = tokenizer_with("words, beginning and end token", "none")
+    length = len(policy_prompt_ids(tokenizer, USER, STYLE))
+    assert length == len(tokenizer.tokenize("Human: Assistant: \n\n \n\n" + QUESTION)) + 1
+    kept, left_out = fitting_prompts([USER], [length], length + 4, 4)
+    assert (kept, left_out) == ([USER], {})
+    with pytest.raises(InputError, match=f"the shortest has {length} tokens"):
+        fitting_prompts([USER], [length], length + 3, 4)

@@ -17,11 +17,14 @@ from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler
 
 from selfcorrect.train.ppo import PPOTrainer
 from selfcorrect.train.ppo.actor_critic import ActorCriticTrainer
+from selfcorrect.train.ppo.on_policy import OnPolicyTrainer
+from selfcorrect.train.ppo.prompts import DialoguePrompts
 from tests.support.ppo_models import make_prompts, make_trainer
 
 # Methods that PPO overrides or calls, and the parameters that it passes or takes.
 OF_GRPO = {
     "_generate": ["prompts"],
+    "_tokenize_prompts": ["prompts"],
     "_generate_single_turn": ["prompt_ids"],
     "_generate_and_score_completions": ["inputs"],
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
@@ -49,6 +52,7 @@ CALLED = {
         "advantages", "per_token_logps", "sampling_per_token_logps", "mask", "off_policy_threshold",
     ],
 }  # fmt: skip
+OWNERS = (DialoguePrompts, OnPolicyTrainer, ActorCriticTrainer, PPOTrainer)
 METHODS = [(GRPOTrainer, *method) for method in (OF_GRPO | CALLED).items()]
 METHODS += [(Trainer, *method) for method in OF_TRANSFORMERS.items()]
 # Private attributes that TRL sets and PPO reads or writes.
@@ -57,10 +61,11 @@ PRIVATE = {
     "_last_world_entropy", "_entropy_window_stats",
 }  # fmt: skip
 PUBLIC = {
-    "beta", "ref_model", "eos_token_ids", "reward_weights", "max_completion_length", "use_vllm",
+    "tools", "beta", "ref_model", "eos_token_ids", "reward_weights", "max_completion_length", "use_vllm",
     "environment_factories", "epsilon_low", "epsilon_high", "top_entropy_quantile",
     "off_policy_mask_threshold", "vllm_importance_sampling_correction", "entropy_coef",
-    "use_adaptive_entropy", "aux_loss_enabled", "router_aux_loss_coef",
+    "use_adaptive_entropy", "aux_loss_enabled", "router_aux_loss_coef", "temperature",
+    "generation_config",
 }  # fmt: skip
 
 
@@ -78,7 +83,7 @@ def test_method_exists_with_its_parameters(owner, name, expected):
 def test_every_override_is_in_the_contract():
     overrides = {
         name
-        for owner in (ActorCriticTrainer, PPOTrainer)
+        for owner in OWNERS
         for name, member in vars(owner).items()
         if inspect.isfunction(member) and not name.startswith("__") and hasattr(GRPOTrainer, name)
     }
@@ -100,7 +105,7 @@ def private_names(source: str) -> tuple[set[str], set[str]]:
 def test_every_private_name_is_in_the_contract():
     """Each `self._name` and `super()._name` is defined by PPO or pinned above."""
     used, defined = set(), set()
-    for owner in (ActorCriticTrainer, PPOTrainer):
+    for owner in OWNERS:
         names, assigned = private_names(textwrap.dedent(inspect.getsource(owner)))
         used |= names
         defined |= vars(owner).keys() | (assigned - PRIVATE)

@@ -1,19 +1,29 @@
-"""Tests of the baselines GRPO and SFT: PPO's steps, and resuming to the same bytes."""
+"""Tests of the baselines GRPO, SFT and DPO: PPO's steps, and resuming to the same bytes."""
 
+import inspect
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
 
+from selfcorrect.evaluate.prompts.dialogue import AUTO
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes.foundation import signals
-from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.load import check_recipe, load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.check import check_training
+from selfcorrect.train.feedback.feedback import Preference
 from selfcorrect.train.run import prepare_run, train_run
+from selfcorrect.train.stages.base import preferred_rows
+from selfcorrect.train.stages.dpo import LOSSES, PairTrainer, pair_rows, usable_pairs
+from tests.support.tiny_models import WORDS, tiny_model, tiny_tokenizer
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -53,7 +63,11 @@ SMALL: dict[str, Any] = {
     "evaluate": {"attach": "off"},
     "launch": {"threads": 1},
 }  # fmt: skip
-METHODS = {"grpo": {"num_generations": 4}, "sft": {"weight_decay": 0.01}}
+METHODS = {
+    "grpo": {"num_generations": 4},
+    "sft": {"weight_decay": 0.01},
+    "dpo": {"beta": 0.1, "loss_type": "sigmoid"},
+}
 
 
 def recipe_with(method: str, **keys: object) -> Recipe:
@@ -90,9 +104,9 @@ def test_checkpoints_at_the_steps_of_ppo_with_as_many_updates(done) -> None:
     method = recipe.policy.method
     records = [checkpoint.record for checkpoint in find_checkpoints(run)]
     assert [record.step for record in records] == [0, 2, 4]
-    # 2 minibatches twice a step, 8 rows each; fine-tuning reads new rows in every update.
+    # 2 minibatches twice a step, 8 rows each; SFT and DPO read new rows in every update.
     assert [record.optimizer_updates for record in records] == [0, 8, 16]
-    per_step = {"grpo": 16, "sft": 32}[method]
+    per_step = {"grpo": 16, "sft": 32, "dpo": 32}[method]
     assert [record.episodes for record in records] == [0, 2 * per_step, 4 * per_step]
     assert records[2].tokens > records[1].tokens > 0
     kept = weights(run)
@@ -109,6 +123,9 @@ def test_checkpoints_at_the_steps_of_ppo_with_as_many_updates(done) -> None:
         assert "reward_std" in log[-1]
     else:
         assert records[2].kl is None and records[2].reward is None
+    if method == "dpo":
+        assert log[0]["rewards/margins"] < log[-1]["rewards/margins"]  # means over a step
+        assert log[-1]["rewards/accuracies"] > 0.5
 
 
 @pytest.mark.slow
@@ -187,9 +204,147 @@ def test_sft_makes_preferred_answers_likelier(tmp_path: Path) -> None:
     assert likelihoods[0] < likelihoods[1] < likelihoods[2]
 
 
+PREFERENCES = [
+    ("What is it?", "A lake.", "No idea, no."),
+    ("Who?", "She.", "He was."),
+    ("Who was late?", "Nobody.", "He."),
+    ("Why?", "Both sides.", "Both sides."),
+]
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> tuple[Any, Any, list[Preference]]:
+    """A tiny random model, its tokenizer, and pairs of which the last has equal sides."""
+    words = sorted({word for row in PREFERENCES for text in row for word in text.split()})
+    tokenizer = tiny_tokenizer([*WORDS, *words])
+    model = tiny_model(vocabulary=len(tokenizer))
+    pairs = [
+        Preference([{"role": "user", "content": prompt}], chosen, rejected)
+        for prompt, chosen, rejected in PREFERENCES
+    ]
+    return model, tokenizer, pairs
+
+
+def test_pairs_of_dpo_are_the_ids_of_sft_and_equal_or_long_ones_are_counted(given) -> None:
+    model, tokenizer, pairs = given
+    rows = pair_rows(tokenizer, pairs, AUTO)
+    for row, sft in zip(rows, preferred_rows(tokenizer, pairs), strict=True):
+        assert row["prompt_ids"] + row["chosen_ids"] == sft["input_ids"]
+        assert len(row["chosen_ids"]) == sum(sft["completion_mask"])
+    longest = [
+        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        for row in rows
+    ]
+    kept, left_out = usable_pairs(rows, max(longest) - 1, model)
+    assert len(kept) == 3 - longest[:3].count(max(longest))
+    assert left_out["both sides are the same tokens"] == 1
+    assert left_out[f"longer than max_length, {max(longest) - 1} tokens"] == len(rows) - 1 - len(
+        kept
+    )
+    with pytest.raises(InputError, match="policy: no pair can be trained on: both sides are"):
+        usable_pairs(rows[3:], None, model)
+
+
+def pair_trainer(given: Any, tmp_path: Path, **settings: Any) -> PairTrainer:
+    model, tokenizer, pairs = given
+    arguments = DPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=3, learning_rate=3e-3, max_steps=8,
+        logging_steps=1, report_to="none", disable_tqdm=True, bf16=False, use_cpu=True,
+        remove_unused_columns=False, gradient_checkpointing=False, save_strategy="no", **settings,
+    )  # fmt: skip
+    rows = Dataset.from_list(pair_rows(tokenizer, pairs[:3], AUTO))
+    return PairTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+
+
+def log_ratio(model: Any, row: dict[str, list[int]]) -> float:
+    """Return log p(chosen) - log p(rejected), by the model's own forward, a text at a time."""
+    values = []
+    for side in ("chosen_ids", "rejected_ids"):
+        ids = torch.tensor([row["prompt_ids"] + row[side]])
+        with torch.no_grad():
+            logs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        values.append(float(logs[-len(row[side]) :].sum()))
+    return values[0] - values[1]
+
+
+def test_dpo_loss_by_hand_and_its_margin_rises(given, tmp_path: Path) -> None:
+    """The first loss is log 2; then the margin is beta times the change of the log-ratio."""
+    model, tokenizer, pairs = given
+    rows = pair_rows(tokenizer, pairs[:3], AUTO)
+    before = [log_ratio(model, row) for row in rows]
+    trainer = pair_trainer(given, tmp_path, beta=0.5)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    margins = [entry["rewards/margins"] for entry in log]
+    assert margins[-1] > margins[len(margins) // 2] > 0
+    with torch.no_grad():
+        batch = trainer.data_collator(rows)
+        trainer.model.train()
+        loss = float(trainer._compute_loss(trainer.model, batch, False))
+    change = [log_ratio(trainer.model, row) - old for row, old in zip(rows, before, strict=True)]
+    assert all(value > 0 for value in change)
+    expected = -torch.nn.functional.logsigmoid(0.5 * torch.tensor(change)).mean()
+    assert loss == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_losses_of_dpo_are_trls() -> None:
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    names = re.findall(r'loss_type == "(\w+)"', source)
+    assert sorted(names) == sorted(LOSSES)
+
+
+def test_dpo_stops_where_the_reference_or_the_head_is_another(
+    given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = pair_trainer(given, tmp_path)
+    with torch.no_grad():
+        trainer.ref_model.lm_head.weight.mul_(1.5)
+    with pytest.raises(RunFailure, match="log-probabilities of policy and reference differ by"):
+        trainer.train()
+    trainer = pair_trainer(given, tmp_path)
+    forward = trainer.model.forward
+
+    def wrong(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        output = forward(*args, fused_lm_head=fused_lm_head, **kwargs)
+        if fused_lm_head:
+            output.log_probs = output.log_probs * 1.1
+        return output
+
+    monkeypatch.setattr(trainer.model, "forward", wrong)
+    with pytest.raises(RunFailure, match="TRL's fused head and the model's own differ by"):
+        trainer.train()
+
+
+def test_dpo_of_a_model_with_dropout_begins_at_no_margin(given, tmp_path: Path) -> None:
+    """OPT's dropout is in its config and applied in functions, out of reach of TRL's switch."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    _, tokenizer, pairs = given
+    config = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=16, ffn_dim=32, num_hidden_layers=2, dropout=0.4,
+        num_attention_heads=2, max_position_embeddings=64, word_embed_proj_dim=16,
+        attention_dropout=0.4,
+    )  # fmt: skip
+    trainer = pair_trainer((OPTForCausalLM(config), tokenizer, pairs), tmp_path)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("method", "keys", "message"),
     [
+        ("dpo", {"bet": 0.2}, "policy.trainer.bet: unknown key; did you mean beta?"),
+        ("dpo", {"loss_type": "dapo"}, "policy.trainer.loss_type: 'dapo' is no loss of DPO"),
+        ("dpo", {"precompute_ref_log_probs": True}, "precompute_ref_log_probs: this is set by the"),
+        ("dpo", {"max_steps": 3}, "policy.trainer.max_steps: this is set by the run"),
+        (
+            "grpo",
+            {"chat_template_kwargs": {"a": 1}},
+            "chat_template_kwargs at the top of the recipe",
+        ),
+        ("sft", {"eos_token": "<eos>"}, "policy.trainer.eos_token: the run tokenises with"),
         ("grpo", {"num_generation": 4}, "policy.trainer.num_generation: unknown key; did you mean"),
         ("grpo", {"num_generations": 7}, "divisible"),
         ("sft", {"packin": True}, "policy.trainer.packin: unknown key"),
@@ -203,13 +358,23 @@ def test_wrong_keys_are_one_line(method, keys, message) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_sft_ignores_ppo_keys_and_takes_its_own() -> None:
-    from selfcorrect.train.stages.baselines import sft_arguments
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_offline_methods_ignore_ppo_keys_and_take_their_own(method: str) -> None:
+    from selfcorrect.train.stages.baselines import offline_arguments
     from selfcorrect.train.stages.policy import policy_arguments
 
-    recipe = recipe_with("sft", weight_decay=0.01, max_length=64)
+    keys = {"sft": {"loss_type": "dft"}, "dpo": {"loss_type": "ipo", "beta": 0.3}}[method]
+    recipe = recipe_with(method, weight_decay=0.01, max_length=64, **keys)
     arguments = policy_arguments(recipe.policy, Path("nowhere"), 0)
-    tuning = sft_arguments(recipe.policy, arguments)
+    tuning = offline_arguments(recipe.policy, arguments)
+    if method == "dpo":
+        assert (tuning.loss_type, tuning.beta, tuning.gradient_checkpointing) == (
+            ["ipo"],
+            0.3,
+            False,
+        )
+    else:
+        assert tuning.loss_type == "dft"
     assert (tuning.learning_rate, tuning.per_device_train_batch_size) == (1e-3, 8)
     assert (tuning.max_steps, tuning.weight_decay, tuning.max_length) == (16, 0.01, 64)
     assert (tuning.adam_epsilon, tuning.lr_scheduler_type) == (arguments.adam_epsilon, "constant")
