@@ -6,36 +6,35 @@ tests/train/ppo/test_trl_contract.py pins the methods that they rely on.
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model, set_seed
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import AutoTokenizer, PreTrainedModel, ProcessorMixin
-from trl import GRPOTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model
 
+from selfcorrect.evaluate.prompts.dialogue import Style, read_style
 from selfcorrect.evaluate.scoring.load_model import refuse_pickles
 from selfcorrect.recipes.foundation.errors import InputError, first_line
 from selfcorrect.train.ppo import resume
 from selfcorrect.train.ppo.config import PPOConfig
-from selfcorrect.train.ppo.critic import build_critic, critic_kind, language_model_of
-from selfcorrect.train.ppo.forward import CompletionPass, TokenOutputs, hidden_critic, patch_forward
-from selfcorrect.train.ppo.limits import rows_per_pass
-from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded, load_reward_model
+from selfcorrect.train.ppo.critic import build_critic, critic_kind
+from selfcorrect.train.ppo.forward import TokenOutputs, hidden_critic
+from selfcorrect.train.ppo.on_policy import OnPolicyTrainer
+from selfcorrect.train.ppo.reward_models import load_reward_model
+from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded
 from selfcorrect.train.trainers.callbacks import CompleteStates
 from selfcorrect.train.trainers.epoch_sampler import EpochSampler
-from selfcorrect.train.trainers.guarded import GuardedTrainer
 
 
-class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
-    """GRPOTrainer with a critic in the policy's forward pass; PPOTrainer adds the algorithm."""
+class ActorCriticTrainer(OnPolicyTrainer):
+    """OnPolicyTrainer with a critic in the policy's forward pass; PPOTrainer adds the algorithm."""
 
-    args: PPOConfig
     beta: float
     entropy_coef: float
     _entropy_window_stats: Tensor | None
@@ -48,7 +47,10 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
             kwargs["processing_class"] = AutoTokenizer.from_pretrained(
                 path, padding_side="left", trust_remote_code=args.trust_remote_code
             )
-        rewards = [_as_reward(reward, kwargs["processing_class"], args) for reward in rewards]
+        arguments, today = args.chat_template_kwargs or {}, date.today().isoformat()
+        self.style = kwargs.pop("style", None) or read_style("auto", arguments, today)
+        tokenizer = kwargs["processing_class"]
+        rewards = [_as_reward(reward, tokenizer, args, self.style) for reward in rewards]
         try:
             with refuse_pickles(path):
                 super().__init__(model, [guarded(reward) for reward in rewards], args, **kwargs)
@@ -57,23 +59,16 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
         self._check_inputs()
         self._place_reward_models(rewards)
 
-        self.language_model = language_model_of(self.accelerator.unwrap_model(self.model))
-        self._num_weights = self.language_model.num_parameters(exclude_embeddings=True)
-        tuner_layers = (m for m in self.language_model.modules() if isinstance(m, BaseTunerLayer))
-        self._tuner_layer = next(tuner_layers, None)
         self.critic_kind = critic_kind(args, self.model)
         set_seed(args.seed)  # every process must build the same critic
         with refuse_pickles(args.critic_path or path):
             self.critic = build_critic(self.critic_kind, self.model, args)
         if args.disable_dropout:
-            disable_dropout_in_model(self.critic)
+            disable_dropout_in_model(self.critic)  # the rest of its noise goes with the policy's
         if not self.is_deepspeed_enabled:
             self.critic.to(self.accelerator.device)
         set_seed(args.seed, device_specific=True)  # each process must sample other completions
-        patch_forward(self.language_model, self.critic)
-        if self.ref_model is not None:
-            patch_forward(self.accelerator.unwrap_model(self.ref_model), None)
-
+        self._patch_models(self.critic)
         self.add_callback(CompleteStates())
 
         self._has_two_rates = False
@@ -81,68 +76,21 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
         self.last_kl: float | None = None
         self.last_score: float | None = None
 
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
     def _record(self, metrics: Mapping[str, float | None]) -> None:
         """Add values to TRL's metrics, which are averaged at the next log."""
         for name, value in metrics.items():
             self._metrics[self._mode][name].append(torch.nan if value is None else value)
 
-    def _sum(self, sums: Tensor) -> Tensor:
-        """Sum over all processes."""
-        return self.accelerator.reduce(sums, reduction="sum")
-
     # ---- forward ---------------------------------------------------------------------------------
 
-    def _forward_completions(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int,
-        batch_size: int | None = None, **options: Any,
-    ) -> TokenOutputs:  # fmt: skip
-        """Run policy and critic, or the reference, through TRL's loop over micro-batches.
-
-        Padding is removed and positions are true. `input_ids` are prompts and completions, of
-        which the last `logits_to_keep` columns are completions.
-        """
-        is_policy = not (model is self.ref_model or self._adapter_is_reference())
-        call: dict[str, Any] = {"with_values": True} if is_policy else {}
-        if is_policy and self.critic_warms_up:
-            call["detach_trunk"] = True
-        if self._sizes_passes and not options.get("compute_aux_loss"):
-            tokens_per_row = attention_mask.sum().item() / len(attention_mask)
-            rows = rows_per_pass(
-                self._num_weights, tokens_per_row, self.args.gradient_checkpointing
-            )
-            batch_size = min(batch_size or len(input_ids), rows)
-        completion_pass = CompletionPass(model, logits_to_keep, **call)
-        order = attention_mask.sum(dim=1).argsort(stable=True)  # micro-batches of similar length
-        inverse = order.argsort()
-        log_probs, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
-            completion_pass, input_ids[order], attention_mask[order], logits_to_keep,
-            batch_size=batch_size, **options,
-        )  # fmt: skip
-        return TokenOutputs(
-            log_probs[inverse],
-            entropies[inverse] if entropies is not None else None,
-            torch.cat(completion_pass.values)[inverse].float() if is_policy else None,
-            aux_loss,
-        )
-
-    @property
-    def _sizes_passes(self) -> bool:
-        """Whether rows are split into passes by their length; ranks must make equally many."""
-        return self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
+    def _policy_options(self) -> dict[str, Any]:
+        return {"with_values": True, "detach_trunk": self.critic_warms_up}
 
     @property
     def critic_warms_up(self) -> bool:
         """Whether the critic alone learns at present."""
         step = self.state.global_step // self.args.updates_per_rollout
         return step < self.args.critic_warmup_steps
-
-    def _adapter_is_reference(self) -> bool:
-        layer = self._tuner_layer
-        return layer is not None and (layer.disable_adapters or "ref" in layer.active_adapters)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         """Sample completions of tokenised prompts; raise InputError for one that does not fit."""
@@ -303,7 +251,7 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
             return
         policy = self.accelerator.unwrap_model(self.model)
         only = {"selected_adapters": ["default"]} if is_peft_model(policy) else {}
-        with hidden_critic(self.language_model):
+        with hidden_critic(self.language_model), self.given_settings():
             policy.save_pretrained(str(folder), state_dict=state, **only)
         self.processing_class.save_pretrained(str(folder))
 
@@ -382,18 +330,18 @@ class ActorCriticTrainer(GRPOTrainer, GuardedTrainer):
 
     def _place_reward_models(self, rewards: list[Any]) -> None:
         for scorer in (reward for reward in rewards if isinstance(reward, RewardModelScorer)):
+            scorer.end_ids.update(self.eos_token_ids)
             if self.is_deepspeed_enabled:
                 scorer.model = prepare_deepspeed(scorer.model, self.accelerator)
             else:
                 scorer.model.to(self.accelerator.device)
 
 
-def _as_reward(reward: Any, tokenizer: Any, args: PPOConfig) -> Reward:
+def _as_reward(reward: Any, tokenizer: Any, args: PPOConfig, style: Style) -> Reward:
     """Return a reward function; wrap a classifier, or a folder of one, in a RewardModelScorer."""
     if not isinstance(reward, str | Path | PreTrainedModel):
         return reward
     path = reward.config.name_or_path if isinstance(reward, PreTrainedModel) else str(reward)
     model = reward if isinstance(reward, PreTrainedModel) else load_reward_model(path)
     reward_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-    template = args.chat_template_kwargs or {}
-    return RewardModelScorer(model, reward_tokenizer, tokenizer, template, name=Path(path).name)
+    return RewardModelScorer(model, reward_tokenizer, tokenizer, style, name=Path(path).name)

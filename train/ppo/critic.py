@@ -16,7 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from selfcorrect.evaluate.scoring.load_model import ADAPTER, refuse_pickles
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.train.ppo.config import PPOConfig
-from selfcorrect.train.ppo.rewards import load_reward_model
+from selfcorrect.train.ppo.reward_models import load_reward_model
 
 # Settings that two adapters must share for the weights of one to fit into the other.
 ADAPTER_SHAPE = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules")
@@ -66,11 +66,11 @@ def critic_kind(args: PPOConfig, policy: nn.Module) -> str:
 def build_critic(kind: str, policy: nn.Module, args: PPOConfig) -> Critic:
     """Build a critic of the given kind, initialised from `args.critic_path` if that is set."""
     language_model = language_model_of(policy)
-    hidden_size = language_model.config.get_text_config().hidden_size
+    hidden_size = language_model.get_output_embeddings().in_features
     if kind == "shared":
         return Critic(hidden_size)
     if kind == "lora":
-        critic = Critic(hidden_size, copy_trainable(language_model.base_model))
+        critic = Critic(hidden_size, copy_trainable(trunk_of(language_model)))
         if args.critic_path is not None:
             _start_from_adapter(critic, policy, Path(args.critic_path), args)
         return critic
@@ -79,18 +79,26 @@ def build_critic(kind: str, policy: nn.Module, args: PPOConfig) -> Critic:
         policy_copy = AutoModelForCausalLM.from_pretrained(
             path, dtype=language_model.dtype, trust_remote_code=args.trust_remote_code
         )
-        return Critic(hidden_size, policy_copy.base_model)
+        return Critic(hidden_size, trunk_of(policy_copy))
     reward_model = load_reward_model(args.critic_path, language_model.dtype)
-    critic = Critic(reward_model.config.get_text_config().hidden_size, reward_model.base_model)
-    critic.start_head(
-        _score_head(reward_model, args.critic_path), args.score_shift, args.score_scale
-    )
+    score = _score_head(reward_model, args.critic_path)
+    critic = Critic(score.in_features, trunk_of(reward_model))
+    critic.start_head(score, args.score_shift, args.score_scale)
     return critic
 
 
 def language_model_of(policy: nn.Module) -> PreTrainedModel:
     """Return the causal language model, without the adapter wrapper if there is one."""
     return policy.get_base_model() if is_peft_model(policy) else policy
+
+
+def trunk_of(language_model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model below the LM head; some families name it other than transformers expects."""
+    trunk = language_model.base_model
+    if trunk is not language_model:
+        return trunk
+    named = (m for m in language_model.children() if isinstance(m, PreTrainedModel))
+    return next(named, language_model)
 
 
 def copy_trainable(module: nn.Module) -> nn.Module:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from selfcorrect.train.ppo.critic import Critic
+from selfcorrect.train.ppo.critic import Critic, trunk_of
+from selfcorrect.train.ppo.noise import checkpoint_in_eval
 from selfcorrect.train.ppo.sparse_modules import only_positions, select_positions
 
 CRITIC = "critic"
@@ -38,11 +39,14 @@ class TokenOutputs(NamedTuple):
     aux_loss: Tensor | None  # () of a mixture of experts
 
 
-def patch_forward(language_model: PreTrainedModel, critic: Critic | None) -> None:
+def patch_forward(
+    language_model: PreTrainedModel, critic: Critic | None, temperature: float
+) -> None:
     """Make a model with TRL's fused head score completions only, with values if it has a critic.
 
     `model(input_ids, labels, scored_only=True)` then returns flat tensors (1, n) for the n tokens
     with a label, row by row: neither the LM head nor the critic's head runs on prompts and padding.
+    With `plain=True` the logits are those of the model's own forward, divided by `temperature`.
     The critic becomes a submodule, reached through the model's own forward, so that
     DistributedDataParallel and ZeRO see one module, one forward and one backward.
     """
@@ -57,15 +61,20 @@ def patch_forward(language_model: PreTrainedModel, critic: Critic | None) -> Non
         scored_only: bool = False,
         with_values: bool = False,
         detach_trunk: bool = False,
+        plain: bool = False,
         **kwargs: Any,
     ) -> Any:
         if not scored_only:
             return original_forward(*args, **kwargs)
+        checkpoint_in_eval(self)
         next_labels = nn.functional.pad(kwargs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
         predicts = next_labels != IGNORED
         predicting = torch.nonzero(predicts.flatten()).squeeze(1)
+        predicted = next_labels.flatten()[predicting][None]
         precedes = predicts.flip(1).cumsum(1).flip(1) > 0  # a predicting position, or is one
         attended = torch.nonzero(precedes.flatten()).squeeze(1)
+        inputs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
+        trunk, critic = trunk_of(self), getattr(self, CRITIC, None)
         states: list[Tensor] = []
 
         def keep_predicting(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -73,32 +82,54 @@ def patch_forward(language_model: PreTrainedModel, critic: Critic | None) -> Non
             states.append(output.last_hidden_state)
             return output
 
-        hook = self.base_model.register_forward_hook(keep_predicting)
-        sparse: AbstractContextManager[None] = only_positions(
-            predicting, self.base_model, attended=attended
-        )
-        if kwargs.get("output_router_logits"):
-            sparse = nullcontext()  # experts are balanced over complete rows
-        try:
-            with sparse:
-                scored = original_forward(
-                    *args, shift_labels=next_labels.flatten()[predicting][None], **kwargs
-                )
-        finally:
-            hook.remove()
-        output = ActorCriticOutput(**scored)
-        if with_values:
+        def keep_input(head: nn.Module, inputs: tuple[Tensor]) -> None:
+            states.append(select_positions(inputs[0], predicting))
+
+        def sparse(backbone: nn.Module) -> AbstractContextManager[None]:
+            if plain or kwargs.get("output_router_logits"):
+                return nullcontext()  # experts are balanced over complete rows
+            return only_positions(predicting, backbone, attended=attended, inputs=inputs)
+
+        with sparse(trunk):
+            if plain:  # some families' own forward calls parts of the trunk, and never the trunk
+                hook = self.get_output_embeddings().register_forward_pre_hook(keep_input)
+            else:
+                hook = trunk.register_forward_hook(keep_predicting)
+            try:
+                if plain:
+                    kwargs.pop("fused_lm_head", None)
+                    output = _score_logits(
+                        original_forward(*args, use_cache=False, **kwargs),
+                        predicting, predicted, temperature,
+                    )  # fmt: skip
+                else:
+                    scored = original_forward(*args, shift_labels=predicted, **kwargs)
+                    output = ActorCriticOutput(**scored)
+            finally:
+                hook.remove()
+        if with_values and critic is not None:
             hidden = states[0].detach() if detach_trunk else states[0]
-            critic = getattr(self, CRITIC)
             if critic.backbone is not None:
-                inputs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")}
-                with only_positions(predicting, critic.backbone, attended=attended):
+                with sparse(critic.backbone):
                     hidden = critic.backbone(**inputs, use_cache=False).last_hidden_state
                 hidden = select_positions(hidden, predicting)
             output.state_values = critic(hidden)
         return output
 
     language_model.forward = types.MethodType(forward, language_model)
+
+
+def _score_logits(
+    output: Any, predicting: Tensor, predicted: Tensor, temperature: float
+) -> ActorCriticOutput:
+    """Return log-probabilities of tokens `predicted` (1, n), and entropies, from plain logits."""
+    logits = select_positions(output.logits, predicting).float() / temperature
+    log_probs = logits.log_softmax(dim=-1)
+    return ActorCriticOutput(
+        log_probs=log_probs.gather(2, predicted[..., None]).squeeze(2),
+        entropy=-(log_probs.exp() * log_probs).sum(dim=-1),
+        aux_loss=getattr(output, "aux_loss", None),
+    )
 
 
 @contextmanager

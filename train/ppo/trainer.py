@@ -115,6 +115,9 @@ class PPOTrainer(ActorCriticTrainer):
         with self._timed("score"):
             batch = self._sample_rollout(inputs)
             mask = _sampled_mask(batch)
+            if self.beta:
+                policy, reference = batch["old_per_token_logps"], batch["ref_per_token_logps"]
+                self._check_reference(policy, reference, mask)
             ended = self._ended(batch["completion_ids"], mask)
             kl_rewards, kl = self._kl_rewards(batch, mask)
             rewards = self._add_scores(kl_rewards, batch["scores"], ended, mask)
@@ -234,6 +237,7 @@ class PPOTrainer(ActorCriticTrainer):
         outputs = self._forward_batch(
             model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )
+        self._check_ratio(outputs.log_probs, inputs["old_per_token_logps"], mask)
         policy_errors, clipped_low, clipped_high = losses.clipped_policy_loss(
             outputs.log_probs, inputs["old_per_token_logps"], inputs["advantages"], mask,
             self.epsilon_low, self.epsilon_high, self.args.delta,

@@ -62,6 +62,9 @@ def test_padded_rows_score_as_each_row_alone(models, tmp_path, architecture):
 def test_modules_run_only_at_positions_in_use(models, tmp_path, architecture):
     """MLPs at real tokens; in the last layer, MLP and queries where a token is predicted."""
     trainer = make_trainer(models, tmp_path, "separate", policy=policy_name(architecture))
+    # Rows of 3 + 2 and 5 + 1 tokens. Nothing is read at a row's last token: it predicts nothing.
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 1], [9, 10, 11, 12, 13, 1, 0]])
+    trainer._forward_completions(trainer.model, ids, (ids != 0).long(), 2)  # tries it
     mlp_positions, query_positions = ({"policy": [], "critic": []} for _ in range(2))
     backbones = {"policy": trainer.language_model.base_model, "critic": trainer.critic.backbone}
     for name, backbone in backbones.items():
@@ -76,8 +79,6 @@ def test_modules_run_only_at_positions_in_use(models, tmp_path, architecture):
                         inputs[0].shape[:2].numel()
                     )
                 )
-    # Rows of 3 + 2 and 5 + 1 tokens. Nothing is read at a row's last token: it predicts nothing.
-    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 1], [9, 10, 11, 12, 13, 1, 0]])
     trainer._forward_completions(trainer.model, ids, (ids != 0).long(), 2, batch_size=2)
     assert mlp_positions == {"policy": [4 + 5, 2 + 1], "critic": [4 + 5, 2 + 1]}
     if hasattr(layers[-1], "self_attn"):  # other models compute queries together with keys
