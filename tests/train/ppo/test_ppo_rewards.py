@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 from selfcorrect.recipes.schema import Policy, Reward
 from selfcorrect.train.feedback.feedback import Feedback, Preference
 from selfcorrect.train.ppo import RewardModelScorer
-from selfcorrect.train.ppo.rewards import load_reward_model
+from selfcorrect.train.ppo.reward_models import load_reward_model
 from selfcorrect.train.stages import JobFacts
 from selfcorrect.train.stages.policy import train_policy
 from selfcorrect.train.stages.reward import train_reward
