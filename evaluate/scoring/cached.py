@@ -25,13 +25,11 @@ def score_after(
     forwards: Forwards,
     sampled: SampledBatch,
     requests: Sequence[Sequence[Continuation]],
-    window: int | None,
 ) -> list[tuple[Pack, np.ndarray]] | None:
     """Return each row's trie and its wanted values; `sampled.cache` is used up.
 
-    `requests` holds the options that follow each text. Returns None for a batch that is too large:
-    the rows would exceed the attention `window`, or the logits their limit. Raises ValueError if
-    there is no cache, or one that lacks columns.
+    `requests` holds the options that follow each text. Returns None for a batch whose logits would
+    exceed their limit. Raises ValueError if there is no cache, or one that lacks columns.
     """
     num_columns = len(sampled.rows[0]) - 1  # the last sampled token was never read
     cache = sampled.cache
@@ -42,11 +40,8 @@ def score_after(
         _num_reused(row[padding:num_columns], options)
         for row, padding, options in zip(sampled.rows, sampled.padding, requests, strict=True)
     ]
-    width = max(len(tree) - start for tree, start in zip(tries, reused, strict=True))
     num_wanted = sum(len(np.unique(tree.wanted_nodes)) for tree in tries)
     if num_wanted * forwards.vocabulary > LARGEST_LOGITS:
-        return None
-    if window is not None and num_columns + width > window:
         return None
     first = torch.tensor(sampled.padding)
     last = first + torch.tensor(reused)
@@ -54,6 +49,17 @@ def score_after(
     cached = (column >= first[:, None]) & (column < last[:, None])
     values = forwards.run_tries(tries, reused, cached, past_key_values=cache)
     return list(zip(tries, values, strict=True))
+
+
+def sizes_after(
+    sampled: SampledBatch, requests: Sequence[Sequence[Continuation]]
+) -> tuple[int, ...]:
+    """Return the sizes of a batch that can make `score_after` wrong for a model.
+
+    They are the columns of the cache, those of them that are padding, and the longest final row.
+    """
+    longest = max(len(option.row) for options in requests for option in options)
+    return len(sampled.rows[0]), max(sampled.padding), longest
 
 
 def _num_reused(cached: Sequence[int], options: Sequence[Continuation]) -> int:

@@ -1,9 +1,10 @@
-"""Three ways to compute the log-probabilities that packs ask for, fastest first.
+"""Four ways to compute the log-probabilities that packs ask for, fastest first.
 
 Each takes packs and yields float64 arrays: `packed` runs a whole trie as one row, with a tree
 attention mask and depths as positions; `prefixed` runs shared prefixes once and continues from
-their key-value cache; `plain` runs every path of the tries by itself. `PackedEngine` checks which
-of them are correct for a model.
+their key-value cache; `plain` runs every path of the tries as a row of a batch; `alone` runs each
+option in a forward of its own, and is right by definition. `trials.Ways` finds out which of the
+others equal it for a model.
 """
 # ruff: noqa: TID253  -- all torch; imported only where a model is at hand
 
@@ -94,13 +95,58 @@ class Forwards:
     def plain(self, packs: Sequence[Pack]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the same values, with every path of a trie run as a row of its own."""
         for index, pack in enumerate(packs):
-            paths = _paths(pack)
+            rows = paths(pack)
             values = np.full(len(pack.wanted_nodes), np.nan)
-            lengths = [len(path) for path in paths]
-            order = sorted(range(len(paths)), key=lambda i: -lengths[i])
+            lengths = [len(row) for row in rows]
+            order = sorted(range(len(rows)), key=lambda i: -lengths[i])
             for batch in self._batches(order, lengths, lengths):
-                self._run_rows(values, pack, [paths[i] for i in batch])
+                self._run_rows(values, pack, [rows[i] for i in batch])
             yield index, values
+
+    @torch.no_grad()
+    def run_paths(self, pack: Pack) -> np.ndarray:
+        """Return the values of a pack with all its paths as the rows of one forward."""
+        values = np.full(len(pack.wanted_nodes), np.nan)
+        self._run_rows(values, pack, paths(pack))
+        return values
+
+    @torch.no_grad()
+    def alone(self, packs: Sequence[Pack]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the same values, each option read alone: no padding, mask, position or cache.
+
+        Options are read from the shortest to the longest, because rotary embeddings may grow with
+        the longest row so far.
+        """
+        for index, pack in enumerate(packs):
+            self.reset()
+            values = np.full(len(pack.wanted_nodes), np.nan)
+            options, option = np.unique(pack.wanted_options, return_inverse=True)
+            last = np.zeros(len(options), dtype=np.int64)
+            np.maximum.at(last, option, pack.wanted_nodes)
+            nodes = np.arange(len(pack))
+            ends = np.unique(last)
+            for end in ends[np.argsort(pack.depths[ends], kind="stable")]:
+                path = np.flatnonzero((nodes <= end) & (pack.ends >= end))
+                wanted = np.flatnonzero(last[option] == end)
+                rows = np.searchsorted(path, pack.wanted_nodes[wanted])
+                logits = self.row_logits(pack.tokens[path], np.unique(rows))
+                values[wanted] = log_probabilities(
+                    logits, np.searchsorted(np.unique(rows), rows), pack.wanted_tokens[wanted]
+                )
+            yield index, values
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Read one token, after which rotary embeddings that grow (dynamic NTK) are as at first."""
+        self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
+
+    @torch.no_grad()
+    def row_logits(self, tokens: Sequence[int] | np.ndarray, positions: np.ndarray) -> torch.Tensor:
+        """Return the logits (N, vocabulary) at N ascending positions of one row, read alone."""
+        row = torch.as_tensor(np.asarray(tokens, dtype=np.int64))[None]
+        keep = torch.zeros_like(row, dtype=torch.bool)
+        keep[0, torch.as_tensor(positions)] = True
+        return self.logits(keep, input_ids=row)[0]
 
     @torch.no_grad()
     def prefixed(self, packs: Sequence[Pack]) -> Iterator[tuple[int, np.ndarray]]:
@@ -142,7 +188,6 @@ class Forwards:
         logits, cache = self.logits(
             keep,
             input_ids=padded([pack.tokens[row] for row in rows], width),
-            position_ids=torch.arange(num_cached, num_cached + width).expand(len(rows), -1),
             attention_mask=torch.cat([before, inside.long()], dim=1),
             **inputs,
         )
@@ -183,8 +228,6 @@ class Forwards:
         self, keep: torch.Tensor, use_cache: bool = False, **inputs: Any
     ) -> tuple[torch.Tensor, Any]:
         """Return the logits (N, vocabulary) at the N positions in `keep`, and the cache."""
-        if "position_ids" not in self.accepts:
-            del inputs["position_ids"]
         arguments = {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
@@ -212,7 +255,7 @@ def _prefix_groups(pack: Pack) -> list[_PrefixGroup]:
     groups: list[_PrefixGroup] = []
     rows: list[np.ndarray] = []
     common = 0
-    for path in _paths(pack):
+    for path in paths(pack):
         if rows:
             shared = shared_length(rows[0][:common], path)
             longest = max(len(path), *(len(row) for row in rows))
@@ -229,17 +272,17 @@ def _prefix_groups(pack: Pack) -> list[_PrefixGroup]:
     return groups
 
 
-def _paths(pack: Pack) -> list[np.ndarray]:
+def paths(pack: Pack) -> list[np.ndarray]:
     """Return the nodes from the root to each leaf, in preorder of the leaves."""
-    paths: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
     path = np.empty(0, dtype=np.int64)
     nodes = np.arange(len(pack))
     for leaf in np.flatnonzero(pack.ends == nodes):
         # The nodes that are new since the last leaf are neighbours in preorder.
-        first = 0 if not len(paths) else int(paths[-1][-1]) + 1
+        first = 0 if not rows else int(rows[-1][-1]) + 1
         path = np.concatenate([path[: pack.depths[first]], nodes[first : leaf + 1]])
-        paths.append(path)
-    return paths
+        rows.append(path)
+    return rows
 
 
 def _kept_logits(pack: Pack, rows: Sequence[np.ndarray]) -> tuple[dict[int, int], torch.Tensor]:

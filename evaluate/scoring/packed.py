@@ -3,8 +3,7 @@
 
 import hashlib
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,28 +11,24 @@ import numpy as np
 import torch
 
 from selfcorrect.evaluate.prompts.tokenized import Continuation, Request, continuations, opening
-from selfcorrect.evaluate.scoring.cached import score_after
+from selfcorrect.evaluate.scoring.cached import score_after, sizes_after
 from selfcorrect.evaluate.scoring.engine import Engine, Sample, Sampling
-from selfcorrect.evaluate.scoring.forwards import Forwards
+from selfcorrect.evaluate.scoring.forwards import Forwards, log_probabilities
 from selfcorrect.evaluate.scoring.limits import BATCH_TOKENS, CPU_SCORING_TOKENS, PACK_TOKENS
-from selfcorrect.evaluate.scoring.sampling import SampledBatch, batches, sample_batch
+from selfcorrect.evaluate.scoring.sampling import SampledBatch, batches, sample_alone, sample_batch
 from selfcorrect.evaluate.scoring.token_trie import Pack, Packing, PackingCache, pack
+from selfcorrect.evaluate.scoring.trials import UNSUPPORTED, Checks, Ways, reason_of
 from selfcorrect.recipes.foundation.errors import RunFailure
 
 logger = logging.getLogger(__name__)
-
-Forward = Callable[[Sequence[Pack]], Iterable[tuple[int, np.ndarray]]]  # a method of `Forwards`
-
-# What a model can raise that does not support a kind of forward.
-_UNSUPPORTED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
 
 
 class PackedEngine(Engine):
     """Score options and draw samples with one model; deterministic for given inputs.
 
-    The model must be in eval mode. Before the first scores, the packed forward is compared with
-    plain rows. A model for which they differ (ALiBi, state spaces, masks that it builds itself) is
-    run by a slower forward, with a warning.
+    The model must be in eval mode. A row's scores are those of the model reading it alone. Faster
+    forwards are compared with that before they are used (`trials.Ways`); where they differ (ALiBi,
+    state spaces, windows, masks that a model builds itself), a slower one runs, with a warning.
     """
 
     def __init__(
@@ -52,14 +47,11 @@ class PackedEngine(Engine):
         self.pack_tokens = pack_tokens
         self.batch_tokens = batch_tokens or BATCH_TOKENS["cpu" if on_cpu else "gpu"]
         self.context = context_length(model)
-        self._window = _window(model)
         forward_tokens = min(self.batch_tokens, CPU_SCORING_TOKENS) if on_cpu else self.batch_tokens
         self._forwards = Forwards(model, forward_tokens)
-        self._forward: Forward | None = None  # the fastest correct one; None: not tried yet
-        self._continues_cache: bool | None = None  # None: not tried yet
-        self._warned_of_window = False
-        # Rounding differs with the shapes of matrix products; a wrong position or mask is far off.
-        self._tolerance = 4 * math.sqrt(torch.finfo(self._forwards.dtype).eps)
+        self._ways = Ways(self._forwards, self.context, type(model).__name__)
+        self._continues_cache = Checks()
+        self._batched = (Checks(), Checks())  # samples of mixed prompt lengths, of one length
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -91,24 +83,33 @@ class PackedEngine(Engine):
         """Score prepared requests; `packing` may come from any engine with this tokenizer."""
         for index, length in enumerate(packing.lengths):
             self._check_length(index, length)
-        if self._window is not None and max(packing.lengths) > self._window:
-            forward: Forward = self._forwards.plain
-            if not self._warned_of_window:
-                self._warned_of_window = True
-                logger.warning(
-                    "%s has a sliding window of %d tokens and some prompts are longer: those are "
-                    "scored row by row, which is slower",
-                    type(self.model).__name__,
-                    self._window,
-                )
-        else:
-            self._forward = forward = self._forward or self._fastest_forward(packing.specimen)
         totals = np.zeros(sum(packing.num_options))
-        for index, values in forward(packing.packs):
-            self._check_values(packing.packs[index], values)
-            np.add.at(totals, packing.packs[index].wanted_options, values)
+        remaining = packing.packs
+        while remaining:
+            remaining = self._score_packs(remaining, totals)
         ends = np.cumsum(packing.num_options)[:-1]
         return [part.tolist() for part in np.split(totals, ends)]
+
+    def _score_packs(self, packs: Sequence[Pack], totals: np.ndarray) -> list[Pack]:
+        """Add the packs' values to the totals; return the packs whose forward raised an error."""
+        failed: list[Pack] = []
+        for way, indices in self._ways.assign(packs):
+            left = set(indices)
+            self._forwards.reset()
+            try:
+                for index, values in way.forward([packs[i] for i in indices]):
+                    tree = packs[indices[index]]
+                    self._check_values(tree, values)
+                    np.add.at(totals, tree.wanted_options, values)
+                    left.discard(indices[index])
+            except torch.OutOfMemoryError:
+                raise
+            except UNSUPPORTED as error:
+                if way is self._ways.alone:
+                    raise
+                self._ways.give_up(way, error)
+                failed += [packs[i] for i in sorted(left)]
+        return failed
 
     def sample(
         self,
@@ -157,31 +158,83 @@ class PackedEngine(Engine):
     ) -> Iterator[tuple[list[int], SampledBatch]]:
         """Yield (prompt indices, their samples), and keep no reference to either."""
         for batch in batches(prompts, sampling.max_new_tokens, self.batch_tokens):
-            batch_prompts, batch_keys = [prompts[i] for i in batch], [keys[i] for i in batch]
-            yield (
-                batch,
-                sample_batch(self.model, self.tokenizer, batch_prompts, batch_keys, sampling, stop),
+            yield from self._sample(prompts, keys, batch, sampling, stop)
+
+    def _sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[str],
+        batch: list[int],
+        sampling: Sampling,
+        stop: str | None,
+    ) -> Iterator[tuple[list[int], SampledBatch]]:
+        """Yield the samples of a batch, or of parts of it, as the model would write them alone."""
+        lengths = {len(prompts[i]) for i in batch}
+        checks = self._batched[len(lengths) == 1]
+        batch_prompts, batch_keys = [prompts[i] for i in batch], [keys[i] for i in batch]
+        size = (max(lengths) + sampling.max_new_tokens, max(lengths) - min(lengths))
+        if checks.knows(size) or checks.may_try:
+            self._forwards.reset()
+            sampled = sample_batch(
+                self.model, self.tokenizer, batch_prompts, batch_keys, sampling, stop
             )
+            error = 0.0 if checks.knows(size) else self._error_of(sampled, batch_prompts)
+            if error <= self._ways.tolerance:
+                checks.note(size)
+                yield batch, sampled
+                return
+            del sampled
+            self._refuse(checks, f"its log-probabilities are off by {error:.2g}")
+        if len(lengths) > 1:
+            for length in sorted(lengths, reverse=True):
+                equal = [i for i in batch if len(prompts[i]) == length]
+                yield from self._sample(prompts, keys, equal, sampling, stop)
+            return
+        for index, prompt, key in zip(batch, batch_prompts, batch_keys, strict=True):
+            yield (
+                [index],
+                sample_alone(self._forwards, self.tokenizer, prompt, key, sampling, stop),
+            )
+
+    def _error_of(self, sampled: SampledBatch, prompts: Sequence[Sequence[int]]) -> float:
+        """Return how far log-probabilities of written tokens are off those of plain forwards.
+
+        Compared are the samples after the shortest and the longest prompt, and the longest sample.
+        """
+        written = [sample.num_tokens for sample in sampled.samples]
+        rows = range(len(prompts))
+        compared = {
+            min(rows, key=lambda row: (len(prompts[row]), -written[row])),
+            max(rows, key=lambda row: (len(prompts[row]), written[row])),
+            max(rows, key=lambda row: written[row]),
+        }
+        error = 0.0
+        for row in compared:
+            start, count = len(prompts[row]), written[row]
+            tokens = sampled.rows[row][sampled.padding[row] :][: start + count]
+            self._forwards.reset()
+            logits = self._forwards.row_logits(tokens[:-1], np.arange(start - 1, start + count - 1))
+            alone = log_probabilities(logits, np.arange(count), np.array(tokens[start:]))
+            error = max(error, float(np.abs(alone - sampled.log_probabilities[row][:count]).max()))
+        return error
 
     def _scores_after(
         self, sampled: SampledBatch, requests: Sequence[Sequence[Continuation]]
     ) -> list[list[float]]:
         """Score the request after each sample, continuing from the batch's cache if possible."""
         packing = pack(requests, self.pack_tokens)
-        if self._continues_cache is False:
-            return self.score_packing(packing)
+        size = sizes_after(sampled, requests)
         expected: list[list[float]] | None = None
-        if self._continues_cache is None:  # the first batch is scored in both ways
+        if not self._continues_cache.knows(size):  # a larger batch than before: both ways
             expected = self.score_packing(packing)
-            if self._forward != self._forwards.packed:  # the other forwards mean: no such masks
-                self._continues_cache = None if self._forward is None else False
-                return expected
+            if not self._continues_cache.may_try or not self._ways.packed.within.row:
+                return expected  # a model without packs takes no such masks
         try:
-            scored = score_after(self._forwards, sampled, requests, self._window)
-        except _UNSUPPORTED as error:
-            if self._continues_cache:
-                raise
-            self._stop_continuing(_reason(error))
+            scored = score_after(self._forwards, sampled, requests)
+        except torch.OutOfMemoryError:
+            raise
+        except UNSUPPORTED as error:
+            self._refuse(self._continues_cache, reason_of(error))
             scored = None
         if scored is None:
             return expected or self.score_packing(packing)
@@ -196,47 +249,36 @@ class PackedEngine(Engine):
                 (np.abs(np.subtract(row, expected_row)) / np.bincount(tree.wanted_options)).max()
                 for (tree, _), row, expected_row in zip(scored, scores, expected, strict=True)
             )
-            if error_per_token > self._tolerance:
-                self._stop_continuing(f"its scores are off by {error_per_token:.2g} a token")
+            if error_per_token > self._ways.tolerance:
+                self._refuse(
+                    self._continues_cache, f"its scores are off by {error_per_token:.2g} a token"
+                )
                 return expected
-            self._continues_cache = True
+            self._continues_cache.note(size)
         return scores
 
-    def _stop_continuing(self, reason: str) -> None:
-        self._continues_cache = False
-        logger.warning(
-            "%s cannot continue from the cache of its own text (%s): final questions are scored "
-            "from the start of the dialogue, which is slower",
-            type(self.model).__name__,
-            reason,
-        )
-
-    def _fastest_forward(self, specimen: Pack) -> Forward:
-        """Return the first forward whose values equal those of plain rows, up to rounding."""
-        plain = dict(self._forwards.plain([specimen]))[0]
-        reasons = []
-        for forward in (self._forwards.packed, self._forwards.prefixed):
-            if "position_ids" not in self._forwards.accepts and forward == self._forwards.packed:
-                reasons.append("its forward takes no position_ids")
-                continue
-            try:
-                error = float(np.abs(dict(forward([specimen]))[0] - plain).max())
-            except _UNSUPPORTED as refusal:
-                reasons.append(_reason(refusal))
-                continue
-            if error <= self._tolerance or np.isnan(plain).any():  # NaN is reported later
-                break
-            reasons.append(f"its scores are off by {error:.2g}")
-        else:
-            forward = self._forwards.plain
-        if reasons:
+    def _refuse(self, checks: Checks, reason: str) -> None:
+        """Count a failure of a faster way, and warn of the first one."""
+        checks.failures += 1
+        if checks.failures > 1:
+            return
+        name = type(self.model).__name__
+        if checks is self._continues_cache:
             logger.warning(
-                "%s cannot be scored in packs (%s): scoring %s, which is slower",
-                type(self.model).__name__,
-                reasons[0],
-                "with cached prefixes" if forward == self._forwards.prefixed else "row by row",
+                "%s cannot continue from the cache of its own text (%s): final questions are "
+                "scored from the start of the dialogue, which is slower",
+                name,
+                reason,
             )
-        return forward
+        else:
+            logger.warning(
+                "%s writes other texts beside others than alone (%s): %s, which is slower",
+                name,
+                reason,
+                "batches hold prompts of one length"
+                if checks is self._batched[0]
+                else "texts are written one by one, without a cache",
+            )
 
     def _check_values(self, tree: Pack, values: np.ndarray) -> None:
         if not np.isnan(values).any():
@@ -248,22 +290,8 @@ class PackedEngine(Engine):
         raise RunFailure(f"the model's logits are NaN for the prompt {text}: broken weights")
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
-
-
 def context_length(model: Any) -> int | None:
     """Return the model's context length in tokens, None if its config sets no bound."""
     config = model.config.get_text_config(decoder=True)
     length = getattr(config, "max_position_embeddings", None)
     return int(length) if length else None
-
-
-def _window(model: Any) -> int | None:
-    """Smallest sliding window of any layer, None if all attend fully.
-
-    Our explicit mask would override it, so longer prompts are not packed.
-    """
-    config = model.config.get_text_config(decoder=True)
-    bounds = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min((int(bound) for bound in bounds if bound), default=None)

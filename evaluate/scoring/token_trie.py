@@ -42,16 +42,11 @@ class Pack:
 
 @dataclass(frozen=True)
 class Packing:
-    """The packs of some requests; request i has `num_options[i]` options, `lengths[i]` tokens.
-
-    `specimen`, on which a model's forwards are compared, is the trie of the first and last request
-    with an extra branch: on a chain, a model that ignores the tree mask would be right.
-    """
+    """The packs of some requests; request i has `num_options[i]` options, `lengths[i]` tokens."""
 
     packs: list[Pack]
     num_options: list[int]
     lengths: list[int]
-    specimen: Pack
 
 
 class PackingCache:
@@ -73,15 +68,7 @@ def pack(requests: Sequence[Sequence[Continuation]], pack_tokens: int) -> Packin
         _packs(requests, pack_tokens),
         [len(request) for request in requests],
         [max(len(option.row) for option in request) for request in requests],
-        _packs([requests[0], requests[-1], _branch(requests[0][0])], sys.maxsize)[0],
     )
-
-
-def _branch(option: Continuation) -> list[Continuation]:
-    """Return the option without its middle token, scored from there on."""
-    middle = len(option.tokens) // 2
-    tokens = option.tokens[:middle] + option.tokens[middle + 1 :]
-    return [Continuation(tokens, middle)] if middle < len(tokens) else []
 
 
 def trie(options: Sequence[Continuation]) -> Pack:

@@ -29,7 +29,7 @@ PROMPTS = [prompt for prompt, _ in REQUESTS] + ["<s> group one", "<s> please"]
 KEYS = [f"item-{i}" for i in range(len(PROMPTS))]
 
 TOKENS = {"vocab_size": len(tiny_tokenizer()), "pad_token_id": 0, "eos_token_id": 2}
-# Models that build their masks themselves, and the forward that scores them (None: any but packed).
+# Models that build their masks themselves, and the forward that scores them.
 UNPACKABLE = {
     "bloom": (BloomConfig(**TOKENS, hidden_size=32, n_layer=2, n_head=4), "prefixed"),
     "mpt": (MptConfig(**TOKENS, d_model=32, n_layers=2, n_heads=4), "prefixed"),
@@ -37,9 +37,9 @@ UNPACKABLE = {
         FalconConfig(
             **TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
         ),
-        None,
+        "prefixed",
     ),
-    "mamba": (MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, state_size=4), None),
+    "mamba": (MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, state_size=4), "plain"),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from selfcorrect.evaluate.prompts.tokenized import Continuation
-from selfcorrect.evaluate.scoring.forwards import _paths, _prefix_groups, tree_attention_mask
+from selfcorrect.evaluate.scoring.forwards import _prefix_groups, paths, tree_attention_mask
 from selfcorrect.evaluate.scoring.packed import PackedEngine
 from selfcorrect.evaluate.scoring.token_trie import Pack, Packing, PackingCache, pack
 from tests.support.scoring_cases import (
@@ -34,6 +34,12 @@ def random_requests(seed: int, number: int = 40) -> list[list[Continuation]]:
         ]
         requests.append([Continuation(tuple(option), len(prompt)) for option in options])
     return requests
+
+
+def used(engine: PackedEngine, requests) -> set[str]:
+    """The names of the forwards that score the requests."""
+    packs = engine.prepare(requests).packs
+    return {way.forward.__name__ for way, _ in engine._ways.assign(packs)}
 
 
 def path(tree: Pack, node: int) -> list[int]:
@@ -90,10 +96,10 @@ def test_tree_mask_shows_a_node_its_ancestors_and_itself():
 
 def test_paths_and_prefix_groups_cover_every_leaf_once():
     [tree] = pack(random_requests(2), 10_000).packs
-    paths = _paths(tree)
-    leaves = [int(row[-1]) for row in paths]
+    rows = paths(tree)
+    leaves = [int(row[-1]) for row in rows]
     assert leaves == [node for node in range(len(tree)) if tree.ends[node] == node]
-    for row in paths:
+    for row in rows:
         assert tree.tokens[row].tolist() == path(tree, int(row[-1]))
     groups = _prefix_groups(tree)
     assert [int(row[-1]) for group in groups for row in group.rows] == leaves
@@ -104,17 +110,17 @@ def test_paths_and_prefix_groups_cover_every_leaf_once():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("forward", ["packed", "prefixed", "plain"])
-def test_every_forward_gives_the_scores_of_single_plain_rows(architecture, forward, caplog):
+@pytest.mark.parametrize("forward", ["packed", "prefixed", "plain", "alone"])
+def test_every_forward_gives_the_scores_of_single_plain_rows(architecture, forward):
     model, tokenizer = tiny_model(architecture), tiny_tokenizer()
     for pack_tokens, batch_tokens in [(512, 4096), (16, 40)]:
         engine = PackedEngine(model, tokenizer, pack_tokens=pack_tokens, batch_tokens=batch_tokens)
-        engine.score(REQUESTS[:1])
-        assert engine._forward == engine._forwards.packed and not caplog.records
-        engine._forward = getattr(engine._forwards, forward)
+        for way in (engine._ways.packed, engine._ways.prefixed, engine._ways.plain):
+            way.is_final = way.forward != getattr(engine._forwards, forward)
         for (prompt, options), scores in zip(REQUESTS, engine.score(REQUESTS), strict=True):
             plain = [plain_log_probability(model, tokenizer, prompt, o) for o in options]
             assert scores == pytest.approx(plain, abs=1e-5)
+        assert used(engine, REQUESTS) == {forward}
 
 
 @pytest.mark.parametrize("name", UNPACKABLE)
@@ -126,22 +132,22 @@ def test_models_with_their_own_masks_fall_back_with_a_warning(name, caplog):
     for (prompt, options), scores in zip(REQUESTS, engine.score(REQUESTS), strict=True):
         plain = [plain_log_probability(model, tokenizer, prompt, option) for option in options]
         assert scores == pytest.approx(plain, abs=1e-4)
-    assert engine._forward != engine._forwards.packed
-    if expected is not None:
-        assert engine._forward == getattr(engine._forwards, expected)
+    assert used(engine, REQUESTS) == {expected}
     [record] = [r for r in caplog.records if r.name.startswith("selfcorrect")]
     assert "cannot be scored in packs" in record.getMessage()
 
 
-def test_prompts_beyond_the_sliding_window_are_scored_plainly():
+def test_only_prompts_beyond_the_sliding_window_are_not_packed(caplog):
     model = sliding_window_model(8)
     tokenizer = tiny_tokenizer()
     engine = PackedEngine(model, tokenizer)
-    short = [REQUESTS[i] for i in (0, 2, 5)]
-    assert engine.score(short) and engine._forward == engine._forwards.packed
     for (prompt, options), scores in zip(REQUESTS, engine.score(REQUESTS), strict=True):
         plain = [plain_log_probability(model, tokenizer, prompt, option) for option in options]
         assert scores == pytest.approx(plain, abs=1e-5)
+    short = [REQUESTS[i] for i in (0, 2, 5)]
+    assert used(engine, short) == {"packed"} and used(engine, REQUESTS) == {"prefixed"}
+    [record] = [r for r in caplog.records if r.name.startswith("selfcorrect")]
+    assert "beyond 8 tokens" in record.getMessage()
 
 
 def test_bfloat16_stays_near_float32_in_packs(caplog):
@@ -150,13 +156,14 @@ def test_bfloat16_stays_near_float32_in_packs(caplog):
     exact = PackedEngine(tiny_model(sharpness=2), tokenizer).score(REQUESTS)
     engine = PackedEngine(tiny_model(sharpness=2).bfloat16(), tokenizer)
     rough = engine.score(REQUESTS)
-    assert engine._forward == engine._forwards.packed
+    assert used(engine, REQUESTS) == {"packed"}
     assert not [r for r in caplog.records if r.name.startswith("selfcorrect")]
     for exact_row, rough_row in zip(exact, rough, strict=True):
         assert rough_row == pytest.approx(exact_row, rel=0.05)
         assert rough_row == pytest.approx(exact_row, abs=0.3)
     assert rough != exact
-    engine._forward = engine._forwards.plain  # the difference is rounding, not the forward
+    for way in (engine._ways.packed, engine._ways.prefixed, engine._ways.plain):
+        engine._ways.give_up(way, ValueError())  # the difference is rounding, not the forward
     for rough_row, plain_row in zip(rough, engine.score(REQUESTS), strict=True):
         assert plain_row == pytest.approx(rough_row, abs=0.3)
 
@@ -166,16 +173,16 @@ def test_model_that_ignores_the_tree_mask_is_detected(way, monkeypatch):
     """It reads a trie from end to end, which is right for a single row."""
     engine = PackedEngine(tiny_model(), tiny_tokenizer())
     if way == "plain":
-        seen = engine._forwards.packed
+        run_tries = engine._forwards.run_tries
 
-        def from_end_to_end(packs):
-            return seen(
-                [replace(tree, ends=np.full_like(tree.ends, len(tree) - 1)) for tree in packs]
-            )
+        def from_end_to_end(tries, *rest, **inputs):
+            blind = [replace(tree, ends=np.full_like(tree.ends, len(tree) - 1)) for tree in tries]
+            return run_tries(blind, *rest, **inputs)
 
-        monkeypatch.setattr(engine._forwards, "packed", from_end_to_end)
-    engine.score([("<s> the doctor told her that", (" he", " she"))])  # one row, one wanted node
-    assert (engine._forward == engine._forwards.packed) == (way == "packed")
+        monkeypatch.setattr(engine._forwards, "run_tries", from_end_to_end)
+    requests = [("<s> the doctor told her that", (" he", " she"))]  # one row, one wanted node
+    engine.score(requests)
+    assert ("packed" in used(engine, requests)) == (way == "packed")
 
 
 def test_packing_cache_serves_every_model_with_the_same_tokenizer():

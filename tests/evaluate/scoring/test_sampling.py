@@ -63,7 +63,7 @@ def test_scores_from_the_cache_equal_those_of_whole_prompts(architecture, batch_
     engine = PackedEngine(model, tiny_tokenizer(), batch_tokens=batch_tokens)
     continued, expected = both_ways(engine)
     assert_same(continued, expected)
-    assert engine._continues_cache and not warnings(caplog)
+    assert engine._continues_cache.right and not warnings(caplog)
     assert engine.sample(PROMPTS, KEYS, SAMPLING) == [sample for sample, _ in continued]
     # Some rows ended early, so that the cache behind them was stale.
     assert len({sample.num_tokens for sample, _ in continued}) > 1
@@ -113,7 +113,7 @@ def test_continues_after_empty_truncated_and_ended_samples(caplog):
     uncut = engine.sample(prompts, keys, longer)
     assert any("group" in sample.text for sample in uncut)
     assert any(sample.text == "" for sample in samples)
-    assert engine._continues_cache and not warnings(caplog)
+    assert engine._continues_cache.right and not warnings(caplog)
 
 
 def test_continues_after_a_batch_of_empty_samples():
@@ -125,7 +125,7 @@ def test_continues_after_a_batch_of_empty_samples():
     continued, expected = both_ways(engine, prompts=PROMPTS[:1] * 3, keys=["k"] * 3, sampling=short)
     assert_same(continued, expected)
     assert {(s.text, s.truncated, s.num_tokens) for s, _ in continued} == {("", False, 1)}
-    assert engine._continues_cache
+    assert engine._continues_cache.right
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -145,7 +145,7 @@ def test_merge_across_the_end_of_the_sample_is_run_again(temperature):
         engine, then, prompts, keys, replace(SAMPLING, temperature=temperature)
     )
     assert_same(continued, expected)
-    assert engine._continues_cache
+    assert engine._continues_cache.right
     if temperature:
         texts = [sample.text for sample, _ in continued]
         assert any(text.endswith('"') for text in texts) and any('"y' in text for text in texts)
@@ -159,7 +159,7 @@ def test_prompt_that_differs_from_its_start_is_run_whole():
         return prompt.replace("<s>", "<s> please" if index % 2 else ""), options
 
     assert_same(*both_ways(engine, then))
-    assert engine._continues_cache
+    assert engine._continues_cache.right
 
 
 @pytest.mark.parametrize("window", [200, 16])
@@ -168,11 +168,10 @@ def test_cache_is_continued_within_the_sliding_window(window, caplog):
     continued, expected = both_ways(engine)
     assert_same(continued, expected, within=1e-4)
     if window == 200:
-        assert engine._continues_cache and not warnings(caplog)
+        assert engine._continues_cache.right and not warnings(caplog)
     else:
-        assert engine._continues_cache is None
-        [message] = warnings(caplog)
-        assert "sliding window of 16 tokens" in message
+        assert not engine._continues_cache.right
+        assert "beyond 16 tokens" in warnings(caplog)[0]
 
 
 def test_batch_beyond_the_window_is_run_whole_after_others_were_continued():
@@ -183,7 +182,7 @@ def test_batch_beyond_the_window_is_run_whole_after_others_were_continued():
 
     for prompts, keys in [(PROMPTS[:2], KEYS[:2]), (PROMPTS[4:5], KEYS[4:5])]:
         assert_same(*both_ways(engine, final, prompts, keys), within=1e-4)
-        assert engine._continues_cache
+        assert engine._continues_cache.right
 
 
 @pytest.mark.parametrize("name", UNPACKABLE)
@@ -192,7 +191,7 @@ def test_models_that_cannot_continue_their_cache_warn_once(name, caplog):
     for _ in range(2):
         continued, expected = both_ways(engine)
         assert continued == expected
-    assert engine._continues_cache is False
+    assert not engine._continues_cache.right
     assert len(warnings(caplog)) == 1
 
 
@@ -271,8 +270,9 @@ def test_bfloat16_continues_the_cache(caplog):
     engine = PackedEngine(tiny_model(sharpness=2.0).bfloat16(), tokenizer)
     continued, expected = both_ways(engine)
     assert (
-        engine._continues_cache
-        and engine._forward == engine._forwards.packed
+        engine._continues_cache.right
+        and engine._ways.packed.within.row
+        >= max(engine.prepare([final_question(4, continued[4][0])]).lengths)
         and not warnings(caplog)
     )
     exact = PackedEngine(tiny_model(sharpness=2.0), tokenizer)
