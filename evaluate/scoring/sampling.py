@@ -4,7 +4,7 @@
 import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from selfcorrect.evaluate.prompts.tokenized import turn_end
 from selfcorrect.evaluate.scoring.engine import Sample, Sampling
-from selfcorrect.recipes.foundation.errors import RunFailure
+from selfcorrect.evaluate.scoring.forwards import Forwards
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +24,15 @@ class SampledBatch:
 
     `rows` (R lists of C tokens) are all tokens that the model has read or written, `padding[r]` of
     them padding on the left. `cache` (None if the model returns none) holds keys and values of the
-    first columns. A sample may end before its row does.
+    first columns. A sample may end before its row does. `log_probabilities` (R, steps) are the
+    model's, of the written tokens.
     """
 
     samples: list[Sample]
     rows: list[list[int]]
     padding: list[int]
     cache: Any
+    log_probabilities: np.ndarray
 
 
 def sample_batch(
@@ -66,12 +70,13 @@ def sample_batch(
     padding = [width - len(prompt) for prompt in prompts]
     tokens = [[pad] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
     mask = [[0] * n + [1] * (width - n) for n in padding]
-    with torch.no_grad(), _generation_config(model, settings):
+    noise = GumbelNoise(keys, sampling.seed, sampling.temperature)
+    with torch.no_grad(), only_settings(model, settings):
         generated = model.generate(
             input_ids=torch.tensor(tokens, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=settings,
-            logits_processor=[GumbelNoise(keys, sampling.seed, sampling.temperature)],
+            logits_processor=[noise],
             stopping_criteria=[StopText(tokenizer, stop, width)] if stop else [],
             synced_gpus=False,  # each rank samples its own texts
         )
@@ -81,20 +86,53 @@ def sample_batch(
         rows,
         padding,
         getattr(generated, "past_key_values", None),
+        torch.stack(noise.drawn, dim=1).cpu().numpy().astype(np.float64),
     )
 
 
+def sample_alone(
+    forwards: Forwards,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    key: str,
+    sampling: Sampling,
+    stop: str | None = None,
+) -> SampledBatch:
+    """Sample one continuation by a whole forward for each token, as `Forwards.alone` reads rows.
+
+    For models whose cache or batches give other log-probabilities. The noise is `sample_batch`'s.
+    """
+    ends = end_tokens(forwards.model, tokenizer)
+    noise = GumbelNoise([key], sampling.seed, sampling.temperature)
+    row = list(prompt)
+    stops = StopText(tokenizer, stop, len(row)) if stop else None
+    forwards.reset()
+    while len(row) < len(prompt) + sampling.max_new_tokens:
+        logits = forwards.row_logits(row, np.array([len(row) - 1]))
+        row.append(int(noise(None, logits.float()).argmax()))
+        if row[-1] in ends or (stops is not None and stops(torch.tensor([row]), None)):
+            break
+    drawn = torch.stack(noise.drawn, dim=1).cpu().numpy().astype(np.float64)
+    return SampledBatch([_cut(tokenizer, row[len(prompt) :], ends, stop)], [row], [0], None, drawn)
+
+
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Return the ids that end a turn: those of the generation settings and the tokenizer."""
+    """Return the ids that end a turn: of generation settings, tokenizer and chat template."""
     declared = getattr(model.generation_config, "eos_token_id", None)
     ends = set(declared if isinstance(declared, list) else [declared])
+    with suppress(InputError):  # a template that refuses the shortest dialogue
+        ends.add(turn_end(tokenizer).ids[-1])
     return {int(end) for end in ends | {tokenizer.eos_token_id} if end is not None}
 
 
 class GumbelNoise(LogitsProcessor):
-    """Turn the greedy choice into sampling, with one noise stream per row."""
+    """Turn the greedy choice into sampling, with one noise stream per row.
+
+    `drawn` collects the log-probability of each row's choice, a tensor (rows,) for every step.
+    """
 
     def __init__(self, keys: Sequence[str], seed: int, temperature: float) -> None:
+        self.drawn: list[torch.Tensor] = []
         self.temperature = temperature
         self.streams = [np.random.Generator(np.random.Philox(_digest(seed, key))) for key in keys]
 
@@ -102,11 +140,15 @@ class GumbelNoise(LogitsProcessor):
         """Return noisy scores (rows, vocabulary); called once for every new token."""
         if torch.isnan(scores).any():
             raise RunFailure("the model's logits are NaN while sampling: broken weights")
-        if self.temperature == 0:
-            return scores
-        uniform = np.stack([stream.random(scores.shape[-1]) for stream in self.streams])
-        noise = -torch.log(-torch.log(torch.from_numpy(uniform)))
-        return scores.float() / self.temperature + noise.to(scores.device, torch.float32)
+        noisy = scores
+        if self.temperature > 0:
+            uniform = np.stack([stream.random(scores.shape[-1]) for stream in self.streams])
+            noise = -torch.log(-torch.log(torch.from_numpy(uniform)))
+            noisy = scores.float() / self.temperature + noise.to(scores.device, torch.float32)
+        choice = noisy.argmax(dim=-1, keepdim=True)
+        logits = scores.float()
+        self.drawn.append(logits.gather(-1, choice)[:, 0] - logits.logsumexp(dim=-1))
+        return noisy
 
 
 class StopText(StoppingCriteria):
@@ -127,7 +169,7 @@ class StopText(StoppingCriteria):
 
 
 @contextmanager
-def _generation_config(model: Any, settings: GenerationConfig) -> Iterator[None]:
+def only_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """Replace the model's generation settings, from which `generate` would fill missing values."""
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model
     original = owner.generation_config
