@@ -100,25 +100,29 @@ def answer_ids(
 ) -> tuple[list[int], list[int]]:
     """Return the ids of the prompt, as `prompt_ids`, and those that answer it, without its end."""
     prompt, text = render_answer(tokenizer, turns, answer, style, end.text)
-    return token_ids(tokenizer, [prompt])[0], continued_ids(tokenizer, prompt, text)
+    return _ids_of_both(tokenizer, prompt, text)
 
 
 def continued_ids(tokenizer: Any, prompt: str, text: str) -> list[int]:
-    """Return the ids of `text` after those of `prompt`, whose own ids do not change.
+    """Return the ids of `text` after those of `prompt`, whose own ids do not change."""
+    return _ids_of_both(tokenizer, prompt, text)[1]
 
-    A tokenizer may merge across the boundary, or begin a text with a space of its own: then the
+
+def _ids_of_both(tokenizer: Any, prompt: str, text: str) -> tuple[list[int], list[int]]:
+    """Return the ids of `prompt`, and those of `text` after it.
+
+    If the tokenizer merges across the boundary, or begins every text with a space of its own, the
     text is tokenised after another one, such that it reads the same.
     """
-    if not text:
-        return []
-    whole = token_ids(tokenizer, [prompt + text])[0]
-    given = token_ids(tokenizer, [prompt])[0]
+    given, whole = token_ids(tokenizer, [prompt, prompt + text])
+    if whole[: len(given)] == given:
+        return given, whole[len(given) :]
     wanted = tokenizer.decode(whole)
-    for before in (prompt, "a", "\n", ""):
+    for before in ("a", "\n"):
         first, both = token_ids(tokenizer, [before, before + text])
         if both[: len(first)] == first and tokenizer.decode(given + both[len(first) :]) == wanted:
-            return both[len(first) :]
-    return token_ids(tokenizer, [text])[0]
+            return given, both[len(first) :]
+    return given, token_ids(tokenizer, [text])[0]
 
 
 def continuations(tokenizer: Any, requests: Sequence[Request]) -> list[list[Continuation]]:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from selfcorrect.evaluate.prompts.tokenized import Request, continuations
+from selfcorrect.evaluate.prompts.dialogue import BEGINNING
+from selfcorrect.evaluate.prompts.tokenized import Request, continuations, token_ids
 from selfcorrect.evaluate.scoring.engine import Engine, Sample, Sampling
 from selfcorrect.evaluate.scoring.load_model import refuse_pickles
 from selfcorrect.evaluate.scoring.vllm import load_vllm, request_seed
@@ -72,6 +73,11 @@ class LmEvalEngine(Engine):
         if not prompts:
             return []
         self.check_room(prompts, sampling.max_new_tokens)
+        if any(prompt.startswith(BEGINNING) for prompt in prompts):
+            raise InputError(
+                "the tokenizer's first token cannot be written as text, and lm-eval samples from "
+                "text; use --engine packed"
+            )
         settings: dict[str, Any] = {
             "until": [stop] if stop else [],
             "max_gen_toks": sampling.max_new_tokens,
@@ -92,7 +98,7 @@ class LmEvalEngine(Engine):
                 with torch.random.fork_rng():
                     torch.manual_seed(request_seed(sampling.seed, key))
                     texts += self._generate([prompt], settings)
-        lengths = [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        lengths = [len(ids) for ids in token_ids(self.tokenizer, texts)]
         return [
             Sample(text, length >= sampling.max_new_tokens, length)
             for text, length in zip(texts, lengths, strict=True)
