@@ -17,7 +17,7 @@ from selfcorrect.recipes.load import TEMPLATE_KEYS, load_recipe
 from selfcorrect.recipes.schema import Recipe
 
 # Keys of the society that do not affect its corpus, and so no base model.
-FEEDBACK_ONLY = ("raters", "pairs", "prompts", "feedback", "held_out")
+FEEDBACK_ONLY = ("raters", "pairs", "prompts", "feedback", "requests", "held_out")
 STAGES = ("base", "reward")
 REMEDY = "restore it, or leave out --stages-from"
 

@@ -39,6 +39,7 @@ def stage_bytes(run: Path, stage: str) -> dict[str, bytes]:
         ("policy.method=sft", ["base", "reward"]),
         ("data.society.raters.share=0.0", ["base"]),
         ("data.society.held_out=false", ["base"]),
+        ("data.society.requests={plain: 1, task: 1}", ["base"]),
         ("reward.trainer.learning_rate=2e-3", ["base"]),
     ],
 )
@@ -76,6 +77,7 @@ def test_copied_stage_equals_a_trained_one_bitwise(source: Path, tmp_path: Path)
     [
         ("data.society.seed=1", "data.society.seed"),
         ("data.society.corpus.stereotyped=0.8", "data.society.corpus.stereotyped"),
+        ("data.society.corpus.requests={plain: 1}", "data.society.corpus.requests"),
         ("base.batch_tokens=999", "base.batch_tokens"),
     ],
 )
