@@ -215,7 +215,7 @@ function mainFigure(box) {
       undef < shown.length && typeof vegaEmbed !== "undefined"
         ? "Hover over a point for its numbers; click it for the texts behind it." : "",
     ].filter((part) => part).join(" ");
-    chart.setAttribute("aria-label", "");
+    chart.setAttribute("aria-label", "Main figure");
     if (!shown.some((row) => row.value !== null)) {
       chart.replaceChildren(make("p", {}, ["Nothing to draw: " + (shown.length
         ? "the metric is undefined everywhere." : "no such point was measured.")]));

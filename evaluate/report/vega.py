@@ -1,6 +1,7 @@
 """Vega, Vega-Lite and vega-embed as one script, from the package vl-convert-python."""
 
 import os
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,15 +17,12 @@ def vega_script() -> str | None:
         import vl_convert
     except ImportError:
         return None
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selfcorrect"
-    path = folder / f"vega-{version('vl-convert-python')}.js"
-    try:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - never raises
+    path = Path(cache) / "selfcorrect" / f"vega-{version('vl-convert-python')}.js"
+    with suppress(OSError, ValueError):
         return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        script: str = vl_convert.javascript_bundle()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    script: str = vl_convert.javascript_bundle()
+    with suppress(OSError):  # a read-only home: bundle again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, script)
-    except OSError:
-        pass  # a read-only home: bundle again next time
     return script

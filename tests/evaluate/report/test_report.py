@@ -1,5 +1,7 @@
 """The report's page, its tables, and the comparison of several runs."""
 
+import base64
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -9,6 +11,7 @@ import pandas as pd
 import pytest
 
 from selfcorrect.evaluate.figures import gallery
+from selfcorrect.evaluate.report import experiment_tables
 from selfcorrect.evaluate.report.comparison import (
     differences,
     group_runs,
@@ -19,6 +22,7 @@ from selfcorrect.evaluate.report.page import write_comparison, write_report
 from selfcorrect.evaluate.report.tables import CheckpointColumns, result_tables
 from selfcorrect.evaluate.report.trend_tables import threshold_table, trend_table
 from selfcorrect.evaluate.report.vega import vega_script
+from selfcorrect.evaluate.report.verdict import series_of
 from selfcorrect.recipes.foundation.checksums import flatten
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
@@ -240,6 +244,45 @@ def test_trend_and_threshold_tables():
     assert at[1] < at[0] and at[2] is None  # not reached: later than any step
     assert all(len(row) == len(thresholds.columns) for row in thresholds.rows)
     assert all(len(row) == len(trends.columns) for row in trends.rows)
+
+
+def test_long_tables_are_cut_with_a_note(statistics, monkeypatch):
+    def tables():
+        series = [s for s in series_of(statistics) if s.experiment == "bbq"]
+        return {t.name: t for t in experiment_tables.experiment_tables(statistics, "bbq", series)}
+
+    complete = tables()
+    monkeypatch.setattr(experiment_tables, "MOST_CELLS", 100)
+    for name, table in tables().items():
+        most = 100 // len(table.columns)
+        assert table.rows == complete[name].rows[:most]
+        cut = len(complete[name].rows) > most
+        assert (f"of {len(complete[name].rows):,} rows" in table.note) == cut
+    assert any(len(table.rows) > 10 for table in complete.values())
+
+
+def test_page_without_the_library_shows_the_main_figure(run, monkeypatch):
+    monkeypatch.setattr("selfcorrect.evaluate.report.page.vega_script", lambda: None)
+    text = write_report(run, num_resamples=20).read_text(encoding="utf-8")
+    assert len(re.findall("<noscript>[^<]*<img", text)) == 0
+    page = Page(text)
+    assert len(page.all("img")) == 1 and "install vl-convert-python" in " ".join(page.text)
+    monkeypatch.setattr("selfcorrect.evaluate.report.page.vega_script", lambda: "let vega = 1;")
+    text = write_report(run, num_resamples=20).read_text(encoding="utf-8")
+    assert re.search("<noscript>[^<]*<img", text) and "<script>let vega = 1;</script>" in text
+    digest = base64.b64encode(hashlib.sha256(b"let vega = 1;").digest()).decode()
+    assert f"'sha256-{digest}'" in text
+
+
+def test_library_is_bundled_once_per_version(tmp_path, monkeypatch):
+    vl_convert = pytest.importorskip("vl_convert", reason="pip install vl-convert-python")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    script = vega_script()
+    assert script and "vegaEmbed" in script and "</script" not in script.lower()
+    monkeypatch.setattr(vl_convert, "javascript_bundle", lambda: "again")
+    assert vega_script() == script
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")  # cannot be written: bundled each time
+    assert vega_script() == "again"
 
 
 # --- several runs ---------------------------------------------------------------------------------

@@ -304,7 +304,10 @@ def redrawn(driver, act):
     """Act, wait for another figure, and return its alternative text."""
     before = figure(driver, "chart").get_attribute("aria-label")
     act()
-    wait(driver, lambda: figure(driver, "chart").get_attribute("aria-label") not in ("", before))
+    wait(
+        driver,
+        lambda: figure(driver, "chart").get_attribute("aria-label") not in ("Main figure", before),
+    )
     return figure(driver, "chart").get_attribute("aria-label")
 
 
