@@ -48,11 +48,12 @@ def load_model(
     adapter = Path(source) / ADAPTER
     if adapter.is_file():
         base, of_base = base_of(adapter), {"trust_remote_code": trust_remote_code}
-        check_saved(Path(base))
         if Path(base).is_file():
             base, of_base["gguf_file"] = str(Path(base).parent), Path(base).name
-        elif not Path(base).is_dir():
-            of_base["revision"] = _read_adapter(adapter).get("revision")
+        elif Path(base).is_dir():
+            check_saved(Path(base))
+        elif revision_of_base := _read_adapter(adapter).get("revision"):
+            of_base["revision"] = revision_of_base
         model = load_adapter(_load_weights(base, dtype, of_base), source)
         tokenizer = _load_tokenizer(source, base, of_base)
     else:

@@ -1,4 +1,4 @@
-"""Adapters: those that change shapes or share weights are exact; the others are refused in a line."""
+"""Adapters that change shapes or share weights are exact; the others are refused in a line."""
 
 import json
 import shutil
@@ -190,7 +190,7 @@ def test_adapter_with_missing_weights_is_refused(tmp_path: Path) -> None:
 
 def test_adapter_that_cannot_be_merged_is_not_trained_further(tmp_path: Path) -> None:
     save_adapter(tmp_path, peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, **CAUSAL))
-    with pytest.raises(InputError, match="models: m: .*ADAPTION_PROMPT.* cannot be merged"):
+    with pytest.raises(InputError, match=r"models: m: .*ADAPTION_PROMPT.* cannot be merged"):
         load_given_model(Model(name="m", path=str(tmp_path / "adapter")))
 
 
