@@ -13,7 +13,7 @@ docs/reference/file-integrity.md.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
@@ -57,7 +57,8 @@ class CheckpointRecord(BaseModel):
 
     `kl` is the mean sequence KL to the initial policy in nats over the last rollout batch,
     `reward` the mean reward-model score of the same batch, both null at step 0. `answers` is null
-    outside the society. `weights_digest` is `weights.files_digest` of the saved folder, `files` the
+    outside the society. The keys of the chat template are those of the dialogues trained on, null
+    where it has none. `weights_digest` is `weights.files_digest` of the saved folder, `files` the
     SHA-256 of each file; both are null in folders of older versions.
     """
 
@@ -74,6 +75,8 @@ class CheckpointRecord(BaseModel):
     reward: float | None
     answers: AnswerWorth | None = None
     adapter_of: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_date: str | None = None
     weights_digest: str | None = None
     files: dict[str, str] | None = None
     recipe_digest: str

@@ -17,6 +17,7 @@ from selfcorrect.evaluate.callback import gathered_weights, measure_during_train
 from selfcorrect.evaluate.measuring.cell_files import Origin
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan
 from selfcorrect.evaluate.measuring.run import recipe_plan, run_style
+from selfcorrect.evaluate.prompts.dialogue import reads_clock
 from selfcorrect.evaluate.run_folder import (
     POLICY_METHODS,
     check_inside,
@@ -85,6 +86,8 @@ def run_job(
             "recipe_digest": digest,
             "versions": versions(),
             "adapter_of": str(Path("..") / ".." / "base") if recipe.policy.lora else None,
+            "chat_template_kwargs": style.arguments or None,
+            "chat_template_date": style.date if reads_clock(tokenizer, style) else None,
         }
         measure = None
         if recipe.evaluate.attach == "inline":

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ _COLUMNS = pa.schema(
         ("draw", pa.int64()),
         ("samples", pa.list_(pa.string())),
         ("truncated", pa.bool_()),
+        ("prompt", pa.string()),
     ]
 )
 
@@ -65,7 +66,9 @@ class CellWriter:
     origin continues after these parts, which hold `num_items` items.
     """
 
-    def __init__(self, path: Path, cell: PlannedCell, origin: Origin) -> None:
+    def __init__(
+        self, path: Path, cell: PlannedCell, origin: Origin, prompts: str | None = None
+    ) -> None:
         metadata = {
             "checksum": CHECKSUM_PLACEHOLDER,
             "experiment": cell.experiment,
@@ -75,6 +78,7 @@ class CellWriter:
             "num_items": len(cell.items),
             "left_out": cell.loaded.left_out,
             "judged": cell.section.condition(cell.condition).judged,
+            "prompts": prompts,
         }
         if cell.style.arguments:
             metadata["chat_template_kwargs"] = dict(cell.style.arguments)
@@ -140,7 +144,7 @@ class CellWriter:
         first = self._parts[-1][1] if self._parts else 0
         path = self._folder / f"{first:09d}-{self.num_items:09d}.parquet"
         with atomic_file(path) as temporary:
-            with _table_writer(temporary, self.schema) as file:
+            with table_writer(temporary, self.schema) as file:
                 for table in self._pending:
                     file.write_table(table)
             insert_file_checksum(temporary)
@@ -149,7 +153,7 @@ class CellWriter:
 
     def write_cell(self, path: Path) -> None:
         """Write the complete cell, parts and pending rows, to `path`: one row group per slice."""
-        with _table_writer(path, self.schema) as file:
+        with table_writer(path, self.schema) as file:
             for _, _, part in self._parts:
                 try:
                     if not file_has_valid_checksum(part):
@@ -176,20 +180,28 @@ def _metadata(schema: pa.Schema) -> dict[str, Any]:
     return without_checksum(json.loads(schema.metadata[METADATA_KEY]))
 
 
-def _table_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+def table_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Return a writer of compressed parquet files with page checksums."""
     return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
 
 @contextmanager
 def cell_writers(
-    paths: Sequence[Path], cells: Sequence[PlannedCell], origin: Origin
+    paths: Sequence[Path],
+    cells: Sequence[PlannedCell],
+    origin: Origin,
+    prompts: Mapping[str, str],
 ) -> Iterator[list[CellWriter]]:
     """Yield writers of cells that are measured together; a file appears complete or not at all.
 
+    `prompts` names each cell's table of prompts (prompt_files.py), by the cell's name.
     All continue after the same number of items. If the block is interrupted, its rows are kept for
     the next call; after an InputError or RunFailure (data or weights are at fault) they are not.
     """
-    writers = [CellWriter(path, cell, origin) for path, cell in zip(paths, cells, strict=True)]
+    writers = [
+        CellWriter(path, cell, origin, prompts[cell.name])
+        for path, cell in zip(paths, cells, strict=True)
+    ]
     while len({writer.num_items for writer in writers}) > 1:  # parts may end at other items
         common = min(writer.num_items for writer in writers)
         for writer in writers:
@@ -230,11 +242,11 @@ def recorded_date(out: Path) -> str | None:
 
     `out` holds <model>/<digest>/, so that models measured on different days get the same date.
     """
-    dates = set()
+    dates = set[str]()
     for path in [*out.glob("*/*/*.parquet"), *out.glob("*/*/probe/*.parquet")]:
         with suppress(pa.ArrowException, OSError, KeyError, ValueError, TypeError):
-            dates.add(_metadata(pq.read_schema(path)).get(DATE))
-    return max(dates - {None}, default=None)
+            dates.add(_metadata(pq.read_schema(path))[DATE])
+    return max(dates, default=None)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Collection
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from selfcorrect.evaluate.run_folder import (
     checkpoint_folder,
     find_checkpoints,
     planned_checkpoints,
+    read_checkpoint,
 )
 from selfcorrect.recipes.foundation.checksums import read_record
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
@@ -80,6 +81,27 @@ def recipe_plan(recipe: Recipe, run: Path, date: str | None = None) -> Evaluatio
     settings = recipe.evaluate.model_dump(exclude={"attach", "engine"})
     settings["chat_template_kwargs"] = recipe.chat_template_kwargs
     return plan_evaluation(data, stimuli, **settings, date=date or run_date(recipe, run))
+
+
+def as_trained(
+    plan: EvaluationPlan, folder: Path, *, arguments: bool = True, date: bool = True
+) -> EvaluationPlan:
+    """Return the plan with what the chat template got in training, if a checkpoint records that.
+
+    `arguments` and `date` say whether each is taken from the record.
+    """
+    try:
+        record = read_checkpoint(folder).record
+    except InputError:
+        return plan  # not a checkpoint, or a damaged one, which is reported on loading
+    changes: dict[str, Any] = {}
+    if arguments and record.chat_template_kwargs is not None:
+        changes["arguments"] = record.chat_template_kwargs
+    if date and record.chat_template_date is not None:
+        changes["date"] = record.chat_template_date
+    return EvaluationPlan(
+        [replace(cell, style=replace(cell.style, **changes)) for cell in plan.cells]
+    )
 
 
 def is_measured(checkpoint: Checkpoint, plan: EvaluationPlan, engine: str | None = None) -> bool:

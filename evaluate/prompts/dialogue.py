@@ -1,13 +1,14 @@
 """Render dialogues, lists of turns of which the last is open, as the text a model expects."""
 
-import datetime
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn
@@ -228,15 +229,9 @@ def _fixed_clock(date: str | None) -> Iterator[None]:
         return
     from transformers.utils import chat_template_utils
 
-    midnight = datetime.datetime.fromisoformat(date)
-
-    class Clock(datetime.datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime.datetime:
-            return midnight
-
+    midnight = datetime.fromisoformat(date)
     original = chat_template_utils.datetime
-    chat_template_utils.datetime = Clock
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: midnight)
     try:
         yield
     finally:

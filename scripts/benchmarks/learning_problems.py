@@ -34,14 +34,14 @@ class Problem:
 
     policy: Path
     tokenizer: Any
-    prompts: list[str]
+    prompts: list[Any]
     reward: Callable[..., list[float]]
     steps: int
     same: dict[str, Any]  # settings of every method
     ppo_settings: dict[str, Any]
     facts: dict[str, Any]  # for the report
     shape: Callable[..., list[float]] | None = None  # applies PPO's score settings to GRPO's reward
-    held_out: list[str] = field(default_factory=list)
+    held_out: list[Any] = field(default_factory=list)
     exact: Callable[[Any], dict[str, float]] | None = None  # a policy's figures without sampling
 
 

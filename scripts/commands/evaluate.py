@@ -110,6 +110,7 @@ def evaluate(
     from selfcorrect.evaluate.data.catalogue import warn_if_unpublished
     from selfcorrect.evaluate.experiments.wording import load_stimuli
     from selfcorrect.evaluate.measuring.plan import plan_evaluation
+    from selfcorrect.evaluate.measuring.run import as_trained
 
     if permutations not in (1, 3, 6):
         raise InputError(f"--permutations {permutations}: give 1, 3 or 6")
@@ -130,7 +131,11 @@ def evaluate(
         chat_template_kwargs=template_arguments(template_arg),
         date=template_date(date, out),
     )
-    _evaluate_models(targets, cells, revision, engine or "packed", out)
+    plans = [
+        as_trained(cells, Path(target), arguments=template_arg is None, date=date is None)
+        for target in targets
+    ]
+    _evaluate_models(targets, plans, revision, engine or "packed", out)
 
 
 def run_folders(targets: Sequence[str]) -> list[Path]:
@@ -223,7 +228,11 @@ def _evaluate_checkpoint(runs: list[Path], name: str, engine: str | None) -> Non
 
 
 def _evaluate_models(
-    targets: list[str], cells: "EvaluationPlan", revision: str | None, engine: str, out: Path
+    targets: list[str],
+    plans: list["EvaluationPlan"],
+    revision: str | None,
+    engine: str,
+    out: Path,
 ) -> None:
     """Measure each model into out/<label>/<digest of its weights>, so that no answer is stale."""
     from selfcorrect.evaluate.measuring.cell_files import Origin
@@ -244,7 +253,7 @@ def _evaluate_models(
             raise InputError(
                 f"--engine {engine} distributes its own work: run it without accelerate"
             )
-        for target in targets:
+        for target, plan in zip(targets, plans, strict=True):
             name = model_label(target, revision)
             if engine == "packed":
                 model, tokenizer = load_model(target, revision=revision, device=device)
@@ -263,7 +272,7 @@ def _evaluate_models(
             gc.enable()
             # Wait for a process that measures the same model into the same folder.
             with hold_lock(folder, math.inf) if ranks.rank == 0 else nullcontext():
-                measure_with(cells, scorer, folder, origin, bars.of(name), ranks)
+                measure_with(plan, scorer, folder, origin, bars.of(name), ranks)
     if ranks.rank == 0:
         _show_models(folders, out)
 

@@ -68,6 +68,7 @@ def probe(
         return
     from selfcorrect.evaluate.experiments.wording import load_stimuli
     from selfcorrect.evaluate.measuring.plan import plan_evaluation
+    from selfcorrect.evaluate.measuring.run import as_trained
     from selfcorrect.evaluate.probe.probe import check_plan
 
     cells = plan_evaluation(
@@ -82,7 +83,8 @@ def probe(
     )
     check_plan(cells, folds)
     for target in targets:
-        _probe_model(target, cells, folds, seed or 0, revision, out)
+        plan = as_trained(cells, Path(target), arguments=template_arg is None, date=date is None)
+        _probe_model(target, plan, folds, seed or 0, revision, out)
 
 
 def _probe_run(

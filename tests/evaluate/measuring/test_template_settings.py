@@ -9,7 +9,8 @@ from transformers.utils import chat_template_utils
 
 from selfcorrect.evaluate.measuring.cell_files import read_settings, recorded_date
 from selfcorrect.evaluate.measuring.measure import measure
-from selfcorrect.evaluate.measuring.run import recipe_plan, run_date, run_style
+from selfcorrect.evaluate.measuring.run import as_trained, recipe_plan, run_date, run_style
+from selfcorrect.evaluate.run_folder import CheckpointRecord
 from selfcorrect.recipes.foundation.checksums import write_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe, training_digest
@@ -120,3 +121,17 @@ def test_date_of_a_run_is_that_of_its_start(tmp_path):
     digests = {training_digest(r, r.models[0].name, 0) for r in (recipe, given, polite)}
     assert len(digests) == 3
     assert json.loads(polite.model_dump_json())["chat_template_kwargs"] == {"polite": True}
+
+
+def test_checkpoint_is_asked_as_it_was_trained(tmp_path):
+    facts = {
+        **{"model": "m", "parameters": 1, "seed": 0, "step": 0, "episodes": 0, "tokens": 0},
+        **{"optimizer_updates": 0, "kl": None, "reward": None, "recipe_digest": "", "versions": {}},
+    }
+    keys = {"chat_template_kwargs": {"polite": True}, "chat_template_date": DAY}
+    CheckpointRecord(**facts, **keys).write(tmp_path)
+    plan = tiny_plan(tmp_path / "data", ["Q"], date=LATER, chat_template_kwargs={"polite": False})
+    trained = as_trained(plan, tmp_path).cells[0].style
+    assert (trained.arguments, trained.date) == ({"polite": True}, DAY)
+    given = as_trained(plan, tmp_path, arguments=False, date=False).cells[0].style
+    assert given == as_trained(plan, tmp_path / "data").cells[0].style == plan.cells[0].style
