@@ -77,7 +77,7 @@ def test_copied_stage_equals_a_trained_one_bitwise(source: Path, tmp_path: Path)
     [
         ("data.society.seed=1", "data.society.seed"),
         ("data.society.corpus.stereotyped=0.8", "data.society.corpus.stereotyped"),
-        ("data.society.corpus.requests={plain: 1}", "data.society.corpus.requests"),
+        ("data.society.corpus.requests={plain: 1}", "data.society.corpus.requests.plain"),
         ("base.batch_tokens=999", "base.batch_tokens"),
     ],
 )
