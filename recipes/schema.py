@@ -12,7 +12,7 @@ from selfcorrect.recipes.society.settings import SocietySettings
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 # File names a model may not be called.
 RESERVED_NAMES = {"recipe.yaml", "run.json", "results.parquet", "statistics.json", "report.html",
-         "benchmarks", "figures"}  # fmt: skip
+         "benchmarks", "figures", "prompts"}  # fmt: skip
 
 # Forms that a recipe file accepts; all are expanded to a list of steps.
 CHECKPOINT_STEPS = WithJsonSchema(
@@ -130,10 +130,11 @@ class Policy(Section):
     A step is one update on one batch of rollouts, as on the paper's x-axis.
     """
 
-    method: Literal["ppo", "grpo", "sft"] = Field(
+    method: Literal["ppo", "grpo", "sft", "dpo"] = Field(
         "ppo",
         description="ppo; grpo: TRL's GRPO on the same prompts and reward model; sft: fine-tuning "
-        "on the preferred answers. All keep checkpoints at the same steps",
+        "on the preferred answers; dpo: TRL's DPO on the preference pairs. All keep checkpoints at "
+        "the same steps",
     )
     steps: Positive
     checkpoints: Annotated[list[Annotated[int, Field(ge=0)]], CHECKPOINT_STEPS] = Field(
@@ -146,10 +147,15 @@ class Policy(Section):
     )
     trainer: dict[str, Any] = Field(
         default_factory=dict,
-        description="fields of PPOConfig (ppo, grpo) or SFTConfig (sft, which ignores fields that "
-        "only PPOConfig has)",
+        description="fields of PPOConfig (ppo, grpo), SFTConfig (sft) or DPOConfig (dpo); the last "
+        "two ignore fields that only PPOConfig has",
     )
     lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig")
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether the policy learns from the preference pairs, and samples nothing."""
+        return self.method in ("sft", "dpo")
 
     @model_validator(mode="before")
     @classmethod

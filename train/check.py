@@ -2,9 +2,10 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
-from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError, first_line
 from selfcorrect.recipes.schema import Recipe
 
 
@@ -37,7 +38,9 @@ def check_training(recipe: Recipe) -> None:
     for index, model in enumerate(recipe.models):
         _check_model(model.path, f"models.{index}.path")
         if model.scratch is not None:
-            scratch_config(model.scratch)
+            _check_family(scratch_config(model.scratch), f"models.{index}.scratch")
+        elif model.path is not None and not model.trust_remote_code:
+            _check_folder(Path(model.path).expanduser(), f"models.{index}.path")
     _check_model(recipe.reward.path, "reward.path")
     _check_data(recipe)
 
@@ -48,7 +51,7 @@ def _check_trainers(recipe: Recipe) -> None:
     from trl import RewardConfig, SFTConfig
 
     from selfcorrect.train.stages.arguments import NO_CODE, build
-    from selfcorrect.train.stages.baselines import sft_arguments
+    from selfcorrect.train.stages.baselines import offline_arguments
     from selfcorrect.train.stages.policy import policy_arguments
 
     folder = Path("unused")
@@ -60,8 +63,8 @@ def _check_trainers(recipe: Recipe) -> None:
         build(SFTConfig, "base.trainer", recipe.base.trainer, {"bf16": False}, fixed)
     build(RewardConfig, "reward.trainer", recipe.reward.trainer, {"bf16": False}, fixed)
     arguments = policy_arguments(recipe.policy, folder, recipe.seeds[0])
-    if recipe.policy.method == "sft":
-        sft_arguments(recipe.policy, arguments)
+    if recipe.policy.is_offline:
+        offline_arguments(recipe.policy, arguments)
 
 
 def _check_model(path: str | None, key: str) -> None:
@@ -71,6 +74,28 @@ def _check_model(path: str | None, key: str) -> None:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().exists():
         raise InputError(f"{key}: there is no model folder {path}")
+
+
+def _check_folder(folder: Path, key: str) -> None:
+    """Raise InputError for a local model of which no reward model can be made."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        return  # an adapter, a GGUF file or a hub name
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{key}: {folder}: {first_line(error)}") from None
+    _check_family(config, key)
+
+
+def _check_family(config: Any, key: str) -> None:
+    from selfcorrect.train.ppo.reward_models import check_family
+
+    try:
+        check_family(config)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
 
 
 def _check_data(recipe: Recipe) -> None:

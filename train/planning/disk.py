@@ -30,7 +30,7 @@ def disk(recipe: Recipe, shape: ModelShape, parallelism: Parallelism) -> Disk:
     Evaluation adds some tens of MB per checkpoint, which are not counted.
     """
     settings = policy_settings(recipe)
-    bf16 = settings.bf16(parallelism, default=recipe.policy.method != "sft")
+    bf16 = settings.bf16(parallelism, default=not recipe.policy.is_offline)
     size = 2.0 if parallelism.zero and bf16 else 4.0
     adapter = adapter_of("policy.lora", recipe.policy.lora, shape)
     policy = shape.trainable(adapter)

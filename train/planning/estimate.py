@@ -116,7 +116,7 @@ def estimate_model(
         stage_footprints(recipe, shape, facts.lengths, parallelism),
         stage_work(recipe, shape, facts, parallelism),
         disk(recipe, shape, parallelism),
-        settings.bf16(parallelism, default=recipe.policy.method != "sft"),
+        settings.bf16(parallelism, default=not recipe.policy.is_offline),
         bool(settings.values["ds3_gather_for_generation"]),
         recipe.policy.lora is not None,
     )

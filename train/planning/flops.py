@@ -8,7 +8,7 @@ to; a training pass costs three times that, or twice if only an adapter is train
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def stage_work(
     work = [_base(recipe, shape, facts, parallelism)] if recipe.base is not None else []
     if recipe.reward.path is None:
         work.append(_reward(recipe, shape, facts, parallelism))
-    policy = _fine_tuned_policy if recipe.policy.method == "sft" else _rollouts
+    policy = _offline_policy if recipe.policy.is_offline else _rollouts
     return [*work, policy(recipe, shape, facts, parallelism), _evaluation(recipe, shape)]
 
 
@@ -86,14 +86,24 @@ def _base(
     return Work("base", facts.corpus, flops, passes)
 
 
-def _fine_tuned_policy(
+def _offline_policy(
     recipe: Recipe, shape: ModelShape, facts: FeedbackFacts, parallelism: Parallelism
 ) -> Work:
+    """Return the work of SFT, or of DPO: two texts a row, which the reference reads too."""
     settings = policy_settings(recipe)
     updates = recipe.policy.steps * updates_per_step(settings, parallelism)
     rows = updates * settings.rows_per_update * parallelism.processes
     has_adapter = recipe.policy.lora is not None
-    return _fine_tuning("policy", settings, shape, facts, rows, parallelism, has_adapter)
+    work = _fine_tuning("policy", settings, shape, facts, rows, parallelism, has_adapter)
+    if recipe.policy.method == "sft":
+        return work
+    passes = _training_passes(settings, has_adapter)
+    return replace(
+        work,
+        tokens=2 * work.tokens,
+        flops=2 * work.flops * (passes + 1) / passes,
+        passes=2 * work.passes,
+    )
 
 
 def _fine_tuning(

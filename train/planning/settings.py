@@ -6,7 +6,7 @@ from typing import Any
 from selfcorrect.evaluate.scoring.limits import BATCH_TOKENS
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Recipe
-from selfcorrect.train.planning.memory import Batch, Footprint, Parallelism
+from selfcorrect.train.planning.memory import Batch, Footprint, Parallelism, frozen_bytes
 from selfcorrect.train.planning.model_shape import Adapter, ModelShape
 from selfcorrect.train.planning.stage_memory import (
     Rollout,
@@ -228,8 +228,8 @@ def stage_footprints(
         adapter = adapter_of("reward.lora", recipe.reward.lora, shape)
         footprints.append(reward_footprint(shape, adapter, batch, parallelism))
     inline = recipe.evaluate.attach == "inline"
-    if recipe.policy.method == "sft":
-        footprints.append(_fine_tuned_policy(recipe, shape, lengths, parallelism, inline))
+    if recipe.policy.is_offline:
+        footprints.append(_offline_policy(recipe, shape, lengths, parallelism, inline))
     else:
         rollout = rollout_of(recipe, shape, lengths, parallelism)
         footprints.append(rollout_footprint(shape, rollout, parallelism, inline))
@@ -253,16 +253,20 @@ def _base(
     return pretraining_footprint(shape, batch, parallelism)
 
 
-def _fine_tuned_policy(
+def _offline_policy(
     recipe: Recipe, shape: ModelShape, lengths: Lengths, parallelism: Parallelism, inline: bool
 ) -> Footprint:
-    """Return the footprint of `policy.method: sft`, which samples nothing and loads one model."""
-    batch = _text_batch(policy_settings(recipe), lengths, parallelism, answers=1)
+    """Return the footprint of SFT, or of DPO: both texts of a pair in one pass, and a reference."""
+    is_dpo = recipe.policy.method == "dpo"
+    batch = _text_batch(policy_settings(recipe), lengths, parallelism, answers=2 if is_dpo else 1)
     adapter = adapter_of("policy.lora", recipe.policy.lora, shape)
     learning = fine_tuning_footprint("policy", shape, adapter, batch, parallelism)
+    if is_dpo and adapter is None:  # else the reference is the policy's base
+        learning.parts["reference"] = frozen_bytes(shape.parameters, parallelism, False)
     if not inline:
         return learning
-    resident = {part: learning.parts[part] for part in ("weights", "optimizer")}
+    kept = ("weights", "optimizer", "reference")
+    resident = {part: learning.parts[part] for part in kept if part in learning.parts}
     measuring = measuring_footprint(shape, resident, parallelism)
     return max(learning, measuring, key=lambda moment: moment.total)
 

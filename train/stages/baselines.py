@@ -1,7 +1,8 @@
-"""The baselines of PPO: TRL's GRPO, and supervised fine-tuning on the preferred answers.
+"""The baselines of PPO: TRL's GRPO, fine-tuning on the preferred answers, and DPO on the pairs.
 
 They keep checkpoints at the same steps as PPO. A step has the same number of optimizer updates and
-rows: GRPO takes them from one rollout batch, SFT takes new rows for every update.
+rows: GRPO takes them from one rollout batch, SFT and DPO take new rows for every update. A row of
+DPO is a pair.
 """
 
 # ruff: noqa: TID253  (all of this file is torch, transformers and trl)
@@ -14,16 +15,24 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import GRPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, SFTConfig
 
+from selfcorrect.evaluate.prompts.dialogue import Style
 from selfcorrect.recipes.foundation.errors import InputError, first_line
 from selfcorrect.recipes.schema import Policy
-from selfcorrect.train.feedback.feedback import Preference
+from selfcorrect.train.feedback.feedback import Messages, Preference
 from selfcorrect.train.ppo import losses
 from selfcorrect.train.ppo.config import PPOConfig
+from selfcorrect.train.ppo.on_policy import OnPolicyTrainer
 from selfcorrect.train.ppo.rewards import RewardModelScorer, guarded
 from selfcorrect.train.stages.arguments import NO_CODE, build
-from selfcorrect.train.stages.base import SFT_DEFAULTS, preferred_rows
+from selfcorrect.train.stages.base import (
+    SFT_DEFAULTS,
+    FineTuningTrainer,
+    preferred_rows,
+    usable_rows,
+)
+from selfcorrect.train.stages.dpo import LOSSES, PairTrainer, pair_rows, usable_pairs
 from selfcorrect.train.trainers.epoch_sampler import EpochSampler
 from selfcorrect.train.trainers.guarded import GuardedTrainer
 
@@ -60,16 +69,20 @@ class BaselineTrainer(GuardedTrainer):
         super().log(logs, start_time)
 
 
-class GRPOBaseline(GRPOTrainer, BaselineTrainer):
+class GRPOBaseline(OnPolicyTrainer, BaselineTrainer):
     """TRL's GRPO with PPO's reward shaping; the KL penalty is in the loss, as in TRL."""
 
     stage = "grpo"
 
-    def __init__(self, model: Any, scorer: RewardModelScorer, args: PPOConfig, **kwargs: Any):
-        self._scorer = scorer
+    def __init__(
+        self, model: Any, scorer: RewardModelScorer, args: PPOConfig, style: Style, **kwargs: Any
+    ) -> None:
+        self._scorer, self.style = scorer, style
         super().__init__(model, [guarded(self._reward)], args, **kwargs)
+        self._patch_models(critic=None)
         self.updates_per_step = args.updates_per_rollout
         scorer.model.to(self.accelerator.device)
+        scorer.end_ids.update(self.eos_token_ids)
 
     @property
     def episodes(self) -> int:
@@ -97,14 +110,37 @@ class GRPOBaseline(GRPOTrainer, BaselineTrainer):
             self.last_kl = float(kl.mean())
         return batch
 
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        loss: torch.Tensor = super()._compute_loss(model, inputs)
+        new, mask = self._newest_log_probs, inputs["completion_mask"]
+        if "ref_per_token_logps" in inputs:
+            self._check_reference(new, inputs["ref_per_token_logps"], mask)
+        if inputs.get("old_per_token_logps") is not None:
+            self._check_ratio(new, inputs["old_per_token_logps"], mask)
+        return loss
+
+    def save_policy(self, folder: str | Path) -> None:
+        """Save policy and tokenizer for `from_pretrained`."""
+        with self.given_settings():
+            super().save_policy(folder)
+
     def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
         return EpochSampler(super()._get_train_sampler(dataset))
 
 
-class SFTBaseline(SFTTrainer, BaselineTrainer):
+class SFTBaseline(FineTuningTrainer, BaselineTrainer):
     """TRL's SFT, with a loss on the preferred answers only."""
 
     stage = "sft"
+
+
+class DPOBaseline(PairTrainer, BaselineTrainer):
+    """TRL's DPO on the pairs that the reward model learns from."""
+
+    stage = "dpo"
+
+
+OFFLINE_CONFIGS: dict[str, type[SFTConfig] | type[DPOConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}
 
 
 def baseline_trainer(
@@ -112,12 +148,13 @@ def baseline_trainer(
     arguments: PPOConfig,
     model: Any,
     scorer: RewardModelScorer,
-    prompts: list[str],
+    prompts: list[Messages],
     preferences: list[Preference],
     tokenizer: PreTrainedTokenizerBase,
+    style: Style,
     **given: Any,
 ) -> BaselineTrainer:
-    """Return the trainer of `policy.method`, grpo or sft; `prompts` are rendered.
+    """Return the trainer of `policy.method`, not of ppo; `style` is of its dialogues.
 
     Raises InputError for settings that the trainer refuses.
     """
@@ -129,48 +166,69 @@ def baseline_trainer(
                 arguments,
                 train_dataset=Dataset.from_dict({"prompt": prompts}),
                 processing_class=tokenizer,
+                style=style,
                 **given,
             )
         except ValueError as error:
             raise InputError(f"policy.trainer: {first_line(error)}") from error
-    trainer = SFTBaseline(
-        model=model,
-        args=sft_arguments(policy, arguments),
-        train_dataset=Dataset.from_list(preferred_rows(tokenizer, preferences)),
-        processing_class=tokenizer,
-        **given,
-    )
+    settings = offline_arguments(policy, arguments)
+    kind: type[SFTBaseline] | type[DPOBaseline]
+    if policy.method == "sft":
+        kind = SFTBaseline
+        rows = preferred_rows(tokenizer, preferences, style)
+        rows, left_out = usable_rows(rows, settings.max_length, model, "policy")
+    else:
+        kind = DPOBaseline
+        rows = pair_rows(tokenizer, preferences, style)
+        rows, left_out = usable_pairs(rows, settings.max_length, model)
+    try:
+        trainer = kind(
+            model=model,
+            args=settings,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            **given,
+        )
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"policy.trainer: {first_line(error)}") from error
+    trainer.left_out = left_out
     trainer.updates_per_step = arguments.updates_per_rollout
     trainer.rows_per_update = arguments.per_device_train_batch_size
     trainer.rows_per_update *= arguments.gradient_accumulation_steps
     return trainer
 
 
-def sft_only_keys(policy: Policy) -> set[str]:
-    """Return the keys of `policy.trainer` that SFTConfig has and PPOConfig has not."""
-    return {key for key in policy.trainer if key in _fields(SFTConfig) - _fields(PPOConfig)}
+def offline_keys(policy: Policy) -> set[str]:
+    """Return the keys of `policy.trainer` that PPOConfig has not, or means something else by."""
+    others = _fields(OFFLINE_CONFIGS[policy.method]) - (_fields(PPOConfig) - {"loss_type"})
+    return policy.trainer.keys() & others
 
 
-def sft_arguments(policy: Policy, arguments: PPOConfig) -> SFTConfig:
-    """Build an SFTConfig from `policy.trainer`, without the keys that only PPOConfig has.
+def offline_arguments(policy: Policy, arguments: PPOConfig) -> SFTConfig | DPOConfig:
+    """Build the method's own settings from `policy.trainer`, without keys that only PPOConfig has.
 
     `arguments` hold the settings that the run itself decides. Raises InputError for a wrong value.
     """
-    sft_keys = sft_only_keys(policy)
-    shared = {
-        key: policy.trainer[key] for key in policy.trainer.keys() & _fields(SFTConfig) - sft_keys
-    }
+    kind = OFFLINE_CONFIGS[policy.method]
+    left = offline_keys(policy)
+    shared = {key: policy.trainer[key] for key in policy.trainer.keys() & _fields(kind) - left}
     run = ("output_dir", "seed", "save_strategy", "save_total_limit", "max_steps", "logging_steps")
-    fixed = {key: getattr(arguments, key) for key in run}
+    fixed = {key: getattr(arguments, key) for key in run} | NO_CODE
+    if kind is DPOConfig:  # a resumed run has the reference of the uninterrupted one
+        fixed |= {"precompute_ref_log_probs": False, "sync_ref_model": False}
     defaults = {**SFT_DEFAULTS, "lr_scheduler_type": "constant", "adam_epsilon": 1e-5, **shared}
     defaults |= {"logging_strategy": "steps", "include_num_input_tokens_seen": "non_padding"}
-    return build(  # type: ignore[no-any-return]
-        SFTConfig,
-        "policy.trainer",
-        {key: policy.trainer[key] for key in sft_keys},
-        defaults,
-        {**fixed, **NO_CODE},
-    )
+    defaults = {key: value for key, value in defaults.items() if key in _fields(kind)}
+    given = {key: policy.trainer[key] for key in left}
+    settings: SFTConfig | DPOConfig = build(kind, "policy.trainer", given, defaults, fixed)
+    if isinstance(settings, DPOConfig):
+        for loss in settings.loss_type:
+            if loss not in LOSSES:
+                raise InputError(
+                    f"policy.trainer.loss_type: {loss!r} is no loss of DPO; "
+                    f"choose from {', '.join(LOSSES)}"
+                )
+    return settings
 
 
 def _fields(kind: type) -> set[str]:

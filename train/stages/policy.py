@@ -2,7 +2,6 @@
 
 # ruff: noqa: TID253  (all of this file is torch, transformers and trl)
 
-import logging
 import shutil
 import time
 from pathlib import Path
@@ -22,13 +21,22 @@ from selfcorrect.evaluate.scoring.load_model import refuse_pickles
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.schema import Policy
-from selfcorrect.train.feedback.feedback import Feedback, render_prompt
+from selfcorrect.train.feedback.feedback import Feedback, Messages
+from selfcorrect.train.feedback.kept_rows import keep_rows
 from selfcorrect.train.ppo.config import PPOConfig
-from selfcorrect.train.ppo.rewards import RewardModelScorer, load_reward_model
+from selfcorrect.train.ppo.prompts import policy_prompt_ids
+from selfcorrect.train.ppo.reward_models import load_reward_model
+from selfcorrect.train.ppo.rewards import RewardModelScorer
 from selfcorrect.train.ppo.trainer import PPOTrainer
 from selfcorrect.train.stages import JobFacts
+from selfcorrect.train.stages.answers import AnswerSampler
 from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build, lora_config
-from selfcorrect.train.stages.baselines import BaselineTrainer, baseline_trainer, sft_only_keys
+from selfcorrect.train.stages.base import RowCounter
+from selfcorrect.train.stages.baselines import (
+    BaselineTrainer,
+    baseline_trainer,
+    offline_keys,
+)
 from selfcorrect.train.stages.checkpoints import KeepCheckpoints, Measure
 from selfcorrect.train.trainers.callbacks import StageCallback
 from selfcorrect.train.trainers.guarded import train_or_resume
@@ -38,7 +46,7 @@ DEFAULTS = {**QUIET, "lr_scheduler_type": "constant", "save_only_model": False}
 # GRPO's advantages are relative to a group of completions of the same prompt.
 GRPO_DEFAULTS = {"num_generations": 8, "scale_rewards": "group"}
 
-logger = logging.getLogger(__name__)
+DOES_NOT_FIT = "prompt and completion would exceed the context"
 
 
 def policy_arguments(
@@ -46,17 +54,17 @@ def policy_arguments(
 ) -> PPOConfig:
     """Build a PPOConfig from the recipe's `policy.trainer`; raises InputError for a wrong key.
 
-    GRPO reads the same settings. For SFT it holds the size of a step; keys that only SFTConfig has
-    are left to `baselines.sft_arguments`.
+    GRPO reads the same settings. For SFT and DPO it holds the size of a step; keys that only their
+    own classes have are left to `baselines.offline_arguments`.
     """
     fixed = {"output_dir": str(output), "seed": seed, "save_strategy": "no", "save_total_limit": 2}
     fixed |= {**NO_CODE, "trust_remote_code": trust_remote_code}
     keys, defaults = policy.trainer, {**DEFAULTS, **given}
     if policy.method == "grpo":
         defaults |= GRPO_DEFAULTS
-    if policy.method == "sft":
-        sft_keys = sft_only_keys(policy)
-        keys = {key: value for key, value in keys.items() if key not in sft_keys}
+    if policy.is_offline:
+        left = offline_keys(policy)
+        keys = {key: value for key, value in keys.items() if key not in left}
     probe = build(PPOConfig, "policy.trainer", keys, defaults, fixed)
     fixed["max_steps"] = policy.steps * probe.updates_per_rollout
     defaults["logging_steps"] = probe.updates_per_rollout  # one entry a step
@@ -108,80 +116,96 @@ def train_policy(
         score_shift=facts.get("score_mean", 0.0),
         score_scale=facts.get("score_standard_deviation", 1.0),
     )
-    texts, left_out = fitting_prompts(
-        [render_prompt(tokenizer, messages) for messages in feedback.prompts],
-        tokenizer,
-        getattr(AutoConfig.from_pretrained(base, **trust), "max_position_embeddings", None),
-        arguments.max_completion_length,
-    )
+    config = AutoConfig.from_pretrained(base, **trust).get_text_config()
+    prompts, left_out = feedback.prompts, {}
+    if not policy.is_offline:  # the others read no prompts
+        prompts, left_out = fitting_prompts(
+            feedback.prompts,
+            [len(policy_prompt_ids(tokenizer, prompt, job.style)) for prompt in feedback.prompts],
+            getattr(config, "max_position_embeddings", None),
+            arguments.max_completion_length,
+        )
     set_seed(job.seed)
     scorer = RewardModelScorer(
         load_reward_model(reward, **trust),
         reward_tokenizer,
         tokenizer,
+        style=job.style,
         batch_size=arguments.per_device_train_batch_size * 2,
     )
     updates = arguments.updates_per_rollout
-    keep = KeepCheckpoints(folder, policy, updates, record, measure)
     model = load_policy(base, **trust)
+    judge_answers = None
+    if feedback.world is not None:
+        judge_answers = AnswerSampler(
+            feedback.world,
+            load_policy(base, **trust).eval(),
+            scorer,
+            tokenizer,
+            job.style,
+            arguments.max_completion_length,
+        )
+    keep = KeepCheckpoints(folder, policy, updates, record, measure, judge_answers)
     lora = lora_config("policy.lora", policy.lora, "CAUSAL_LM") if policy.lora else None
     common: dict[str, Any] = {
         "peft_config": lora,
+        "style": job.style,
         "callbacks": [StageCallback(policy.method, job.progress, updates), keep],
     }
     trainer: PPOTrainer | BaselineTrainer
     if policy.method != "ppo":
         trainer = baseline_trainer(
-            policy, arguments, model, scorer, texts, feedback.preferences, tokenizer, **common
+            policy, arguments, model, scorer, prompts, feedback.preferences, tokenizer, **common
         )
     else:
         trainer = PPOTrainer(
             model=model,
             reward_funcs=[scorer],
             args=arguments,
-            train_dataset=Dataset.from_dict({"prompt": texts}),
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
             processing_class=tokenizer,
             **common,
         )
     keep.trainer = trainer
     train_or_resume(trainer, work)
     if current_ranks().rank == 0:
+        rows = {"prompts": len(prompts), "left_out": left_out}
+        if isinstance(trainer, RowCounter):
+            rows = trainer.row_facts()
         write_stage_record(
             folder,
             started,
             folder,
             steps=policy.steps,
             evaluation_seconds=round(keep.measure_seconds, 1),
-            left_out=left_out,
+            **rows,
             log=rollout_log(trainer.state.log_history),
         )
         shutil.rmtree(work, ignore_errors=True)
 
 
 def fitting_prompts(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int | None, completion: int
-) -> tuple[list[str], dict[str, int]]:
+    prompts: list[Messages], lengths: list[int], context: int | None, completion: int
+) -> tuple[list[Messages], dict[str, int]]:
     """Return the prompts that leave room for a completion, and the number left out, by reason.
 
-    `context` and `completion` are in tokens; a context of None is unlimited. Raises InputError if
-    no prompt is left.
+    `lengths`, `context` and `completion` are in tokens; a context of None is unlimited. Raises
+    InputError if no prompt is left.
     """
-    if context is None:
-        return texts, {}
-    room = context - completion
-    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    fitting = [text for text, length in zip(texts, lengths, strict=True) if length <= room]
-    if not fitting:
+    room = None if context is None else context - completion
+
+    def reason_against(row: tuple[Messages, int]) -> str | None:
+        return DOES_NOT_FIT if room is not None and row[1] > room else None
+
+    kept, left_out = keep_rows(
+        "policy", "prompts", list(zip(prompts, lengths, strict=True)), reason_against
+    )
+    if not kept:
         raise InputError(
             f"policy: no prompt leaves room for max_completion_length {completion} in the model's "
             f"context of {context}: the shortest has {min(lengths)} tokens"
         )
-    if len(fitting) == len(texts):
-        return texts, {}
-    reason = "prompt and completion would exceed the context"
-    num_left_out = len(texts) - len(fitting)
-    logger.warning("policy: %d of %d prompts are left out: %s", num_left_out, len(texts), reason)
-    return fitting, {reason: num_left_out}
+    return [prompt for prompt, _ in kept], left_out
 
 
 def rollout_log(history: list[dict[str, Any]]) -> list[dict[str, float]]:

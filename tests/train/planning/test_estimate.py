@@ -97,6 +97,13 @@ def test_fine_tuning_work_by_hand() -> None:
     rows = 10 * 3 * 2 * 8  # steps, epochs, minibatches, rows per update
     assert (work.tokens, work.passes, work.sampled) == (rows * 130, rows / 4, 0)
     assert work.flops == pytest.approx(rows * 4 * forward_flops(SHAPE, 130, 30))
+    # DPO reads both answers of a pair, and so does its reference.
+    recipe = recipe.model_copy(
+        update={"policy": recipe.policy.model_copy(update={"method": "dpo"})}
+    )
+    work = stage_work(recipe, SHAPE, FACTS, Parallelism())[-2]
+    assert (work.tokens, work.passes, work.sampled) == (2 * rows * 130, 2 * rows / 4, 0)
+    assert work.flops == pytest.approx(2 * rows * (4 + 1) * forward_flops(SHAPE, 130, 30))
 
 
 def test_evaluation_work_follows_the_recipe() -> None:
@@ -126,7 +133,7 @@ def test_hours_are_flops_over_the_reached_peak() -> None:
     assert slow["policy"] > fast["policy"]
 
 
-@pytest.mark.parametrize("method", ["ppo", "grpo", "sft"])
+@pytest.mark.parametrize("method", ["ppo", "grpo", "sft", "dpo"])
 def test_a_tiny_model_on_a_fast_device_waits_for_python(method: str) -> None:
     estimate = estimate_model(recipe_with(method), "m", SHAPE, FACTS, Parallelism())
     a100, h100 = (estimate.hours(GPUS[name], 1.0) for name in ("a100", "h100"))
@@ -137,12 +144,13 @@ def test_a_tiny_model_on_a_fast_device_waits_for_python(method: str) -> None:
 def test_disk_by_hand() -> None:
     disk = {
         method: estimate_model(recipe_with(method), "m", SHAPE, FACTS, Parallelism()).disk
-        for method in ("ppo", "grpo", "sft")
+        for method in ("ppo", "grpo", "sft", "dpo")
     }
     for use in disk.values():
         assert use.kept == 4 * (SHAPE.parameters * (1 + 2) + SHAPE.backbone)
     assert disk["ppo"].working == 2 * 12 * (SHAPE.parameters + SHAPE.backbone)
-    assert disk["grpo"].working == disk["sft"].working == 2 * 12 * SHAPE.parameters
+    for method in ("grpo", "sft", "dpo"):
+        assert disk[method].working == 2 * 12 * SHAPE.parameters
     lora = estimate_model(recipe_with(lora={"r": 2}), "m", SHAPE, FACTS, Parallelism())
     adapter = Adapter(2, frozenset({"q_proj", "v_proj"}))
     assert lora.disk.checkpoints == 4 * 2 * SHAPE.trainable(adapter)

@@ -105,6 +105,14 @@ def test_fine_tuned_policy_loads_one_model() -> None:
     assert footprint.total < policy_footprint(recipe_with("grpo"), Parallelism()).total
     adapter = policy_footprint(recipe_with("sft", lora={"r": 8}, bf16=True), Parallelism())
     assert adapter.total < footprint.total / 2
+    dpo = policy_footprint(recipe_with("dpo", bf16=True), Parallelism())
+    assert set(dpo.parts) == {*footprint.parts, "reference"}
+    assert dpo.parts["activations"] > 1.9 * footprint.parts["activations"]  # two texts a pair
+    assert dpo.parts["weights"] == footprint.parts["weights"]
+    shape = shape_of(KNOWN_MODELS["EleutherAI/pythia-1b"], "1b")
+    assert dpo.parts["reference"] == 4 * shape.parameters
+    with_adapter = policy_footprint(recipe_with("dpo", lora={"r": 8}, bf16=True), Parallelism())
+    assert "reference" not in with_adapter.parts
     inline = overridden(recipe_with("sft", per_device_train_batch_size=1, lora={"r": 1}),
                         ["evaluate.attach=inline"])  # fmt: skip
     assert policy_footprint(inline, Parallelism()).moment == "measuring"
