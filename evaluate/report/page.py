@@ -244,10 +244,10 @@ def _unfinished(named: Mapping[str, Path]) -> Iterable[str]:
 
 
 def _left_out_of_feedback(run: Path) -> list[dict[str, int]]:
-    """Return the pairs and prompts left out, by reason, from each reward and policy stage.json."""
+    """Return the pairs and prompts left out, by reason, from the stage.json of all stages."""
     paths = [
         path
-        for stage in ("reward", *POLICY_METHODS)
+        for stage in ("base", "reward", *POLICY_METHODS)
         for path in run.glob(f"*/seed-*/{stage}/stage.json")
     ]
     records = [read_json(path) for path in sorted(paths)]

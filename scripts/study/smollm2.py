@@ -82,7 +82,7 @@ def page(run: Path, overrides: list[str]) -> str:
         "measured with glibc's default allocator, which keeps some of the freed memory "
         "(docs/results/planning-accuracy.md).",
         "",
-        f"Left out for length: {stages['ppo']['left_out'] or 'nothing'}. The reward model saw "
+        f"Left out: {_left_out(stages)}. The reward model learned from "
         f"{stages['reward']['pairs']} pairs and ranked "
         f"{stages['reward']['held_out_accuracy']:.0%} of {stages['reward']['held_out_pairs']} "
         "held-out pairs correctly, too few pairs to say much.",
@@ -114,6 +114,16 @@ def page(run: Path, overrides: list[str]) -> str:
         f"![The three experiments before and after]({STEPS})",
         "",
     ])  # fmt: skip
+
+
+def _left_out(stages: dict[str, dict[str, Any]]) -> str:
+    """Return the rows that each stage left out, by reason."""
+    counts = [
+        f"{count} of {name} ({reason})"
+        for name, stage in stages.items()
+        for reason, count in (stage.get("left_out") or {}).items()
+    ]
+    return ", ".join(counts) or "nothing"
 
 
 def _beside_estimate(recipe: Recipe, stages: dict[str, dict[str, Any]], run: Path) -> str:

@@ -103,16 +103,32 @@ def _scored(causal: type[PreTrainedModel], name: str) -> type[PreTrainedModel]:
 
 def _scored_class(config: Any, trust_remote_code: bool) -> tuple[type[PreTrainedModel], Any] | None:
     """Return class and configuration of the reward model of a causal family, or None."""
-    try:
-        with torch.device("meta"):
-            causal = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError:  # no causal language model
+    comes_with_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not comes_with_code:
         return None
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     name = type(causal).__name__
     for ending in ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"):
         name = name.removesuffix(ending)
     known = CLASSIFIER_NAMES.get(causal.config.model_type)
     return _scored(type(causal), known or f"{name}ForSequenceClassification"), causal.config
+
+
+def check_family(config: Any) -> None:
+    """Raise InputError if no reward model can be made of a causal model with this configuration."""
+    try:
+        found = _scored_class(config, trust_remote_code=False)
+        if found is not None:
+            kind, text_config = found
+            with torch.device("meta"):
+                kind(text_config)
+    except Exception as error:  # models raise errors of many kinds
+        raise InputError(
+            f"no reward model can be made of the type {config.model_type} ({first_line(error)})"
+        ) from None
+    if found is None:
+        raise InputError(f"no causal language model of the type {config.model_type} is known")
 
 
 def new_reward_model(base: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:

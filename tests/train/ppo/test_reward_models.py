@@ -9,10 +9,13 @@ from transformers import (
     GPT2ForSequenceClassification,
     LlamaForSequenceClassification,
     RobertaConfig,
+    T5Config,
     XLNetConfig,
 )
 
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.load import load_recipe
+from selfcorrect.train.check import check_training
 from selfcorrect.train.ppo.reward_models import (
     load_reward_model,
     longest_row,
@@ -20,7 +23,7 @@ from selfcorrect.train.ppo.reward_models import (
     score_rows,
     without_unread_end,
 )
-from tests.support.architectures import CAUSAL, small_model
+from tests.support.architectures import CAUSAL, small_config, small_model
 from tests.support.ppo_models import END, make_tokenizer
 
 PADDING = 0
@@ -169,3 +172,12 @@ def test_causal_model_without_a_trained_head_is_no_reward_model(architecture, tm
     small_model(architecture).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"score\.weight is missing"):
         load_reward_model(tmp_path)
+
+
+def test_family_without_a_reward_model_is_refused_before_anything_starts(tmp_path):
+    T5Config(num_layers=1).save_pretrained(tmp_path)
+    model = [f"models=[{{name: m, path: {tmp_path}}}]", "base=null"]
+    with pytest.raises(InputError, match=r"models\.0\.path: no causal .* t5"):
+        check_training(load_recipe("quickstart", model))
+    small_config("granite").save_pretrained(tmp_path)
+    check_training(load_recipe("quickstart", model))
