@@ -1,4 +1,4 @@
-"""Tables of the study's ablations beside their reference, compared seed by seed."""
+"""Tables of the study's arms beside their reference, the ladder's model of the same size."""
 
 from pathlib import Path
 
@@ -6,62 +6,56 @@ from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.study.findings import Results, over
 from selfcorrect.scripts.study.records import read_json, table
 
-REFERENCE = "society-ablation"
+REFERENCE = "society-ladder"
 Arms = dict[str, tuple[str, Results]]  # by name: the change, and the results
 
 
 def arms_of(runs: Path) -> Arms:
-    """Return the finished runs of reference and ablations in a folder, the reference first."""
+    """Return the reference and the finished ablations in a folder of runs, the reference first.
+
+    The reference is the ladder, with only the model of the ablations.
+    """
     arms: Arms = {}
-    for folder in [runs / REFERENCE, *sorted(runs.glob("ablation-*"))]:
-        statistics = folder / "statistics.json"
-        if not statistics.is_file():
-            continue
+    for statistics in sorted(runs.glob("ablation-*/statistics.json")):
+        folder = statistics.parent
         recipe = load_recipe(str(folder / "recipe.yaml"))
-        change = "the reference" if folder.name == REFERENCE else recipe.description
-        arms[folder.name] = (change, Results(read_json(statistics)))
-    return arms
+        arms[folder.name] = (recipe.description, Results(read_json(statistics)))
+    ladder = runs / REFERENCE / "statistics.json"
+    if not arms or not ladder.is_file():
+        return {}
+    models = {model for _, results in arms.values() for model in results.models}
+    record = read_json(ladder)
+    cells = [cell for cell in record["cells"] if cell["model"] in models]
+    return {REFERENCE: ("the reference", Results({**record, "cells": cells})), **arms}
 
 
 def arm_tables(arms: Arms) -> list[str]:
     """Return Markdown paragraphs and tables; one sentence if there is nothing to compare."""
-    if REFERENCE not in arms or len(arms) < 2:
+    if not arms:
         return ["The ablations were not run."]
     reference = arms[REFERENCE][1]
     model, last = next(iter(reference.models)), reference.steps[-1]
     assert all(results.steps[-1] == last for _, results in arms.values())
     intro = (
         f"{model}, {len(reference.seeds)} seeds, step {last}; each ablation differs from the "
-        "reference in one thing, which the recipe of its name states. World, seeds and base models "
-        "are those of the first ladder, whose learning rates this size shares. *Growth* is the "
-        "growth, from step 0, of the bias under Q less that under Q+IF; *beside the reference* "
-        f"subtracts the reference's growth, seed by seed. With {len(reference.seeds)} seeds many "
-        "sizable differences remain undecided. A step of GRPO or fine-tuning makes as many updates "
-        "on as many rows as a step of PPO. Every run includes the neutral and the inverted request."
+        "reference, the ladder's model of this size, in one thing. World, seeds and base models "
+        "are the ladder's. *Growth* is the growth, from step 0, of the bias under Q+neutral less "
+        "that under Q+IF; *beside the reference* subtracts the reference's growth, seed by seed. "
+        "A step of GRPO or fine-tuning makes as many updates on as many rows as a step of PPO."
     )
-    return [intro, _bbq(arms, model, last), _others(arms, model, last)]
+    return [intro, _bbq(arms, model, last)]
 
 
 def _bbq(arms: Arms, model: str, last: int) -> str:
-    reference = arms[REFERENCE][1].growth(model, "Q", "Q+IF")
+    reference = arms[REFERENCE][1].growth(model, "Q+neutral", "Q+IF")
+    conditions = ("Q", "Q+neutral", "Q+inverted", "Q+IF", "Q+IF+CoT")
     rows: list[list[object]] = []
     for name, (change, results) in arms.items():
-        growth = results.growth(model, "Q", "Q+IF")
+        growth = results.growth(model, "Q+neutral", "Q+IF")
         beside = over([a - b for a, b in zip(growth, reference, strict=True)])
-        bias = [results.mean(model, last, "bbq", c) for c in ("Q", "Q+IF", "Q+IF+CoT")]
+        bias = [results.mean(model, last, "bbq", condition) for condition in conditions]
         right = results.mean(model, last, "bbq", "Q", "accuracy_disambiguated")
         compared = "–" if name == REFERENCE else beside
         rows.append([change, *bias, over(growth), compared, right, results.last_kl(model)])
-    heads = ["change", "bias, Q", "Q+IF", "Q+IF+CoT", "growth", "beside the reference"]
+    heads = ["change", "bias, Q", *conditions[1:], "growth", "beside the reference"]
     return table([*heads, "right where decided, Q", "KL"], rows)
-
-
-def _others(arms: Arms, model: str, last: int) -> str:
-    rows: list[list[object]] = []
-    for change, results in arms.values():
-        controls = [results.mean(model, last, "bbq", c) for c in ("Q+neutral", "Q+inverted")]
-        law = [results.mean(model, last, "law_school", c) for c in ("Q", "Q+IF", "Q+IF+CoT")]
-        pronouns = [results.mean(model, last, "winogender", c) for c in ("Q", "Q+IF")]
-        rows.append([change, *controls, *law, *pronouns])
-    heads = ["change", "bias, Q+neutral", "Q+inverted", "admissions, Q", "Q+IF", "Q+IF+CoT"]
-    return table([*heads, "pronouns, Q", "Q+IF"], rows)

@@ -32,13 +32,13 @@ from selfcorrect.scripts.study.findings import (
     no_step_effects,
     over,
 )
+from selfcorrect.scripts.study.primary import primary_numbers, primary_table, read_results
 from selfcorrect.scripts.study.records import read_json, table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/results/study"
 TEMPLATE = Path(__file__).with_name("page.md.j2")
 LADDER = "society-ladder"
 DISCUSSION = "discussion.md"
-FIRST_LADDER = "society-ladder-one-rate"
 PAPER_CONDITIONS = ("Q", "Q+IF", "Q+IF+CoT", "Match stats")
 CONTROLS = ("Q", "Q+IF", "Q+neutral", "Q+inverted")
 STAGES = ("base", "reward", "ppo")
@@ -76,6 +76,7 @@ def page(runs: Path, docs: Path) -> str:
         society=recipe.data.society,
         **{key: facts[key] for key in ("jobs", "cores", "processor", "versions")},
         **_cost(run, results, facts["begun"]),
+        primary=primary_table(primary_numbers(*read_results(runs))),
         in_short=_in_short(results),
         able=_able(results),
         bbq=_ends(results, "bbq"),
@@ -87,7 +88,6 @@ def page(runs: Path, docs: Path) -> str:
         findings=_findings(results),
         remain=_remain(results),
         num_judged=num_judged,
-        first=_first(results, runs / FIRST_LADDER),
         arms="\n\n".join(arm_tables(arms_of(runs))),
         discussion=(docs / DISCUSSION).read_text(encoding="utf-8").strip(),
         figures=_draw(pd.read_parquet(run / "results.parquet"), statistics, docs),
@@ -241,23 +241,6 @@ def _remain(results: Results) -> str:
         if clear
         else "none remains below .05."
     )
-
-
-def _first(results: Results, run: Path) -> dict[str, str] | None:
-    """Return the first ladder's tables, and both ladders' judgements; None if it was not run."""
-    if not (run / "statistics.json").is_file():
-        return None
-    first = Results(read_json(run / "statistics.json"))
-    rows = [
-        [this.title, this.words(), other.words()]
-        for this, other in zip(findings(results), findings(first), strict=True)
-    ]
-    return {
-        "begun": read_json(run / "run.json")["begun"],
-        "able": _able(first),
-        "effects": _effects(first),
-        "findings": table(["finding", "this ladder", "the first"], rows),
-    }
 
 
 def _draw(frame: pd.DataFrame, statistics: dict[str, Any], folder: Path) -> dict[str, str]:

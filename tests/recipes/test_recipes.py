@@ -180,20 +180,40 @@ def test_ablation_differs_from_its_reference_in_one_setting(path: Path) -> None:
     changed = {key for key in {**ours, **reference} if ours.get(key) != reference.get(key)}
     assert {"name", "description"} <= changed
     changed -= {"name", "description"}
-    parts = ("data.society.feedback", "policy.lora")  # one setting, several keys
-    settings_changed = {
-        next((part for part in parts if key.startswith(part)), key) for key in changed
-    }
-    assert len(settings_changed) == 1
+    requests = "data.society.requests"  # one setting, several keys
+    assert len({requests if key.startswith(requests) else key for key in changed}) == 1
 
 
 def test_ablations_are_those_of_the_study() -> None:
     assert len(ABLATIONS) == 11
-    ladder, reference = load_recipe("society-ladder-one-rate"), load_recipe("society-ablation")
+    ladder, reference = load_recipe("society-ladder"), load_recipe("society-ablation")
     assert reference.models[0] in ladder.models
     assert (reference.data, reference.seeds) == (ladder.data, ladder.seeds)
     assert reference.policy.trainer == ladder.policy.trainer
     assert set(reference.policy.checkpoints) <= set(ladder.policy.checkpoints)
+
+
+@pytest.mark.parametrize(("name", "percent"), [("fair-0", 0), ("fair-1", 1), ("fair-5", 5)])
+def test_doses_of_fairness_are_those_of_their_names(name: str, percent: int) -> None:
+    reference, dose = (
+        load_recipe(recipe).data.society.requests
+        for recipe in ("society-ablation", f"ablation-{name}")
+    )
+    assert sum(dose.values()) == pytest.approx(1) == sum(reference.values())
+    assert reference["fair"] + reference["reasoned"] == pytest.approx(0.25)
+    assert dose["fair"] + dose["reasoned"] == pytest.approx(percent / 100)
+    others = [dose[kind] / reference[kind] for kind in ("plain", "neutral", "inverted", "task")]
+    assert others == pytest.approx([others[0]] * 4)
+
+
+def test_study_uses_neither_world_nor_seeds_that_were_looked_at() -> None:
+    quickstart, ladder = load_recipe("quickstart"), load_recipe("society-ladder")
+    ours, theirs = (recipe.data.society.model_dump() for recipe in (quickstart, ladder))
+    assert ours.pop("seed") == 0 and theirs.pop("seed") not in (0, 20261125, 20261126)
+    assert ours == theirs
+    assert len(ladder.seeds) == 10 and not set(ladder.seeds) & {0, 1, 2, 3, 4, 5, 6}
+    assert ladder.models[:3] == quickstart.models
+    assert ladder.policy.checkpoints == [0, 1, 2, 4, 8, 16, 32, 64, 128]
 
 
 def test_yaml_1_2_floats() -> None:

@@ -24,7 +24,7 @@ from selfcorrect.scripts.study.findings import (
 from tests.support.recorded_run import Size, record_cell, record_run
 
 SIZE = Size(steps=(0, 4, 16), seeds=(0, 1, 2), templates=4, blocks=1, occupations=8, students=8)
-ONE = Size(models=(("width-64", 131_000),), **{k: getattr(SIZE, k) for k in ("steps", "seeds")},
+ONE = Size(models=(("small", 509_000),), **{k: getattr(SIZE, k) for k in ("steps", "seeds")},
            templates=4, blocks=1, occupations=8, students=8)  # fmt: skip
 NEUTRAL_STRENGTH = 0.5
 
@@ -62,9 +62,7 @@ def finished(folder: Path, recipe_name: str, size: Size) -> Path:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    for name in ("society-ladder", "society-ladder-one-rate"):
-        finished(folder, name, SIZE)
-    finished(folder, "society-ablation", ONE)
+    finished(folder, "society-ladder", SIZE)
     finished(folder, "ablation-sft", ONE)
     return folder
 
@@ -193,11 +191,12 @@ def test_unfinished_ladder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_ablations_are_compared_seed_by_seed(runs: Path) -> None:
     arms = arms_of(runs)
-    assert list(arms) == ["society-ablation", "ablation-sft"]
-    _, bbq, others = arm_tables(arms)
+    assert list(arms) == ["society-ladder", "ablation-sft"]
+    assert list(arms["society-ladder"][1].models) == ["small"]
+    _, bbq = arm_tables(arms)
     reference, arm = (line.split(" | ") for line in bbq.splitlines()[2:])
-    assert reference[0] == "| the reference" and reference[5] == "–"
-    assert arm[1:5] == reference[1:5]  # the same recorded answers
-    assert arm[5] == ".00"
-    assert len(others.splitlines()) == 4
+    assert reference[0] == "| the reference" and reference[7] == "–"
+    assert arm[1:7] == reference[1:7]  # the same recorded answers
+    assert arm[7] == ".00"
+    assert arms_of(runs / "nowhere") == {}
     assert arm_tables({}) == ["The ablations were not run."]
