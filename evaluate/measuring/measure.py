@@ -23,6 +23,7 @@ from selfcorrect.evaluate.measuring.cell_files import (
     is_cell_measured,
 )
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan, PlannedCell, Question
+from selfcorrect.evaluate.measuring.prompt_files import write_prompts
 from selfcorrect.evaluate.prompts.dialogue import (
     before_sample,
     reads_clock,
@@ -102,6 +103,7 @@ def measure_with(
         }
     )
     missing = [cell for cell in cells if cell.name in missing_names]
+    work.prompts.update(ranks.from_rank0(lambda: _write_prompts(missing, work)))
     # The cells of an experiment share most of their prompts: those without samples go together.
     for experiment in dict.fromkeys(cell.experiment for cell in missing):
         cells = [cell for cell in missing if cell.experiment == experiment]
@@ -139,6 +141,16 @@ class _Work:
     origin: Origin
     progress: Progress
     ranks: Ranks
+    prompts: dict[str, str] = field(default_factory=dict)
+    """File names of the tables of prompts, by cell."""
+
+
+def _write_prompts(cells: Sequence[PlannedCell], work: _Work) -> dict[str, str]:
+    names = {}
+    for cell in cells:
+        with _error_context([(cell, item) for item in cell.items[:1]]):
+            names[cell.name] = write_prompts(work.folder, cell, work.engine.tokenizer)
+    return names
 
 
 RowsByCell = list[list[Row]]
@@ -157,7 +169,11 @@ def _measure_together(
     num_items = len(cells[0].items)
     paths = [work.folder / cell.file_name for cell in cells]
     writes = ranks.rank == 0
-    files = cell_writers(paths, cells, work.origin) if writes else nullcontext(list[CellWriter]())
+    files = (
+        cell_writers(paths, cells, work.origin, work.prompts)
+        if writes
+        else nullcontext(list[CellWriter]())
+    )
     with files as writers:
         done = flushed = ranks.from_rank0(lambda: writers[0].num_items)
         flushed_at = time.monotonic()
@@ -190,6 +206,7 @@ class _Draw:
     number: int
     turns: list[Turn]
     samples: list[Sample] = field(default_factory=list)
+    prompt: str | None = None  # before the options, if it holds samples
 
     def add(self, engine: Engine, sample: Sample) -> None:
         """Put a sample into the dialogue."""
@@ -233,8 +250,10 @@ def _sample_slice(cells: Sequence[PlannedCell], engine: Engine, part: slice) -> 
                 draw.add(engine, sample)
 
         def final_question(index: int, sample: Sample) -> Request:
-            draws[index].add(engine, sample)
-            return _prompt(cell, engine, draws[index].turns), draws[index].question.options
+            draw = draws[index]
+            draw.add(engine, sample)
+            draw.prompt = _prompt(cell, engine, draw.turns)
+            return draw.prompt, draw.question.options
 
         answers = engine.sample_then_score(
             then=final_question, **_sample_arguments(cell, draws, engine, last)
@@ -296,6 +315,7 @@ def _row(draw: _Draw, logprobs: list[float]) -> Row:
         "draw": draw.number,
         "samples": [sample.text for sample in samples] if samples else None,
         "truncated": any(sample.truncated for sample in samples) if samples else None,
+        "prompt": draw.prompt,
         **item.facts,
     }
 

@@ -16,10 +16,12 @@ from selfcorrect.scripts.commands import (
     launch,
     plan,
     probe,
+    push,
     recipes,
     report,
     run,
     score,
+    show,
 )
 
 app = typer.Typer(
@@ -37,7 +39,9 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
 app.command("plan")(plan.plan)
 app.command("probe")(probe.probe)
+app.command("show")(show.show)
 app.command("export")(export.export)
+app.command("push")(push.push)
 app.add_typer(score.app, name="score")
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")

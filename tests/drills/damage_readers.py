@@ -167,18 +167,18 @@ def _parts(run: Path, here: Path, there: Path, room: Path) -> Iterator[Kind]:
         frame, settings = read_cell(path)
         rows = [{str(k): _plain(v) for k, v in row.items()} for row in frame.to_dict("records")]
         target = room / path.parent.parent.name / path.name
-        writer = CellWriter(target, cell, Origin(**settings["origin"]))
+        writer = CellWriter(target, cell, Origin(**settings["origin"]), settings["prompts"])
         half = len(rows) // 2
         writer.write(rows[:half], half)
         writer.flush()
-        folders.append((target, Origin(**settings["origin"]), rows))
-    target, origin, rows = folders[0]
+        folders.append((target, Origin(**settings["origin"]), rows, settings["prompts"]))
+    target, origin, rows, prompts = folders[0]
     part, other = (
         next(cell_path.with_name(f".{cell_path.name}.parts").iterdir()) for cell_path, *_ in folders
     )
 
     def resumed() -> str:
-        writer = CellWriter(target, cell, origin)
+        writer = CellWriter(target, cell, origin, prompts)
         rest = rows[writer.num_items :]
         writer.write(rest, len(rest))
         writer.write_cell(target)

@@ -22,7 +22,7 @@ FLOORS = {
         "measuring",
         "statistics",
         "answers callback export results",
-        "figures",
+        "figures publish",
         "report probe",
     ],
     "train": [

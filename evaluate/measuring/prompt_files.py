@@ -1,0 +1,111 @@
+"""Write and read the tables of prompts: the texts with which the items of a cell were asked.
+
+All checkpoints of a run share one table per experiment, condition and way of rendering, in
+<run>/prompts; a model without a run has its tables beside its cells, in prompts/. A table has a row
+per item and order of its options. In a condition in which the model writes itself, the table holds
+the prompt of the first text, and the cell's column `prompt` the prompt after which options were
+scored.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selfcorrect.evaluate.measuring.cell_files import METADATA_KEY, read_settings, table_writer
+from selfcorrect.evaluate.measuring.plan import PlannedCell
+from selfcorrect.evaluate.prompts.dialogue import (
+    before_sample,
+    beginning_ids,
+    render,
+    style_of,
+)
+from selfcorrect.recipes.foundation.atomic_files import atomic_file
+from selfcorrect.recipes.foundation.checksums import (
+    CHECKSUM_PLACEHOLDER,
+    file_has_valid_checksum,
+    insert_file_checksum,
+)
+from selfcorrect.recipes.foundation.errors import InputError
+
+FOLDER = "prompts"
+_SLICE_ITEMS = 2048  # rendered at once
+_SCHEMA = pa.schema([(name, pa.string()) for name in ("item", "order", "prompt")])
+
+
+def prompts_folder(evaluation: Path) -> Path:
+    """Return the folder of the tables for the cells of `evaluation`."""
+    parents = evaluation.absolute().parents  # checkpoint, method, seed, model, run
+    if len(parents) > 4 and (parents[4] / "recipe.yaml").is_file():
+        return parents[4] / FOLDER
+    return evaluation / FOLDER
+
+
+def write_prompts(evaluation: Path, cell: PlannedCell, tokenizer: Any) -> str:
+    """Write the table of a cell's prompts, unless it exists; return its file name.
+
+    The name holds a digest of everything that decides the texts. Raises InputError if the chat
+    template refuses a dialogue.
+    """
+    facts = {
+        "experiment": cell.experiment,
+        "condition": cell.condition,
+        "settings_digest": cell.settings_digest,
+        "style": style_of(tokenizer, cell.style),
+        "arguments": dict(cell.style.arguments),
+        "date": cell.style.date,
+    }
+    rendering = {
+        **facts,
+        "chat_template": getattr(tokenizer, "chat_template", None),
+        "special_tokens": getattr(tokenizer, "special_tokens_map", None),
+        "beginning": beginning_ids(tokenizer),
+    }
+    text = json.dumps(rendering, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    name = f"{cell.file_name.removesuffix('.parquet')}.{digest[:16]}.parquet"
+    path = prompts_folder(evaluation) / name
+    if path.is_file():
+        return name
+    metadata = json.dumps({"checksum": CHECKSUM_PLACEHOLDER, **facts}).encode()
+    schema = _SCHEMA.with_metadata({METADATA_KEY: metadata})
+    with atomic_file(path) as temporary:
+        with table_writer(temporary, schema) as file:
+            for first in range(0, len(cell.items), _SLICE_ITEMS):
+                rows = [
+                    {
+                        "item": question.item.id,
+                        "order": question.order,
+                        "prompt": render(tokenizer, before_sample(question.turns), cell.style),
+                    }
+                    for question in cell.questions(slice(first, first + _SLICE_ITEMS))
+                ]
+                file.write_table(pa.Table.from_pylist(rows, schema=schema))
+        insert_file_checksum(temporary)
+    return name
+
+
+def read_prompts(cell_file: Path, item: str | None = None) -> dict[tuple[str, str], str]:
+    """Return a cell's prompts by item and order, all of them or those of one item.
+
+    Empty for a cell that names no table (older versions). Raises InputError for a table that is
+    missing or damaged.
+    """
+    name = read_settings(cell_file).get("prompts")
+    if name is None:
+        return {}
+    path = prompts_folder(cell_file.parent) / Path(str(name)).name
+    try:
+        if not file_has_valid_checksum(path):
+            raise ValueError("checksum mismatch")
+        only = None if item is None else [("item", "=", item)]
+        rows = pq.read_table(path, filters=only).to_pylist()
+        return {(row["item"], row["order"]): row["prompt"] for row in rows}
+    except (pa.ArrowException, OSError, ValueError, KeyError):
+        raise InputError(
+            f"{path}: missing or damaged; delete it and {cell_file}, and run "
+            "`selfcorrect evaluate` again"
+        ) from None

@@ -1,0 +1,281 @@
+"""Exports for Every Eval Ever and `datasets`, and uploads to a local stand-in of the hub."""
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+
+from selfcorrect.evaluate.measuring.cell_files import read_table
+from selfcorrect.evaluate.results import load, summarise
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.scripts.commands.export import export
+from selfcorrect.scripts.commands.push import push
+from tests.support.recorded_run import SMALL, record_run
+
+CHECKPOINT = "nano-seed-0-checkpoint-10"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return record_run(tmp_path_factory.mktemp("publish") / "run", SMALL)
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """Return (aggregate, rows or None) by experiment of one checkpoint, and the folder."""
+    out = tmp_path_factory.mktemp("eee")
+    export(run, "every-eval-ever", out, organization="A & B Lab")
+    found = {}
+    for path in out.glob(f"data/*/A-B-Lab/{CHECKPOINT}/*.json"):
+        samples = path.with_name(f"{path.stem}_samples.jsonl")
+        rows = None
+        if samples.exists():
+            rows = [json.loads(line) for line in samples.read_text().splitlines()]
+        found[path.parents[2].name] = json.loads(path.read_text()), rows
+    return found, out
+
+
+def test_every_eval_ever_has_the_values_of_the_table(run, exported):
+    found, _ = exported
+    frame = summarise(run / "nano/seed-0/ppo/checkpoint-10/evaluation", "x")
+    frame = frame[(frame["category"] == "overall") & frame["value"].notna()]
+    assert set(found) == {"bbq", "winogender", "law_school"}
+    for experiment, (aggregate, _) in found.items():
+        table = {
+            f"{experiment}/{row['condition']}/{row['metric']}": row
+            for row in frame[frame["experiment"] == experiment].to_dict("records")
+        }
+        results = {r["evaluation_result_id"]: r for r in aggregate["evaluation_results"]}
+        assert set(results) == set(table)
+        for name, row in table.items():
+            details = results[name]["score_details"]
+            assert details["score"] == row["value"]
+            assert details["uncertainty"]["num_samples"] == row["num_items"]
+            assert details["details"]["num_clusters"] == str(row["num_clusters"])
+            interval = details["uncertainty"].get("confidence_interval")
+            assert (interval is None) == np.isnan(row["low"])
+            if interval is not None:
+                assert (interval["lower"], interval["upper"]) == (row["low"], row["high"])
+                assert interval["confidence_level"] == 0.95 and "bootstrap" in interval["method"]
+                half = (row["high"] - row["low"]) / 2
+                error = details["uncertainty"]["standard_error"]["value"]
+                assert error == pytest.approx(half / 1.96, rel=0.6, abs=1e-9)
+
+
+def test_every_eval_ever_rows_are_the_answers(run, exported):
+    found, out = exported
+    assert found["winogender"][1] is None and found["law_school"][1] is None  # nothing is right
+    aggregate, rows = found["bbq"]
+    file = aggregate["detailed_evaluation_results"]
+    identity = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+    folder = rf"data/bbq/A-B-Lab/{CHECKPOINT}"
+    assert re.fullmatch(rf"{folder}/{identity}_samples\.jsonl", file["file_path"])
+    content = (out / file["file_path"]).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == file["checksum"]
+    assert file["total_rows"] == len(rows)
+    folder = run / "nano/seed-0/ppo/checkpoint-10/evaluation"
+    answers = {
+        (condition, row["item"]): row
+        for condition in ("Q", "Q+IF", "Q+IF+CoT")
+        for row in read_table(folder / f"bbq.{condition}.parquet", None).to_pylist()
+    }
+    assert len(rows) == len(answers)
+    for row in rows:
+        item, _, _ = row["sample_id"].rsplit("/", 2)
+        answer = answers[row["evaluation_name"].removeprefix("bbq "), item]
+        assert row["input"]["reference"] == [answer["options"][answer["label"]]]
+        best = int(np.argmax(answer["logprobs"]))
+        assert row["evaluation"]["is_correct"] == (best == answer["label"])
+        assert row["output"]["reasoning_trace"] == answer["samples"]
+
+
+# The keys that schema 0.3.0 requires, by path; [] are the members of a list.
+REQUIRED = {
+    "": "schema_version evaluation_id retrieved_timestamp source_metadata eval_library model_info "
+    "evaluation_results",
+    "source_metadata": "source_type source_organization_name evaluator_relationship",
+    "eval_library": "name version",
+    "model_info": "name id additional_details",
+    "model_info.additional_details": "deployment_type model_availability",
+    "evaluation_results.[]": "evaluation_name source_data metric_config score_details",
+    "evaluation_results.[].source_data": "dataset_name source_type",
+    "evaluation_results.[].metric_config": "lower_is_better",
+    "evaluation_results.[].score_details": "score",
+}
+REQUIRED_OF_ROWS = {
+    "": "schema_version evaluation_id model_id evaluation_name sample_id interaction_type input "
+    "answer_attribution evaluation output",
+    "input": "raw reference",
+    "output": "raw",
+    "answer_attribution.[]": "turn_idx source extracted_value extraction_method is_terminal",
+    "evaluation": "score is_correct",
+}
+
+
+def _members(value, path):
+    for key in filter(None, path.split(".")):
+        if key == "[]":
+            return [m for v in value for m in _members(v, path.partition("[]")[2].strip("."))]
+        value = value[key]
+    return [value]
+
+
+def test_every_eval_ever_files_have_the_required_keys(exported):
+    """The package with the schema needs Python 3.12; there, the next test validates with it."""
+    found, _ = exported
+    for aggregate, rows in found.values():
+        assert aggregate["schema_version"] == "0.3.0"
+        for instance, required in [(aggregate, REQUIRED)] + [
+            (row, REQUIRED_OF_ROWS) for row in rows or []
+        ]:
+            for path, names in required.items():
+                for member in _members(instance, path):
+                    assert set(names.split()) <= set(member), path
+
+
+def test_every_eval_ever_files_pass_its_own_schema(exported):
+    schemas = pytest.importorskip("every_eval_ever.schemas", reason="needs every-eval-ever")
+    jsonschema = pytest.importorskip("jsonschema")
+    from importlib.resources import files
+
+    checks = [
+        jsonschema.Draft202012Validator(json.loads(files(schemas).joinpath(name).read_text()))
+        for name in ("eval.schema.json", "instance_level_eval.schema.json")
+    ]
+    for aggregate, rows in exported[0].values():
+        checks[0].validate(aggregate)
+        for row in rows or []:
+            checks[1].validate(row)
+
+
+def test_dataset_folder_loads_with_its_configurations(run, tmp_path):
+    out = tmp_path / "set"
+    export(run, "dataset", out)
+    cache = str(tmp_path / "cache")
+    names = datasets.get_dataset_config_names(str(out), cache_dir=cache)
+    assert {"results", "items-bbq", "items-winogender", "items-law_school"} == set(names)
+    results = datasets.load_dataset(str(out), split="train", cache_dir=cache).to_pandas()
+    expected = load(run)
+    assert list(results) == list(expected) and len(results) == len(expected)
+    np.testing.assert_array_equal(results["value"], expected["value"].astype(float))
+    np.testing.assert_array_equal(results["low"], expected["low"].astype(float))
+    items = datasets.load_dataset(str(out), "items-bbq", split="train", cache_dir=cache)
+    assert len(items) == 2 * 3 * 3 * 3 * 4 * 4  # models, steps, conditions, categories, templates
+    assert {"logprobs", "step", "condition", "item"} <= set(items.column_names)
+    assert "95%" in (out / "README.md").read_text()
+
+
+# --- the hub -------------------------------------------------------------------------------------
+
+
+class Hub:
+    """A server that speaks as much of the hub's API as an upload needs."""
+
+    def __init__(self, token="hf_right"):
+        self.created: list[dict] = []
+        self.files: dict[str, bytes] = {}
+        self.requests: list[str] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.reply(404, {"error": "not found"})
+
+            def do_POST(self):
+                hub.requests.append(self.path)
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if self.headers.get("Authorization") != f"Bearer {token}":
+                    self.reply(401, {"error": "Invalid credentials"})
+                elif self.path == "/api/repos/create":
+                    facts = json.loads(body)
+                    hub.created.append(facts)
+                    name = f"{facts.get('organization') or 'me'}/{facts['name']}"
+                    kind = "datasets/" if facts.get("type") == "dataset" else ""
+                    self.reply(200, {"url": f"{hub.url}/{kind}{name}"})
+                elif "/preupload/" in self.path:
+                    files = json.loads(body)["files"]
+                    modes = [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for f in files
+                    ]
+                    self.reply(200, {"files": modes})
+                elif "/commit/" in self.path:
+                    for line in map(json.loads, body.decode().splitlines()):
+                        if line["key"] == "file":
+                            value = line["value"]
+                            hub.files[value["path"]] = base64.b64decode(value["content"])
+                    url = f"{hub.url}/me/x/commit/{'0' * 40}"
+                    self.reply(200, {"commitUrl": url, "commitOid": "0" * 40, "success": True})
+                else:
+                    self.reply(200, {})
+
+            def reply(self, code, content):
+                data = json.dumps(content).encode()
+                self.send_response(code)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    server = Hub()
+    yield server
+    with contextlib.suppress(OSError):
+        server.http.shutdown()
+        server.http.server_close()
+
+
+def test_results_are_pushed_as_a_private_data_set(run, hub, tmp_path, capsys):
+    push(run, "me/results", endpoint=hub.url)
+    (created,) = hub.created
+    assert created["type"] == "dataset" and created["visibility"] == "private"
+    assert {"README.md", "results.parquet", "items/bbq.parquet"} <= set(hub.files)
+    (tmp_path / "results.parquet").write_bytes(hub.files["results.parquet"])
+    pushed, expected = pd.read_parquet(tmp_path / "results.parquet"), load(run)
+    np.testing.assert_array_equal(pushed["value"], expected["value"].astype(float))
+    assert hub.url in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_pushed_as_a_model_with_its_card(run, hub):
+    (run / "nano/seed-0/ppo/checkpoint-10/config.json").write_text("{}")
+    push(run, "me/nano", checkpoint="nano/0/10", public=True, endpoint=hub.url)
+    (created,) = hub.created
+    assert created.get("type", "model") == "model" and created["visibility"] == "public"
+    assert {"README.md", "config.json", "checkpoint.json"} == set(hub.files)
+    assert b"model-index" in hub.files["README.md"]
+
+
+def test_faults_of_an_upload_are_one_line(run, hub, monkeypatch):
+    with pytest.raises(InputError, match="not a checkpoint of"):
+        push(run, "me/x", checkpoint="nano/0/11", endpoint=hub.url)
+    with pytest.raises(InputError, match="not a name of a repository"):
+        push(run, "me/a b", checkpoint="nano/0/10", endpoint=hub.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(InputError, match=r"refuses the token \(401\)"):
+        push(run, "me/x", checkpoint="nano/0/10", endpoint=hub.url)
+    assert not hub.files
+    hub.http.shutdown()
+    hub.http.server_close()
+    with pytest.raises(RunFailure, match="cannot be reached"):
+        push(run, "me/x", checkpoint="nano/0/10", endpoint=hub.url)
