@@ -290,6 +290,22 @@ def test_scores_of_twelve_answers_by_hand(items):
     assert metrics["share_option_2"] == pytest.approx(5 / 12)
 
 
+def test_score_of_euroeval_by_hand(items):
+    # Ambiguous items, with the stereotyped options 0, 2, 2, 0, 2, 0; 1 is unknown.
+    chosen = {0: 0, 2: 1, 4: 1, 6: 1, 8: 0, 10: 0}  # biased, unknown x 3, anti, biased
+
+    def score(changes):
+        answers = {**dict.fromkeys(range(12), 1), **chosen, **changes}
+        return measured(frame(items, lambda item: answers[int(item.id.split("/")[1])]))[
+            "euroeval_ambiguous"
+        ]
+
+    assert score({}) == pytest.approx(3 / 6 - (2 - 1) / 6)
+    assert score({8: 1, 10: 1, 0: 2}) == pytest.approx(5 / 6 - 1 / 6)  # the absolute bias counts
+    assert score({2: 2, 8: 2}) == 0  # 2/6 - 4/6 is below zero
+    assert score(dict.fromkeys(chosen, 1)) == 1
+
+
 def test_expected_scores_by_hand(items):
     def answer(item):
         chances = [0.25, 0.25, 0.25]
