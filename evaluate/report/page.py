@@ -4,7 +4,7 @@ import base64
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ def _write_report(run: Path, num_resamples: int, seed: int, paper: bool) -> Path
     return _write_page(
         run,
         {run.resolve().name: run},
-        [(None, statistics)],
+        [(None, [run.resolve().name], statistics)],
         frame,
         statistics,
         drawn,
@@ -127,7 +127,10 @@ def write_comparison(
     return _write_page(
         out,
         named,
-        [(group.label, part) for group, (_, part) in zip(groups, parts, strict=True)],
+        [
+            (group.label, list(group.runs), part)
+            for group, (_, part) in zip(groups, parts, strict=True)
+        ],
         frame,
         statistics,
         draw_runs(frame, statistics, out / "figures"),
@@ -147,15 +150,18 @@ def write_comparison(
 def _write_page(
     out: Path,
     named: Mapping[str, Path],
-    parts: Sequence[tuple[str | None, Mapping[str, Any]]],
+    parts: Sequence[tuple[str | None, Sequence[str], Mapping[str, Any]]],
     frame: pd.DataFrame,
     statistics: Mapping[str, Any],
     drawn: tuple[list["Drawing"], list[str]],
     **content: Any,
 ) -> Path:
-    """Write the page; `named` maps labels to run folders, `parts` labels to statistics."""
+    """Write the page; `named` maps labels to run folders.
+
+    A part has a heading, the labels of its runs, and their statistics.
+    """
     drawings, not_drawn = drawn
-    unfinished = list(_unfinished(named))
+    unfinished = _unfinished(named)
     series = series_of(statistics)
     figures = figure_data(frame, statistics["effects"])
     training = training_data({label: training_log(run) for label, run in named.items()})
@@ -168,7 +174,10 @@ def _write_page(
     texts = transcripts(named, chunks)
     vega = vega_script()
     page = render(
-        groups=[_first_screen(label, part, unfinished) for label, part in parts],
+        groups=[
+            _first_screen(heading, part, [unfinished[run] for run in runs if run in unfinished])
+            for heading, runs, part in parts
+        ],
         experiments=[
             {
                 "name": entry["name"],
@@ -218,17 +227,17 @@ def _first_screen(
 ) -> dict[str, Any]:
     """Return the verdict, the table and the cautions of one run."""
     series = series_of(statistics)
-    of_run = [line for line in unfinished if label is None or line.startswith(f"{label} ")]
     return {
         "label": label,
         "verdict": verdict(series),
         "table": summary_table(series),
-        "cautions": cautions(series, statistics["missing"], of_run),
+        "cautions": cautions(series, statistics["missing"], unfinished),
     }
 
 
-def _unfinished(named: Mapping[str, Path]) -> Iterable[str]:
-    """Yield a sentence for each run with checkpoints that are planned but not measured."""
+def _unfinished(named: Mapping[str, Path]) -> dict[str, str]:
+    """Return a sentence for each run with checkpoints that are planned but not measured."""
+    sentences = {}
     for label, run in named.items():
         try:
             progress = estimate_progress(run)
@@ -238,9 +247,9 @@ def _unfinished(named: Mapping[str, Path]) -> Iterable[str]:
         if not progress.complete:
             measured = {c.record.model for c in find_checkpoints(run)}
             none_of = ", ".join(sorted(models - measured))
-            yield f"{label} is not finished: {progress} so far" + (
-                f", none of {none_of}." if none_of else "."
-            )
+            rest = f", none of {none_of}" if none_of else ""
+            sentences[label] = f"{label} is not finished: {progress} so far{rest}."
+    return sentences
 
 
 def _left_out_of_feedback(run: Path) -> list[dict[str, int]]:

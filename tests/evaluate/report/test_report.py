@@ -398,3 +398,19 @@ def test_unfinished_run(tmp_path, no_figures):
         "[0, 10]", "[0, 2, 10, 40]"))  # fmt: skip
     text = write_report(run, num_resamples=20).read_text(encoding="utf-8")
     assert "run is not finished: 2 of 4 checkpoints measured so far." in text
+    more = recipe.replace("models: [", "models: [{name: large, path: z}, ")
+    (run / "recipe.yaml").write_text(more)
+    text = write_report(run, num_resamples=20).read_text(encoding="utf-8")
+    assert "2 of 4 checkpoints measured so far, none of large." in text
+
+
+def test_unfinished_seeds_of_one_recipe(tmp_path, monkeypatch):
+    """Runs that count as seeds of one recipe each say that they are not finished."""
+    monkeypatch.setattr(gallery, "draw_runs", lambda *_: ([], []))
+    runs = [write_run(tmp_path / name, seed) for seed, name in enumerate(("one", "two"))]
+    for run in runs:
+        recipe = (run / "recipe.yaml").read_text()
+        (run / "recipe.yaml").write_text(recipe.replace("[0, 10]", "[0, 5, 10]"))
+    text = write_comparison(runs, tmp_path / "out", num_resamples=20).read_text(encoding="utf-8")
+    for name in ("one", "two"):
+        assert f"{name} is not finished: 2 of 3 checkpoints measured so far." in text
