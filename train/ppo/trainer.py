@@ -37,15 +37,18 @@ sequenceDiagram
 ```
 """
 
+import html
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import TensorBoardCallback
 from trl.trainer.utils import nanmax, nanmin
 
 from selfcorrect.recipes.foundation.errors import RunFailure
+from selfcorrect.recipes.foundation.printable import escape_controls
 from selfcorrect.train.ppo import losses
 from selfcorrect.train.ppo.actor_critic import ActorCriticTrainer
 from selfcorrect.train.ppo.config import PPOConfig
@@ -122,6 +125,7 @@ class PPOTrainer(ActorCriticTrainer):
             kl_rewards, kl = self._kl_rewards(batch, mask)
             rewards = self._add_scores(kl_rewards, batch["scores"], ended, mask)
             mean_kl, episodes = self._log_rollout(batch["scores"], rewards, kl, ended)
+            self._add_to_completions(batch["scores"], kl)
             if self._mode == "train":
                 self._control_kl(mean_kl, episodes)
             advantages, returns = self._advantages(rewards, batch["old_values"], mask)
@@ -306,6 +310,32 @@ class PPOTrainer(ActorCriticTrainer):
             self.last_kl = mean_kl if kl is not None else None
         return mean_kl, int(count)
 
+    def _add_to_completions(self, scores: Tensor, kl: Tensor | None) -> None:
+        """Add each completion's score and KL to TRL's table of completions (`log_completions`)."""
+        columns = {"score": scores, **({} if kl is None else {"kl": kl})}
+        for name, values in columns.items():
+            self._logs["extra"][name].extend(self.accelerator.gather(values).tolist())
+
+    def _completions_to_tensorboard(self) -> None:
+        """Write the table of completions as text, which TRL does for other services."""
+        writers = [
+            callback.tb_writer
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None
+        ]
+        if not (writers and self.log_completions and self._logs["prompt"]):
+            return
+        columns = {
+            "prompt": self._logs["prompt"],
+            "completion": self._logs["completion"],
+            **self._logs["rewards"],
+            **self._logs["extra"],
+        }
+        lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=False)]
+        text = "\n".join(f"| {' | '.join(map(_table_entry, line))} |" for line in lines)
+        for writer in writers:
+            writer.add_text("completions", text, self.state.global_step)
+
     def _log_policy(
         self, entropies: Tensor, clipped_low: Tensor, clipped_high: Tensor, mask: Tensor
     ) -> None:
@@ -354,10 +384,24 @@ class PPOTrainer(ActorCriticTrainer):
                 rate = self._timer.tokens_per_second(self.tokens)
                 self._record({"tokens_per_second": rate} if rate is not None else {})
         super().log(logs, start_time)
+        if self._mode == "train" and "loss" in logs:
+            self._completions_to_tensorboard()
 
     def _timed(self, phase: str) -> AbstractContextManager[None]:
         """Time a part of the rollout, in training only."""
         return self._timer.phase(phase) if self.model.training else nullcontext()
+
+
+def _table_entry(value: Any) -> str:
+    """Return a value for a Markdown table, in which no text of a model is markup."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = value if isinstance(value, str) else _text_of_messages(value)
+    return html.escape(escape_controls(text)).replace("|", "&#124;").replace("\n", "<br>")
+
+
+def _text_of_messages(messages: Any) -> str:
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def _sampled_mask(batch: dict[str, Any]) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from selfcorrect.train.ppo import timing
 from selfcorrect.train.ppo.timing import PhaseTimer
+from selfcorrect.train.ppo.trainer import _table_entry
 from tests.support import ROOT
 from tests.support.ppo_models import (
     END,
@@ -250,6 +251,47 @@ def test_phase_inside_a_phase_is_counted_once(monkeypatch):
     assert timer.tokens_per_second(60) is None
     assert timer.since_last_log() == {"generate": 3.0, "score": 7.0, "train": 5.0}
     assert timer.since_last_log() == {"generate": 0.0, "score": 0.0, "train": 0.0}
+
+
+# ---- tables of completions ----------------------------------------------------------------------
+
+
+def test_completions_are_tables_with_score_and_kl(models, tmp_path, capsys):
+    """In TRL's parquet files at every logged update, and as text in TensorBoard."""
+    skip_without("tensorboard")
+    import pandas as pd
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reward = RecordingReward()
+    settings = {**SETTINGS, "max_steps": 2 * EPOCHS, "log_completions": True}
+    trainer = make_trainer(models, tmp_path, reward=reward, report_to=["tensorboard"], **settings)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
+    assert len(logged) == 2
+    (events,) = tmp_path.rglob("events.out.tfevents*")
+    file = EventAccumulator(str(events.parent)).Reload()
+    texts = {
+        e.step: e.tensor_proto.string_val[0].decode()
+        for e in file.Tensors("completions/text_summary")
+    }
+    for number, entry in enumerate(logged):
+        update = (number + 1) * EPOCHS
+        (path,) = tmp_path.rglob(f"completions_{update:05d}.parquet")
+        table = pd.read_parquet(path)
+        scores = reward.calls[number][2]
+        assert list(table["score"]) == pytest.approx(scores)
+        assert table["kl"].mean() == pytest.approx(entry["objective/kl"], abs=1e-5)
+        assert len(table) == ROWS and {"prompt", "completion"} <= set(table)
+        header, _, *rows = texts[update].splitlines()
+        assert [c.strip() for c in header.strip("|").split("|")][:2] == ["prompt", "completion"]
+        assert len(rows) == ROWS
+        for row, score, kl in zip(rows, table["score"], table["kl"], strict=True):
+            assert row.endswith(f"| {score:.4g} | {kl:.4g} |")
+
+
+def test_table_entries_are_no_markup():
+    assert _table_entry("a|b <i>\n\x1b") == "a&#124;b &lt;i&gt;<br>⟨U+001B⟩"
+    assert _table_entry([{"role": "user", "content": "<b>"}]) == "user: &lt;b&gt;"
 
 
 # ---- other services ----------------------------------------------------------------------------
