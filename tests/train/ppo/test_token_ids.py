@@ -7,6 +7,7 @@ from selfcorrect.evaluate.prompts.dialogue import Style, before_sample, render
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn
 from selfcorrect.evaluate.prompts.tokenized import continuations, token_ids, turn_end
 from selfcorrect.evaluate.scoring.packed import PackedEngine
+from selfcorrect.evaluate.scoring.sampling import end_tokens
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.train.feedback.feedback import Preference, pair_ids
 from selfcorrect.train.ppo.prompts import policy_prompt_ids
@@ -125,3 +126,14 @@ def test_prompt_that_fits_only_without_its_beginning_token_is_left_out():
     assert (kept, left_out) == ([USER], {})
     with pytest.raises(InputError, match=f"the shortest has {length} tokens"):
         fitting_prompts([USER], [length], length + 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [("end of turn", "<end_of_turn>"), ("channel", "<|return|>"), ("none", "")]
+)
+def test_end_of_the_templates_turn_ends_a_sample(engine, template, end):
+    """Also if generation settings and tokenizer name another token."""
+    tokenizer = tokenizer_with("words", template)
+    named = {tokenizer.eos_token_id, engine.model.generation_config.eos_token_id}
+    added = {tokenizer.convert_tokens_to_ids(end)} if end else set()
+    assert end_tokens(engine.model, tokenizer) == named | added
