@@ -84,8 +84,8 @@ class RewardModelScorer:
         **unused: Any,
     ) -> list[float]:
         """Return the score of each row, in the given order."""
-        rows = self.token_ids(prompts, completion_ids)
-        rows = without_unread_end(self._classifier, self.tokenizer, rows)
+        read = self.token_ids(prompts, completion_ids)
+        rows = without_unread_end(self._classifier, self.tokenizer, read)
         self._check_lengths(rows)
         return score_rows(self.model, rows, self._rows_per_pass(rows), sparse=True)
 

@@ -117,7 +117,7 @@ def train_policy(
         score_scale=facts.get("score_standard_deviation", 1.0),
     )
     config = AutoConfig.from_pretrained(base, **trust).get_text_config()
-    prompts, left_out = feedback.prompts, {}
+    prompts, left_out = feedback.prompts, dict[str, int]()
     if not policy.is_offline:  # the others read no prompts
         prompts, left_out = fitting_prompts(
             feedback.prompts,
