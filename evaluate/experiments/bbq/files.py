@@ -6,6 +6,7 @@ Every row is checked; an error names file and line.
 import csv
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from selfcorrect.recipes.foundation.errors import InputError
 
 METADATA = "additional_metadata.csv"
 LONGEST_TABLE = 100_000_000  # bytes of the authors' table; the published one has 5,827,321
+_DECIMALS = re.compile(r"(?<=\d)\.0+$")  # of whole numbers, as pandas writes them beside gaps
 _COLUMNS = ("category", "example_id", "target_loc", "label_type")
 
 Key = tuple[str, int]
@@ -216,7 +218,8 @@ def read_metadata(folder: Path) -> dict[Key, Decision]:
 
 def _read_record(record: Sequence[str | None], where: str) -> tuple[Key, Decision]:
     category, example, target, kind = record
-    if target not in ("0", "1", "2", "NA", "") or kind not in ("name", "label"):
+    target, example = (_DECIMALS.sub("", text or "") for text in (target, example))
+    if target not in ("0", "1", "2", "NA", "nan", "") or kind not in ("name", "label"):
         raise InputError(
             f"{where}: target_loc must be 0, 1, 2 or NA, and label_type name or label, "
             f"not {target!r} and {kind!r}"

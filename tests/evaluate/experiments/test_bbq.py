@@ -178,6 +178,10 @@ def test_authors_table_takes_precedence_and_is_not_flipped(tmp_path):
     loaded_items = loaded(tmp_path)
     assert [item.facts["stereotyped"] for item in loaded_items.items] == [2, 2, 0, None]
     assert loaded_items.left_out == {bbq.UNDECIDED: 1}
+    # As pandas writes it, whose columns with a gap are floats.
+    text = table.replace(",2,label", ",2.0,label").replace(",0,label", ",0.0,label")
+    (tmp_path / "bbq" / "additional_metadata.csv").write_text(text.replace(",NA,", ",nan,"))
+    assert loaded(tmp_path).items == loaded_items.items
 
 
 def test_rows_missing_in_the_authors_table_are_decided_by_groups(tmp_path):
