@@ -10,7 +10,7 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class SelfCorrectionCallback(TrainerCallback):
         self.progress = progress
         self.seconds = 0.0
         self.started = 0.0
+        self._first: dict[str, float] = {}  # headlines of the first checkpoint measured here
         self._packings = PackingCache()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -113,7 +114,10 @@ class SelfCorrectionCallback(TrainerCallback):
                 ranks=ranks,
             )
         if ranks.rank == 0:
-            self._log(state, control, {f"eval_{k}": v for k, v in headlines(paths).items()})
+            values = headlines(paths)
+            self._log(state, control, {f"eval_{k}": v for k, v in values.items()})
+            logger.info("step %d: %s", step, headline_line(values, self._first))
+            self._first = self._first or values
         self.seconds += time.perf_counter() - started
 
     def _step(self, state: TrainerState) -> int | None:
@@ -149,6 +153,28 @@ def headlines(paths: Collection[Path]) -> dict[str, float]:
             if np.isfinite(value):
                 defined[f"{metadata['experiment']}.{metadata['condition']}.{metric}"] = value
     return defined
+
+
+def headline_line(values: Mapping[str, float], first: Mapping[str, float]) -> str:
+    """Return `headlines` on one line, each with its change since those of the first checkpoint.
+
+    "bbq Q .41 (−.05), Q+IF .12 (−.30); winogender Q .60". The option mass is left out.
+    """
+    from selfcorrect.evaluate.experiments import get_experiment
+    from selfcorrect.evaluate.statistics.formatting import compact
+
+    parts: dict[str, list[str]] = {}
+    for name, value in values.items():
+        experiment, _, rest = name.partition(".")
+        condition, _, metric = rest.rpartition(".")
+        if metric != get_experiment(experiment).headline:
+            continue
+        text = f"{condition} {compact(value)}"
+        if name in first:
+            change = value - first[name]
+            text += f" ({'+' if change > 0 else ''}{compact(change)})"
+        parts.setdefault(experiment, []).append(text)
+    return "; ".join(f"{experiment} {', '.join(texts)}" for experiment, texts in parts.items())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 # ruff: noqa: TID253  (this file configures torch)
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -13,13 +14,19 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from selfcorrect.evaluate.callback import gathered_weights, measure_during_training
+from selfcorrect.evaluate.callback import (
+    gathered_weights,
+    headline_line,
+    headlines,
+    measure_during_training,
+)
 from selfcorrect.evaluate.measuring.cell_files import Origin
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan
 from selfcorrect.evaluate.measuring.run import recipe_plan, run_style
 from selfcorrect.evaluate.prompts.dialogue import reads_clock
 from selfcorrect.evaluate.run_folder import (
     POLICY_METHODS,
+    Checkpoint,
     check_inside,
     job_folder,
     read_checkpoint,
@@ -43,6 +50,8 @@ from selfcorrect.train.stages.checkpoints import Measure
 from selfcorrect.train.stages.policy import train_policy
 from selfcorrect.train.stages.reward import train_reward
 from selfcorrect.train.trainers.state import stage_record
+
+logger = logging.getLogger(__name__)
 
 KILLED_PROCESS_SECONDS = 7.0  # a process that was just killed may still be ending
 
@@ -98,6 +107,20 @@ def run_job(
 def _measure_with(plan: EvaluationPlan) -> Measure:
     """Return a function that measures the live policy at a kept checkpoint."""
     packings = PackingCache()
+    first: dict[str, float] = {}  # headlines of the first checkpoint
+
+    def log_headlines(checkpoint: Checkpoint) -> None:
+        files = [checkpoint.evaluation / cell.file_name for cell in plan.cells]
+        if not all(file.is_file() for file in files):
+            return  # stopped by SIGTERM
+        values = headlines(files)
+        if not first and checkpoint.record.step:  # a resumed run
+            kept = checkpoint.folder.parent.glob("checkpoint-*/evaluation")
+            start = min(kept, key=lambda folder: int(folder.parent.name.rpartition("-")[2]))
+            first.update(headlines([f for f in (start / g.name for g in files) if f.is_file()]))
+        logger.info("%s: %s", checkpoint.key, headline_line(values, first))
+        if not first:
+            first.update(values)
 
     def stop_on_sigterm(*_: Any) -> None:
         if signals.is_requested():
@@ -118,6 +141,8 @@ def _measure_with(plan: EvaluationPlan) -> Measure:
                 plan, model, trainer.processing_class, checkpoint.evaluation, stop_on_sigterm,
                 packings, origin, ranks,
             )  # fmt: skip
+        if ranks.rank == 0:
+            log_headlines(checkpoint)
 
     return measure
 
@@ -137,7 +162,6 @@ def hold_job(folder: Path) -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Silence the libraries' own progress bars and warnings; the run shows its own progress."""
-    import logging
     import warnings
 
     from datasets.utils.logging import disable_progress_bar

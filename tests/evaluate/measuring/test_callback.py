@@ -18,6 +18,7 @@ from transformers import (
 
 from selfcorrect.evaluate.callback import (
     SelfCorrectionCallback,
+    headline_line,
     headlines,
     measure_during_training,
     temporary_eval_mode,
@@ -256,3 +257,15 @@ def test_cost_of_measuring_is_logged_at_the_end(tmp_path, cells, caplog):
         cost_message(53.4, 69.7, "PPO")
         == "Attached evaluation took 53.4 s, 77% of the 69.7 s of PPO"
     )
+
+
+def test_headlines_on_a_line_with_their_change():
+    first = {
+        "bbq.Q.bias_ambiguous": 0.46,
+        "bbq.Q+IF.bias_ambiguous": 0.42,
+        "bbq.Q.option_mass": 1.0,
+    }
+    later = {**first, "bbq.Q.bias_ambiguous": 0.51, "bbq.Q+IF.bias_ambiguous": 0.12}
+    assert headline_line(first, {}) == "bbq Q .46, Q+IF .42"
+    later["winogender.Q.correlation"] = 0.5  # was undefined at the first checkpoint
+    assert headline_line(later, first) == "bbq Q .51 (+.05), Q+IF .12 (−.30); winogender Q .50"
