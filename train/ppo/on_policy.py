@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,7 +31,7 @@ from selfcorrect.train.ppo.prompts import DialoguePrompts
 from selfcorrect.train.ppo.sparse_modules import UNSUPPORTED, rounding_error
 from selfcorrect.train.trainers.guarded import GuardedTrainer
 
-NUM_TRIED = 4  # rows of the first rollout batch on which the fast pass is tried
+NUM_TRIED = 3  # rows of the first rollout batch on which the fast pass is tried
 
 logger = logging.getLogger(__name__)
 
@@ -138,14 +139,19 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
     def _settle_passes(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> None:
         """Silence the policy, and choose the fastest pass that equals plain rows.
 
-        Both are tried on rows of the first rollout batch, the shortest and the longest among them:
-        plain rows are one at a time, without padding, by the model's own forward.
+        Both are tried on rows of the first rollout batch, the shortest and the longest among them,
+        and on its longest prompt with a completion of the greatest length. Plain rows are one at a
+        time, without padding, by the model's own forward.
         """
-        lengths = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        tried = torch.linspace(0, len(order) - 1, min(NUM_TRIED, len(order))).long().tolist()
-        prompts, prompt_mask = self._padded([prompt_ids[order[i]] for i in tried], "left")
-        completions, mask = self._padded([completion_ids[order[i]] for i in tried], "right")
+        sampled = sorted(
+            zip(prompt_ids, completion_ids, strict=True), key=lambda row: len(row[0]) + len(row[1])
+        )
+        tried = torch.linspace(0, len(sampled) - 1, min(NUM_TRIED, len(sampled))).long().tolist()
+        chosen = [sampled[i] for i in tried]
+        prompt, completion = max(sampled, key=lambda row: len(row[0]))
+        chosen.append((prompt, np.resize(completion, self.max_completion_length).tolist()))
+        prompts, prompt_mask = self._padded([prompt for prompt, _ in chosen], "left")
+        completions, mask = self._padded([completion for _, completion in chosen], "right")
         rows = (
             torch.cat([prompts, completions], dim=1),
             torch.cat([prompt_mask, mask], dim=1),
