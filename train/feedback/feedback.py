@@ -70,18 +70,21 @@ def load_feedback(data: Data, seed: int) -> Feedback:
     if data.society is not None:
         world = make_world(data.society)
         drawn = society_feedback.preferences(world, data.society.pairs)
+        pairs = [Preference(pair.messages, pair.chosen, pair.rejected) for pair in drawn]
+        num_equal = data.society.pairs - len(pairs)  # which the society does not yield
         return Feedback(
-            [Preference(pair.messages, pair.chosen, pair.rejected) for pair in drawn],
+            pairs,
             [p.messages for p in society_feedback.prompts(world, data.society.prompts)],
+            {EQUAL_SIDES: num_equal} if num_equal else {},
             world=world,
         )
     if data.preferences is None:
         raise InputError("data: give either society or preferences")
     rows = list(_rows(data.preferences, "preferences", seed))
     repeated = _prompts_are_repeated([row for _, row in rows])
-    pairs = [_preference(row, where, repeated) for where, row in rows]
+    found = [_preference(row, where, repeated) for where, row in rows]
     path = data.preferences.path
-    preferences, left_out = keep_rows(str(path), "pairs", pairs, _reason_against)
+    preferences, left_out = keep_rows(str(path), "pairs", found, _reason_against)
     if not preferences:
         raise InputError(f"data.preferences.path: {path}: {', '.join(left_out)} in every pair")
     if data.prompts is None:

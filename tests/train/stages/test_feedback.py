@@ -209,7 +209,7 @@ def test_pairs_with_equal_sides_are_left_out_and_counted(
         feedback = load_feedback(write_rows(tmp_path / "pairs.jsonl", rows), 0)
         assert len(feedback.preferences) == 1
         assert feedback.left_out == {"chosen and rejected are the same": 2}
-        assert "2 of 3 are left out: chosen and rejected are the same" in caplog.text
+        assert "2 of 3 pairs are left out: chosen and rejected are the same" in caplog.text
     with pytest.raises(InputError, match="chosen and rejected are the same in every pair"):
         load_feedback(write_rows(tmp_path / "pairs.jsonl", equal[:1]), 0)
 
@@ -297,7 +297,7 @@ def test_pairs_with_different_prompts_are_left_out_and_counted(
     feedback = load_feedback(write_rows(path, [parted, SHAPES["text"], parted]), 0)
     assert [pair.chosen for pair in feedback.preferences] == ["A lake."]
     assert feedback.left_out == {"chosen and rejected differ before the last turn": 2}
-    assert "2 of 3 are left out" in caplog.text
+    assert "2 of 3 pairs are left out" in caplog.text
     assert load_feedback(write_rows(path, [SHAPES["text"]]), 0).left_out == {}
     with pytest.raises(InputError, match="differ before the last turn in every pair"):
         load_feedback(write_rows(path, [parted, parted]), 0)
