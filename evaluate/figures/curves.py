@@ -97,11 +97,11 @@ def steps_by_size(frame: pd.DataFrame, experiment: str, in_column: bool = False)
     models = models_in(data)
     with style():
         figure, axes = panels(len(models), height=1.55 if in_column else 2.3, in_column=in_column)
-        for ax, model in zip(axes, models, strict=True):
+        for number, (ax, model) in enumerate(zip(axes, models, strict=True)):
             panel = data[data["model"] == model]
             condition_lines(ax, panel, condition_looks(data["condition"]))
             value_axis(ax, data, experiment, get_experiment(experiment).headline)
-            if not ax.get_subplotspec().is_first_col():  # the first of a row has the label for all
+            if number % (2 if in_column else 3):  # the first of a row has the label for all
                 ax.set_ylabel("")
             ax.set_title(model_title(panel))
             ax.set_xlabel("RLHF steps" if in_column else STEP_LABEL)
@@ -210,9 +210,11 @@ def _logged_lines(
     for ax, x, y in zip(axes, (log["step"], log["step"], root), ("reward", "kl", "reward"),
                         strict=True):  # fmt: skip
         ax.plot(x, log[y], label="_raw", **dots)
-    by_seed = log.sort_values("step").groupby("seed")[["reward", "kl"]]
-    smooth = by_seed.transform(smoothed).assign(step=log["step"])
-    mean = smooth.groupby("step").mean()
+    by_seed = [rows.sort_values("step") for _, rows in log.groupby("seed")]
+    smooth = [
+        rows.assign(reward=smoothed(rows["reward"]), kl=smoothed(rows["kl"])) for rows in by_seed
+    ]
+    mean = pd.concat(smooth).groupby("step")[["reward", "kl"]].mean()
     plain = {"color": look["color"], "linestyle": look["linestyle"]}
     for ax, column in zip(axes, ("reward", "kl"), strict=False):
         ax.plot(mean.index, mean[column], label=label, **plain)

@@ -8,7 +8,7 @@ import pandas as pd
 from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
 from selfcorrect.evaluate.experiments.base import condition_rank
 from selfcorrect.evaluate.experiments.tally import OVERALL
-from selfcorrect.evaluate.results import ALL_ORDERS
+from selfcorrect.evaluate.statistics.cells import ALL_ORDERS
 from selfcorrect.recipes.foundation.errors import InputError
 
 _KEYS = ["model", "seed", "step", "experiment", "condition", "category", "metric"]

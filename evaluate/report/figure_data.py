@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from selfcorrect.evaluate.experiments import get_experiment
@@ -12,7 +11,7 @@ from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.figures.select import conditions_in, experiments_in
 from selfcorrect.evaluate.figures.training_log import smoothed
 from selfcorrect.evaluate.report.verdict import MEANINGS
-from selfcorrect.evaluate.results import ALL_ORDERS
+from selfcorrect.evaluate.statistics.cells import ALL_ORDERS
 from selfcorrect.evaluate.statistics.formatting import size_name
 from selfcorrect.evaluate.statistics.series import EXPECTED
 from selfcorrect.recipes.foundation.printable import escape_controls
@@ -120,8 +119,9 @@ def _columns(
 ) -> dict[str, list[Any]]:
     """Return equally long lists: indices of the names, then numbers; null where undefined."""
     keys = table[["run", "model", "seed"]].astype(object).itertuples(index=False, name=None)
-    root = np.sqrt(table["kl"].astype(float).where(table["kl"].astype(float) >= 0))
-    root = root.where(table["step"].astype(float) != 0, 0.0)  # the policy is the initial one
+    kl = table["kl"].astype(float)
+    kl = kl.where(table["step"].astype(float) != 0, 0.0)  # the policy is the initial one
+    root = kl.where(kl >= 0) ** 0.5
     return {
         "job": [jobs[tuple(None if pd.isna(x) else x for x in key)] for key in keys],
         "step": _numbers(table["step"]),

@@ -129,7 +129,10 @@ def series_of(statistics: Row) -> list[Series]:
         steps.setdefault(cell["step"], []).append(cell)
     compared = _index(statistics)
     alone = len({model for _, model, *_ in groups}) == 1
-    series = [Series(compared, alone, *key, cells) for key, cells in groups.items()]
+    series = [
+        Series(compared, alone, run, model, parameters, experiment, cells)
+        for (run, model, parameters, experiment), cells in groups.items()
+    ]
     return sorted(series, key=lambda s: s.parameters or 0)
 
 
