@@ -60,7 +60,8 @@ class PPOConfig(GRPOConfig):
         num_iterations: PPO epochs over a rollout batch.
         beta: initial coefficient of the KL penalty in the reward. 0 loads no reference model, and
             no KL is measured either.
-        disable_dropout: turn dropout off, so that probability ratios start at exactly 1.
+        disable_dropout: turn off dropout and all other random numbers of training (layer drop,
+            router jitter), so that probability ratios start at exactly 1.
         gradient_checkpointing: save memory at about 30 % of the time.
         adam_epsilon: Adam's epsilon; 1e-5 as in Huang et al. 2022 (37 implementation details).
         bf16: bfloat16 autocast. None: on if a GPU supports it, off on a CPU.

@@ -2,7 +2,7 @@
 
 TRL samples, distributes, logs and saves. PPO's part is below, in the order of a step: sample a
 rollout batch, turn scores into advantages, minimise the clipped losses over minibatches.
-actor_critic.py holds the plumbing, losses.py the arithmetic.
+on_policy.py samples and scores, actor_critic.py holds the plumbing, losses.py the arithmetic.
 
 ```mermaid
 sequenceDiagram
