@@ -101,7 +101,7 @@ def pair_rows(
     rows = []
     for pair in preferences:
         turns = open_turns(pair.prompt)
-        row = {}
+        row: dict[str, list[int]] = {}
         for side in SIDES:
             prompt, answer = answer_ids(tokenizer, turns, getattr(pair, side), style, end)
             row |= {"prompt_ids": prompt, f"{side}_ids": answer + end.ids}
