@@ -1,8 +1,8 @@
 """Export results as lm-eval's files, or as metadata of a Hugging Face model card.
 
 lm-eval's files are `results_<date>.json` and `samples_<task>_<date>.jsonl`, with the names and keys
-of lm_eval/loggers/evaluation_tracker.py (0.4.13). Facts that an evaluation file lacks are null: the
-prompt's text and hash, and whether an option was the greedy choice.
+of lm_eval/loggers/evaluation_tracker.py (0.4.13). Facts that an evaluation file lacks are null:
+whether an option was the greedy choice, and the prompt's text and hash in files of older versions.
 """
 
 import hashlib
@@ -18,13 +18,14 @@ import pandas as pd
 from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.experiments.tally import OVERALL, option_order
 from selfcorrect.evaluate.measuring.cell_files import read_settings, read_table
+from selfcorrect.evaluate.measuring.prompt_files import read_prompts
 from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE
 from selfcorrect.evaluate.statistics.cells import ALL_ORDERS
 from selfcorrect.recipes.foundation.atomic_files import atomic_file, write_json, write_text
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
 
-_ANSWER = {"options", "logprobs", "probabilities", "mass", "samples", "truncated"}
+_ANSWER = {"options", "logprobs", "probabilities", "mass", "samples", "truncated", "prompt"}
 
 
 def write_lm_eval(folder: Path, frame: pd.DataFrame, name: str, out: Path) -> list[Path]:
@@ -100,10 +101,12 @@ def _samples(path: Path) -> Iterator[dict[str, Any]]:
 
     `target` is the position at which the row shows the right option, as `resps` are in that order.
     """
+    prompts = read_prompts(path)
     batches = read_table(path, None).to_batches(max_chunksize=1024)
     rows = (row for batch in batches for row in batch.to_pylist())
     doc_ids: dict[str, int] = {}
     for row in rows:
+        prompt = row.get("prompt") or prompts.get((row["item"], row["order"]))
         doc = {key: _number(value) for key, value in row.items() if key not in _ANSWER}
         target, logprobs = row.get("label"), row["logprobs"]
         scores = [[str(value), str(None)] for value in logprobs]
@@ -117,7 +120,7 @@ def _samples(path: Path) -> Iterator[dict[str, Any]]:
             "doc": doc,
             "target": str(target),
             "arguments": {
-                f"gen_args_{i}": {"arg_0": None, "arg_1": option}
+                f"gen_args_{i}": {"arg_0": prompt, "arg_1": option}
                 for i, option in enumerate(row.get("options") or [])
             },
             "resps": [[score] for score in scores],
@@ -125,7 +128,7 @@ def _samples(path: Path) -> Iterator[dict[str, Any]]:
             "filter": "none",
             "metrics": list(accuracy),
             "doc_hash": _hash(json.dumps(doc, indent=2, ensure_ascii=False)),
-            "prompt_hash": None,
+            "prompt_hash": None if prompt is None else _hash(prompt),
             "target_hash": _hash(str(target)),
             **accuracy,
         }

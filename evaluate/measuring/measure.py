@@ -23,7 +23,7 @@ from selfcorrect.evaluate.measuring.cell_files import (
     is_cell_measured,
 )
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan, PlannedCell, Question
-from selfcorrect.evaluate.measuring.prompt_files import write_prompts
+from selfcorrect.evaluate.measuring.prompt_files import prompts_file_name, write_prompts
 from selfcorrect.evaluate.prompts.dialogue import (
     before_sample,
     reads_clock,
@@ -103,7 +103,6 @@ def measure_with(
         }
     )
     missing = [cell for cell in cells if cell.name in missing_names]
-    work.prompts.update(ranks.from_rank0(lambda: _write_prompts(missing, work)))
     # The cells of an experiment share most of their prompts: those without samples go together.
     for experiment in dict.fromkeys(cell.experiment for cell in missing):
         cells = [cell for cell in missing if cell.experiment == experiment]
@@ -141,16 +140,6 @@ class _Work:
     origin: Origin
     progress: Progress
     ranks: Ranks
-    prompts: dict[str, str] = field(default_factory=dict)
-    """File names of the tables of prompts, by cell."""
-
-
-def _write_prompts(cells: Sequence[PlannedCell], work: _Work) -> dict[str, str]:
-    names = {}
-    for cell in cells:
-        with _error_context([(cell, item) for item in cell.items[:1]]):
-            names[cell.name] = write_prompts(work.folder, cell, work.engine.tokenizer)
-    return names
 
 
 RowsByCell = list[list[Row]]
@@ -169,8 +158,11 @@ def _measure_together(
     num_items = len(cells[0].items)
     paths = [work.folder / cell.file_name for cell in cells]
     writes = ranks.rank == 0
+    tokenizer = work.engine.tokenizer
+    with _error_context([(cell, item) for cell in cells for item in cell.items[:1]]):
+        prompts = {cell.name: prompts_file_name(cell, tokenizer) for cell in cells}
     files = (
-        cell_writers(paths, cells, work.origin, work.prompts)
+        cell_writers(paths, cells, work.origin, prompts)
         if writes
         else nullcontext(list[CellWriter]())
     )
@@ -196,6 +188,8 @@ def _measure_together(
                     writer.flush()
                 flushed, flushed_at = done, time.monotonic()
             ranks.from_rank0(partial(work.progress, name, done, num_items))
+        for cell in cells:  # before the cells that name them
+            ranks.from_rank0(partial(write_prompts, work.folder, cell, tokenizer))
 
 
 @dataclass

@@ -44,13 +44,21 @@ def prompts_folder(evaluation: Path) -> Path:
     return evaluation / FOLDER
 
 
-def write_prompts(evaluation: Path, cell: PlannedCell, tokenizer: Any) -> str:
-    """Write the table of a cell's prompts, unless it exists; return its file name.
+def prompts_file_name(cell: PlannedCell, tokenizer: Any) -> str:
+    """Return the name of a cell's table; it holds a digest of all that decides the texts."""
+    rendering = {
+        **_facts(cell, tokenizer),
+        "chat_template": getattr(tokenizer, "chat_template", None),
+        "special_tokens": getattr(tokenizer, "special_tokens_map", None),
+        "beginning": beginning_ids(tokenizer),
+    }
+    text = json.dumps(rendering, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{cell.file_name.removesuffix('.parquet')}.{digest[:16]}.parquet"
 
-    The name holds a digest of everything that decides the texts. Raises InputError if the chat
-    template refuses a dialogue.
-    """
-    facts = {
+
+def _facts(cell: PlannedCell, tokenizer: Any) -> dict[str, Any]:
+    return {
         "experiment": cell.experiment,
         "condition": cell.condition,
         "settings_digest": cell.settings_digest,
@@ -58,20 +66,15 @@ def write_prompts(evaluation: Path, cell: PlannedCell, tokenizer: Any) -> str:
         "arguments": dict(cell.style.arguments),
         "date": cell.style.date,
     }
-    rendering = {
-        **facts,
-        "chat_template": getattr(tokenizer, "chat_template", None),
-        "special_tokens": getattr(tokenizer, "special_tokens_map", None),
-        "beginning": beginning_ids(tokenizer),
-    }
-    text = json.dumps(rendering, sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    name = f"{cell.file_name.removesuffix('.parquet')}.{digest[:16]}.parquet"
-    path = prompts_folder(evaluation) / name
+
+
+def write_prompts(evaluation: Path, cell: PlannedCell, tokenizer: Any) -> None:
+    """Write the table of a cell's prompts, unless it exists."""
+    path = prompts_folder(evaluation) / prompts_file_name(cell, tokenizer)
     if path.is_file():
-        return name
-    metadata = json.dumps({"checksum": CHECKSUM_PLACEHOLDER, **facts}).encode()
-    schema = _SCHEMA.with_metadata({METADATA_KEY: metadata})
+        return
+    facts = {"checksum": CHECKSUM_PLACEHOLDER, **_facts(cell, tokenizer)}
+    schema = _SCHEMA.with_metadata({METADATA_KEY: json.dumps(facts).encode()})
     with atomic_file(path) as temporary:
         with table_writer(temporary, schema) as file:
             for first in range(0, len(cell.items), _SLICE_ITEMS):
@@ -85,7 +88,6 @@ def write_prompts(evaluation: Path, cell: PlannedCell, tokenizer: Any) -> str:
                 ]
                 file.write_table(pa.Table.from_pylist(rows, schema=schema))
         insert_file_checksum(temporary)
-    return name
 
 
 def read_prompts(cell_file: Path, item: str | None = None) -> dict[tuple[str, str], str]:

@@ -39,7 +39,7 @@ torch.set_num_threads(1)
 
 CONTRACT = [
     *("item cluster category weight order options".split()),
-    *("logprobs probabilities mass draw samples truncated".split()),
+    *("logprobs probabilities mass draw samples truncated prompt".split()),
 ]
 
 
@@ -56,6 +56,7 @@ def test_cell_files_hold_the_documented_columns_and_metadata(tmp_path, cells):
     assert written == {"prompts", *(path.name for path in paths)}
     for path, condition, cell in zip(paths, TINY_CONDITIONS, cells.cells, strict=True):
         frame, metadata = read_cell(path)
+        assert (tmp_path / "out" / "prompts" / metadata.pop("prompts")).is_file()
         assert metadata == {
             "experiment": "winogender",
             "condition": condition,

@@ -126,7 +126,7 @@ def test_damaged_or_missing_tables_are_named(run, tmp_path):
 
 
 def test_show_prints_prompt_tokens_options_and_all_checkpoints(run, capsys):
-    path = _cells(run)[0]
+    path = next(path for path in _cells(run) if path.name == "bbq.Q.parquet")
     frame = read_cell(path)[0]
     settings, item = read_settings(path), frame["item"][0]
     show(run, item, condition=settings["condition"])
