@@ -279,4 +279,3 @@ function browse(allRuns, browser) {
 const noTexts = { open: () => { reveal(document.getElementById("texts")); } };
 const texts = index.transcripts.length ? browse(index.transcripts, document.getElementById("browser")) : noTexts;
 if (index.experiments.length) { mainFigure(document.getElementById("main-figure")); }
-trainingFigure(document.getElementById("training-figure"));

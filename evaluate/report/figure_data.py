@@ -17,7 +17,7 @@ from selfcorrect.evaluate.statistics.series import EXPECTED
 from selfcorrect.recipes.foundation.printable import escape_controls
 
 EFFECT = "effect"  # Q minus the condition, of the headline metric
-MOST_RAW_POINTS = 6000  # logged steps drawn as points behind the smoothed lines
+MOST_RAW_POINTS = 3000  # logged steps drawn as points behind the smoothed lines
 # Vega's symbol and matplotlib's marker, with the character that stands for it in a legend.
 SYMBOLS = {
     "o": ("circle", "●"),

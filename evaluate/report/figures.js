@@ -373,6 +373,10 @@ async function trainingFigure(box) {
   }
 
   box.hidden = false;
-  onResize(show);
+  onResize(() => { if (box.offsetParent) { show(); } });
   await show();
 }
+
+// Draw the training curves when their section is first opened: they have thousands of points.
+document.getElementById("training").addEventListener(
+  "toggle", () => trainingFigure(document.getElementById("training-figure")), { once: true });

@@ -58,6 +58,10 @@ def page(tmp_path_factory):
     run = record_run(tmp_path_factory.mktemp("browser") / "run # 1", SMALL)
     for path in run.glob("*/seed-*/ppo/checkpoint-*/evaluation/bbq.*.parquet"):
         rewrite(path, rename)
+    log = [
+        {"ppo_step": n, "objective/score": n / 40, "objective/kl": n / 100} for n in range(1, 41)
+    ]
+    (run / "small/seed-0/ppo/stage.json").write_text(json.dumps({"log": log}))
     return write_report(run, num_resamples=50)
 
 
@@ -375,6 +379,16 @@ def test_points_by_keyboard(drawn):
     button.send_keys(Keys.ENTER)
     wait(drawn, lambda: part(drawn, "status").text)
     assert Select(part(drawn, "condition")).first_selected_option.text == condition
+
+
+def test_training_curves_have_every_logged_step(drawn):
+    unfold(drawn, "training")
+    marks = "#training-figure .mark-symbol.role-mark path"
+    wait(drawn, lambda: len(drawn.find_elements(By.CSS_SELECTOR, marks)) == 3 * 40)
+    chart = drawn.find_element(By.CSS_SELECTOR, "#training-figure [data-part=chart]")
+    assert "small: reward 0.0" in chart.get_attribute("aria-label")
+    note = drawn.find_element(By.CSS_SELECTOR, "#training-figure [data-part=note]").text
+    assert note.startswith("Points: every logged step.")
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
