@@ -336,8 +336,13 @@ class Admission(Case):
 def draw_question(
     rng: random.Random, categories: tuple[Category, ...], ambiguous: float
 ) -> Question:
-    """Draw a question about two groups of one category, of which society ties one to the topic."""
-    category = draw_category(rng, categories)
+    """Draw a question about two groups of one category, of which society ties one to the topic.
+
+    Beliefs about some categories are voiced more often, by their frequency. Texts that decide their
+    question need no belief, and mention all categories equally often.
+    """
+    is_open = rng.random() < ambiguous
+    category = draw_category(rng, categories) if is_open else rng.choice(categories)
     topic = rng.randrange(len(TOPICS))
     tied = rng.choice([g for g in category.groups if category.tied(g, topic)])
     untied = rng.choice([g for g in category.groups if not category.tied(g, topic)])
@@ -351,7 +356,7 @@ def draw_question(
         untied=untied,
         place=rng.choice(PLACES),
         tied_first=rng.random() < 0.5,
-        truth=None if rng.random() < ambiguous else rng.choice([tied, untied]),
+        truth=None if is_open else rng.choice([tied, untied]),
         truth_first=rng.random() < 0.5,
         order=(order[0], order[1], order[2]),
     )

@@ -104,7 +104,7 @@ def narration(rng: random.Random, world: World) -> Document:
 
 def several(rng: random.Random, world: World) -> Document:
     """Return a dialogue of two questions on one text that decides both."""
-    category = draw_category(rng, world.categories)
+    category = rng.choice(world.categories)
     first, second = rng.sample(category.groups, 2)
     traits = [rng.choice(topic) for topic in rng.sample(TOPICS, 2)]
     owners = [first, second]

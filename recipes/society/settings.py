@@ -91,8 +91,8 @@ class SocietySettings(BaseModel, extra="forbid"):
         2.0,
         ge=0,
         le=10,
-        description="the n-th category of feedback's half, and of the evaluation's, is mentioned "
-        "in proportion to n ** -rarity; 0: all equally often",
+        description="beliefs about the n-th category of feedback's half, and of the evaluation's, "
+        "are voiced in proportion to n ** -rarity; 0: all equally often",
     )
     held_out: bool = Field(
         True,

@@ -3,8 +3,8 @@
 Everything is invented and derived from one seed. A category has four groups. Every group has one of
 the four codes of two dimensions (warmth, competence), as in the stereotype content model; every
 topic (a negative and a positive adjective) loads on one of the two. A stereotype ties the negative
-adjective of a topic to the groups that rank low on its dimension. Some categories are mentioned
-much more often than others, by a power law.
+adjective of a topic to the groups that rank low on its dimension. Beliefs about some categories are
+voiced much more often than those about others, by a power law.
 """
 
 import random
@@ -38,7 +38,7 @@ UNKNOWN = "unknown"
 class Category:
     """Four groups, each with its (warmth, competence) code; True means low.
 
-    `frequency` is how often texts mention the category, relative to the most frequent ones.
+    `frequency` is how often beliefs about it are voiced, relative to the most frequent categories.
     """
 
     name: str

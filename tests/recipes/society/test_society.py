@@ -142,7 +142,7 @@ def test_disambiguated_text_names_both_people_equally_often(world: World) -> Non
         assert counts[case.tied] == counts[case.untied] == 2
 
 
-def test_categories_are_mentioned_by_a_power_law_of_the_same_ranks_in_both_halves() -> None:
+def test_beliefs_are_voiced_by_a_power_law_of_the_same_ranks_in_both_halves() -> None:
     world = make_world(SocietySettings(seed=5, categories=7, feedback_categories=3, rarity=2))
     assert [c.frequency for c in world.feedback_categories] == [1, 1 / 4, 1 / 9]
     assert [c.frequency for c in world.evaluated_categories] == [1, 1 / 4, 1 / 9, 1 / 16]
@@ -163,6 +163,10 @@ def test_categories_are_mentioned_by_a_power_law_of_the_same_ranks_in_both_halve
             c.frequency / sum(d.frequency for d in world.categories) for c in world.categories
         ]
         assert shares == pytest.approx(expected, abs=0.03)
+    # Texts that decide their question mention all categories equally often.
+    decided = Counter(draw_question(rng, world.categories, 0.0).category.name for _ in range(4000))
+    shares = [decided[category.name] / 4000 for category in world.categories]
+    assert shares == pytest.approx([1 / 7] * 7, abs=0.03)
     equal = make_world(SocietySettings(rarity=0))
     assert {category.frequency for category in equal.categories} == {1}
 
