@@ -15,7 +15,7 @@ from selfcorrect.train.ppo.rewards import RewardModelScorer
 from selfcorrect.train.stages.base import preferred_rows
 from selfcorrect.train.stages.policy import fitting_prompts
 from tests.support.tiny_models import tiny_model
-from tests.support.tokenizers import ANSWER, QUESTION, TEMPLATES, TOKENIZERS, tokenizer_with
+from tests.support.tokenizer_forms import ANSWER, QUESTION, TEMPLATES, TOKENIZERS, tokenizer_with
 
 STYLE = Style("auto", {"enable_thinking": True}, "2024-07-26")
 USER = [{"role": "user", "content": QUESTION}]

@@ -61,8 +61,8 @@ PRIVATE = {
     "_last_world_entropy", "_entropy_window_stats",
 }  # fmt: skip
 PUBLIC = {
-    "tools", "beta", "ref_model", "eos_token_ids", "reward_weights", "max_completion_length", "use_vllm",
-    "environment_factories", "epsilon_low", "epsilon_high", "top_entropy_quantile",
+    "tools", "beta", "ref_model", "eos_token_ids", "reward_weights", "max_completion_length",
+    "use_vllm", "environment_factories", "epsilon_low", "epsilon_high", "top_entropy_quantile",
     "off_policy_mask_threshold", "vllm_importance_sampling_correction", "entropy_coef",
     "use_adaptive_entropy", "aux_loss_enabled", "router_aux_loss_coef", "temperature",
     "generation_config",

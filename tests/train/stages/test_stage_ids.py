@@ -20,7 +20,7 @@ from selfcorrect.train.stages import JobFacts
 from selfcorrect.train.stages.base import preferred_rows, train_base
 from selfcorrect.train.stages.policy import train_policy
 from selfcorrect.train.stages.reward import train_reward
-from tests.support.tokenizers import WORDS, tokenizer_with
+from tests.support.tokenizer_forms import WORDS, tokenizer_with
 
 STYLE = Style("auto", {"enable_thinking": False}, "2024-07-26")
 KINDS = [
