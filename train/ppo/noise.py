@@ -20,8 +20,8 @@ def random_states(device: torch.device) -> RandomStates:
 
     Two lists are equal if nothing was drawn between them.
     """
-    _, keys, position, *_ = np.random.get_state()
-    states = [random.getstate(), keys.tolist(), position, torch.get_rng_state().tolist()]
+    numpy: Any = np.random.get_state()
+    states = [random.getstate(), numpy[1].tolist(), numpy[2], torch.get_rng_state().tolist()]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state().tolist())
     return states

@@ -44,6 +44,7 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
     """
 
     args: PPOConfig
+    aux_loss_enabled: bool
 
     def __init__(self, model: Any, reward_funcs: Any, args: PPOConfig, **kwargs: Any) -> None:
         self._given_settings = _generation_settings(model)
