@@ -168,7 +168,7 @@ def test_new_experiment_is_measured_reported_and_planned(run, toy, tmp_path):
              "beside-toy", "categories-toy", "errands")  # fmt: skip
     assert {f"{name}.svg" for name in names} <= figures
     assert "Gap of p(yes)" in page
-    assert "Going home" in page and "Right (chance 50%) at step 10" in page
+    assert "Going home: all numbers" in page and "Q, accuracy" in page
     assert "Q minus half and half" not in page  # not judged against a bias
 
     shown = terminal_text(table)
