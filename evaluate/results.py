@@ -258,7 +258,12 @@ def tidy(cells: Sequence[MeasuredCell]) -> pd.DataFrame:
                 metrics += of_category
                 estimates += of_category.values()
     numbers = np.array(estimates, dtype=float).reshape(-1, 3)
-    own = {"metric": metrics, "value": numbers[:, 0], "low": numbers[:, 1], "high": numbers[:, 2]}
+    own: dict[str, Any] = {
+        "metric": metrics,
+        "value": numbers[:, 0],
+        "low": numbers[:, 1],
+        "high": numbers[:, 2],
+    }
     types = {name: kind for name, (kind, _) in COLUMNS.items()}
     shared = [name for name in COLUMNS if name not in own]
     frame = pd.DataFrame(blocks, columns=shared).astype({name: types[name] for name in shared})

@@ -10,7 +10,7 @@ from rich.table import Table
 from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.experiments.base import condition_rank
 from selfcorrect.evaluate.experiments.tally import OVERALL
-from selfcorrect.evaluate.results import ALL_ORDERS
+from selfcorrect.evaluate.statistics.cells import ALL_ORDERS
 from selfcorrect.evaluate.statistics.formatting import compact, compact_with_interval
 from selfcorrect.recipes.foundation.printable import escape_controls
 

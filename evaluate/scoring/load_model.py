@@ -47,7 +47,8 @@ def load_model(
         options["revision"] = revision
     adapter = Path(source) / ADAPTER
     if adapter.is_file():
-        base, of_base = base_of(adapter), {"trust_remote_code": trust_remote_code}
+        base = base_of(adapter)
+        of_base: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if Path(base).is_file():
             base, of_base["gguf_file"] = str(Path(base).parent), Path(base).name
         elif Path(base).is_dir():

@@ -138,7 +138,9 @@ def write_record(run: Path, parameters: int, seed: int, step: int) -> Path:
 def write_society_run(run: Path, sizes: int, seeds: int, steps: int, conditions: int) -> int:
     """Write a run over the study's society with random answers; return its number of cells."""
     benchmarks = run / "benchmarks"
-    ensure_benchmarks(load_recipe("study/society-ladder").data.society, benchmarks)
+    society = load_recipe("study/society-ladder").data.society
+    assert society is not None
+    ensure_benchmarks(society, benchmarks)
     stimuli = load_stimuli(base=benchmarks / "stimuli.yaml")
     names = SOCIETY_CONDITIONS[:conditions]
     plan = plan_evaluation(benchmarks, stimuli, EXPERIMENTS, names)

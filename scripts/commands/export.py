@@ -57,7 +57,7 @@ def _models(source: Path) -> "list[tuple[Path, str, CheckpointRecord | None]]":
             )
         # evaluations/<model>/<digest>: the parent folder has the model's name.
         return [(source, source.resolve().parent.name, None)]
-    models = []
+    models: list[tuple[Path, str, CheckpointRecord | None]] = []
     for checkpoint in find_checkpoints(source):
         if any(checkpoint.evaluation.glob("*.parquet")):
             # The folders' names, unlike the record's, are valid file names already.

@@ -80,12 +80,12 @@ def reasoning_beyond_instruction(results: Results) -> list[float]:
     cells = []
     for model in results.models:
         for step in results.steps:
-            biases = [
+            instructed, reasoned = (
                 results.at(model, step, "bbq", condition, BY_PROBABILITY)
                 for condition in ("Q+IF", "Q+IF+CoT")
-            ]
-            if all(bias and fmean(bias) > NOT_ZERO for bias in biases):
-                cells.append(np.subtract(*biases))
+            )
+            if all(bias and fmean(bias) > NOT_ZERO for bias in (instructed, reasoned)):
+                cells.append(np.array(instructed) - np.array(reasoned))
     return [float(value) for value in np.mean(cells, axis=0)] if cells else []
 
 

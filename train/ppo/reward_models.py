@@ -112,7 +112,8 @@ def _scored_class(config: Any, trust_remote_code: bool) -> tuple[type[PreTrained
     for ending in ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"):
         name = name.removesuffix(ending)
     known = CLASSIFIER_NAMES.get(causal.config.model_type)
-    return _scored(type(causal), known or f"{name}ForSequenceClassification"), causal.config
+    name = known or f"{name}ForSequenceClassification"
+    return _scored(type(causal), name), causal.config  # type: ignore[arg-type]  # of the cache
 
 
 def check_family(config: Any) -> None:
