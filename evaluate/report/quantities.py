@@ -97,7 +97,7 @@ def _quantities(series: Series, seed: int | str | None) -> Iterator[_Quantity]:
     for metric, source in ((headline, ""), (EXPECTED + headline, ", from probabilities")):
         for condition in series.conditions:
             effects = series.comparisons("effect", condition, seed, metric)
-            if effects:
+            if effects and effects[0].get("judged", True):  # against a bias
                 effects = sorted(effects, key=lambda row: row["step"])
                 growth = series.comparisons("growth", condition, seed, metric)
                 steps = [row["step"] for row in effects]
