@@ -133,18 +133,21 @@ class Ways:
             self._is_right(way, row[:right], max(shorter, key=lambda pack: size_of(pack)[1:]))
 
     def _is_right(self, way: Way, row: np.ndarray, pack: Pack | None = None) -> bool:
-        """Compare a forward with rows alone, on branches of `row` and, if packed, on `pack`."""
+        """Compare a forward with rows alone, on branches of `row` and on rows of `pack`."""
         if way is self.packed and "position_ids" not in self.forwards.accepts:
             way.reason = "its forward takes no position_ids"
             return False
-        tries = [trie([_scored(tokens) for tokens in _branches(row)])]
-        if pack is not None and way is self.packed:
-            # All rows of the pack, of which some are compared, in the same batch.
-            rows = [pack.tokens[path] for path in paths(pack)]
-            compared = set(np.linspace(0, len(rows) - 1, 3, dtype=int))
-            tries.append(
-                trie([_scored(r) if i in compared else _unscored(r) for i, r in enumerate(rows)])
-            )
+        rows = [] if pack is None else [pack.tokens[path] for path in paths(pack)]
+        count = 3 if way is self.packed else 12  # slower forwards are rare and may well be wrong
+        some = set(np.linspace(0, len(rows) - 1, count, dtype=int))
+        if way is self.packed:
+            tries = [trie([_scored(tokens) for tokens in _branches(row)])]
+            if rows:  # all of the pack, of which some rows are compared, in the same batch
+                options = [_scored(r) if i in some else _unscored(r) for i, r in enumerate(rows)]
+                tries.append(trie(options))
+        else:
+            compared = [*_branches(row), *(rows[i] for i in sorted(some) if rows)]
+            tries = [trie([_scored(tokens) for tokens in compared])]
         expected = dict(self.forwards.alone(tries))
         try:
             if way is self.packed:
