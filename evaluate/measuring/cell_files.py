@@ -53,10 +53,26 @@ _verified: set[tuple[str, int, int, int]] = set()
 
 @dataclass(frozen=True)
 class Origin:
-    """The source of a cell's scores: a digest of the weights, and the engine (roundings differ)."""
+    """The source of a cell's scores: a digest of the weights, and the engine (roundings differ).
+
+    `tokenizer` is its `tokenizer_digest`; None where it is not known yet.
+    """
 
     weights: str
     engine: str = "packed"
+    tokenizer: str | None = None
+
+    def made(self, recorded: Any) -> bool:
+        """Return whether a file with this origin in its settings is of this origin.
+
+        Files of older versions do not say by which tokenizer they were made.
+        """
+        if not isinstance(recorded, dict):
+            return False
+        known = {**asdict(self), **recorded}
+        if None in (self.tokenizer, known["tokenizer"]):
+            known["tokenizer"] = self.tokenizer
+        return known == asdict(self)
 
 
 class CellWriter:
@@ -233,7 +249,7 @@ def is_cell_measured(path: Path, cell: PlannedCell, origin: Origin | None = None
         metadata.get("settings_digest") == cell.settings_digest
         and metadata.get(DATE) in (None, cell.style.date)
         and metadata["judged"] == cell.section.condition(cell.condition).judged
-        and (origin is None or metadata.get("origin") == asdict(origin))
+        and (origin is None or origin.made(metadata.get("origin")))
     )
 
 

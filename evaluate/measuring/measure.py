@@ -33,7 +33,7 @@ from selfcorrect.evaluate.prompts.dialogue import (
 )
 from selfcorrect.evaluate.prompts.items import Item
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn
-from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, Request
+from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, Request, tokenizer_digest
 from selfcorrect.evaluate.scoring.engine import Engine, Sample
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.progress import Progress, no_progress
@@ -94,6 +94,7 @@ def measure_with(
     """
     progress = (progress if ranks.rank == 0 else None) or no_progress
     cells = [_dated(cell, engine.tokenizer) for cell in plan.cells]
+    origin = replace(origin, tokenizer=tokenizer_digest(engine.tokenizer))
     work = _Work(engine, folder, origin, progress, ranks)
     missing_names = ranks.from_rank0(
         lambda: {

@@ -4,6 +4,8 @@ Text is tokenised here alone, in evaluation and in every stage of training, and 
 it: `dialogue.render` has written the special tokens.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -75,14 +77,39 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     ]
 
 
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return the SHA-256 of all that turns a dialogue into ids: template, special tokens, tokens.
+
+    A tokenizer that is not of the tokenizers library is known by its vocabulary alone.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is not None:
+        # What precedes are truncation and padding, which change with every call.
+        contents = core.to_str().partition('"added_tokens"')[2]
+    else:
+        contents = json.dumps(getattr(tokenizer, "get_vocab", dict)(), sort_keys=True)
+    facts = [getattr(tokenizer, name, None) for name in ("chat_template", "special_tokens_map")]
+    text = json.dumps([*facts, beginning_ids(tokenizer)], sort_keys=True, default=str)
+    return hashlib.sha256(f"{text}\0{contents}".encode(errors="surrogatepass")).hexdigest()
+
+
 def prompt_ids(tokenizer: Any, turns: Sequence[Turn], style: Style = AUTO) -> list[int]:
     """Return the ids of a dialogue up to where its last, open turn goes on."""
     return token_ids(tokenizer, [render(tokenizer, turns, style)])[0]
 
 
+def end_of_text_id(tokenizer: Any) -> int | None:
+    """Return the token that ends a text: the separator of an encoder that names no other."""
+    end: int | None = tokenizer.eos_token_id
+    return end if end is not None else getattr(tokenizer, "sep_token_id", None)
+
+
 def turn_end(tokenizer: Any, style: Style = AUTO) -> TurnEnd:
-    """Return the template's end of an assistant turn, with the end-of-text token if it has none."""
-    end_of_text = tokenizer.eos_token_id
+    """Return the template's end of an assistant turn, with the end-of-text token if it has none.
+
+    Without an end-of-text token, an encoder's separator ends a text; without both, nothing does.
+    """
+    end_of_text = end_of_text_id(tokenizer)
     text = text_after_answer(tokenizer, style)
     ids = continued_ids(tokenizer, "a", text)
     special = {tokenizer.convert_tokens_to_ids(token) for token in special_tokens(tokenizer)}
@@ -91,7 +118,7 @@ def turn_end(tokenizer: Any, style: Style = AUTO) -> TurnEnd:
     ends = [i for i, token in enumerate(ids) if token == end_of_text]
     ends = ends or [i for i, token in enumerate(ids) if token in special]
     if not ends:
-        return TurnEnd(text, [end_of_text], [])
+        return TurnEnd(text, [] if end_of_text is None else [end_of_text], [])
     return TurnEnd(text, ids[: ends[0] + 1], ids[ends[0] + 1 :])
 
 

@@ -1,7 +1,6 @@
 """Exact log-probabilities of given continuations, and samples, from a causal LM in memory."""
 # ruff: noqa: TID253  -- all torch; imported only where a model is at hand
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -10,7 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from selfcorrect.evaluate.prompts.tokenized import Continuation, Request, continuations, opening
+from selfcorrect.evaluate.prompts.tokenized import (
+    Continuation,
+    Request,
+    continuations,
+    opening,
+    tokenizer_digest,
+)
 from selfcorrect.evaluate.scoring.cached import score_after, sizes_after
 from selfcorrect.evaluate.scoring.engine import Engine, Sample, Sampling
 from selfcorrect.evaluate.scoring.forwards import Forwards, log_probabilities
@@ -55,12 +60,11 @@ class PackedEngine(Engine):
 
     @cached_property
     def tokenizer_digest(self) -> str:
-        """SHA-256 over everything that turns a dialogue into tokens."""
-        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        """A key for the packings of tokenizers that make the same tokens of a dialogue."""
+        digest = tokenizer_digest(self.tokenizer)
         # A slow tokenizer's contents cannot be compared: it equals no other tokenizer.
-        contents = str(id(self.tokenizer)) if core is None else core.to_str()
-        text = f"{self.tokenizer.chat_template}\0{self.tokenizer.bos_token}\0{contents}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        is_slow = getattr(self.tokenizer, "backend_tokenizer", None) is None
+        return f"{digest}{id(self.tokenizer)}" if is_slow else digest
 
     def prepare(self, requests: Sequence[Request]) -> Packing:
         """Tokenise and pack requests, which depends on the tokenizer but not on the weights."""

@@ -121,7 +121,7 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     declared = getattr(model.generation_config, "eos_token_id", None)
     ends = set(declared if isinstance(declared, list) else [declared])
     with suppress(InputError):  # a template that refuses the shortest dialogue
-        ends.add(turn_end(tokenizer).ids[-1])
+        ends.update(turn_end(tokenizer).ids[-1:])
     return {int(end) for end in ends | {tokenizer.eos_token_id} if end is not None}
 
 

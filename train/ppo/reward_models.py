@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_utils import set_zero3_state
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIER_NAMES,
 )
@@ -106,7 +107,7 @@ def _scored_class(config: Any, trust_remote_code: bool) -> tuple[type[PreTrained
     comes_with_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in AutoModelForCausalLM._model_mapping and not comes_with_code:
         return None
-    with torch.device("meta"):
+    with torch.device("meta"), set_zero3_state():  # ZeRO-3 would split it as it is made
         causal = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     name = type(causal).__name__
     for ending in ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"):
@@ -265,7 +266,7 @@ def score_rows(
 
 def _score(model: Any, inner: Any, rows: list[Sequence[int]], sparse: bool) -> list[float]:
     longest, device = max(map(len, rows)), inner.device
-    padding = inner.config.get_text_config().pad_token_id or 0  # attended by no token
+    padding = max(inner.config.get_text_config().pad_token_id or 0, 0)  # attended by no token
     padded = [[*row, *[padding] * (longest - len(row))] for row in rows]
     ids = torch.tensor(padded, device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)

@@ -13,6 +13,7 @@ from selfcorrect.evaluate.prompts.tokenized import (
     TurnEnd,
     answer_ids,
     continued_ids,
+    end_of_text_id,
     turn_end,
 )
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
@@ -66,14 +67,14 @@ class RewardModelScorer:
         self.policy_tokenizer = policy_tokenizer or tokenizer
         self.style = style
         # The trainer adds the end tokens of the policy's generation settings.
-        end = turn_end(self.policy_tokenizer, style).ids[-1]
-        self.end_ids = {self.policy_tokenizer.eos_token_id, end}
+        ends = turn_end(self.policy_tokenizer, style).ids[-1:]
+        self.end_ids = {self.policy_tokenizer.eos_token_id, *ends}
         self.batch_size = batch_size
         self.__name__ = name
         self._num_weights = model.num_parameters(exclude_embeddings=True)
-        self.shares_tokenizer = (
-            self.policy_tokenizer is tokenizer
-            or self.policy_tokenizer.get_vocab() == tokenizer.get_vocab()
+        self.shares_tokenizer = self.policy_tokenizer is tokenizer or (
+            self.policy_tokenizer.get_vocab() == tokenizer.get_vocab()
+            and self.policy_tokenizer.chat_template == tokenizer.chat_template
         )
 
     def __call__(
@@ -101,8 +102,9 @@ class RewardModelScorer:
             ended = bool(ids) and ids[-1] in self.end_ids
             row = self._read(prompt, _without_end(ids, policy_end) if ended else ids, end)
             if ended:  # a text has no turns, which a template could end
-                closing = [self.tokenizer.eos_token_id]
-                row += closing if isinstance(prompt, str) else [*end.ids, *end.rest]
+                closing = end_of_text_id(self.tokenizer)
+                text_end = [] if closing is None else [closing]
+                row += text_end if isinstance(prompt, str) else [*end.ids, *end.rest]
             rows.append(row)
         return rows
 
@@ -126,9 +128,13 @@ class RewardModelScorer:
         prompt_ids, ids = answer_ids(self.tokenizer, turns, answer, self.style, end)
         return [*prompt_ids, *ids]
 
+    def longest_row(self) -> int | None:
+        """Return the number of tokens that the reward model can read, None if unbounded."""
+        return longest_row(self._classifier, self.tokenizer)
+
     def _check_lengths(self, rows: Sequence[Sequence[int]]) -> None:
         longest = max(map(len, rows))
-        context = longest_row(self._classifier, self.tokenizer)
+        context = self.longest_row()
         if context is not None and longest > context:
             raise InputError(
                 f"{self.__name__}: a prompt with its completion has {longest} tokens, but the "
@@ -144,14 +150,15 @@ class RewardModelScorer:
 
 def _without_end(ids: list[int], end: TurnEnd) -> list[int]:
     """Return a completion without its end: all that the template writes, or the end token alone."""
-    has_all = ids[-len(end.ids) :] == end.ids
+    has_all = bool(end.ids) and ids[-len(end.ids) :] == end.ids
     return ids[: -len(end.ids) if has_all else -1]
 
 
 def _written_text(tokenizer: PreTrainedTokenizerBase, given: list[int], ids: list[int]) -> str:
     """Return the text of `ids` after those given: a decoder drops the space of a first word."""
-    before = tokenizer.decode(given, skip_special_tokens=True)
-    return tokenizer.decode(given + ids, skip_special_tokens=True).removeprefix(before)
+    keep = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before = tokenizer.decode(given, **keep)
+    return tokenizer.decode(given + ids, **keep).removeprefix(before)
 
 
 def guarded(reward: Reward) -> Reward:

@@ -17,6 +17,7 @@ from transformers import (
     set_seed,
 )
 
+from selfcorrect.evaluate.prompts.tokenized import turn_end
 from selfcorrect.evaluate.scoring.load_model import refuse_pickles
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.ranks import current_ranks
@@ -47,6 +48,7 @@ DEFAULTS = {**QUIET, "lr_scheduler_type": "constant", "save_only_model": False}
 GRPO_DEFAULTS = {"num_generations": 8, "scale_rewards": "group"}
 
 DOES_NOT_FIT = "prompt and completion would exceed the context"
+NOT_READ = "prompt and completion would exceed the reward model's context"
 
 
 def policy_arguments(
@@ -116,15 +118,6 @@ def train_policy(
         score_shift=facts.get("score_mean", 0.0),
         score_scale=facts.get("score_standard_deviation", 1.0),
     )
-    config = AutoConfig.from_pretrained(base, **trust).get_text_config()
-    prompts, left_out = feedback.prompts, dict[str, int]()
-    if not policy.is_offline:  # the others read no prompts
-        prompts, left_out = fitting_prompts(
-            feedback.prompts,
-            [len(policy_prompt_ids(tokenizer, prompt, job.style)) for prompt in feedback.prompts],
-            getattr(config, "max_position_embeddings", None),
-            arguments.max_completion_length,
-        )
     set_seed(job.seed)
     scorer = RewardModelScorer(
         load_reward_model(reward, **trust),
@@ -133,6 +126,17 @@ def train_policy(
         style=job.style,
         batch_size=arguments.per_device_train_batch_size * 2,
     )
+    prompts, left_out = feedback.prompts, dict[str, int]()
+    if not policy.is_offline:  # the others read no prompts
+        config = AutoConfig.from_pretrained(base, **trust).get_text_config()
+        prompts, left_out = fitting_prompts(
+            feedback.prompts,
+            [len(policy_prompt_ids(tokenizer, prompt, job.style)) for prompt in feedback.prompts],
+            getattr(config, "max_position_embeddings", None),
+            arguments.max_completion_length,
+        )
+        prompts, unreadable = scorable_prompts(prompts, scorer, arguments.max_completion_length)
+        left_out |= unreadable
     updates = arguments.updates_per_rollout
     model = load_policy(base, **trust)
     judge_answers = None
@@ -206,6 +210,34 @@ def fitting_prompts(
             f"context of {context}: the shortest has {min(lengths)} tokens"
         )
     return [prompt for prompt, _ in kept], left_out
+
+
+def scorable_prompts(
+    prompts: list[Messages], scorer: RewardModelScorer, completion: int
+) -> tuple[list[Messages], dict[str, int]]:
+    """Return the prompts that the reward model can read with a completion, and a count of others.
+
+    It reads the whole end of a turn where the policy writes one token. `completion` is in the
+    policy's tokens, and taken for as many of the reward model's. Raises InputError if no prompt is
+    left.
+    """
+    tokenizer, context = scorer.tokenizer, scorer.longest_row()
+    end = turn_end(tokenizer, scorer.style)
+    room = None if context is None else context - completion - len([*end.ids, *end.rest][1:])
+
+    def reason_against(prompt: Messages) -> str | None:
+        if room is None:
+            return None
+        length = len(policy_prompt_ids(tokenizer, prompt, scorer.style))
+        return NOT_READ if length > room else None
+
+    kept, left_out = keep_rows("policy", "prompts", prompts, reason_against)
+    if not kept:
+        raise InputError(
+            f"policy: no prompt leaves room for max_completion_length {completion} in the reward "
+            f"model's context of {context}; shorten max_completion_length"
+        )
+    return kept, left_out
 
 
 def rollout_log(history: list[dict[str, Any]]) -> list[dict[str, float]]:

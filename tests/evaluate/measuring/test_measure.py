@@ -20,6 +20,7 @@ from selfcorrect.evaluate.measuring.plan import EvaluationPlan, Question, plan_e
 from selfcorrect.evaluate.prompts.dialogue import Style
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems
 from selfcorrect.evaluate.prompts.stimuli import Condition, Turn
+from selfcorrect.evaluate.prompts.tokenized import tokenizer_digest
 from selfcorrect.evaluate.scoring.engine import Sampling
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.evaluate.scoring.weights import weights_digest
@@ -61,7 +62,11 @@ def test_cell_files_hold_the_documented_columns_and_metadata(tmp_path, cells):
             "experiment": "winogender",
             "condition": condition,
             "settings_digest": cell.settings_digest,
-            "origin": {"weights": weights_digest(tiny_model()), "engine": "packed"},
+            "origin": {
+                "weights": weights_digest(tiny_model()),
+                "engine": "packed",
+                "tokenizer": tokenizer_digest(tiny_tokenizer()),
+            },
             "num_items": 6,
             "left_out": cell.loaded.left_out,
             "judged": True,

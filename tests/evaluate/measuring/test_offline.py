@@ -112,7 +112,8 @@ def test_changed_weights_are_never_scored(run: Path) -> None:
     assert evaluate_run(recipe, run, lambda *call: calls.append(call)) == 1
     assert calls == [("evaluate", 0, 1), ("evaluate", 1, 1)]
     metadata = read_cell(folder / "evaluation" / "winogender.Q.parquet")[1]
-    assert metadata["origin"] == {"weights": files_digest(folder), "engine": "packed"}
+    origin = {"weights": files_digest(folder), "engine": "packed"}
+    assert origin.items() <= metadata["origin"].items()
     assert evaluate_run(recipe, run) == 0
     # Other weights in the same folder are another checkpoint.
     shutil.copy(checkpoint_of(run, 4) / "model.safetensors", folder)

@@ -5,6 +5,7 @@ import json
 
 import pandas as pd
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers.utils import chat_template_utils
 
 from selfcorrect.evaluate.measuring.cell_files import read_settings, recorded_date
@@ -63,6 +64,37 @@ def test_cells_of_another_date_are_measured_again(tmp_path):
     _, settings, _ = measured(tmp_path, DATED, date=LATER)
     assert {s["chat_template_date"] for s in settings} == {LATER}
     assert all(path.stat().st_mtime_ns > time for path, time in zip(paths, times, strict=True))
+
+
+@pytest.mark.parametrize("changed", ["template", "vocabulary", "frame"])
+def test_cells_of_another_template_or_tokenizer_are_measured_again(tmp_path, changed):
+    """The weights are the same: the folder of a model was edited between two evaluations."""
+    plan = tiny_plan(tmp_path / "data", ["Q", "Q+IF+CoT"])
+    tokenizer = tokenizer_with(CHAT_TEMPLATE)
+    model = tiny_model(vocabulary=len(tokenizer))
+    paths = measure(plan, model, tokenizer, tmp_path / "out")
+    times = [path.stat().st_mtime_ns for path in paths]
+    first = [pd.read_parquet(path)["logprobs"] for path in paths]
+    tokenizer("the answer", padding="max_length", max_length=9, truncation=True)
+    measure(plan, model, tokenizer, tmp_path / "out")
+    assert [path.stat().st_mtime_ns for path in paths] == times
+
+    other = tokenizer_with(CHAT_TEMPLATE)
+    if changed == "template":
+        other.chat_template = "please " + CHAT_TEMPLATE
+    elif changed == "vocabulary":
+        swapped = {"was": "is", "is": "was"}
+        other = tiny_tokenizer([swapped.get(word, word) for word in [*WORDS, "26", "27", "July"]])
+        other.chat_template = CHAT_TEMPLATE
+    else:
+        frame = TemplateProcessing("<unk> $A", None, [("<unk>", 3)])
+        other.backend_tokenizer.post_processor = frame
+        other.chat_template = tokenizer.chat_template = None
+        paths = measure(plan, model, tokenizer, tmp_path / "out")
+        first = [pd.read_parquet(path)["logprobs"] for path in paths]
+    measure(plan, model, other, tmp_path / "out")
+    for path, logprobs in zip(paths, first, strict=True):
+        assert not pd.read_parquet(path)["logprobs"].equals(logprobs)
 
 
 def test_a_template_without_date_is_measured_once(tmp_path):

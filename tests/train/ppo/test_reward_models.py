@@ -133,6 +133,15 @@ ENCODERS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("padding", [None, -1, 0, 7])
+def test_scores_do_not_depend_on_the_padding_token(models, padding):
+    """Some configurations have -1 for no padding."""
+    model = new_reward_model(models / "base").eval()
+    expected = right_scores(model)
+    model.config.pad_token_id = padding
+    assert score_rows(model, ROWS, 6) == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_classifier_of_another_kind_reads_in_its_own_way(kind, tmp_path):
     """Also of a family that has a causal model; its scores are those of every row by itself."""

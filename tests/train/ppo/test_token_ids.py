@@ -13,7 +13,7 @@ from selfcorrect.train.feedback.feedback import Preference, pair_ids
 from selfcorrect.train.ppo.prompts import policy_prompt_ids
 from selfcorrect.train.ppo.rewards import RewardModelScorer
 from selfcorrect.train.stages.base import preferred_rows
-from selfcorrect.train.stages.policy import fitting_prompts
+from selfcorrect.train.stages.policy import NOT_READ, fitting_prompts, scorable_prompts
 from tests.support.tiny_models import tiny_model
 from tests.support.tokenizer_forms import ANSWER, QUESTION, TEMPLATES, TOKENIZERS, tokenizer_with
 
@@ -118,6 +118,36 @@ def test_reward_model_of_another_vocabulary_reads_its_own_pairs(name, template, 
         assert read == pair_ids(tokenizer, [pair], STYLE)[0]["chosen_ids"]
 
 
+def test_reward_model_without_an_end_token_reads_up_to_its_separator(classifier):
+    """As BERT's: its texts are framed by [CLS] and [SEP], and it names no end of a text."""
+    encoder = tokenizer_with("words, CLS and SEP", "none")
+    encoder.bos_token = encoder.eos_token = None
+    encoder.cls_token, encoder.sep_token = "[CLS]", "[SEP]"
+    policy = tokenizer_with("words", "end of turn")
+    pair = Preference(USER, ANSWER, "he was .")
+    (read,) = pair_ids(encoder, [pair], STYLE)
+    words = encoder.tokenize(f"\n\nHuman: {QUESTION}\n\nAssistant: {ANSWER}")
+    assert encoder.convert_ids_to_tokens(read["chosen_ids"]) == ["[CLS]", *words, "[SEP]"]
+    completion = preferred_rows(policy, [pair], STYLE)[0]
+    ids = [i for i, m in zip(*completion.values(), strict=True) if m]
+    scorer = RewardModelScorer(classifier, encoder, policy, style=STYLE)
+    assert scorer.token_ids([USER], [ids]) == [read["chosen_ids"]]
+    encoder.sep_token = None
+    assert turn_end(encoder, STYLE).ids == []
+
+
+@pytest.mark.parametrize("name", ["words", "bytes"])
+def test_reward_model_of_the_same_vocabulary_reads_turns_of_its_own_template(name, classifier):
+    """The policy's channel is no part of the answer; a space before a stop is."""
+    policy, tokenizer = tokenizer_with("words", "channel"), tokenizer_with(name, "zephyr")
+    policy.clean_up_tokenization_spaces = True
+    pair = Preference(USER, ANSWER, "he was .")
+    row = preferred_rows(policy, [pair], STYLE)[0]
+    ids = [i for i, m in zip(*row.values(), strict=True) if m]
+    scorer = RewardModelScorer(classifier, tokenizer, policy, style=STYLE)
+    assert scorer.token_ids([USER], [ids]) == [pair_ids(tokenizer, [pair], STYLE)[0]["chosen_ids"]]
+
+
 def test_prompt_that_fits_only_without_its_beginning_token_is_left_out():
     tokenizer = tokenizer_with("words, beginning and end token", "none")
     length = len(policy_prompt_ids(tokenizer, USER, STYLE))
@@ -126,6 +156,24 @@ def test_prompt_that_fits_only_without_its_beginning_token_is_left_out():
     assert (kept, left_out) == ([USER], {})
     with pytest.raises(InputError, match=f"the shortest has {length} tokens"):
         fitting_prompts([USER], [length], length + 3, 4)
+
+
+def test_prompt_whose_end_of_turn_outgrows_the_reward_model_is_left_out(classifier, monkeypatch):
+    """The policy writes one end token, the reward model reads the line break after it too."""
+    tokenizer = tokenizer_with("words", "end of turn")
+    scorer = RewardModelScorer(classifier, tokenizer, style=STYLE)
+    prompt = policy_prompt_ids(tokenizer, USER, STYLE)
+    completion = [*token_ids(tokenizer, [ANSWER])[0], turn_end(tokenizer, STYLE).ids[-1]]
+    longest = len(scorer.token_ids([USER], [completion])[0])
+    assert longest == len(prompt) + len(completion) + 1
+    monkeypatch.setattr(classifier.config, "max_position_embeddings", longest)
+    assert scorable_prompts([USER], scorer, len(completion)) == ([USER], {})
+    longer = [{"role": "user", "content": f"{QUESTION} {QUESTION}"}]
+    assert scorable_prompts([longer, USER], scorer, len(completion)) == ([USER], {NOT_READ: 1})
+    scorer([USER], [""], [completion])
+    monkeypatch.setattr(classifier.config, "max_position_embeddings", longest - 1)
+    with pytest.raises(InputError, match=f"context of {longest - 1}"):
+        scorable_prompts([USER], scorer, len(completion))
 
 
 @pytest.mark.parametrize(
