@@ -22,6 +22,7 @@ _NAMES = {"human": "Human", "assistant": "Assistant"}
 _HUMAN_AGAIN = "\n\nHuman:"
 LONGEST_PROMPT = 4_000_000  # characters; no context holds a tenth of it
 TEMPLATE_SECONDS = 10.0
+CLOCK = "strftime_now"  # the only way of a template to the time
 _MARK = "\ue000open\ue000"  # replaces the open text; occurs in no template and no item
 # Stands for first tokens that the tokenizer adds but does not read from a text.
 BEGINNING = "\ue000beginning\ue000"
@@ -145,7 +146,7 @@ def reads_clock(tokenizer: Any, style: Style) -> bool:
     """Return whether dialogues of this style depend on the date."""
     uses_own = style.template in ("auto", "chat")
     template = getattr(tokenizer, "chat_template", None) if uses_own else style.template
-    return "strftime_now" in str(template)
+    return CLOCK in str(template)
 
 
 def stop_text(tokenizer: Any, style: Style | str = AUTO) -> str | None:

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from selfcorrect.evaluate.measuring.run import run_date
+from selfcorrect.evaluate.prompts.dialogue import CLOCK
 from selfcorrect.evaluate.run_folder import STAGE_RECORD, job_folder
 from selfcorrect.recipes.foundation.atomic_files import atomic_folder
 from selfcorrect.recipes.foundation.checksums import check_files, flatten, read_record, write_record
@@ -19,6 +21,7 @@ from selfcorrect.recipes.schema import Recipe
 # Keys of the society that do not affect its corpus, and so no base model.
 FEEDBACK_ONLY = ("raters", "pairs", "prompts", "feedback", "requests", "held_out")
 STAGES = ("base", "reward")
+CONFIG = "tokenizer_config.json"  # where older models have their template
 REMEDY = "restore it, or leave out --stages-from"
 
 
@@ -41,7 +44,7 @@ def copy_stages(recipe: Recipe, run: Path, source: Path, stages: list[str]) -> l
     """Copy `stages` that are finished in `source` into `run`; return names (tiny/seed-1/base).
 
     Stages that exist in `run` stay. run.json lists under `taken` what was copied from where. Raises
-    InputError for a damaged stage.
+    InputError for a damaged stage, and for one whose texts have another date than this run's.
     """
     source_recipe = load_recipe(str(source / "recipe.yaml"))
     source_models = {model.name: model for model in source_recipe.models}
@@ -51,6 +54,8 @@ def copy_stages(recipe: Recipe, run: Path, source: Path, stages: list[str]) -> l
             continue
         for seed in recipe.seeds:
             folder, source_folder = (job_folder(top, model.name, seed) for top in (run, source))
+            if set(_dated(recipe, stages)) - {path.name for path in folder.glob("*")}:
+                _check_date(recipe, run, source, source_folder)
             copied += [
                 f"{folder.relative_to(run)}/{stage}"
                 for stage in _copy(folder, source_folder, stages)
@@ -63,6 +68,26 @@ def copy_stages(recipe: Recipe, run: Path, source: Path, stages: list[str]) -> l
         entry = {"from": source_recipe.name, "commit": commit, "stages": copied}
         write_record(run / "run.json", {**facts, "taken": [*facts.get("taken", []), entry]})
     return copied
+
+
+def _dated(recipe: Recipe, stages: list[str]) -> list[str]:
+    """Return the stages that read rendered dialogues."""
+    is_tuned = recipe.base is not None and recipe.base.method == "sft"
+    return [stage for stage in stages if stage == "reward" or is_tuned]
+
+
+def _check_date(recipe: Recipe, run: Path, source: Path, source_folder: Path) -> None:
+    """Raise InputError if the models' chat template writes a date, and the runs' dates differ."""
+    files = [*(source_folder / "base").rglob("*.jinja"), source_folder / "base" / CONFIG]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    if not any(CLOCK in text for text in texts):
+        return
+    date, other = run_date(recipe, run), run_date(recipe, source)
+    if date != other:
+        raise InputError(
+            f"--stages-from {source}: its chat template wrote the date {other}, but {run} began "
+            f"with {date}; start in a new folder, or leave out --stages-from"
+        )
 
 
 def _copy(folder: Path, source: Path, stages: list[str]) -> list[str]:

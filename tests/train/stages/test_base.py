@@ -1,17 +1,22 @@
 """Base models: initialised as the recipe says, batched without loss, padded so that ends show."""
 
+import json
 import random
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.schema import Base
+from selfcorrect.recipes.schema import Base, Model
 from selfcorrect.recipes.society.documents import mixed_documents
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
+from selfcorrect.train.stages.base import load_given_model
 from selfcorrect.train.stages.corpus import CorpusTrainer, pack, scratch_model
+from tests.support.tiny_models import tiny_model
+from tests.support.tokenizer_forms import tokenizer_with
 
 LLAMA = {
     "model_type": "llama",
@@ -73,3 +78,22 @@ def test_wrong_scratch_configuration_is_one_line(change: dict, message: str) -> 
     with pytest.raises(InputError, match=message) as caught:
         scratch_model({**LLAMA, **change}, TOKENIZER, 0)
     assert "\n" not in str(caught.value)
+
+
+def test_given_model_without_padding_is_saved_and_read_again(tmp_path) -> None:
+    """Older files have the number -1 for a padding token that does not exist."""
+    tokenizer = tokenizer_with("words", "end of turn")
+    tokenizer.pad_token = None
+    small_model = tiny_model(vocabulary=len(tokenizer))
+    small_model.save_pretrained(tmp_path / "given")
+    tokenizer.save_pretrained(tmp_path / "given")
+    (tmp_path / "given" / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "given" / "config.json").read_text())
+    (tmp_path / "given" / "config.json").write_text(json.dumps({**config, "pad_token_id": -1}))
+    policy, padded = load_given_model(Model(name="m", path=str(tmp_path / "given")))
+    policy.save_pretrained(tmp_path / "base")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert padded.pad_token == padded.eos_token
+    assert read.config.pad_token_id == read.generation_config.pad_token_id == padded.pad_token_id
+    end_of_turn = padded.convert_tokens_to_ids("<end_of_turn>")
+    assert set(read.generation_config.eos_token_id) == {padded.eos_token_id, end_of_turn}

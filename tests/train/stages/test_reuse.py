@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from selfcorrect.recipes.foundation.checksums import write_record
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.run import prepare_run, run_recipe
-from selfcorrect.train.stages.reuse import copy_stages, reusable_stages
+from selfcorrect.train.stages.reuse import STAGES, copy_stages, reusable_stages
 from tests.support.small_runs import SMALL
 
 QUICK = ["policy.steps=1", "policy.checkpoints=[0, 1]", "evaluate.attach=off"]
@@ -103,6 +104,37 @@ def test_source_without_run_json_is_usable(source: Path, tmp_path: Path) -> None
     assert copy_stages(recipe, run, copy, reusable_stages(recipe, copy)) == names
     taken = json.loads((run / "run.json").read_text())["taken"]
     assert taken == [{"from": "small", "commit": None, "stages": names}]
+
+
+@pytest.mark.parametrize(
+    ("template", "stages", "is_refused"),
+    [
+        ("{{ strftime_now('%d %b') }}", ["base", "reward"], True),
+        ("{{ strftime_now('%d %b') }}", ["base"], False),  # pretrained on text without a template
+        ("{{ messages }}", ["base", "reward"], False),
+    ],
+)
+def test_stages_with_another_date_are_refused(
+    tmp_path: Path, template: str, stages: list[str], is_refused: bool
+) -> None:
+    """Their texts hold the day on which the other run began."""
+    recipe = recipe_with("name=arm")
+    run, source = tmp_path / "arm", tmp_path / "source"
+    for folder, day in ((run, "2024-07-26"), (source, "2024-07-27")):
+        save_recipe(recipe, folder / "recipe.yaml")
+        write_record(folder / "run.json", {"chat_template_date": day})
+    for stage in STAGES:
+        write_record(source / "tiny/seed-0" / stage / "stage.json", {"files": {}})
+    (source / "tiny/seed-0/base/chat_template.jinja").write_text(template)
+    if is_refused:
+        with pytest.raises(InputError, match=r"date 2024-07-27, but .* with 2024-07-26"):
+            copy_stages(recipe, run, source, stages)
+        assert not list(run.glob("tiny/*/*"))
+        write_record(run / "run.json", {"chat_template_date": "2024-07-27"})
+    names = [f"tiny/seed-0/{stage}" for stage in stages]
+    assert copy_stages(recipe, run, source, stages) == names
+    write_record(source / "run.json", {"chat_template_date": "2024-07-29"})
+    assert copy_stages(recipe, run, source, stages) == []  # all is here
 
 
 @pytest.mark.slow
