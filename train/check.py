@@ -6,7 +6,7 @@ from typing import Any
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.recipes.foundation.errors import InputError, first_line
-from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.schema import Model, Recipe
 
 
 def check_training(recipe: Recipe) -> None:
@@ -40,7 +40,7 @@ def check_training(recipe: Recipe) -> None:
         if model.scratch is not None:
             _check_family(scratch_config(model.scratch), f"models.{index}.scratch")
         elif model.path is not None and not model.trust_remote_code:
-            _check_folder(Path(model.path).expanduser(), f"models.{index}.path")
+            _check_given(model, f"models.{index}.path")
     _check_model(recipe.reward.path, "reward.path")
     _check_data(recipe)
 
@@ -76,17 +76,34 @@ def _check_model(path: str | None, key: str) -> None:
         raise InputError(f"{key}: there is no model folder {path}")
 
 
-def _check_folder(folder: Path, key: str) -> None:
-    """Raise InputError for a local model of which no reward model can be made."""
+def _check_given(model: Model, key: str) -> None:
+    """Raise InputError for a given model of which no reward model can be made.
+
+    A hub model's configuration is looked up on the hub if it is not on this machine. What cannot be
+    looked up here is not checked.
+    """
     from transformers import AutoConfig
 
-    if not (folder / "config.json").is_file():
-        return  # an adapter, a GGUF file or a hub name
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{key}: {folder}: {first_line(error)}") from None
-    _check_family(config, key)
+    from selfcorrect.evaluate.scoring.load_model import ADAPTER, base_of
+
+    assert model.path is not None
+    source, revision = str(Path(model.path).expanduser()), model.revision
+    if (adapter := Path(source) / ADAPTER).is_file():
+        source, revision = base_of(adapter), None
+    if model.gguf_file is not None or Path(source).is_file():
+        return  # its configuration is in the GGUF file
+    is_local = Path(source).is_dir()
+    if is_local and not (Path(source) / "config.json").is_file():
+        return  # loading it says what is missing
+    for only_local in (True, False):
+        try:
+            config = AutoConfig.from_pretrained(
+                source, revision=revision, trust_remote_code=False, local_files_only=only_local
+            )
+            return _check_family(config, key)
+        except (OSError, ValueError, KeyError) as error:
+            if is_local or not isinstance(error, OSError):
+                raise InputError(f"{key}: {source}: {first_line(error)}") from None
 
 
 def _check_family(config: Any, key: str) -> None:

@@ -186,7 +186,8 @@ def notes(
     lines.append(
         f"Feedback: {facts.pairs:,} pairs, {facts.prompts:,} prompts; prompts have "
         f"{lengths.prompt:.0f} tokens on average and {lengths.longest_prompt} at most "
-        f"({facts.source}). Completions are assumed to reach their maximum length."
+        f"({facts.source}). Pairs that a stage will leave out (equal sides, too long) are counted "
+        "too. Completions are assumed to reach their maximum length."
     )
     return lines
 

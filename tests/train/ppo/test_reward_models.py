@@ -1,7 +1,13 @@
 """Reward models of every causal architecture: made, saved, read back, read at the last token."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
+from peft import LoraConfig
 from transformers import (
     AutoModelForSequenceClassification,
     DebertaV2Config,
@@ -190,3 +196,32 @@ def test_family_without_a_reward_model_is_refused_before_anything_starts(tmp_pat
         check_training(load_recipe("quickstart", model))
     small_config("granite").save_pretrained(tmp_path)
     check_training(load_recipe("quickstart", model))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "cached hub model", "code", "GGUF"])
+def test_given_models_of_every_kind_are_checked_before_anything_starts(kind, tmp_path, monkeypatch):
+    folder, given, key = tmp_path / "base", str(tmp_path / "base"), r"models\.0\.path: "
+    T5Config(num_layers=1).save_pretrained(folder)
+    if kind == "adapter":
+        LoraConfig(base_model_name_or_path=given).save_pretrained(tmp_path / "adapter")
+        given = str(tmp_path / "adapter")
+    elif kind == "cached hub model":
+        given = "someone/encoder-decoder"
+        cached = tmp_path / "hub" / "models--someone--encoder-decoder"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(folder, cached / "snapshots" / ("0" * 40))
+        monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    elif kind == "code":
+        config = {"model_type": "made_up", "auto_map": {"AutoConfig": "made_up.Config"}}
+        (folder / "config.json").write_text(json.dumps(config))
+    else:
+        given, key = str(folder / "model.gguf"), "none"
+        Path(given).write_bytes(b"GGUF")
+    recipe = load_recipe("quickstart", [f"models=[{{name: m, path: {given}}}]", "base=null"])
+    if kind == "GGUF":
+        check_training(recipe)  # its configuration is in the file
+        return
+    with pytest.raises(InputError, match=key) as error:
+        check_training(recipe)
+    assert "\n" not in str(error.value)
