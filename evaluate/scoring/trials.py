@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 Forward = Callable[[Sequence[Pack]], Iterable[tuple[int, np.ndarray]]]  # a method of `Forwards`
 
 # What a model can raise that does not support a kind of forward.
-UNSUPPORTED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
+UNSUPPORTED = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError
+)  # fmt: skip
 
 _MARGIN = 1.1  # a trial's rows are longer than those it is made for: slightly longer ones follow
 _SCORED = 8  # tokens at the end of each row of a trial that are compared

@@ -75,7 +75,7 @@ _SMALL = {
     **_of("mamba_d_state state_size ssm_state_size laurel_rank", 4),
     **_of("mamba_dt_rank time_step_rank index_n_heads linear_num_key_heads", 2),
     **_of("linear_num_value_heads", 4),
-    **_of("index_topk", 64),
+    **_of("index_topk", 256),
     **_of("logit_scale", 1.0),
 }
 _CONTEXT = (
