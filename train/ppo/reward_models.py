@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -205,6 +205,18 @@ def _load_scored(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) 
         path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     return model, sorted(report["missing_keys"])
+
+
+def has_linear_score(folder: Path) -> bool:
+    """Return whether a saved reward model is a scored trunk, which a critic can start from.
+
+    An encoder's classifier reads all of a text at once: it cannot value a text's beginning.
+    """
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            if "score.weight" in file.keys():  # noqa: SIM118
+                return True
+    return False
 
 
 def longest_row(model: PreTrainedModel, tokenizer: Any = None) -> int | None:

@@ -26,7 +26,7 @@ from selfcorrect.train.feedback.feedback import Feedback, Messages
 from selfcorrect.train.feedback.kept_rows import keep_rows
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.prompts import policy_prompt_ids
-from selfcorrect.train.ppo.reward_models import load_reward_model
+from selfcorrect.train.ppo.reward_models import has_linear_score, load_reward_model
 from selfcorrect.train.ppo.rewards import RewardModelScorer
 from selfcorrect.train.ppo.trainer import PPOTrainer
 from selfcorrect.train.stages import JobFacts
@@ -108,6 +108,7 @@ def train_policy(
         and policy.lora is None
         and policy.trainer.get("critic") != "shared"
         and reward_tokenizer.get_vocab() == tokenizer.get_vocab()
+        and has_linear_score(reward)
     )
     arguments = policy_arguments(
         policy,

@@ -23,6 +23,7 @@ from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.train.check import check_training
 from selfcorrect.train.ppo.reward_models import (
+    has_linear_score,
     load_reward_model,
     longest_row,
     new_reward_model,
@@ -163,6 +164,13 @@ def test_classifier_of_another_kind_reads_in_its_own_way(kind, tmp_path):
         ]
     assert score_rows(model, ROWS, 8, sparse=True) == pytest.approx(right, abs=1e-5)
     assert len({round(score, 5) for score in right}) == len(ROWS)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_no_critic_starts_from_an_encoder(kind, models, tmp_path):
+    AutoModelForSequenceClassification.from_config(ENCODERS[kind]).save_pretrained(tmp_path)
+    assert not has_linear_score(tmp_path)
+    assert has_linear_score(models / "reward")
 
 
 def test_encoder_reads_as_much_as_its_tokenizer_says(models):
