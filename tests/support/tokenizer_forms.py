@@ -2,7 +2,15 @@
 
 from collections.abc import Callable
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.models import BPE, Unigram, WordLevel
 from transformers import PreTrainedTokenizerFast
 
@@ -87,6 +95,23 @@ def _wrapped(core: Tokenizer, unregistered: tuple[str, ...] = ()) -> PreTrainedT
     )
 
 
+def stripping(made: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Let special tokens take the spaces beside them, as Phi-3's do."""
+    strip = {"lstrip": True, "rstrip": True, "special": True}
+    made.add_special_tokens(
+        {"extra_special_tokens": [AddedToken(name, **strip) for name in SPECIAL]},
+        replace_extra_special_tokens=True,
+    )
+    return made
+
+
+def lowercasing() -> PreTrainedTokenizerFast:
+    """Words without capitals and accents."""
+    core = word_level("<s> $A").backend_tokenizer
+    core.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    return _wrapped(core)
+
+
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "words": word_level,
     "words, beginning token": lambda: word_level("<s> $A"),
@@ -98,6 +123,8 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "pieces, always": lambda: pieces("unigram", "always"),
     "pieces, never": lambda: pieces("unigram", "never"),
     "pieces, legacy": lambda: pieces("bpe", "legacy"),
+    "pieces, special tokens strip": lambda: stripping(pieces("unigram", "first")),
+    "words, lowercase": lowercasing,
     "bytes": byte_level,
 }
 
