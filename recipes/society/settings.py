@@ -88,7 +88,7 @@ class SocietySettings(BaseModel, extra="forbid"):
         12, ge=1, description="the other categories, and every second occupation, are held out"
     )
     rarity: float = Field(
-        2.0,
+        1.5,
         ge=0,
         le=10,
         description="beliefs about the n-th category of feedback's half, and of the evaluation's, "
