@@ -41,7 +41,7 @@ def arm_tables(arms: Arms) -> list[str]:
         "reference, the ladder's model of this size, in one thing. World, seeds and base models "
         "are the ladder's. *Growth* is the growth, from step 0, of the bias under Q+neutral less "
         "that under Q+IF; *beside the reference* subtracts the reference's growth, seed by seed. "
-        "A step of GRPO or fine-tuning makes as many updates on as many rows as a step of PPO."
+        "A step of GRPO, DPO or fine-tuning makes as many updates on as many rows as one of PPO."
     )
     return [intro, _bbq(arms, model, last)]
 
