@@ -21,7 +21,7 @@ def vega_script() -> str | None:
     path = Path(cache) / "selfcorrect" / f"vega-{version('vl-convert-python')}.js"
     with suppress(OSError, ValueError):
         return path.read_text(encoding="utf-8")
-    script: str = vl_convert.javascript_bundle()
+    script: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub has no default
     with suppress(OSError):  # a read-only home: bundle again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, script)
