@@ -2,6 +2,7 @@
 # ruff: noqa: TID253 - all of this file is torch; it is itself imported only where needed.
 
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,8 +35,9 @@ def contrasts(
     output of block l, the last after the final norm (transformers' `output_hidden_states`).
 
     The shape is (pairs, layers, hidden), in float32, or in float16 if float32 would take more than
-    LARGEST_FLOAT32 bytes. `max_batch_tokens` bounds rows x padded length of a forward pass and
-    changes results only by float rounding. The model must be in eval mode.
+    LARGEST_FLOAT32 bytes. `max_batch_tokens` bounds rows x length of a forward pass and changes
+    results only by float rounding: the rows of a pass have one length, as some models read a row
+    differently beside a longer one. The model must be in eval mode.
 
     Raises PromptTooLong (nothing is truncated), InputError for an empty prompt or option, and
     RunFailure naming the layer if a hidden state is not finite.
@@ -44,8 +46,8 @@ def contrasts(
     result: np.ndarray | None = None
     done = 0
     for batch in _batches(rows, max_batch_tokens):
-        states = _last_states(model, [row for index in batch for row in rows[index]])
-        half = ((states[0::2] - states[1::2]) / 2).numpy()
+        first, second = zip(*(rows[index] for index in batch), strict=True)
+        half = ((_last_states(model, first) - _last_states(model, second)) / 2).numpy()
         if result is None:
             shape = (len(pairs), *half.shape[1:])
             large = int(np.prod(shape)) * 4 > LARGEST_FLOAT32
@@ -79,39 +81,39 @@ def _tokenise(model: Any, tokenizer: Any, pairs: Sequence[Request]) -> list[tupl
 
 
 def _batches(rows: Sequence[tuple[Tokens, Tokens]], max_batch_tokens: int) -> Iterator[list[int]]:
-    """Yield indices of pairs by decreasing length; both options of a pair share a batch."""
-    lengths = [max(len(first), len(second)) for first, second in rows]
-    remaining = sorted(range(len(rows)), key=lambda index: (-lengths[index], rows[index]))
-    while remaining:
-        size = max(1, max_batch_tokens // (2 * lengths[remaining[0]]))
-        yield remaining[:size]
-        remaining = remaining[size:]
+    """Yield indices of pairs whose first options have one length, and whose second ones have too."""
+
+    def lengths(index: int) -> tuple[int, int]:
+        first, second = rows[index]
+        return len(first), len(second)
+
+    order = sorted(range(len(rows)), key=lambda index: (lengths(index), rows[index]))
+    for longest_row, group in itertools.groupby(order, key=lengths):
+        alike = list(group)
+        size = max(1, max_batch_tokens // max(longest_row))
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size]
 
 
 @torch.no_grad()
 def _last_states(model: Any, rows: Sequence[Tokens]) -> torch.Tensor:
-    """Return float32 hidden states at each row's last token, on the CPU: (rows, layers, hidden)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    width = int(lengths.max())
-    # Pad on the right, where a causal model never attends, whatever the tokenizer's side.
-    padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-    mask = (torch.arange(width) < lengths[:, None]).long()
-    device = next(model.parameters()).device
+    """Return float32 hidden states at the rows' last tokens, on the CPU: (rows, layers, hidden).
+
+    All rows have one length.
+    """
+    ids = torch.tensor(rows, device=next(model.parameters()).device)
     # Run the body without the head: logits over the vocabulary would outweigh all layers.
     full_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     body = full_model.base_model
     options: dict[str, Any] = {"output_hidden_states": True}
     if "use_cache" in inspect.signature(body.forward).parameters:
         options["use_cache"] = False
-    states = body(
-        input_ids=padded.to(device), attention_mask=mask.to(device), **options
-    ).hidden_states
+    body(input_ids=ids[:1, :1], **options)  # dynamic rotary embeddings remember longer rows
+    states = body(input_ids=ids, attention_mask=torch.ones_like(ids), **options).hidden_states
     if states is None:
         name = type(full_model).__name__
         raise InputError(f"{name}: this architecture returns no hidden states; use another model")
-    last = (lengths - 1).to(device)
-    rows_index = torch.arange(len(rows), device=device)
-    return torch.stack([layer[rows_index, last].float().cpu() for layer in states], dim=1)
+    return torch.stack([layer[:, -1].float().cpu() for layer in states], dim=1)
 
 
 def _check_finite(half: np.ndarray, reason: str) -> None:

@@ -37,6 +37,7 @@ from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
 from selfcorrect.scripts.commands.probe import probe
+from tests.support.architectures import small_model
 from tests.support.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -86,6 +87,19 @@ def test_padding_side_of_the_tokenizer_changes_nothing(architecture):
         tokenizer.padding_side = side
         results.append(contrasts(model, tokenizer, PAIRS))
     assert np.array_equal(*results)
+
+
+def test_states_do_not_depend_on_longer_rows_beside_them():
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    }  # fmt: skip
+    model, tokenizer = small_model("llama", rope_parameters=rope), tiny_tokenizer()
+    vectors = contrasts(model, tokenizer, PAIRS)
+    for (prompt, options), half in zip(PAIRS, vectors, strict=True):
+        first, second = (plain_states(model, tokenizer, prompt + text) for text in options)
+        assert half == pytest.approx((first - second) / 2, abs=2e-4)
 
 
 def test_layer_that_is_not_finite_is_named():
