@@ -47,7 +47,7 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
     aux_loss_enabled: bool
 
     def __init__(self, model: Any, reward_funcs: Any, args: PPOConfig, **kwargs: Any) -> None:
-        self._given_settings = _generation_settings(model)
+        self._given_settings = _generation_settings(model, args.trust_remote_code)
         super().__init__(model, reward_funcs, args, **kwargs)
         self.language_model = language_model_of(self.accelerator.unwrap_model(self.model))
         self._num_weights = self.language_model.num_parameters(exclude_embeddings=True)
@@ -319,10 +319,11 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
             super()._save(output_dir, state_dict)
 
 
-def _generation_settings(model: Any) -> GenerationConfig:
+def _generation_settings(model: Any, trust_remote_code: bool) -> GenerationConfig:
     """Return a copy of the generation settings of a model, or of a folder or hub name of one."""
     if not isinstance(model, str):
         return copy.deepcopy(model.generation_config)
     with suppress(OSError):  # no generation_config.json
         return GenerationConfig.from_pretrained(model)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    return GenerationConfig.from_model_config(config)
