@@ -202,7 +202,7 @@ def _load_scored(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) 
     kind, config = found
     config.num_labels = 1
     model, report = kind.from_pretrained(
-        path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **trust
     )
     return model, sorted(report["missing_keys"])
 
