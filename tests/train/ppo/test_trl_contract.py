@@ -57,7 +57,7 @@ METHODS = [(GRPOTrainer, *method) for method in (OF_GRPO | CALLED).items()]
 METHODS += [(Trainer, *method) for method in OF_TRANSFORMERS.items()]
 # Private attributes that TRL sets and PPO reads or writes.
 PRIVATE = {
-    "_step", "_buffered_inputs", "_tokenizer", "_metrics", "_entropy_bonus_enabled",
+    "_step", "_buffered_inputs", "_tokenizer", "_metrics", "_logs", "_entropy_bonus_enabled",
     "_last_world_entropy", "_entropy_window_stats",
 }  # fmt: skip
 PUBLIC = {
