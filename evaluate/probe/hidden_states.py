@@ -81,7 +81,7 @@ def _tokenise(model: Any, tokenizer: Any, pairs: Sequence[Request]) -> list[tupl
 
 
 def _batches(rows: Sequence[tuple[Tokens, Tokens]], max_batch_tokens: int) -> Iterator[list[int]]:
-    """Yield indices of pairs whose first options have one length, and whose second ones have too."""
+    """Yield indices of pairs: in each batch, first and second options have one length each."""
 
     def lengths(index: int) -> tuple[int, int]:
         first, second = rows[index]
