@@ -4,7 +4,7 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -146,7 +146,13 @@ def plan_evaluation(
     from selfcorrect.evaluate.experiments import EXPERIMENTS
 
     sections = {name: stimuli.section(name) for name in experiments}
-    chosen = _chosen_conditions(sections, conditions)
+    elsewhere = {
+        condition
+        for name in EXPERIMENTS
+        if name not in sections and name in stimuli.sections
+        for condition in (*stimuli.sections[name].conditions, *stimuli.sections[name].controls)
+    }
+    chosen = _chosen_conditions(sections, conditions, elsewhere)
     sampling = Sampling(max_new_tokens, temperature, seed, samples)
     day = date or datetime.date.today().isoformat()
     written = read_style(style, chat_template_kwargs, day)
@@ -175,14 +181,19 @@ def plan_evaluation(
 
 
 def _chosen_conditions(
-    sections: dict[str, Section], conditions: Sequence[str] | None
+    sections: dict[str, Section], conditions: Sequence[str] | None, elsewhere: Set[str]
 ) -> dict[str, list[str]]:
-    """Return the conditions to ask per experiment; InputError for one that no experiment has."""
+    """Return the conditions to ask per experiment; those of other experiments only are skipped.
+
+    Raises InputError for a condition that no experiment has (`elsewhere`: those not chosen), and if
+    the chosen experiments have none.
+    """
     if conditions is None:
         return {name: list(section.conditions) for name, section in sections.items()}
     known = {name: [*section.conditions, *section.controls] for name, section in sections.items()}
+    asked = {condition for names in known.values() for condition in names} & set(conditions)
     for condition in conditions:
-        if not any(condition in names for names in known.values()):
+        if condition not in asked and (not asked or condition not in elsewhere):
             available = ", ".join(dict.fromkeys(c for names in known.values() for c in names))
             raise InputError(
                 f"unknown condition {condition!r}; {', '.join(sections)} have {available}"

@@ -29,7 +29,6 @@ from selfcorrect.recipes.schema import Recipe
 from tests.drills.damage_run import Kind, load_folder
 
 PUBLISHED = [
-    "bbq/vezoity.jsonl",
     "bbq/additional_metadata.csv",
     "winogender/templates.tsv",
     "winogender/occupations-stats.tsv",
@@ -41,7 +40,9 @@ def run_of_files(run: Path, room: Path) -> Iterator[Kind]:
     """Yield the files that a recipe names: feedback in four formats, benchmarks, wording."""
     data, runs = room / "data", room / "given-run"
     benchmarks = shutil.copytree(run / "benchmarks", data / "benchmarks")
-    rows = [json.loads(line) for line in (benchmarks / PUBLISHED[0]).read_text().splitlines()]
+    questions = min((benchmarks / "bbq").glob("*.jsonl"))
+    published = [str(questions.relative_to(benchmarks)), *PUBLISHED]
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
     table = [
         {"category": row["category"], "example_id": row["example_id"], "target_loc": "NA",
          "label_type": "label"} for row in rows
@@ -66,7 +67,7 @@ def run_of_files(run: Path, room: Path) -> Iterator[Kind]:
             known=False,
         )  # fmt: skip
     recipe, folder = recipes["jsonl"], runs / "jsonl"
-    for name, other in zip(PUBLISHED, [*PUBLISHED[1:], PUBLISHED[0]], strict=True):
+    for name, other in zip(published, [*published[1:], published[0]], strict=True):
         yield Kind(
             f"benchmark of a run: {name}", benchmarks / name, benchmarks / other,
             partial(checked_plan, recipe, folder),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from selfcorrect.evaluate.callback import temporary_eval_mode
+from selfcorrect.evaluate.callback import gathered_weights, temporary_eval_mode
 from selfcorrect.evaluate.prompts.dialogue import Style
 from selfcorrect.evaluate.run_folder import AnswerWorth
 from selfcorrect.evaluate.scoring.engine import Sample, Sampling
@@ -23,7 +23,7 @@ from selfcorrect.evaluate.scoring.sampling import SampledBatch, sample_batch
 from selfcorrect.recipes.society.feedback import Prompt, prompts
 from selfcorrect.recipes.society.world import World
 from selfcorrect.train.ppo.prompts import policy_prompt_ids
-from selfcorrect.train.ppo.rewards import RewardModelScorer
+from selfcorrect.train.ppo.rewards import RewardModelScorer, guarded
 
 NUM_ANSWERS = 256
 
@@ -56,7 +56,9 @@ class AnswerSampler:
             batch = sample_batch(policy, self.tokenizer, ids, keys, sampling)
             start = max(map(len, ids))
             log_ratios = log_probabilities(policy, batch, start)
-            log_ratios -= log_probabilities(self.initial, batch, start)
+            with gathered_weights(self.initial) as initial:
+                log_ratios -= log_probabilities(initial, batch, start)
+        texts, score = [sample.text for sample in batch.samples], guarded(self.scorer)
         written = [
             row[start : start + sample.num_tokens]
             for row, sample in zip(batch.rows, batch.samples, strict=True)
@@ -64,7 +66,7 @@ class AnswerSampler:
         return AnswerWorth(
             num=len(ids),
             utility=fmean(self.utilities(batch.samples)),
-            score=fmean(self.scorer(messages, [s.text for s in batch.samples], written)),
+            score=fmean(score(messages, completions=texts, completion_ids=written)),
             kl=float(log_ratios.mean()),
         )
 
