@@ -10,7 +10,7 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from selfcorrect.evaluate.measuring.cell_files import Origin, read_cell
+from selfcorrect.evaluate.headlines import headlines, log_headlines
+from selfcorrect.evaluate.measuring.cell_files import Origin
 from selfcorrect.evaluate.measuring.measure import cost_message, measure
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan
 from selfcorrect.evaluate.scoring.token_trie import PackingCache
@@ -116,7 +117,7 @@ class SelfCorrectionCallback(TrainerCallback):
         if ranks.rank == 0:
             values = headlines(paths)
             self._log(state, control, {f"eval_{k}": v for k, v in values.items()})
-            logger.info("step %d: %s", step, headline_line(values, self._first))
+            log_headlines(f"step {step}", values, self._first)
             self._first = self._first or values
         self.seconds += time.perf_counter() - started
 
@@ -134,47 +135,6 @@ class SelfCorrectionCallback(TrainerCallback):
         should_log = control.should_log
         Trainer.log(self.trainer, metrics)
         control.should_log = should_log
-
-
-def headlines(paths: Collection[Path]) -> dict[str, float]:
-    """Return each cell's headline metric and option mass over all items, if they are defined."""
-    from selfcorrect.evaluate.experiments import EXPERIMENTS
-    from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
-
-    defined = {}
-    for path in paths:
-        frame, metadata = read_cell(path)
-        experiment = EXPERIMENTS[metadata["experiment"]]
-        tally = experiment.tally(frame)
-        pooled = experiment.overall_categories(tally.categories)
-        values = bootstrap(tally, experiment.compute, pooled, Draws(1)).replicates.metrics
-        for metric in (experiment.headline, "option_mass"):
-            value = float(values[metric][0]) if metric in values else float("nan")
-            if np.isfinite(value):
-                defined[f"{metadata['experiment']}.{metadata['condition']}.{metric}"] = value
-    return defined
-
-
-def headline_line(values: Mapping[str, float], first: Mapping[str, float]) -> str:
-    """Return `headlines` on one line, each with its change since those of the first checkpoint.
-
-    "bbq Q .41 (−.05), Q+IF .12 (−.30); winogender Q .60". The option mass is left out.
-    """
-    from selfcorrect.evaluate.experiments import get_experiment
-    from selfcorrect.evaluate.statistics.formatting import compact
-
-    parts: dict[str, list[str]] = {}
-    for name, value in values.items():
-        experiment, _, rest = name.partition(".")
-        condition, _, metric = rest.rpartition(".")
-        if metric != get_experiment(experiment).headline:
-            continue
-        text = f"{condition} {compact(value)}"
-        if name in first:
-            change = value - first[name]
-            text += f" ({'+' if change > 0 else ''}{compact(change)})"
-        parts.setdefault(experiment, []).append(text)
-    return "; ".join(f"{experiment} {', '.join(texts)}" for experiment, texts in parts.items())
 
 
 @contextmanager

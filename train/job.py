@@ -14,19 +14,14 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from selfcorrect.evaluate.callback import (
-    gathered_weights,
-    headline_line,
-    headlines,
-    measure_during_training,
-)
+from selfcorrect.evaluate.callback import gathered_weights, measure_during_training
+from selfcorrect.evaluate.headlines import log_checkpoint
 from selfcorrect.evaluate.measuring.cell_files import Origin
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan
 from selfcorrect.evaluate.measuring.run import recipe_plan, run_style
 from selfcorrect.evaluate.prompts.dialogue import reads_clock
 from selfcorrect.evaluate.run_folder import (
     POLICY_METHODS,
-    Checkpoint,
     check_inside,
     job_folder,
     read_checkpoint,
@@ -107,20 +102,6 @@ def run_job(
 def _measure_with(plan: EvaluationPlan) -> Measure:
     """Return a function that measures the live policy at a kept checkpoint."""
     packings = PackingCache()
-    first: dict[str, float] = {}  # headlines of the first checkpoint
-
-    def log_headlines(checkpoint: Checkpoint) -> None:
-        files = [checkpoint.evaluation / cell.file_name for cell in plan.cells]
-        if not all(file.is_file() for file in files):
-            return  # stopped by SIGTERM
-        values = headlines(files)
-        if not first and checkpoint.record.step:  # a resumed run
-            kept = checkpoint.folder.parent.glob("checkpoint-*/evaluation")
-            start = min(kept, key=lambda folder: int(folder.parent.name.rpartition("-")[2]))
-            first.update(headlines([f for f in (start / g.name for g in files) if f.is_file()]))
-        logger.info("%s: %s", checkpoint.key, headline_line(values, first))
-        if not first:
-            first.update(values)
 
     def stop_on_sigterm(*_: Any) -> None:
         if signals.is_requested():
@@ -141,8 +122,8 @@ def _measure_with(plan: EvaluationPlan) -> Measure:
                 plan, model, trainer.processing_class, checkpoint.evaluation, stop_on_sigterm,
                 packings, origin, ranks,
             )  # fmt: skip
-        if ranks.rank == 0:
-            log_headlines(checkpoint)
+        if ranks.rank == 0 and not signals.is_requested():
+            log_checkpoint(checkpoint)
 
     return measure
 

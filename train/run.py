@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from selfcorrect.evaluate.headlines import log_checkpoint
 from selfcorrect.evaluate.measuring.inputs import FILE as INPUTS
 from selfcorrect.evaluate.measuring.inputs import check_inputs
 from selfcorrect.evaluate.measuring.measure import cost_message
@@ -76,6 +77,7 @@ def run_recipe(
             plan=plan,
             threads=threads_per_job(recipe),  # as in training: sums may round by their number
             only=None if all_jobs else keys,
+            on_measured=log_checkpoint,
         )
     return run
 

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -136,6 +136,7 @@ def evaluate_run(
     device: str | None = None,
     threads: int | None = None,
     only: Collection[CheckpointKey] | None = None,
+    on_measured: Callable[[Checkpoint], None] = lambda _: None,
 ) -> int:
     """Measure every checkpoint that lacks a cell; return how many this process measured.
 
@@ -143,7 +144,7 @@ def evaluate_run(
     checkpoint is measured by one of them, and all return when everything is measured. `plan` is the
     recipe's, if it is loaded already. With `watch`, wait for new checkpoints until all that the
     recipe keeps exist. `ranks` share the items of each checkpoint. `threads` are torch's, on a CPU.
-    `only` restricts the work to these checkpoints.
+    `only` restricts the work to these checkpoints. `on_measured` is called on rank 0 after each.
 
     A checkpoint that cannot be loaded, or whose logits are NaN, does not stop the others: a
     RunFailure at the end names it. It is tried again once its files change. One that has vanished
@@ -156,7 +157,7 @@ def evaluate_run(
         )
     ranks.from_rank0(lambda: _check_files(recipe, run))  # rank 0 alone repairs the benchmarks
     evaluation = _Evaluation(
-        recipe, run, plan or recipe_plan(recipe, run), ranks, device, threads, only
+        recipe, run, plan or recipe_plan(recipe, run), ranks, device, threads, only, on_measured
     )
     while True:
         waiting = ranks.from_rank0(evaluation.waiting)
@@ -197,6 +198,7 @@ class _Evaluation:
     device: str | None
     threads: int | None
     only: Collection[CheckpointKey] | None
+    on_measured: Callable[[Checkpoint], None]
     num_measured: int = 0
     lock_reported: bool = False
     failures: dict[Path, tuple[object, str]] = field(default_factory=dict)
@@ -249,6 +251,8 @@ class _Evaluation:
             else:
                 self.failures.pop(folder, None)
                 self.num_measured += 1
+                if writes:
+                    self.on_measured(checkpoint)
         if writes and [path.name for path in folder.glob("*")] == ["evaluation"]:
             shutil.rmtree(folder, ignore_errors=True)  # the checkpoint vanished in the meantime
 

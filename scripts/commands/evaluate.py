@@ -182,6 +182,7 @@ def model_label(target: str, revision: str | None) -> str:
 
 
 def _evaluate_runs(runs: list[Path], engine: str | None, watch: bool) -> None:
+    from selfcorrect.evaluate.headlines import log_checkpoint
     from selfcorrect.evaluate.measuring.run import evaluate_run
     from selfcorrect.recipes.foundation.ranks import distributed_ranks
     from selfcorrect.scripts.commands.report import show
@@ -191,7 +192,10 @@ def _evaluate_runs(runs: list[Path], engine: str | None, watch: bool) -> None:
     with distributed_ranks() as (ranks, device), Bars() as bars:
         for run, recipe in zip(runs, recipes, strict=True):
             progress = _on_rank0(bars.of(run.name), ranks)
-            evaluate_run(recipe, run, progress, watch=watch, ranks=ranks, device=device)
+            evaluate_run(
+                recipe, run, progress, watch=watch, ranks=ranks, device=device,
+                on_measured=log_checkpoint,
+            )  # fmt: skip
     if ranks.rank == 0:
         show(runs)
 
@@ -206,6 +210,7 @@ def _on_rank0(progress: Progress, ranks: "Ranks") -> Progress:
 
 
 def _evaluate_checkpoint(runs: list[Path], name: str, engine: str | None) -> None:
+    from selfcorrect.evaluate.headlines import log_checkpoint
     from selfcorrect.evaluate.measuring.run import evaluate_run
     from selfcorrect.evaluate.run_folder import RECORD, checkpoint_folder, planned_checkpoints
     from selfcorrect.recipes.foundation.ranks import distributed_ranks
@@ -224,7 +229,10 @@ def _evaluate_checkpoint(runs: list[Path], name: str, engine: str | None) -> Non
     _hide_loading_bars()
     with distributed_ranks() as (ranks, device), Bars() as bars:
         progress = _on_rank0(bars.of(name), ranks)
-        evaluate_run(recipe, run, progress, ranks=ranks, device=device, only={key})
+        evaluate_run(
+            recipe, run, progress, ranks=ranks, device=device, only={key},
+            on_measured=log_checkpoint,
+        )  # fmt: skip
 
 
 def _evaluate_models(
@@ -235,6 +243,7 @@ def _evaluate_models(
     out: Path,
 ) -> None:
     """Measure each model into out/<label>/<digest of its weights>, so that no answer is stale."""
+    from selfcorrect.evaluate.headlines import headlines, log_headlines
     from selfcorrect.evaluate.measuring.cell_files import Origin
     from selfcorrect.evaluate.measuring.measure import measure_with
     from selfcorrect.evaluate.scoring.engine import Engine
@@ -272,7 +281,9 @@ def _evaluate_models(
             gc.enable()
             # Wait for a process that measures the same model into the same folder.
             with hold_lock(folder, math.inf) if ranks.rank == 0 else nullcontext():
-                measure_with(plan, scorer, folder, origin, bars.of(name), ranks)
+                paths = measure_with(plan, scorer, folder, origin, bars.of(name), ranks)
+            if ranks.rank == 0 and target != targets[-1]:  # the table follows the last one
+                log_headlines(name, headlines(paths), {})
     if ranks.rank == 0:
         _show_models(folders, out)
 
@@ -293,4 +304,6 @@ def _show_models(folders: dict[str, Path], out: Path) -> None:
     tables = [summarise(folder, name) for name, folder in folders.items()]
     console = table_console(110)
     console.print(closing_table(pd.concat(tables, ignore_index=True)))
-    console.print(f"Item by item: {out}", soft_wrap=True, markup=False)
+    console.print(
+        f"Item by item: {out}; as a page: selfcorrect report {out}", soft_wrap=True, markup=False
+    )

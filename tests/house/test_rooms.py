@@ -21,6 +21,7 @@ FLOORS = {
         "experiments scoring",
         "measuring",
         "statistics",
+        "headlines",
         "answers callback export results",
         "figures publish",
         "report probe",

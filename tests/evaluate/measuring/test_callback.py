@@ -18,11 +18,10 @@ from transformers import (
 
 from selfcorrect.evaluate.callback import (
     SelfCorrectionCallback,
-    headline_line,
-    headlines,
     measure_during_training,
     temporary_eval_mode,
 )
+from selfcorrect.evaluate.headlines import headline_lines, headlines
 from selfcorrect.evaluate.measuring.cell_files import read_cell
 from selfcorrect.evaluate.measuring.measure import cost_message, measure
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan
@@ -259,13 +258,19 @@ def test_cost_of_measuring_is_logged_at_the_end(tmp_path, cells, caplog):
     )
 
 
-def test_headlines_on_a_line_with_their_change():
+def test_headlines_in_lines_of_a_terminal():
     first = {
         "bbq.Q.bias_ambiguous": 0.46,
         "bbq.Q+IF.bias_ambiguous": 0.42,
+        "bbq.Q+neutral.bias_ambiguous": 0.4,
         "bbq.Q.option_mass": 1.0,
     }
-    later = {**first, "bbq.Q.bias_ambiguous": 0.51, "bbq.Q+IF.bias_ambiguous": 0.12}
-    assert headline_line(first, {}) == "bbq Q .46, Q+IF .42"
-    later["winogender.Q.correlation"] = 0.5  # was undefined at the first checkpoint
-    assert headline_line(later, first) == "bbq Q .51 (+.05), Q+IF .12 (−.30); winogender Q .50"
+    later = {**first, "bbq.Q.bias_ambiguous": 0.51, "bbq.Q+IF.bias_ambiguous": -0.12}
+    assert headline_lines("small/0/0", first, {}) == ["small/0/0: bbq Q .46, Q+IF .42"]
+    later["winogender.Q+IF+CoT.correlation"] = 0.5  # was undefined at the first checkpoint
+    later["winogender.Q.correlation"] = 0.6
+    bbq, winogender = "bbq Q .46→.51, Q+IF .42→−.12", "winogender Q .60, Q+IF+CoT .50"
+    assert headline_lines("small/0/60", later, first) == [f"small/0/60: {bbq}; {winogender}"]
+    long = "a-model-with-a-long-name/0/60"
+    lines = headline_lines(long, later, first)
+    assert lines == [f"{long}: {bbq}", f"{long}: {winogender}"]  # cut between experiments

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from selfcorrect.evaluate.headlines import log_checkpoint
 from selfcorrect.evaluate.measuring import run as measuring_run
 from selfcorrect.evaluate.measuring.cell_files import read_cell
 from selfcorrect.evaluate.measuring.run import evaluate_run, recipe_plan, unmeasured
+from selfcorrect.evaluate.results import load as load_cells
 from selfcorrect.evaluate.run_folder import CheckpointRecord, read_checkpoint
 from selfcorrect.evaluate.scoring.weights import files_digest
+from selfcorrect.evaluate.statistics.formatting import compact
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.locks import hold_lock
 from selfcorrect.recipes.load import check_recipe, load_recipe, save_recipe
@@ -235,12 +238,22 @@ def test_missing_engine_is_one_line(run: Path) -> None:
         load_recipe(str(run / "recipe.yaml"), ["evaluate.engine=fast"])
 
 
-def test_leftovers_of_a_killed_evaluation_are_removed(run: Path) -> None:
+def test_leftovers_of_a_killed_evaluation_are_removed(run: Path, caplog) -> None:
     recipe, evaluation = recipe_of(run), checkpoint_of(run, 2) / "evaluation"
-    evaluate_run(recipe, run)
+    caplog.set_level("INFO", "selfcorrect")
+    evaluate_run(recipe, run, on_measured=log_checkpoint)
+    values = {}
+    for name in ("Q", "Q+IF"):
+        frame = load_cells(run, num_resamples=2).query(
+            "condition == @name and metric == 'correlation' and category == 'overall'"
+        )
+        values[name] = [compact(value) for value in frame["value"]]  # by step
+    (q0, *_, q4), (if0, *_, if4) = values["Q"], values["Q+IF"]
+    assert caplog.messages[0] == f"tiny/0/0: winogender Q {q0}, Q+IF {if0}"
+    assert caplog.messages[2] == f"tiny/0/4: winogender Q {q0}→{q4}, Q+IF {if0}→{if4}"
     parts = evaluation / ".winogender.Q.parquet.parts"
     parts.mkdir()
     (parts / "000000000-000000256.parquet").touch()
     (evaluation / ".winogender.Q.parquet.7-0a1b2c3d.part").touch()
     assert evaluate_run(recipe, run) == 0
-    assert not list(evaluation.glob(".*.part*"))
+    assert not list(evaluation.glob(".*.part*")) and len(caplog.messages) == 3
