@@ -1,6 +1,8 @@
 """Tiny random models of every causal architecture that transformers builds without remote code.
 
-    CAUSAL               the model types, such as "llama"; parametrise over them
+    CAUSAL               the model types, such as "llama"
+    members(CAUSAL)      the same as parameters of a test: REPRESENTATIVES always run, the others
+                         carry the marker `matrix` (pytest --matrix)
     NOT_BUILT            model type -> why there is no tiny model of it; together they are all that
                          `AutoModelForCausalLM` knows (a test checks this)
     small_config(name, dropout=0.0, context=1024, **changes)
@@ -13,9 +15,11 @@ mode, always with the same weights. `changes` are keys of the config (of its tex
 another model type shares (`gpt-sw3` is GPT-2) is listed once.
 """
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -163,6 +167,25 @@ def _causal() -> tuple[str, ...]:
 
 
 CAUSAL = _causal()
+# A member for every mechanism that scoring, PPO or reward models meet.
+REPRESENTATIVES = {
+    "llama", "qwen3_moe", "mixtral", "phimoe", "deepseek_v3",  # rotary; experts; latent keys
+    "gpt2", "opt", "xglm", "ctrl", "bert", "roberta",  # learned, sinusoidal, offset positions
+    "bloom", "mpt", "gpt_neox", "falcon", "minicpm3",  # ALiBi; parallel residual; scaled head
+    "mistral", "gemma2", "gemma3_text", "gpt_oss", "llama4",  # windows, caps, sinks, chunks
+    "gemma3n_text", "deepseek_v32", "deepseek_v4", "modernbert-decoder",  # sparse attention
+    "mamba", "mamba2", "jamba", "recurrent_gemma", "rwkv", "xlstm",  # states in place of keys
+    "lfm2", "qwen3_next", "minimax", "bailing_hybrid",  # convolutions, linear attention
+    "bart", "xlm", "git", "mllama", "emu3", "reformer", "diffllama",  # decoders, and refused ones
+}  # fmt: skip
+
+
+def members(names: Iterable[str]) -> list[Any]:
+    """Return architectures as parameters of a test, the not representative ones marked `matrix`."""
+    return [
+        name if name in REPRESENTATIVES else pytest.param(name, marks=pytest.mark.matrix)
+        for name in names
+    ]
 
 
 def small_config(name: str, *, dropout: float = 0.0, context: int = 1024, **changes: Any) -> Any:

@@ -37,6 +37,8 @@ SMALL = [
     "policy.checkpoints=[0, 2, 4]",
     "policy.resume_every=1",
     "policy.trainer.per_device_train_batch_size=8",
+    "evaluate.conditions=[Q, Q+IF+CoT, Match stats]",
+    "evaluate.limit=24",
     "launch.jobs=1",
     "launch.threads=1",
 ]

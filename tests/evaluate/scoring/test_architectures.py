@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from selfcorrect.evaluate.scoring import packed
 from selfcorrect.evaluate.scoring.engine import Sampling
 from selfcorrect.evaluate.scoring.packed import PackedEngine
-from tests.support.architectures import CAUSAL, NOT_BUILT, small_model
+from tests.support.architectures import CAUSAL, NOT_BUILT, REPRESENTATIVES, members, small_model
 from tests.support.tiny_models import WORDS, tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -73,6 +73,11 @@ VARIANTS = {
         ),
     ),
 }
+# Each computes as one of the others does.
+SIMILAR = {
+    "ministral", "cohere2", "olmo3", "exaone4", "starcoder2", "phi3", "gemma3", "phi3, longrope",
+    "yarn", "llama3",
+}  # fmt: skip
 # Models whose own `generate` is wrong beside others, or with its cache, and some that it serves.
 SAMPLED = ["bart", "camembert", "deepseek_v32", "gpt_neo", "llama", "mamba", "opt"]
 
@@ -122,14 +127,18 @@ def test_matrix_holds_every_causal_architecture():
         if architecture not in built and name not in NOT_BUILT
     ]
     assert not missing and len(CAUSAL) == len(built) > 150
+    assert set(CAUSAL) >= REPRESENTATIVES
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", members(CAUSAL))
 def test_scores_are_those_of_rows_read_alone(name):
     assert_plain_scores(small_model(name), requests(8, 80))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.matrix] if n in SIMILAR else []) for n in VARIANTS],
+)
 def test_scores_beyond_windows_and_switches(name, monkeypatch):
     architecture, settings = VARIANTS[name]
     if name == "dynamic":  # acts beyond the context of the config

@@ -44,8 +44,8 @@ def test_run_writes_checkpoints_results_figures_and_report(finished: Path) -> No
     checkpoints = find_checkpoints(finished)
     assert [c.record.step for c in checkpoints] == [0, 2, 4]
     for checkpoint in checkpoints:
-        # Five conditions on three experiments, and Match stats on Winogender.
-        assert len(list(checkpoint.evaluation.glob("*.parquet"))) == 16
+        # Two conditions on three experiments, and Match stats on Winogender.
+        assert len(list(checkpoint.evaluation.glob("*.parquet"))) == 7
         assert (checkpoint.folder / "model.safetensors").is_file()
     first, _, last = (c.record for c in checkpoints)
     assert (first.episodes, first.kl, first.reward) == (0, None, None)

@@ -13,7 +13,7 @@ from selfcorrect.train.ppo.critic import Critic, trunk_of
 from selfcorrect.train.ppo.forward import CompletionPass, patch_forward
 from selfcorrect.train.ppo.noise import hold_in_eval, random_states
 from selfcorrect.train.ppo.sparse_modules import UNSUPPORTED
-from tests.support.architectures import CAUSAL, small_model
+from tests.support.architectures import CAUSAL, members, small_model
 
 TEMPERATURE = 0.7
 # Its rows must have one length in training. diffllama refuses dropout.
@@ -81,7 +81,7 @@ def right(model, ids, mask):
     return [torch.stack(column) for column in zip(*heads, strict=True)]
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", members(CAUSAL))
 def test_passes_have_the_values_and_gradients_of_the_own_forward(name):
     """A fast pass that has the right values has the right gradients too."""
     if name == "reformer":
@@ -106,7 +106,7 @@ def test_passes_have_the_values_and_gradients_of_the_own_forward(name):
             assert error <= 1e-3 * gradient.norm() + 1e-4, parameter
 
 
-@pytest.mark.parametrize("name", sorted(NOT_FUSED))
+@pytest.mark.parametrize("name", members(sorted(NOT_FUSED)))
 def test_fast_pass_of_other_heads_shows_in_its_values(name):
     """Or it raises what the trainer takes for a refusal; it is never silently close."""
     model, (ids, mask) = patched(name), rows()
@@ -119,7 +119,7 @@ def test_fast_pass_of_other_heads_shows_in_its_values(name):
     assert (log_probs - expected).abs().mean() > 1e-3
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", members(TRAINED))
 def test_model_held_in_eval_draws_no_random_numbers(name):
     model = patched(name, dropout=0.1)
     for key in ("layerdrop", "router_jitter_noise", "jitter_noise", "input_jitter_noise"):

@@ -30,7 +30,7 @@ from selfcorrect.train.ppo.reward_models import (
     score_rows,
     without_unread_end,
 )
-from tests.support.architectures import CAUSAL, small_config, small_model
+from tests.support.architectures import CAUSAL, members, small_config, small_model
 from tests.support.ppo_models import END, make_tokenizer
 
 PADDING = 0
@@ -53,7 +53,7 @@ def right_scores(model, rows=ROWS):
     return scores
 
 
-@pytest.mark.parametrize("architecture", [name for name in CAUSAL if name != "reformer"])
+@pytest.mark.parametrize("architecture", members(name for name in CAUSAL if name != "reformer"))
 def test_every_causal_family_has_a_reward_model(architecture, tmp_path):
     causal = small_model(architecture)
     causal.save_pretrained(tmp_path / "base")
