@@ -166,7 +166,11 @@ def find_clusters(frame: pd.DataFrame) -> Clusters:
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Quotient of two arrays, NaN wherever the denominator is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(denominator == 0, np.nan, numerator / denominator)
+        quotient: np.ndarray = np.asarray(numerator / denominator)
+    undefined = denominator == 0
+    if np.any(undefined):
+        np.copyto(quotient, np.nan, where=undefined)
+    return quotient
 
 
 def pool(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

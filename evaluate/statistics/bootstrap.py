@@ -42,10 +42,13 @@ class Estimate(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool | None:
-        """Return whether zero lies outside the interval; None when there is no interval."""
+        """Return whether zero lies outside the interval; None when there is no interval.
+
+        An end that is zero up to rounding is zero: differences of equal counts are common.
+        """
         if np.isnan(self.low) or np.isnan(self.high):
             return None
-        return self.low > 0 or self.high < 0
+        return self.low > ROUNDING or self.high < -ROUNDING
 
 
 UNDEFINED = Estimate(np.nan, np.nan, np.nan)
@@ -245,7 +248,8 @@ def _replicates(
         table = {name: values[:, None] for name, values in categories[0].items()}
     else:
         table = {
-            name: np.stack([category[name] for category in categories], axis=1)
+            # Category by category in memory, so that sums over categories add whole columns.
+            name: np.array([category[name] for category in categories]).T
             for name in categories[0]
         }
     replicates = metrics(table)
@@ -301,10 +305,15 @@ def _distinct(replicates: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str
     Quantiles are slow, and equal arrays are common: within a single category, a mean over
     categories is the metric itself.
     """
-    first: dict[bytes, str] = {}
+    candidates: dict[bytes, list[str]] = {}
     same = {}
     for name, values in replicates.items():
-        same[name] = first.setdefault(values.tobytes(), name)
+        alike = candidates.setdefault(values[:, :2].tobytes(), [])
+        bits = values.view(np.int64)
+        equal = (other for other in alike if np.array_equal(replicates[other].view(np.int64), bits))
+        same[name] = next(equal, name)
+        if same[name] == name:
+            alike.append(name)
     return list(dict.fromkeys(same.values())), same
 
 

@@ -22,7 +22,10 @@ UNINSTRUCTED = "Q"
 
 @dataclass(frozen=True)
 class Cell:
-    """One experiment under one condition at one checkpoint; `kl` as in checkpoint.json."""
+    """One experiment under one condition at one checkpoint; `kl` as in checkpoint.json.
+
+    A stand-alone model has None for parameters, seed and step; only `compare` takes such cells.
+    """
 
     run: str
     model: str
@@ -97,7 +100,7 @@ def _difference(
     """Return the signed sum of `terms` for every metric of `cell`, resample by resample."""
     paired = len({term.replicates.population for _, term in terms}) == 1
     sums = {
-        metric: np.sum([sign * term.replicates.metrics[metric] for sign, term in terms], axis=0)
+        metric: sum(sign * term.replicates.metrics[metric] for sign, term in terms)
         for metric in cell.replicates.metrics
         if paired and all(metric in term.replicates.metrics for _, term in terms)
     }

@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 
 from selfcorrect.evaluate.experiments import get_experiment
-from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, LARGEST_UNDEFINED_SHARE
+from selfcorrect.evaluate.statistics.bootstrap import (
+    CONFIDENCE,
+    LARGEST_UNDEFINED_SHARE,
+    ROUNDING,
+)
 from selfcorrect.evaluate.statistics.comparisons import Cell
 from selfcorrect.evaluate.statistics.series import (
     Quantity,
@@ -71,10 +75,12 @@ def threshold_steps(
 def crossing(steps: np.ndarray, values: np.ndarray, threshold: float, side: float) -> np.ndarray:
     """Return the first step at which each column of `values` (P, N) reaches `threshold`, (N,).
 
+    A value on the threshold up to rounding has reached it.
+
     `side` is 1 where values start above the threshold and -1 where they start below; `steps` (P,)
     increase. A column that never reaches it is inf, one with a NaN is NaN.
     """
-    above = side * (values - threshold)
+    above = side * _distance(values, threshold)
     reached = above <= 0
     after = reached.argmax(axis=0)
     before = np.maximum(after - 1, 0)
@@ -111,7 +117,7 @@ def _row(
         }
     if line.undefined_because is not None:
         return row | {"undefined_because": line.undefined_because}
-    start = line.y[0, 0] - threshold
+    start = float(_distance(line.y[0, 0], threshold))
     row["starts"] = "at" if start == 0 else "above" if start > 0 else "below"
     steps = crossing(line.x, line.y, threshold, float(np.sign(start)) or 1.0)
     row["value"] = _json_step(steps[0]) if start else float(line.x[0])
@@ -127,6 +133,12 @@ def _row(
     low = np.quantile(resamples, _TAILS[0], method="lower")
     high = np.quantile(resamples, _TAILS[1], method="higher")
     return row | {"low": _json_step(low), "high": _json_step(high)}
+
+
+def _distance(values: np.ndarray, threshold: float) -> np.ndarray:
+    """Return values - threshold, 0 where they agree up to rounding."""
+    distance = values - threshold
+    return np.where(np.abs(distance) <= ROUNDING, 0.0, distance)
 
 
 def _json_step(step: float) -> float | str:

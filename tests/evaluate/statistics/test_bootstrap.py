@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
+from selfcorrect.evaluate.statistics.bootstrap import Draws, Estimate, bootstrap
 from tests.support.tallies import make_tally, share
 
 
@@ -89,6 +89,13 @@ def test_single_cluster():
     assert result.value == 0.5
     assert np.isnan(result.low)
     assert result.excludes_zero is None
+
+
+def test_rounding_excludes_no_zero():
+    assert Estimate(0.1, 0.01, 0.2).excludes_zero
+    assert Estimate(-0.1, -0.2, -0.01).excludes_zero
+    assert not Estimate(0.1, 0.1 + 0.2 - 0.3, 0.2).excludes_zero
+    assert not Estimate(-0.1, -0.2, 0.3 - (0.1 + 0.2)).excludes_zero
 
 
 @pytest.mark.parametrize("per_category", [5, 25])

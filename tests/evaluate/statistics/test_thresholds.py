@@ -22,6 +22,8 @@ def test_crossings_by_hand():
     assert at([0, 10, 20], [0.4, 0.0, 0.3]) == pytest.approx(
         [10]
     )  # touching counts, the first time
+    # What a sum in another order leaves above the threshold does not decide.
+    assert at([0, 10, 20], [0.3, 0.1 + 0.2 - 0.3, 0.2]) == pytest.approx([10])
     assert at([0, 10, 20], [0.4, 0.3, 0.1]) == [np.inf]
     assert at([5, 10], [-0.1, 0.3]) == [5]  # on the other side from the start
     assert np.isnan(at([0, 10], [0.4, np.nan]))
