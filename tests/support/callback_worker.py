@@ -1,33 +1,37 @@
-"""One rank of an SFT run with (`attached`) or without (`bare`) the evaluation callback.
+"""SFT with (`attached`) and without (`bare`) the evaluation callback, in two ranks.
 
-Arguments: the folder with `base/`, and attached or bare. Writes what it saw to <rank>.json.
+Argument: the folder with a folder for each parallelism, which has `base/`. Each rank writes what it
+saw to <rank>.json there.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from selfcorrect.evaluate.callback import SelfCorrectionCallback
-from selfcorrect.train.distributed.worker import skip_inference_kernel
+from tests.support.ranks import HAS_DEEPSPEED, set_parallelism, start_ranks
 from tests.support.tiny_models import tiny_plan, tiny_tokenizer
 
 PROMPTS = [
     f"the {who} told {whose} that" for who in ("doctor", "nurse") for whose in ("his", "her")
 ]
+PARALLELISMS = ["ddp", "zero3"]
 METRIC_KEY = "eval_winogender.Q+IF.correlation"
 
 
-def main() -> None:
-    """Train for two updates, save the model, and write facts.json of this rank."""
-    torch.set_num_threads(1)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        skip_inference_kernel()
-    folder, mode = Path(sys.argv[1]), sys.argv[2]
+def train_with_and_without(folder: Path) -> None:
+    """Train, with and without the callback, under each parallelism; save models and facts."""
+    for parallelism in PARALLELISMS if HAS_DEEPSPEED else ["ddp"]:
+        for mode in ("bare", "attached"):
+            train(folder / parallelism, parallelism, mode)
+
+
+def train(folder: Path, parallelism: str, mode: str) -> None:
+    """Train for two updates, save the model, and write the facts of this rank."""
+    set_parallelism(parallelism, folder)
     arguments = SFTConfig(
         output_dir=str(folder / "out"), max_steps=2, learning_rate=1e-2, logging_steps=1,
         save_strategy="no", report_to=[], use_cpu=True, seed=1, bf16=False, max_length=32,
@@ -55,9 +59,7 @@ def main() -> None:
         "logged": [entry["step"] for entry in trainer.state.log_history if METRIC_KEY in entry],
     }
     (folder / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(facts))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    start_ranks(train_with_and_without, Path(sys.argv[1]))

@@ -1,30 +1,34 @@
-"""PPO under each parallelism and critic, in every process of one launch, or in one process.
+"""PPO under each parallelism and critic, in two ranks or in one process.
+
+Arguments: the folder of models, the folder of outcomes, and cases such as zero2-shared.
 
 Sampling is greedy (top_k 1) and a rollout batch is one minibatch, so neither a process's random
 numbers nor the assignment of rows to processes can make a difference: the curves must be the same.
 """
 
-import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
-import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from selfcorrect.train.distributed.settings import deepspeed_settings
-from selfcorrect.train.distributed.worker import skip_inference_kernel
 from selfcorrect.train.ppo import PPOTrainer
 from tests.support.ppo_models import CRITICS, make_prompts, make_trainer
+from tests.support.ranks import set_parallelism, start_ranks
 
 CASES = [
     *(("ddp", critic) for critic in CRITICS),
     ("zero1", "shared"),
     *(("zero2", critic) for critic in CRITICS),
     *(("zero3", critic) for critic in CRITICS),
+]
+# The others differ from these in nothing that is not in one of them: `matrix`.
+ALWAYS = [
+    *(("ddp", critic) for critic in ("shared", "lora")),
+    *(("zero1", "shared"), ("zero2", "separate")),
+    *(("zero3", critic) for critic in ("separate", "lora")),
 ]
 RESUMED = [("ddp", "shared"), ("zero1", "shared"), ("zero2", "separate"), ("zero3", "lora")]
 CURVES = ("objective/score", "objective/kl", "value/loss", "value/explained_variance")
@@ -64,28 +68,10 @@ def curves_and_weights(trainer: PPOTrainer) -> tuple[dict, dict]:
     return curves, {name: t.detach().float().clone().contiguous() for name, t in state.items()}
 
 
-def set_environment(parallelism: str, folder: Path) -> None:
-    """Set the variables that `accelerate launch` would have set."""
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(parallelism != "ddp").lower()
-    os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(parallelism == "zero3").lower()
-    if parallelism != "ddp":
-        settings = deepspeed_settings(parallelism, on_gpu=False)
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # split all
-        file = folder / f"{parallelism}.{os.environ['RANK']}.json"
-        file.write_text(json.dumps(settings))
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(file)
-
-
-def main() -> None:
-    models, folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), CASES
-    torch.set_num_threads(1)
-    os.environ.pop("ACCELERATE_USE_CPU", None)  # the arguments say so
-    if importlib.util.find_spec("deepspeed"):
-        skip_inference_kernel()
-    else:
-        cases = [case for case in CASES if case[0] == "ddp"]
+def train_cases(models: Path, folder: Path, cases: list[tuple[str, str]]) -> None:
+    """Train each case in this rank; the first rank writes the outcomes."""
     for parallelism, critic in cases:
-        set_environment(parallelism, folder)
+        set_parallelism(parallelism, folder)
         out = folder / f"{parallelism}-{critic}"
         trainer = make_greedy_trainer(models, out, critic, ROWS)
         trainer.train()
@@ -117,9 +103,8 @@ def main() -> None:
         _, weights = curves_and_weights(resumed)
         if is_main:
             save_file(weights, out / "resumed.safetensors")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    models, folder, *names = sys.argv[1:]
+    start_ranks(train_cases, Path(models), Path(folder), [tuple(n.split("-")) for n in names])

@@ -1,10 +1,6 @@
 """The callback changes no run: of TRL's trainers, our PPO, two ranks, and ZeRO-3."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,14 +13,15 @@ from selfcorrect.evaluate.measuring.cell_files import read_cell
 from selfcorrect.evaluate.measuring.measure import measure
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.train.ppo import PPOConfig, PPOTrainer
-from tests.support import ROOT
-from tests.support.callback_worker import METRIC_KEY, PROMPTS
+from tests.support.callback_worker import METRIC_KEY, PARALLELISMS, PROMPTS
+from tests.support.ranks import run_module
 from tests.support.tiny_models import (
     same_weights,
     save_model,
     tiny_model,
     tiny_plan,
     tiny_tokenizer,
+    write_tiny_winogender,
 )
 
 torch.set_num_threads(1)
@@ -83,76 +80,36 @@ def test_every_trainer_ends_in_the_same_weights_and_logs_the_metrics(tmp_path, k
         assert len([e for e in trainer.state.log_history if "loss" in e]) == 3
 
 
-ZERO3 = {
-    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto"),
-    **dict.fromkeys(("gradient_accumulation_steps", "gradient_clipping"), "auto"),
-    "bf16": {"enabled": "auto"},
-    "zero_optimization": {
-        "stage": 3,
-        "stage3_gather_16bit_weights_on_model_save": True,
-        "overlap_comm": False,
-        "stage3_param_persistence_threshold": 0,  # or tiny tensors would stay whole
-    },
-}
-
-
-ZERO3_LAUNCH = """
-compute_environment: LOCAL_MACHINE
-distributed_type: DEEPSPEED
-deepspeed_config: {{deepspeed_config_file: {folder}/ds3.json, zero3_init_flag: true}}
-machine_rank: 0
-num_machines: 1
-num_processes: 2
-use_cpu: true
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each parallelism, with what its two ranks trained and saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for parallelism in PARALLELISMS:
+        save_model(folder / parallelism / "base", tiny_model("llama"))
+        write_tiny_winogender(folder / parallelism / "data")
+    run_module("callback_worker", folder)
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallelism", ["ddp", "zero3"])
-def test_two_ranks_share_the_items_and_end_in_the_same_weights(tmp_path, parallelism) -> None:
+@pytest.mark.parametrize("parallelism", PARALLELISMS)
+def test_two_ranks_share_the_items_and_end_in_the_same_weights(two_ranks, parallelism) -> None:
     if parallelism == "zero3":
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    save_model(tmp_path / "base", tiny_model("llama"))
-    (tmp_path / "ds3.json").write_text(json.dumps(ZERO3))
-    (tmp_path / "zero3.yaml").write_text(ZERO3_LAUNCH.format(folder=tmp_path))
-    plan = tiny_plan(tmp_path / "data", ["Q", "Q+IF", "Q+IF+CoT"])
-    ddp = "torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0"
-    zero3 = f"accelerate.commands.launch --config_file {tmp_path}/zero3.yaml"
-    zero3 += f" --main_process_port {free_port()}"
-    launcher = ddp.split() if parallelism == "ddp" else zero3.split()
-    for mode in ("bare", "attached"):
-        command = [sys.executable, "-m", *launcher, "-m", "tests.support.callback_worker"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CI": "1"}
-        if parallelism == "ddp":
-            environment["ACCELERATE_USE_CPU"] = "true"
-        done = subprocess.run(
-            [*command, str(tmp_path), mode],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=1800,
-            env=environment,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    facts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    folder = two_ranks / parallelism
+    plan = tiny_plan(folder / "data", ["Q", "Q+IF", "Q+IF+CoT"])
+    facts = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     assert [rank["world"] for rank in facts] == [2, 2]
     assert [rank["split"] for rank in facts] == [parallelism == "zero3"] * 2
     assert facts[0]["logged"] == [0, 2]  # the first process logs
     bare, attached = (
-        load_model(tmp_path / f"saved-{mode}", device="cpu")[0] for mode in ("bare", "attached")
+        load_model(folder / f"saved-{mode}", device="cpu")[0] for mode in ("bare", "attached")
     )
     assert same_weights(bare, attached)
     # The live scores are those of the saved weights.
-    later = measure(plan, attached, tiny_tokenizer(), tmp_path / "later")
+    later = measure(plan, attached, tiny_tokenizer(), folder / "later")
     for path in later:
-        live, expected = read_cell(tmp_path / "step-2" / path.name)[0], read_cell(path)[0]
+        live, expected = read_cell(folder / "step-2" / path.name)[0], read_cell(path)[0]
         assert live.equals(expected)
-    first = read_cell(tmp_path / "step-0" / later[0].name)[0]
+    first = read_cell(folder / "step-0" / later[0].name)[0]
     assert not first.equals(read_cell(later[0])[0])

@@ -1,12 +1,14 @@
-"""Sums over two real processes (gloo); complete trainings are in test_ppo_engines.py."""
+"""Sums over two processes that a run's settings start (gloo); trainings: test_ppo_engines.py."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from selfcorrect.recipes.schema import Launch
+from selfcorrect.train.distributed.settings import process_environment, write_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
@@ -35,13 +37,14 @@ dist.destroy_process_group()  # gloo's threads may abort a process that ends wit
 def run_in_two_processes(folder: Path, code: str) -> list[dict]:
     script = folder / "worker.py"
     script.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += [str(script), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CI": "1"}
+    launch = Launch(processes=2)
+    settings = write_settings(launch, folder / "launch", on_gpu=False)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings)]
+    environment = process_environment(launch, 1, on_gpu=False, slot=0)
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=900, env=environment, check=False
-    )
+        [*command, str(script), str(folder)],
+        capture_output=True, text=True, timeout=900, env=environment, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
