@@ -15,13 +15,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the matrix unless it is asked for; `-m` stays free for other choices."""
-    if config.getoption("--matrix"):
-        return
+    """Leave out the matrix unless it is asked for; `-m` stays free for other choices.
+
+    Of several processes (pytest-xdist), each begins with files of slow tests, so that all end at
+    about the same time.
+    """
     left_out = [item for item in items if item.get_closest_marker("matrix")]
-    if left_out:
+    if left_out and not config.getoption("--matrix"):
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("matrix")]
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture
