@@ -1,13 +1,14 @@
 """Evaluation of a run on disk: broken, vanishing and shared checkpoints, and watching."""
 
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,28 +152,26 @@ def test_locked_checkpoint_is_left_to_its_holder(run: Path, monkeypatch) -> None
     assert seen == [0]  # nobody worked there while it was held
 
 
+def count_measured(run: Path, numbers: Any) -> None:
+    numbers.put(evaluate_run(recipe_of(run), run))
+
+
 @pytest.mark.slow
 def test_two_processes_and_two_ranks_give_the_same_bytes(run: Path, tmp_path: Path) -> None:
     expected = bytes_of(run)
     assert not expected
     shared, sharded = shutil.copytree(run, tmp_path / "b"), shutil.copytree(run, tmp_path / "c")
     evaluate_run(recipe_of(run), run)
-    code = (
-        "import sys; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
-        "from selfcorrect.evaluate.measuring.run import evaluate_run\n"
-        "from selfcorrect.recipes.load import load_recipe\n"
-        "run = Path(sys.argv[1])\n"
-        "print(evaluate_run(load_recipe(str(run / 'recipe.yaml')), run))\n"
-    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(shared)], stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    numbers = [int(one.communicate(timeout=SECONDS)[0].split()[-1]) for one in pair]
-    assert sum(numbers) == 3
+    context = multiprocessing.get_context("fork")
+    numbers = context.SimpleQueue()
+    pair = [context.Process(target=count_measured, args=(shared, numbers)) for _ in range(2)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(SECONDS)
+        assert process.exitcode == 0
+    assert sum(numbers.get() for _ in pair) == 3
     assert bytes_of(shared) == bytes_of(run)
     # What `accelerate launch` starts for several devices; by itself it starts one on a CPU.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

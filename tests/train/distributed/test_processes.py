@@ -10,16 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
-from selfcorrect.recipes.load import load_recipe, save_recipe
+from selfcorrect.recipes.load import check_recipe, load_recipe, save_recipe
+from selfcorrect.scripts.commands.__main__ import main
 from selfcorrect.train import job
 from selfcorrect.train.distributed import parent
 from selfcorrect.train.job import hold_job
+from selfcorrect.train.run import prepare_run
+from tests.support.ranks import HAS_DEEPSPEED, run_module
 from tests.support.small_runs import SECONDS, call, command, digests, wait_until
 from tests.support.tiny_models import tiny_model, tiny_tokenizer, write_tiny_winogender
 
@@ -120,18 +122,14 @@ def test_failure_to_start_is_one_line(tmp_path, monkeypatch) -> None:
 
 # ---- whole runs --------------------------------------------------------------------------------
 
-ENGINE = ["launch.processes=2"]
-try:
-    import deepspeed  # noqa: F401
-
+ENGINE = ["launch.processes=2"]  # without DeepSpeed: the same under DistributedDataParallel
+if HAS_DEEPSPEED:
     ENGINE += ["launch.deepspeed=zero3"]
-except ImportError:
-    pass  # the same promises under DistributedDataParallel
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3 * SECONDS)
-def test_run_in_two_processes_survives_sigterm_and_sigkill(tmp_path) -> None:
+def test_run_in_two_processes_survives_sigterm_and_sigkill(tmp_path, monkeypatch, capsys) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
     folder = runs / "small" / "tiny" / "seed-0"
@@ -230,10 +228,8 @@ def test_sft_and_lora_in_two_processes(tmp_path) -> None:
         "evaluate": {"experiments": ["winogender"], "conditions": ["Q"]},
         "launch": {"processes": 2, "threads": 1, **dict(e[7:].split("=") for e in ENGINE[1:])},
     }  # fmt: skip
-    recipe = tmp_path / "given.yaml"
-    recipe.write_text(yaml.safe_dump(content))
-    done = call([*command(tmp_path)[:3], "train", str(recipe), "--runs-dir", str(tmp_path)])
-    assert done.returncode == 0, done.stderr
+    prepare_run(check_recipe(content, "given"), tmp_path / "given", here=False)
+    run_module("ranks", tmp_path / "given", "zero3" if HAS_DEEPSPEED else "ddp")
     seed = tmp_path / "given" / "given" / "seed-0"
     given, tuned, reward = (
         load_file(folder / "model.safetensors") for folder in (base, seed / "base", seed / "reward")
@@ -254,12 +250,14 @@ def test_sft_and_lora_in_two_processes(tmp_path) -> None:
         assert list(checkpoint.evaluation.glob("*.parquet"))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3 * SECONDS)
-def test_batch_size_must_divide_among_processes(tmp_path) -> None:
+def test_batch_size_must_divide_among_processes(tmp_path, monkeypatch, capsys) -> None:
     runs = tmp_path / "runs"
     more = ["policy.trainer.steps_per_generation=null", "policy.trainer.generation_batch_size=24"]
-    done = call(command(runs, "launch.processes=2", *more))
-    assert done.returncode == 2
-    assert re.fullmatch(r"selfcorrect: .*24.*\n", done.stderr), done.stderr
+    words = command(runs, "launch.processes=2", *more)
+    monkeypatch.setattr(sys, "argv", ["selfcorrect", *words[3:]])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert re.fullmatch(r"selfcorrect: .*24.*\n", shown), shown
     assert not list(runs.glob("small/tiny/seed-0/base*"))
