@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.check import check_training
 from selfcorrect.train.feedback.feedback import Preference
 from selfcorrect.train.run import prepare_run, train_run
+from selfcorrect.train.stages import answers
 from selfcorrect.train.stages.base import preferred_rows
 from selfcorrect.train.stages.dpo import LOSSES, PairTrainer, pair_rows, usable_pairs
 from tests.support.tiny_models import WORDS, tiny_model, tiny_tokenizer
@@ -76,12 +78,16 @@ def recipe_with(method: str, **keys: object) -> Recipe:
     return check_recipe({**SMALL, "policy": policy}, "small")
 
 
-def train(recipe: Recipe, run: Path, stop_at: int | None = None) -> None:
+def train(
+    recipe: Recipe, run: Path, stages: Path | None = None, stop_at: int | None = None
+) -> None:
+    """Train, from the base and reward model of the run `stages` if it is given."""
+
     def interrupt(stage: str, done: int, total: int) -> None:
         if stage.endswith(f": {recipe.policy.method}") and done == stop_at:
             raise KeyboardInterrupt
 
-    prepare_run(recipe, run)
+    prepare_run(recipe, run, stages_from=stages)
     train_run(recipe, run, interrupt)
 
 
@@ -91,10 +97,26 @@ def weights(run: Path) -> dict[int, bytes]:
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_answers() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "NUM_ANSWERS", 32)
+        yield
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ends with its base and reward model, from which the policies of others start."""
+    run = tmp_path_factory.mktemp("stages") / "small"
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe_with("sft"), run, stop_at=0)
+    return run
+
+
 @pytest.fixture(scope="module", params=METHODS)
-def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def done(request: pytest.FixtureRequest, stages: Path, tmp_path_factory: pytest.TempPathFactory):
     recipe, run = recipe_with(request.param), tmp_path_factory.mktemp("done") / "small"
-    train(recipe, run)
+    train(recipe, run, stages)
     return recipe, run
 
 
@@ -113,7 +135,7 @@ def test_checkpoints_at_the_steps_of_ppo_with_as_many_updates(done) -> None:
     assert len(set(kept.values())) == 3
     # What the raters think of the policy's answers is known for every method and every step.
     worth = [record.answers for record in records]
-    assert all(known is not None and known.num == 256 for known in worth)
+    assert all(known is not None and known.num == 32 for known in worth)
     assert worth[0].kl == 0 and all(known.utility >= -3 for known in worth)
     log = json.loads((run / "tiny/seed-3" / method / "stage.json").read_text())["log"]
     assert [entry["ppo_step"] for entry in log] == [1, 2, 3, 4]
@@ -129,11 +151,11 @@ def test_checkpoints_at_the_steps_of_ppo_with_as_many_updates(done) -> None:
 
 
 @pytest.mark.slow
-def test_interrupted_run_resumes_bitwise(done, tmp_path: Path) -> None:
+def test_interrupted_run_resumes_bitwise(done, stages: Path, tmp_path: Path) -> None:
     recipe, run = done
     again = tmp_path / "small"
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, again, stop_at=3)
+        train(recipe, again, stages, stop_at=3)
     assert set(weights(again)) == {0, 2}
     train(recipe, again)
     assert weights(again) == weights(run)
@@ -143,7 +165,7 @@ def test_interrupted_run_resumes_bitwise(done, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sigterm_ends_with_the_step_and_resumes_bitwise(
-    done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done, stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run = done
     again, reports = tmp_path / "small", []
@@ -153,7 +175,7 @@ def test_sigterm_ends_with_the_step_and_resumes_bitwise(
         if reports.count(recipe.policy.method) == 7:  # in the second step; one precedes the first
             monkeypatch.setattr(signals, "_requested", True)
 
-    prepare_run(recipe, again)
+    prepare_run(recipe, again, stages_from=stages)
     with pytest.raises(signals.Terminated):
         train_run(recipe, again, terminate)
     states = [
@@ -168,11 +190,11 @@ def test_sigterm_ends_with_the_step_and_resumes_bitwise(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_lora_adapters_are_trained(method: str, tmp_path: Path) -> None:
+def test_lora_adapters_are_trained(method: str, stages: Path, tmp_path: Path) -> None:
     recipe, run = recipe_with(method), tmp_path / "small"
     lora = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
     recipe = recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"lora": lora})})
-    train(recipe, run)
+    train(recipe, run, stages)
     adapters = [c.folder / "adapter_model.safetensors" for c in find_checkpoints(run)]
     assert len({path.read_bytes() for path in adapters}) == 3
     assert not any((path.parent / "model.safetensors").exists() for path in adapters)
@@ -180,14 +202,14 @@ def test_lora_adapters_are_trained(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sft_makes_preferred_answers_likelier(tmp_path: Path) -> None:
+def test_sft_makes_preferred_answers_likelier(stages: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from selfcorrect.train.feedback.feedback import load_feedback
     from selfcorrect.train.stages.base import preferred_rows
 
     recipe, run = recipe_with("sft", learning_rate=1e-2), tmp_path / "small"
-    train(recipe, run)
+    train(recipe, run, stages)
     pairs = load_feedback(recipe.data, 3).preferences[:20]
     likelihoods = []
     for checkpoint in find_checkpoints(run):
