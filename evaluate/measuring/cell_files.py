@@ -2,9 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfcorrect.evaluate.measuring.plan import PlannedCell, cell_file_name
+from selfcorrect.evaluate.scoring.engine import DRAWS
 from selfcorrect.recipes.foundation.atomic_files import atomic_file
 from selfcorrect.recipes.foundation.checksums import (
     CHECKSUM_PLACEHOLDER,
@@ -42,6 +43,8 @@ _COLUMNS = pa.schema(
     ]
 )
 
+_GROUP_ROWS = 4096  # of a row group
+
 # The condition that is not judged against a bias in files that do not say so themselves.
 _UNJUDGED = "Match stats"
 
@@ -55,21 +58,33 @@ _verified: set[tuple[str, int, int, int]] = set()
 class Origin:
     """The source of a cell's scores: a digest of the weights, and the engine (roundings differ).
 
-    `tokenizer` is its `tokenizer_digest`; None where it is not known yet.
+    `tokenizer` is its `tokenizer_digest`; None where it is not known yet. `draws` is the version
+    of the packed engine's random draws; None for a cell without any. `dtype` is the type in which
+    weights were held; None where it is not known yet, or the engine's own.
     """
 
     weights: str
     engine: str = "packed"
     tokenizer: str | None = None
+    draws: int | None = None
+    dtype: str | None = None
+
+    def of(self, cell: PlannedCell) -> "Origin":
+        """Return the origin of one cell."""
+        is_drawn = cell.sampling is not None and cell.sampling.temperature > 0
+        return replace(self, draws=DRAWS if is_drawn and self.engine == "packed" else None)
 
     def made(self, recorded: Any) -> bool:
         """Return whether a file with this origin in its settings is of this origin.
 
-        Files of older versions do not say by which tokenizer they were made.
+        Files of older versions do not say by which tokenizer they were made; they are float32.
         """
         if not isinstance(recorded, dict):
             return False
-        known = {**asdict(self), **recorded}
+        of_old = "float32" if self.engine == "packed" else None
+        known = {**asdict(self), "draws": None, "dtype": of_old, **recorded}
+        if None in (self.dtype, known["dtype"]):
+            known["dtype"] = self.dtype
         if None in (self.tokenizer, known["tokenizer"]):
             known["tokenizer"] = self.tokenizer
         return known == asdict(self)
@@ -90,7 +105,7 @@ class CellWriter:
             "experiment": cell.experiment,
             "condition": cell.condition,
             "settings_digest": cell.settings_digest,
-            "origin": asdict(origin),
+            "origin": asdict(origin.of(cell)),
             "num_items": len(cell.items),
             "left_out": cell.loaded.left_out,
             "judged": cell.section.condition(cell.condition).judged,
@@ -168,27 +183,49 @@ class CellWriter:
         self._pending = []
 
     def write_cell(self, path: Path) -> None:
-        """Write the complete cell, parts and pending rows, to `path`: one row group per slice."""
+        """Write the complete cell, parts and pending rows, to `path`.
+
+        Its bytes do not depend on where the parts were cut.
+        """
         with table_writer(path, self.schema) as file:
-            for _, _, part in self._parts:
-                try:
-                    if not file_has_valid_checksum(part):
-                        raise pa.ArrowInvalid("checksum mismatch")
-                    rows = pq.ParquetFile(part, page_checksum_verification=True)
-                    for group in range(rows.num_row_groups):
-                        file.write_table(rows.read_row_group(group))
-                except (pa.ArrowException, OSError):
-                    part.unlink(missing_ok=True)
-                    raise RunFailure(
-                        f"{part}: damaged while the cell was measured; run the same command again"
-                    ) from None
-            for table in self._pending:
-                file.write_table(table)
+            for group in _row_groups(self._tables()):
+                file.write_table(group)
         insert_file_checksum(path)
+
+    def _tables(self) -> Iterator[pa.Table]:
+        for _, _, part in self._parts:
+            try:
+                if not file_has_valid_checksum(part):
+                    raise pa.ArrowInvalid("checksum mismatch")
+                rows = pq.ParquetFile(part, page_checksum_verification=True)
+                groups = [rows.read_row_group(group) for group in range(rows.num_row_groups)]
+            except (pa.ArrowException, OSError):
+                part.unlink(missing_ok=True)
+                raise RunFailure(
+                    f"{part}: damaged while the cell was measured; run the same command again"
+                ) from None
+            yield from groups
+        yield from self._pending
 
     def clear(self) -> None:
         """Remove the parts, once the cell's file is complete."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the rows of all tables in contiguous tables of `_GROUP_ROWS`; the last may be shorter.
+
+    Yields nothing if there are no rows.
+    """
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        while sum(map(len, waiting)) >= _GROUP_ROWS:
+            rows = pa.concat_tables(waiting)
+            yield rows.slice(0, _GROUP_ROWS).combine_chunks()
+            waiting = [rows.slice(_GROUP_ROWS)]
+    if any(map(len, waiting)):
+        yield pa.concat_tables(waiting).combine_chunks()
 
 
 def _metadata(schema: pa.Schema) -> dict[str, Any]:
@@ -249,7 +286,7 @@ def is_cell_measured(path: Path, cell: PlannedCell, origin: Origin | None = None
         metadata.get("settings_digest") == cell.settings_digest
         and metadata.get(DATE) in (None, cell.style.date)
         and metadata["judged"] == cell.section.condition(cell.condition).judged
-        and (origin is None or origin.made(metadata.get("origin")))
+        and (origin is None or origin.of(cell).made(metadata.get("origin")))
     )
 
 
@@ -294,12 +331,14 @@ def _verify_checksum(path: Path) -> None:
         _verified.add(key)
 
 
-def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
+def read_table(
+    path: Path, columns: Sequence[str] | None, leave_out: Sequence[str] = ()
+) -> pa.Table:
     """Return those of `columns` that the file has (None: all); InputError if it is damaged."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            present = file.schema_arrow.names
-            wanted = None if columns is None else [name for name in columns if name in present]
+            present = [name for name in file.schema_arrow.names if name not in leave_out]
+            wanted = present if columns is None else [name for name in columns if name in present]
             return file.read(wanted)
     except (pa.ArrowException, OSError, ValueError):
         raise damaged_cell(path) from None

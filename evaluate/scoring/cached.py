@@ -31,14 +31,14 @@ def score_after(
     `requests` holds the options that follow each text. Returns None for a batch whose logits would
     exceed their limit. Raises ValueError if there is no cache, or one that lacks columns.
     """
-    num_columns = len(sampled.rows[0]) - 1  # the last sampled token was never read
     cache = sampled.cache
-    if not hasattr(cache, "get_seq_length") or cache.get_seq_length() != num_columns:
+    num_columns = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    if num_columns < _num_columns(sampled):
         raise ValueError("it returns no cache of all the tokens that it has read")
     tries = [trie(options) for options in requests]
     reused = [
-        _num_reused(row[padding:num_columns], options)
-        for row, padding, options in zip(sampled.rows, sampled.padding, requests, strict=True)
+        _num_reused(row[:-1], options)  # the last token was never read
+        for row, options in zip(sampled.rows, requests, strict=True)
     ]
     num_wanted = sum(len(np.unique(tree.wanted_nodes)) for tree in tries)
     if num_wanted * forwards.vocabulary > LARGEST_LOGITS:
@@ -59,7 +59,14 @@ def sizes_after(
     They are the columns of the cache, those of them that are padding, and the longest final row.
     """
     longest = max(len(option.row) for options in requests for option in options)
-    return len(sampled.rows[0]), max(sampled.padding), longest
+    return _num_columns(sampled), max(sampled.padding), longest
+
+
+def _num_columns(sampled: SampledBatch) -> int:
+    """Return how many columns hold padding, prompts and texts without their last tokens."""
+    return max(
+        padding + len(row) - 1 for padding, row in zip(sampled.padding, sampled.rows, strict=True)
+    )
 
 
 def _num_reused(cached: Sequence[int], options: Sequence[Continuation]) -> int:

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from selfcorrect.evaluate.prompts.tokenized import (
     PromptTooLong,
@@ -13,6 +13,12 @@ from selfcorrect.evaluate.prompts.tokenized import (
     token_ids,
 )
 from selfcorrect.recipes.foundation.errors import RunFailure
+
+# The version of the packed engine's random draws. Bump it when the same logits would give other
+# tokens: cells with samples of another version are measured again.
+DRAWS = 2
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,8 @@ class Engine(ABC):
 
     tokenizer: Any
     context: int | None  # None: no bound
+    on_progress: Callable[[float], None] | None = None
+    """An engine may call it with the share of the current call that is done."""
 
     @abstractmethod
     def score(self, requests: Sequence[Request]) -> list[list[float]]:
@@ -90,6 +98,17 @@ class Engine(ABC):
     def score_kept(self, key: str, requests: Callable[[], Sequence[Request]]) -> list[list[float]]:
         """Score the requests named `key`; an engine may keep their tokens for the next call."""
         return self.score(requests())
+
+    def kept(self, key: str, make: Callable[[], T]) -> T:
+        """Return what `make` makes for every model with this tokenizer; an engine may keep it."""
+        return make()
+
+    def items_at_once(self, tokens: float, is_sampled: bool) -> int | None:
+        """Return how many items of about so many tokens a call is to measure; None: any number.
+
+        An engine whose results depend on it by rounding returns the same number in every call.
+        """
+        return None
 
     def check_room(self, prompts: Sequence[str], num_tokens: int) -> list[list[int]]:
         """Return the prompts' tokens; PromptTooLong if the model cannot write `num_tokens` more."""

@@ -2,7 +2,9 @@
 # ruff: noqa: TID253  -- all torch; imported only where a model is at hand
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -17,13 +19,31 @@ from selfcorrect.evaluate.prompts.tokenized import (
     tokenizer_digest,
 )
 from selfcorrect.evaluate.scoring.cached import score_after, sizes_after
-from selfcorrect.evaluate.scoring.engine import Engine, Sample, Sampling
-from selfcorrect.evaluate.scoring.forwards import Forwards, log_probabilities
-from selfcorrect.evaluate.scoring.limits import BATCH_TOKENS, CPU_SCORING_TOKENS, PACK_TOKENS
-from selfcorrect.evaluate.scoring.sampling import SampledBatch, batches, sample_alone, sample_batch
+from selfcorrect.evaluate.scoring.engine import Engine, Sample, Sampling, T
+from selfcorrect.evaluate.scoring.forwards import Forwards, log_probabilities, reported_forwards
+from selfcorrect.evaluate.scoring.limits import (
+    BATCH_TOKENS,
+    CALL_FLOPS,
+    CPU_SCORING_TOKENS,
+    MOST_ITEMS,
+    PACK_TOKENS,
+    SMALL_BATCH_TOKENS,
+    SMALL_MODEL,
+    SMALL_PACK_TOKENS,
+    SMALL_SCORING_TOKENS,
+)
+from selfcorrect.evaluate.scoring.precision import is_out_of_memory
+from selfcorrect.evaluate.scoring.sampling import (
+    SampledBatch,
+    batches,
+    sample_alone,
+    sample_batch,
+    sample_slots,
+)
+from selfcorrect.evaluate.scoring.slots import error_of_slots
 from selfcorrect.evaluate.scoring.token_trie import Pack, Packing, PackingCache, pack
 from selfcorrect.evaluate.scoring.trials import UNSUPPORTED, Checks, Ways, reason_of
-from selfcorrect.recipes.foundation.errors import RunFailure
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 logger = logging.getLogger(__name__)
 
@@ -43,19 +63,25 @@ class PackedEngine(Engine):
         *,
         packings: PackingCache | None = None,
         batch_tokens: int | None = None,
-        pack_tokens: int = PACK_TOKENS,
+        pack_tokens: int | None = None,
     ) -> None:
-        on_cpu = next(model.parameters()).device.type == "cpu"
+        self.device_kind = "cpu" if next(model.parameters()).device.type == "cpu" else "gpu"
+        on_cpu = self.device_kind == "cpu"
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        is_small = on_cpu and self.num_parameters < SMALL_MODEL
         self.model = model
         self.tokenizer = tokenizer
         self.packings = packings or PackingCache()
-        self.pack_tokens = pack_tokens
-        self.batch_tokens = batch_tokens or BATCH_TOKENS["cpu" if on_cpu else "gpu"]
+        self.pack_tokens = pack_tokens or (SMALL_PACK_TOKENS if is_small else PACK_TOKENS)
+        default = SMALL_BATCH_TOKENS if is_small else BATCH_TOKENS[self.device_kind]
+        self.batch_tokens = batch_tokens or default
         self.context = context_length(model)
-        forward_tokens = min(self.batch_tokens, CPU_SCORING_TOKENS) if on_cpu else self.batch_tokens
+        scoring_tokens = SMALL_SCORING_TOKENS if is_small else CPU_SCORING_TOKENS
+        forward_tokens = min(self.batch_tokens, scoring_tokens) if on_cpu else self.batch_tokens
         self._forwards = Forwards(model, forward_tokens)
         self._ways = Ways(self._forwards, self.context, type(model).__name__)
         self._continues_cache = Checks()
+        self._in_slots = Checks()
         self._batched = (Checks(), Checks())  # samples of mixed prompt lengths, of one length
 
     @cached_property
@@ -80,8 +106,38 @@ class PackedEngine(Engine):
 
     def score_kept(self, key: str, requests: Callable[[], Sequence[Request]]) -> list[list[float]]:
         """See `Engine.score_kept`: tokens and packs are made once for all models."""
-        full_key = (self.tokenizer_digest, str(self.pack_tokens), key)
-        return self.score_packing(self.packings.get(full_key, lambda: self.prepare(requests())))
+        return self.score_packing(
+            self.kept(f"{self.pack_tokens}|{key}", lambda: self.prepare(requests()))
+        )
+
+    def kept(self, key: str, make: Callable[[], T]) -> T:
+        """See `Engine.kept`."""
+        return self.packings.get((self.tokenizer_digest, key), make)
+
+    def items_at_once(self, tokens: float, is_sampled: bool) -> int:
+        """See `Engine.items_at_once`: the number depends on the model and its device alone.
+
+        It fills a batch at least. Conditions share about half of their prompts' tokens.
+        """
+        least = self.batch_tokens if is_sampled else 2 * self._forwards.batch_tokens
+        most = CALL_FLOPS[self.device_kind] / (2 * self.num_parameters)
+        return max(1, min(int(max(least, most) / tokens), MOST_ITEMS))
+
+    @contextmanager
+    def _progress(self, num_forwards: float) -> Iterator[None]:
+        """Report progress by the forwards in the block, unless a block around it does."""
+        report, self.on_progress = self.on_progress, None
+        try:
+            with reported_forwards(self.model, num_forwards, report):
+                yield
+        finally:
+            self.on_progress = report
+
+    def _num_steps(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> float:
+        """Return how many forwards samples take at most."""
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        num_rows = max(1, self.batch_tokens // longest)
+        return math.ceil(len(prompts) / num_rows) * (max_new_tokens + 1)
 
     def score_packing(self, packing: Packing) -> list[list[float]]:
         """Score prepared requests; `packing` may come from any engine with this tokenizer."""
@@ -89,8 +145,9 @@ class PackedEngine(Engine):
             self._check_length(index, length)
         totals = np.zeros(sum(packing.num_options))
         remaining = packing.packs
-        while remaining:
-            remaining = self._score_packs(remaining, totals)
+        with self._progress(sum(map(len, remaining)) / self._forwards.batch_tokens):
+            while remaining:
+                remaining = self._score_packs(remaining, totals)
         ends = np.cumsum(packing.num_options)[:-1]
         return [part.tolist() for part in np.split(totals, ends)]
 
@@ -106,14 +163,32 @@ class PackedEngine(Engine):
                     self._check_values(tree, values)
                     np.add.at(totals, tree.wanted_options, values)
                     left.discard(indices[index])
-            except torch.OutOfMemoryError:
-                raise
-            except UNSUPPORTED as error:
-                if way is self._ways.alone:
+            except (*UNSUPPORTED, MemoryError) as error:
+                if is_out_of_memory(error):
+                    self._halve_batches(max(len(packs[i]) for i in left))
+                elif way is self._ways.alone:
                     raise
-                self._ways.give_up(way, error)
+                else:
+                    self._ways.give_up(way, error)
                 failed += [packs[i] for i in sorted(left)]
         return failed
+
+    def _halve_batches(self, least: int) -> None:
+        """Halve the tokens of a forward; InputError if it holds no more than `least` already."""
+        tokens = self._forwards.batch_tokens
+        if tokens <= least:
+            raise InputError(
+                f"a forward of {tokens} tokens does not fit in memory; free memory, use another "
+                "device, or hold the weights in bfloat16"
+            )
+        self.batch_tokens = self._forwards.batch_tokens = max(tokens // 2, 1)
+        logger.warning(
+            "out of memory: forwards now hold %d tokens instead of %d; --batch-tokens %d avoids "
+            "the attempt",
+            tokens // 2,
+            tokens,
+            tokens // 2,
+        )
 
     def sample(
         self,
@@ -125,9 +200,10 @@ class PackedEngine(Engine):
         """See `Engine.sample`; each sample is a function of (prompt, key, seed) alone."""
         tokenised = self.check_room(prompts, sampling.max_new_tokens)
         samples: dict[int, Sample] = {}
-        for batch, sampled in self._sampled_batches(tokenised, keys, sampling, stop):
-            samples |= zip(batch, sampled.samples, strict=True)
-            del sampled  # frees its cache before the next batch needs the memory
+        with self._progress(self._num_steps(tokenised, sampling.max_new_tokens)):
+            for batch, sampled in self._sampled_batches(tokenised, keys, sampling, stop):
+                samples |= zip(batch, sampled.samples, strict=True)
+                del sampled  # frees its cache before the next batch needs the memory
         return [samples[i] for i in range(len(prompts))]
 
     def sample_then_score(
@@ -141,16 +217,17 @@ class PackedEngine(Engine):
         """See `Engine.sample_then_score`; scoring continues from the cache of each batch."""
         tokenised = self.check_room(prompts, sampling.max_new_tokens)
         answers: dict[int, tuple[Sample, list[float]]] = {}
-        for batch, sampled in self._sampled_batches(tokenised, keys, sampling, stop):
-            requests = [then(i, s) for i, s in zip(batch, sampled.samples, strict=True)]
-            tokenised_requests = continuations(self.tokenizer, requests)
-            for index, (prompt, _), options in zip(
-                batch, requests, tokenised_requests, strict=True
-            ):
-                self._check_length(index, max(len(option.row) for option in options), prompt)
-            scores = self._scores_after(sampled, tokenised_requests)
-            answers |= zip(batch, zip(sampled.samples, scores, strict=True), strict=True)
-            del sampled  # frees its cache before the next batch needs the memory
+        with self._progress(self._num_steps(tokenised, sampling.max_new_tokens)):
+            for batch, sampled in self._sampled_batches(tokenised, keys, sampling, stop):
+                requests = [then(i, s) for i, s in zip(batch, sampled.samples, strict=True)]
+                tokenised_requests = continuations(self.tokenizer, requests)
+                for index, (prompt, _), options in zip(
+                    batch, requests, tokenised_requests, strict=True
+                ):
+                    self._check_length(index, max(len(option.row) for option in options), prompt)
+                scores = self._scores_after(sampled, tokenised_requests)
+                answers |= zip(batch, zip(sampled.samples, scores, strict=True), strict=True)
+                del sampled  # frees its cache before the next batch needs the memory
         return [answers[i] for i in range(len(prompts))]
 
     def _sampled_batches(
@@ -161,8 +238,65 @@ class PackedEngine(Engine):
         stop: str | None,
     ) -> Iterator[tuple[list[int], SampledBatch]]:
         """Yield (prompt indices, their samples), and keep no reference to either."""
-        for batch in batches(prompts, sampling.max_new_tokens, self.batch_tokens):
-            yield from self._sample(prompts, keys, batch, sampling, stop)
+        left = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        while left:
+            try:
+                yield from self._sample_in_slots(prompts, keys, left, sampling, stop)
+                for batch in batches(prompts, left, sampling.max_new_tokens, self.batch_tokens):
+                    for rows, sampled in self._sample(prompts, keys, batch, sampling, stop):
+                        yield rows, sampled
+                        del sampled
+                        left = [index for index in left if index not in rows]
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve_batches(len(prompts[left[0]]) + sampling.max_new_tokens)
+
+    def _sample_in_slots(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[str],
+        left: list[int],
+        sampling: Sampling,
+        stop: str | None,
+    ) -> Iterator[tuple[list[int], SampledBatch]]:
+        """Yield samples as they end, and remove them from `left` (longest first).
+
+        Some stay for a model that takes no masks with its cache, or that is wrong with them.
+        """
+        longest = len(prompts[left[0]]) + sampling.max_new_tokens
+        num_slots = min(len(left), max(1, self.batch_tokens // longest))
+        checks, size = self._in_slots, (longest, num_slots)
+        if "position_ids" not in self._forwards.accepts:
+            return
+        if not checks.knows(size) and not checks.may_try:
+            return
+        order = list(left)
+        try:
+            if not checks.knows(size):
+                error = error_of_slots(self._forwards, prompts[left[0]], num_slots, longest)
+                if error > self._ways.tolerance:
+                    self._refuse(checks, f"its log-probabilities are off by {error:.2g}")
+                    return
+                checks.note(size)
+            for rows, sampled in sample_slots(
+                self._forwards,
+                self.tokenizer,
+                [prompts[i] for i in order],
+                [keys[i] for i in order],
+                sampling,
+                stop,
+                num_slots=num_slots,
+            ):
+                batch = [order[row] for row in rows]
+                yield batch, sampled
+                del sampled
+                for index in batch:
+                    left.remove(index)
+        except torch.OutOfMemoryError:
+            raise
+        except UNSUPPORTED as error:
+            self._refuse(checks, reason_of(error))
 
     def _sample(
         self,
@@ -215,7 +349,7 @@ class PackedEngine(Engine):
         error = 0.0
         for row in compared:
             start, count = len(prompts[row]), written[row]
-            tokens = sampled.rows[row][sampled.padding[row] :][: start + count]
+            tokens = sampled.rows[row]
             self._forwards.reset()
             logits = self._forwards.row_logits(tokens[:-1], np.arange(start - 1, start + count - 1))
             alone = log_probabilities(logits, np.arange(count), np.array(tokens[start:]))
@@ -226,11 +360,10 @@ class PackedEngine(Engine):
         self, sampled: SampledBatch, requests: Sequence[Sequence[Continuation]]
     ) -> list[list[float]]:
         """Score the request after each sample, continuing from the batch's cache if possible."""
-        packing = pack(requests, self.pack_tokens)
         size = sizes_after(sampled, requests)
         expected: list[list[float]] | None = None
         if not self._continues_cache.knows(size):  # a larger batch than before: both ways
-            expected = self.score_packing(packing)
+            expected = self.score_packing(pack(requests, self.pack_tokens))
             if not self._continues_cache.may_try or not self._ways.packed.within.row:
                 return expected  # a model without packs takes no such masks
         try:
@@ -241,7 +374,7 @@ class PackedEngine(Engine):
             self._refuse(self._continues_cache, reason_of(error))
             scored = None
         if scored is None:
-            return expected or self.score_packing(packing)
+            return expected or self.score_packing(pack(requests, self.pack_tokens))
         scores = []
         for tree, values in scored:
             self._check_values(tree, values)
@@ -267,7 +400,9 @@ class PackedEngine(Engine):
         if checks.failures > 1:
             return
         name = type(self.model).__name__
-        if checks is self._continues_cache:
+        if checks is self._in_slots:
+            logger.info("%s is sampled in batches of fixed rows (%s)", name, reason)
+        elif checks is self._continues_cache:
             logger.warning(
                 "%s cannot continue from the cache of its own text (%s): final questions are "
                 "scored from the start of the dialogue, which is slower",

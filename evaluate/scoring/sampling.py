@@ -1,7 +1,6 @@
 """Samples that depend on the prompt, its key and the seed, not on what else is in the batch."""
 # ruff: noqa: TID253  -- all torch; imported only where a model is at hand
 
-import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,26 +12,28 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from selfcorrect.evaluate.prompts.tokenized import turn_end
+from selfcorrect.evaluate.scoring.draws import draw, noise_keys
 from selfcorrect.evaluate.scoring.engine import Sample, Sampling
 from selfcorrect.evaluate.scoring.forwards import Forwards
-from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.evaluate.scoring.slots import Row, Slots, sample_in_slots
+from selfcorrect.recipes.foundation.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
 class SampledBatch:
     """The samples of a batch of R prompts, and the key-value cache that sampling left behind.
 
-    `rows` (R lists of C tokens) are all tokens that the model has read or written, `padding[r]` of
-    them padding on the left. `cache` (None if the model returns none) holds keys and values of the
-    first columns. A sample may end before its row does. `log_probabilities` (R, steps) are the
-    model's, of the written tokens.
+    `rows` (R lists) are each prompt's tokens and those of its sample. `cache` (None if the model
+    returns none) has keys and values of at least all but the last of them, row r from column
+    `padding[r]` on. `log_probabilities` (R lists) are the model's, of the written
+    tokens; slots give none.
     """
 
     samples: list[Sample]
     rows: list[list[int]]
     padding: list[int]
     cache: Any
-    log_probabilities: np.ndarray
+    log_probabilities: list[list[float]]
 
 
 def sample_batch(
@@ -45,8 +46,7 @@ def sample_batch(
 ) -> SampledBatch:
     """Sample one continuation for each tokenised prompt; temperature 0 takes the likeliest token.
 
-    The Gumbel-max trick: the largest of logits / temperature plus Gumbel noise is a draw from the
-    softmax. Each (seed, key) has its own stream of noise, so a sample is the same alone and in any
+    Each (seed, key) has its own noise (`draws.draw`), so a sample is the same alone and in any
     batch (up to float rounding of the logits), and two checkpoints answer the same question with
     the same noise, which reduces the variance of their difference. Of the model's generation
     settings only the end tokens are used (no top-p, no penalties). A sample also ends before the
@@ -70,7 +70,7 @@ def sample_batch(
     padding = [width - len(prompt) for prompt in prompts]
     tokens = [[pad] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
     mask = [[0] * n + [1] * (width - n) for n in padding]
-    noise = GumbelNoise(keys, sampling.seed, sampling.temperature)
+    noise = Noise(keys, sampling, device)
     with torch.no_grad(), only_settings(model, settings):
         generated = model.generate(
             input_ids=torch.tensor(tokens, device=device),
@@ -80,14 +80,56 @@ def sample_batch(
             stopping_criteria=[StopText(tokenizer, stop, width)] if stop else [],
             synced_gpus=False,  # each rank samples its own texts
         )
-    rows = generated.sequences.tolist()
+    written = [row[width:] for row in generated.sequences.tolist()]
+    samples = [_cut(tokenizer, row, ends, stop) for row in written]
     return SampledBatch(
-        [_cut(tokenizer, row[width:], ends, stop) for row in rows],
-        rows,
+        samples,
+        [
+            [*prompt, *row[: sample.num_tokens]]
+            for prompt, row, sample in zip(prompts, written, samples, strict=True)
+        ],
         padding,
         getattr(generated, "past_key_values", None),
-        torch.stack(noise.drawn, dim=1).cpu().numpy().astype(np.float64),
+        noise.log_probabilities,
     )
+
+
+def sample_slots(
+    forwards: Forwards,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    keys: Sequence[str],
+    sampling: Sampling,
+    stop: str | None = None,
+    *,
+    num_slots: int,
+) -> Iterator[tuple[list[int], SampledBatch]]:
+    """Yield (prompt indices, their samples) as rows end and others take their slots.
+
+    The samples are those of `sample_batch`, without log-probabilities, of a model that takes
+    positions and a mask (`slots.error_of_slots`). Prompts are taken in their order.
+    """
+    ends = end_tokens(forwards.model, tokenizer)
+    text = StopText(tokenizer, stop, 0) if stop else None
+
+    def has_ended(row: Row) -> bool:
+        return row.tokens[-1] in ends or (
+            text is not None and text.is_in(row.tokens[row.num_prompt :])
+        )
+
+    rows = [Row(index, list(prompt), len(prompt)) for index, prompt in enumerate(prompts)]
+    num_columns = max(map(len, prompts)) + sampling.max_new_tokens
+    slots = Slots(forwards, min(num_slots, len(rows)), num_columns)
+    for ended, cache in sample_in_slots(slots, rows, keys, sampling, has_ended):
+        samples = [_cut(tokenizer, row.tokens[row.num_prompt :], ends, stop) for row in ended]
+        tokens = [
+            row.tokens[: row.num_prompt + sample.num_tokens]
+            for row, sample in zip(ended, samples, strict=True)
+        ]
+        batch = SampledBatch(samples, tokens, [0] * len(ended), cache, [])
+        del cache
+        yield [row.index for row in ended], batch
+        del batch  # frees its cache
 
 
 def sample_alone(
@@ -103,17 +145,18 @@ def sample_alone(
     For models whose cache or batches give other log-probabilities. The noise is `sample_batch`'s.
     """
     ends = end_tokens(forwards.model, tokenizer)
-    noise = GumbelNoise([key], sampling.seed, sampling.temperature)
+    noise = Noise([key], sampling, forwards.device)
     row = list(prompt)
-    stops = StopText(tokenizer, stop, len(row)) if stop else None
+    text = StopText(tokenizer, stop, len(row)) if stop else None
     forwards.reset()
     while len(row) < len(prompt) + sampling.max_new_tokens:
         logits = forwards.row_logits(row, np.array([len(row) - 1]))
-        row.append(int(noise(None, logits.float()).argmax()))
-        if row[-1] in ends or (stops is not None and stops(torch.tensor([row]), None)):
+        row.append(int(noise.choose(logits)))
+        if row[-1] in ends or (text is not None and text.is_in(row[len(prompt) :])):
             break
-    drawn = torch.stack(noise.drawn, dim=1).cpu().numpy().astype(np.float64)
-    return SampledBatch([_cut(tokenizer, row[len(prompt) :], ends, stop)], [row], [0], None, drawn)
+    sample = _cut(tokenizer, row[len(prompt) :], ends, stop)
+    row = row[: len(prompt) + sample.num_tokens]
+    return SampledBatch([sample], [row], [0], None, noise.log_probabilities)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
@@ -125,30 +168,30 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {int(end) for end in ends | {tokenizer.eos_token_id} if end is not None}
 
 
-class GumbelNoise(LogitsProcessor):
-    """Turn the greedy choice into sampling, with one noise stream per row.
+class Noise(LogitsProcessor):
+    """Turn the greedy choice into sampling, for rows that have all written equally many tokens.
 
-    `drawn` collects the log-probability of each row's choice, a tensor (rows,) for every step.
+    `log_probabilities` collects those of each row's choices.
     """
 
-    def __init__(self, keys: Sequence[str], seed: int, temperature: float) -> None:
-        self.drawn: list[torch.Tensor] = []
-        self.temperature = temperature
-        self.streams = [np.random.Generator(np.random.Philox(_digest(seed, key))) for key in keys]
+    def __init__(self, keys: Sequence[str], sampling: Sampling, device: torch.device) -> None:
+        self.keys = noise_keys(keys, sampling.seed).to(device)
+        self.temperature = sampling.temperature
+        self.log_probabilities: list[list[float]] = [[] for _ in keys]
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the token of each row; called once for every new token."""
+        step = len(self.log_probabilities[0])
+        choice = draw(logits, self.keys, torch.full_like(self.keys, step), self.temperature)
+        values = logits.float().gather(1, choice[:, None])[:, 0] - logits.float().logsumexp(dim=1)
+        for row, value in zip(self.log_probabilities, values.tolist(), strict=True):
+            row.append(value)
+        return choice
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return noisy scores (rows, vocabulary); called once for every new token."""
-        if torch.isnan(scores).any():
-            raise RunFailure("the model's logits are NaN while sampling: broken weights")
-        noisy = scores
-        if self.temperature > 0:
-            uniform = np.stack([stream.random(scores.shape[-1]) for stream in self.streams])
-            noise = -torch.log(-torch.log(torch.from_numpy(uniform)))
-            noisy = scores.float() / self.temperature + noise.to(scores.device, torch.float32)
-        choice = noisy.argmax(dim=-1, keepdim=True)
-        logits = scores.float()
-        self.drawn.append(logits.gather(-1, choice)[:, 0] - logits.logsumexp(dim=-1))
-        return noisy
+        """Return scores (rows, vocabulary) of which the choice is the largest."""
+        chosen = torch.full_like(scores, -torch.inf)
+        return chosen.scatter_(1, self.choose(scores)[:, None], 0.0)
 
 
 class StopText(StoppingCriteria):
@@ -161,10 +204,13 @@ class StopText(StoppingCriteria):
         # A token is at least one byte long, so these tokens hold any stop string just completed.
         self.window = len(stop.encode()) + 4
 
+    def is_in(self, written: list[int]) -> bool:
+        """Return whether the newest of the written tokens complete the string."""
+        return self.stop in _text(self.tokenizer, written[-self.window :])
+
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Return whether each row has ended, shape (rows,)."""
-        newest = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :]
-        ended = [self.stop in _text(self.tokenizer, row) for row in newest.tolist()]
+        ended = [self.is_in(row) for row in input_ids[:, self.start :].tolist()]
         return torch.tensor(ended, device=input_ids.device)
 
 
@@ -181,13 +227,15 @@ def only_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
 
 
 def batches(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, max_batch_tokens: int
+    prompts: Sequence[Sequence[int]],
+    order: Sequence[int],
+    max_new_tokens: int,
+    max_batch_tokens: int,
 ) -> Iterator[list[int]]:
-    """Yield prompt indices, longest first, within a bound on rows x final length."""
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    """Yield prompt indices in `order` (longest first) within a bound on rows x final length."""
     while order:
         size = max(1, max_batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
-        yield order[:size]
+        yield list(order[:size])
         order = order[size:]
 
 
@@ -208,8 +256,3 @@ def _text(tokenizer: Any, tokens: list[int]) -> str:
         tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return text
-
-
-def _digest(seed: int, key: str) -> int:
-    """Return a 128-bit number from seed and key."""
-    return int.from_bytes(hashlib.sha256(f"{seed}|{key}".encode()).digest()[:16])

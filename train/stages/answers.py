@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from selfcorrect.evaluate.callback import gathered_weights, temporary_eval_mode
 from selfcorrect.evaluate.prompts.dialogue import Style
@@ -54,15 +55,11 @@ class AnswerSampler:
         sampling = Sampling(self.max_new_tokens, temperature=1.0, seed=self.world.settings.seed)
         with temporary_eval_mode(policy), torch.no_grad():
             batch = sample_batch(policy, self.tokenizer, ids, keys, sampling)
-            start = max(map(len, ids))
-            log_ratios = log_probabilities(policy, batch, start)
+            log_ratios = log_probabilities(policy, batch)
             with gathered_weights(self.initial) as initial:
-                log_ratios -= log_probabilities(initial, batch, start)
+                log_ratios -= log_probabilities(initial, batch)
         texts, score = [sample.text for sample in batch.samples], guarded(self.scorer)
-        written = [
-            row[start : start + sample.num_tokens]
-            for row, sample in zip(batch.rows, batch.samples, strict=True)
-        ]
+        written = [row[len(prompt) :] for prompt, row in zip(ids, batch.rows, strict=True)]
         return AnswerWorth(
             num=len(ids),
             utility=fmean(self.utilities(batch.samples)),
@@ -79,21 +76,15 @@ class AnswerSampler:
         ]
 
 
-def log_probabilities(model: Any, batch: SampledBatch, start: int) -> torch.Tensor:
-    """Return the log-probability of each sample, its end token included, shape (rows,).
-
-    Samples begin at column `start` of the batch's rows.
-    """
+def log_probabilities(model: Any, batch: SampledBatch) -> torch.Tensor:
+    """Return the log-probability of each sample, its end token included, shape (rows,)."""
     device = next(model.parameters()).device
-    rows = torch.tensor(batch.rows, device=device)
+    rows = pad_sequence([torch.tensor(row) for row in batch.rows], batch_first=True).to(device)
+    ends = torch.tensor([len(row) for row in batch.rows], device=device)[:, None]
+    starts = ends - torch.tensor([[sample.num_tokens] for sample in batch.samples], device=device)
     columns = torch.arange(rows.size(1), device=device)
-    padding = torch.tensor(batch.padding, device=device)[:, None]
-    lengths = torch.tensor([sample.num_tokens for sample in batch.samples], device=device)
-    logits = model(
-        input_ids=rows,
-        attention_mask=(columns >= padding).long(),
-        position_ids=(columns - padding).clamp(min=0),
-    ).logits[:, start - 1 : -1]
-    tokens = rows[:, start:]
-    chosen = logits.float().log_softmax(-1).gather(-1, tokens[:, :, None]).squeeze(-1)
-    return (chosen * (columns[: tokens.size(1)] < lengths[:, None])).sum(dim=1).cpu()
+    first = int(starts.min())
+    logits = model(input_ids=rows, attention_mask=(columns < ends).long()).logits[:, first - 1 : -1]
+    chosen = logits.float().log_softmax(-1).gather(-1, rows[:, first:, None]).squeeze(-1)
+    is_sample = ((columns >= starts) & (columns < ends))[:, first:]
+    return (chosen * is_sample).sum(dim=1).cpu()

@@ -1,9 +1,12 @@
 """Evaluation files: their contents, when cells are measured again, and errors."""
 
+import itertools
 import json
 import math
 import shutil
-from dataclasses import replace
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +16,22 @@ import pytest
 import torch
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
+from selfcorrect.evaluate.measuring import cell_files
 from selfcorrect.evaluate.measuring import measure as measuring
-from selfcorrect.evaluate.measuring.cell_files import read_cell
-from selfcorrect.evaluate.measuring.measure import measure
+from selfcorrect.evaluate.measuring.cell_files import Origin, read_cell
+from selfcorrect.evaluate.measuring.measure import measure, measure_with
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan, Question, plan_evaluation
 from selfcorrect.evaluate.prompts.dialogue import Style
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems
 from selfcorrect.evaluate.prompts.stimuli import Condition, Turn
 from selfcorrect.evaluate.prompts.tokenized import tokenizer_digest
-from selfcorrect.evaluate.scoring.engine import Sampling
+from selfcorrect.evaluate.scoring import packed
+from selfcorrect.evaluate.scoring.engine import DRAWS, Engine, Sampling
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.evaluate.scoring.weights import weights_digest
 from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.ranks import Ranks
 from tests.support.tiny_models import (
     TINY_CONDITIONS,
     save_model,
@@ -66,11 +72,17 @@ def test_cell_files_hold_the_documented_columns_and_metadata(tmp_path, cells):
                 "weights": weights_digest(tiny_model()),
                 "engine": "packed",
                 "tokenizer": tokenizer_digest(tiny_tokenizer()),
+                "draws": DRAWS if condition == "Q+IF+CoT" else None,
             },
             "num_items": 6,
             "left_out": cell.loaded.left_out,
             "judged": True,
         }
+        older = metadata["origin"].copy()  # without `draws`: text was drawn in another way
+        del older["draws"]
+        for engine, is_valid in [("packed", condition != "Q+IF+CoT"), ("vllm", True)]:
+            origin = Origin(older["weights"], engine).of(cell)
+            assert origin.made({**older, "engine": engine}) == is_valid
         facts = ["occupation", "percent_female", "case", "number_leak"]
         assert list(frame.columns) == CONTRACT + facts
         assert list(frame["item"]) == [item.id for item in cell.items]
@@ -381,7 +393,7 @@ class Stopped(BaseException):
 
 @pytest.mark.parametrize("condition", ["Q", "Q+IF+CoT"])
 def test_interrupted_evaluation_resumes_bitwise(tmp_path, cells, monkeypatch, condition):
-    monkeypatch.setattr(measuring, "_SLICE_ITEMS", 2)  # six items in three slices
+    monkeypatch.setattr(packed, "MOST_ITEMS", 2)  # six items in three slices
     plan = EvaluationPlan([cell for cell in cells.cells if cell.condition == condition])
     model, tokenizer = tiny_model(), tiny_tokenizer()
     uninterrupted = measure(plan, model, tokenizer, tmp_path / "whole")
@@ -403,7 +415,7 @@ def test_interrupted_evaluation_resumes_bitwise(tmp_path, cells, monkeypatch, co
 
 @pytest.mark.parametrize("limit", [("_PART_ITEMS", 2), ("_PART_SECONDS", 0.0)])
 def test_unusable_parts_are_not_resumed_from(tmp_path, cells, monkeypatch, limit):
-    monkeypatch.setattr(measuring, "_SLICE_ITEMS", 2)
+    monkeypatch.setattr(packed, "MOST_ITEMS", 2)
     # Parts are written after a number of items, or after a time, as a killed process leaves them.
     monkeypatch.setattr(measuring, *limit)
     pair = EvaluationPlan([cells.cells[0], cells.cells[1]])
@@ -518,3 +530,97 @@ def test_moved_adapter_finds_its_base_beside_it(tmp_path):
     (tmp_path / "there" / "base" / "config.json").unlink()
     with pytest.raises(InputError, match=r"base model .* neither there nor beside"):
         load_model(moved)
+
+
+class Clock(threading.local):
+    """Seconds that pass only where a test says so, in each thread on its own."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+class TimedEngine(Engine):
+    """Scores that depend on the text alone; each request takes `seconds` of the clock."""
+
+    context = None
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self.tokenizer, self.clock, self.seconds = tiny_tokenizer(), clock, seconds
+
+    def score(self, requests):
+        scores = []
+        for number, (prompt, options) in enumerate(requests, 1):
+            self.clock.seconds += self.seconds
+            scores.append([-len(prompt) / 7 - len(option) for option in options])
+            if self.on_progress:
+                self.on_progress(number / len(requests))
+        return scores
+
+    def sample(self, prompts, keys, sampling, stop=None):
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ThreadRanks(Ranks):
+    """Ranks that are threads of one process."""
+
+    values: list = field(default_factory=list)
+    barrier: threading.Barrier | None = None
+
+    def gather(self, make):
+        self.values[self.rank] = make()
+        self.barrier.wait(timeout=60)
+        gathered = list(self.values)
+        self.barrier.wait(timeout=60)
+        return gathered
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 4.9, 45.0])
+def test_parts_and_progress_follow_the_clock_but_the_files_do_not(
+    tmp_path, cells, monkeypatch, seconds
+):
+    """Little is lost and progress shown; a kill, another speed and ranks change no byte."""
+    clock = Clock()
+    monkeypatch.setattr(measuring, "time", clock)
+    monkeypatch.setattr(cell_files, "_GROUP_ROWS", 64)
+    loaded = cells.cells[0].loaded
+    items = [replace(loaded.items[i % 6], id=f"item {i}") for i in range(150)]
+    pair = [replace(cell, loaded=LoadedItems(items)) for cell in cells.cells[:2]]
+    plan = EvaluationPlan(pair)
+
+    def measured(name: str, engine: TimedEngine, progress=None) -> list[bytes]:
+        paths = measure_with(plan, engine, tmp_path / name, Origin("weights"), progress)
+        return [path.read_bytes() for path in paths]
+
+    expected = measured("at once", TimedEngine(clock, 0.001))
+    reports: list[tuple[float, float]] = []
+
+    def report(_: str, done: float, total: int) -> None:
+        reports.append((clock.seconds, done))
+        parts = (tmp_path / "slow").glob(".*Q.parquet.parts/*.parquet")
+        on_disk = max((int(part.stem.rpartition("-")[2]) for part in parts), default=0)
+        # Each item has two requests. What a kill loses now took at most two minutes, or one item.
+        assert (done - on_disk) * 2 * seconds <= max(120.0, 2 * seconds)
+        if done >= 100 and not (tmp_path / "killed").exists():  # kill -9: nothing more is written
+            shutil.copytree(tmp_path / "slow", tmp_path / "killed")
+
+    clock.seconds = 0.0
+    assert measured("slow", TimedEngine(clock, seconds), report) == expected
+    assert [done for _, done in reports] == sorted(done for _, done in reports)
+    moves = [after - before for (before, _), (after, _) in itertools.pairwise(reports)]
+    assert max(moves) <= max(5.0, seconds)
+    assert measured("killed", TimedEngine(clock, 0.3)) == expected
+
+    barrier, values = threading.Barrier(2), [None, None]
+
+    def measure_rank(rank: int) -> None:
+        ranks = ThreadRanks(rank, 2, values, barrier)
+        engine = TimedEngine(clock, seconds * (1 + rank))  # and each has a clock of its own
+        measure_with(plan, engine, tmp_path / "ranks", Origin("weights"), ranks=ranks)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(measure_rank, range(2)))
+    assert [(tmp_path / "ranks" / c.file_name).read_bytes() for c in pair] == expected

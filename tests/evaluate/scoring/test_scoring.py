@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, continuations
+from selfcorrect.evaluate.scoring import draws
 from selfcorrect.evaluate.scoring.engine import Sampling
 from selfcorrect.evaluate.scoring.packed import PackedEngine
-from selfcorrect.evaluate.scoring.sampling import GumbelNoise
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from tests.support.scoring_cases import (
     KEYS,
@@ -168,10 +168,45 @@ def test_samples_end_at_the_end_token_or_the_stop_text():
             assert after.num_tokens <= before.num_tokens
 
 
-def test_gumbel_noise_draws_from_the_softmax():
-    scores = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
-    keys = [str(i) for i in range(20_000)]
-    noisy = GumbelNoise(keys, seed=0, temperature=0.5)(None, scores.expand(len(keys), -1))
-    shares = np.bincount(noisy.argmax(-1).numpy(), minlength=4) / len(keys)
+def dense_draw(logits, keys, steps, temperature):
+    """The same race with a number for every word."""
+    streams = keys + steps * 2**32 * draws._GOLDEN
+    words, times = draws._points(streams, logits.shape[-1])
+    every = torch.arange(logits.shape[-1])
+    arrivals = times[:, -1:] + draws._exponential(draws._hash(streams[:, None], every))
+    for row, (places, moments) in enumerate(zip(words.tolist(), times, strict=True)):
+        for word, moment in reversed(list(zip(places, moments, strict=True))):
+            if word < logits.shape[-1]:
+                arrivals[row, word] = moment
+    return (logits.float() / temperature - arrivals.log()).argmax(dim=1)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 5.0])
+def test_draws_are_those_of_a_race_of_all_words(temperature):
+    torch.manual_seed(0)
+    keys = draws.noise_keys([str(i) for i in range(300)], seed=1)
+    steps = torch.arange(300) % 7
+    for vocabulary, spread in [(2, 1.0), (250, 0.0), (3000, 3.0), (3000, 30.0)]:
+        logits = torch.randn(300, vocabulary) * spread
+        chosen = draws.draw(logits, keys, steps, temperature)
+        assert chosen.equal(dense_draw(logits, keys, steps, temperature))
+        rounded = logits.bfloat16()
+        coarse = draws.draw(rounded, keys, steps, temperature)
+        assert coarse.equal(draws.draw(rounded.float(), keys, steps, temperature))
+        some = torch.tensor([250, 3, 7])  # the same rows in another batch
+        assert draws.draw(logits[some], keys[some], steps[some], temperature).equal(chosen[some])
+        wider = torch.cat([logits, torch.full((300, 1), -1e4)], dim=1)
+        if vocabulary == 3000:  # a word more, of no probability
+            assert draws.draw(wider, keys, steps, temperature).equal(chosen)
+
+
+def test_draws_follow_the_softmax():
+    keys = draws.noise_keys([str(i) for i in range(20_000)], seed=0)
+    scores = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(len(keys), -1)
     expected = torch.softmax(scores[0] / 0.5, -1).numpy()
-    assert shares == pytest.approx(expected, abs=4 * 0.5 / math.sqrt(len(keys)))
+    drawn = [draws.draw(scores, keys, torch.full_like(keys, step), 0.5) for step in (0, 1)]
+    for tokens in drawn:
+        shares = np.bincount(tokens.numpy(), minlength=4) / len(keys)
+        assert shares == pytest.approx(expected, abs=4 * 0.5 / math.sqrt(len(keys)))
+    same = (drawn[0] == drawn[1]).float().mean()  # steps are independent
+    assert float(same) == pytest.approx((expected**2).sum(), abs=4 * 0.5 / math.sqrt(len(keys)))

@@ -71,9 +71,10 @@ def test_log_probabilities_are_those_of_each_answer_alone() -> None:
     sampling = Sampling(6, temperature=1.0, seed=0)
     batch = sample_batch(model, TOKENIZER, ids, ["a", "b", "c"], sampling)
     with torch.no_grad():
-        batched = log_probabilities(model, batch, 6)
+        batched = log_probabilities(model, batch)
     for given, row, sample, value in zip(ids, batch.rows, batch.samples, batched, strict=True):
-        written = row[6 : 6 + sample.num_tokens]
+        written = row[len(given) :]
+        assert len(written) == sample.num_tokens
         with torch.no_grad():
             logits = model(torch.tensor([[*given, *written]])).logits[0].log_softmax(-1)
         steps = range(len(given) - 1, len(given) + len(written) - 1)
@@ -106,7 +107,6 @@ def test_means_are_over_the_same_answers(sampler: AnswerSampler) -> None:
     keys = [f"answer {index}" for index in range(24)]
     batch = sample_batch(model, TOKENIZER, prompts, keys, Sampling(8, 1.0, seed=3))
     tokens = sum(sample.num_tokens for sample in batch.samples) / 24
-    start = max(map(len, prompts))
     with torch.no_grad():
-        initial = float(log_probabilities(sampler.initial, batch, start).mean())
+        initial = float(log_probabilities(sampler.initial, batch).mean())
     assert silent.kl == pytest.approx(-tokens * np.log(size) - initial, rel=1e-4)
