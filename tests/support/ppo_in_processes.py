@@ -35,24 +35,20 @@ CURVES = ("objective/score", "objective/kl", "value/loss", "value/explained_vari
 ROWS = 4  # per micro-batch, of each of two processes
 
 
-class StopAt(TrainerCallback):
-    """Save the state and end training at an optimizer update."""
-
-    def __init__(self, update: int) -> None:
-        self.update = update
+class SaveWithin(TrainerCallback):
+    """Save the state within the second rollout batch."""
 
     def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.update:
-            control.should_save = control.should_training_stop = True
+        control.should_save = state.global_step == 3
         return control
 
 
 def make_greedy_trainer(models: Path, out: Path, critic: str, rows: int) -> PPOTrainer:
-    """Return a trainer for three rollout batches of 2 x 2 x ROWS rows, with three updates each."""
+    """Return a trainer for three rollout batches of 2 x 2 x ROWS rows, with two updates each."""
     return make_trainer(
         models, out, critic, prompts=make_prompts(48), per_device_train_batch_size=rows,
-        gradient_accumulation_steps=2, num_iterations=3, max_steps=9, top_k=1, max_grad_norm=0.0,
-        critic_learning_rate=1e-2, logging_steps=3,
+        gradient_accumulation_steps=2, num_iterations=2, max_steps=6, top_k=1, max_grad_norm=0.0,
+        learning_rate=5e-3, critic_learning_rate=1e-2, logging_steps=2,
         critic_path=str(models / "reward") if critic == "separate" else None,
     )  # fmt: skip
 
@@ -74,6 +70,8 @@ def train_cases(models: Path, folder: Path, cases: list[tuple[str, str]]) -> Non
         set_parallelism(parallelism, folder)
         out = folder / f"{parallelism}-{critic}"
         trainer = make_greedy_trainer(models, out, critic, ROWS)
+        if (parallelism, critic) in RESUMED:
+            trainer.add_callback(SaveWithin())
         trainer.train()
         split = [hasattr(p, "ds_id") for p in trainer.model.parameters()]
         curves, weights = curves_and_weights(trainer)
@@ -95,11 +93,8 @@ def train_cases(models: Path, folder: Path, cases: list[tuple[str, str]]) -> Non
             save_file(weights, out / "weights.safetensors")
         if (parallelism, critic) not in RESUMED:
             continue
-        stopped = make_greedy_trainer(models, out / "again", critic, ROWS)
-        stopped.add_callback(StopAt(4))  # within the second rollout batch
-        stopped.train()
         resumed = make_greedy_trainer(models, out / "again", critic, ROWS)
-        resumed.train(resume_from_checkpoint=str(out / "again" / "checkpoint-4"))
+        resumed.train(resume_from_checkpoint=str(out / "checkpoint-3"))
         _, weights = curves_and_weights(resumed)
         if is_main:
             save_file(weights, out / "resumed.safetensors")
