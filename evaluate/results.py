@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from selfcorrect.evaluate.measuring.cell_files import read_settings
-from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.evaluate.run_folder import find_checkpoints, model_folders
 from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES, Draws, Estimate
 from selfcorrect.evaluate.statistics.cells import (
     ALL_ORDERS,
@@ -128,10 +128,11 @@ def write_results(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Write results.parquet and statistics.json into `run`, each atomically, and return both.
 
-    Raises InputError for a folder that is not a run, a damaged file, or a run without evaluations.
+    `run` may be a folder of stand-alone models. Raises InputError for a folder that is neither, a
+    damaged file, or a run without evaluations.
     """
     frame, statistics = results_of(run, num_resamples=num_resamples, seed=seed)
-    made_from = {"made_from": checkpoints_digest(run)}
+    made_from = {} if model_folders(run) else {"made_from": checkpoints_digest(run)}
     write_table(run / "results.parquet", frame, made_from)
     write_statistics(run / "statistics.json", {**made_from, **statistics})
     return frame, statistics

@@ -59,7 +59,9 @@ class CheckpointRecord(BaseModel):
     `reward` the mean reward-model score of the same batch, both null at step 0. `answers` is null
     outside the society. The keys of the chat template are those of the dialogues trained on, null
     where it has none. `weights_digest` is `weights.files_digest` of the saved folder, `files` the
-    SHA-256 of each file; both are null in folders of older versions.
+    SHA-256 of each file; both are null in folders of older versions. `precision` holds the types
+    in which weights were held in training, `frozen` and `trained`, and `computed`; null in older
+    folders and under DeepSpeed, which has its own.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -75,6 +77,7 @@ class CheckpointRecord(BaseModel):
     reward: float | None
     answers: AnswerWorth | None = None
     adapter_of: str | None = None
+    precision: dict[str, str] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template_date: str | None = None
     weights_digest: str | None = None
@@ -98,6 +101,12 @@ class Checkpoint:
     def key(self) -> CheckpointKey:
         """Model, seed and step."""
         return CheckpointKey(self.record.model, self.record.seed, self.record.step)
+
+    @property
+    def dtype(self) -> str | None:
+        """The type in which training held the weights, those under an adapter; None: unknown."""
+        held = self.record.precision
+        return held and held["frozen" if self.record.adapter_of else "trained"]
 
     @property
     def evaluation(self) -> Path:
@@ -169,10 +178,13 @@ def _remedy(folder: Path) -> str:
 def find_checkpoints(run: Path, malformed: dict[Path, str] | None = None) -> list[Checkpoint]:
     """Return all checkpoints of a run, ordered by parameters, model, seed and step.
 
-    A checkpoint that is being deleted is skipped. Raises InputError for a malformed record; with
-    `malformed`, the error is stored there instead, by folder.
+    A folder of stand-alone models has none. A checkpoint that is being deleted is skipped. Raises
+    InputError for a malformed record; with `malformed`, the error is stored there instead, by
+    folder.
     """
     if not (run / "recipe.yaml").is_file():
+        if model_folders(run):
+            return []
         raise InputError(f"{run}: not a run folder (no recipe.yaml)")
     checkpoints = []
     for method in POLICY_METHODS:
@@ -190,3 +202,22 @@ def find_checkpoints(run: Path, malformed: dict[Path, str] | None = None) -> lis
         checkpoints,
         key=lambda c: (c.record.parameters, c.record.model, c.record.seed, c.record.step),
     )
+
+
+def model_folders(folder: Path) -> dict[str, Path]:
+    """Return the evaluation files' folders of stand-alone models, by name; {} for a run.
+
+    `folder` is what `selfcorrect evaluate MODEL...` writes: <model>/<digest>/, or one of its
+    models. The names of models with several digests end in them.
+    """
+    if (folder / "recipe.yaml").is_file():
+        return {}
+    files = [path for way in ("*/*.*.parquet", "*/*/*.*.parquet") for path in folder.glob(way)]
+    found = sorted({file.parent for file in files if file.parent.name not in ("prompts", "probe")})
+    for path in found:
+        check_inside(folder, path)
+    names = [path.resolve().parent.name for path in found]
+    return {
+        name if names.count(name) == 1 else f"{name} {path.name}": path
+        for name, path in zip(names, found, strict=True)
+    }

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
 from selfcorrect.evaluate.experiments.base import condition_rank
+from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.figures.panels import (
     condition_lines,
     condition_looks,
@@ -44,6 +45,7 @@ from selfcorrect.evaluate.figures.select import (
     chosen_experiment,
     chosen_model,
     chosen_steps,
+    conditions_in,
     effects_over_steps,
     experiments_in,
     headlines,
@@ -51,6 +53,7 @@ from selfcorrect.evaluate.figures.select import (
     overall,
 )
 from selfcorrect.evaluate.figures.training_log import smoothed
+from selfcorrect.evaluate.statistics.cells import ALL_ORDERS
 from selfcorrect.evaluate.statistics.formatting import number
 from selfcorrect.recipes.foundation.atomic_files import atomic_file
 
@@ -144,6 +147,40 @@ def against_size(frame: pd.DataFrame, *steps: int, paper: bool = False) -> Figur
         after = " and ".join(map(str, shown))
         figure.suptitle(f"After {after} RLHF steps", x=0.01, ha="left")
         shared_legend(figure, axes)
+    return figure
+
+
+def without_training(frame: pd.DataFrame) -> Figure:
+    """Draw headline metrics of stand-alone models by condition, a panel per experiment."""
+    is_shown = (frame["category"] == OVERALL) & (frame["order"] == ALL_ORDERS)
+    data = headlines(frame[is_shown & frame["step"].isna()])
+    if data.empty:
+        raise NothingToDraw("no model has been measured over all items")
+    experiments, looks = experiments_in(data), size_looks(data)
+    words = []
+    with style():
+        figure, axes = panels(len(experiments), height=2.75)
+        for ax, experiment in zip(axes, experiments, strict=True):
+            panel = data[data["experiment"] == experiment]
+            conditions = conditions_in(panel)
+            for place, (model, look) in enumerate(looks.items()):
+                rows = panel[panel["model"] == model].set_index("condition").reindex(conditions)
+                middle, low, high = (
+                    rows[name].to_numpy(dtype=float) for name in ("value", "low", "high")
+                )
+                aside = (place - (len(looks) - 1) / 2) * min(0.15, 0.7 / len(looks))
+                x_values = np.arange(len(conditions)) + aside
+                points = {**look, "linestyle": "none"}
+                ax.plot(x_values, middle, label=model, markeredgecolor="white", **points)
+                ax.vlines(x_values, low, high, color=look["color"], linewidth=1.1, alpha=0.8)
+                values = [f"{c} {number(v, 2)}" for c, v in zip(conditions, middle, strict=True)]
+                words.append(f"{get_experiment(experiment).title}, {model}: {'; '.join(values)}.")
+            value_axis(ax, panel, experiment, get_experiment(experiment).headline)
+            ax.set_xticks(range(len(conditions)), conditions, rotation=20, ha="right")
+            ax.set_xlim(-0.5, len(conditions) - 0.5)
+            ax.set_title(get_experiment(experiment).title)
+        shared_legend(figure, axes)
+    figure.set_label(" ".join(words))
     return figure
 
 

@@ -105,6 +105,12 @@ def draw_run(
     return drawings, missing
 
 
+def draw_models(frame: pd.DataFrame, folder: Path) -> tuple[list[Drawing], list[str]]:
+    """Draw the figure of stand-alone models; returns as `draw_run`."""
+    draw = partial(curves.without_training, frame)
+    return _draw([("models", "Headline metrics by condition", draw)], folder)
+
+
 def draw_runs(
     frame: pd.DataFrame, statistics: Mapping[str, Any], folder: Path
 ) -> tuple[list[Drawing], list[str]]:

@@ -155,7 +155,7 @@ function browse(allRuns, browser) {
       make("thead", {}, [make("tr", {}, [head("Step", "col"), ...shown.map(
         (column) => head(entry.conditions[column], "col"))])]),
       make("tbody", {}, [row("Asked", (column) => question(item, column)),
-        ...kept.map((step) => row(String(step), (column) => {
+        ...kept.map((step) => row(to.options.length < 2 ? "Answer" : String(step), (column) => {
           const cell = given.filter((one) => one[0] === step && one[1] === column)
             .map((one) => one.slice(2));
           return cell.length ? cell.map((one) => answer(item, one, cell))
@@ -175,6 +175,9 @@ function browse(allRuns, browser) {
     fill(from, job.steps.map((step) => [step, String(step)]));
     fill(to, job.steps.map((step) => [step, String(step)]));
     if (!job.steps.map(String).includes(last)) { to.selectedIndex = job.steps.length - 1; }
+    const single = job.steps.length < 2;  // nothing can have changed
+    [condition, changed, all].forEach((input) => { input.parentNode.hidden = single; });
+    if (single) { changed.checked = false; }
     choose();
   }
 
@@ -217,7 +220,7 @@ function browse(allRuns, browser) {
       const number = list.findIndex(test);
       if (number >= 0) { select.value = String(number); }
     };
-    pick(runs, allRuns, (one) => one.run === wanted.run);
+    pick(runs, allRuns, (one) => one.run === wanted.run || one.run === wanted.model);
     fill(experiments, allRuns[Number(runs.value)].experiments.map((one, i) => [i, one.title]));
     pick(experiments, allRuns[Number(runs.value)].experiments, (one) => one.name === wanted.experiment);
     changed.checked = wanted.changed === "1";

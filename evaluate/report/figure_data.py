@@ -72,10 +72,10 @@ def _entry(frame: pd.DataFrame, effects: Sequence[Mapping[str, Any]], name: str)
     if rows:
         keys = ["run", "model", "seed", "step", "condition"]
         of_cells = frame[(frame["category"] == OVERALL) & (frame["metric"] == definition.headline)]
-        of_cells = of_cells.set_index(keys)
         facts = ["kl", "reward", "num_items", "num_clusters"]
         table = pd.DataFrame(rows).assign(category=OVERALL, metric=EFFECT)
-        table = table.join(of_cells[facts], on=keys)
+        table = table.astype({"seed": "Int64", "step": "Int64"})  # null: a stand-alone model
+        table = table.merge(of_cells[keys + facts], on=keys, how="left")
         parts.append(_columns(table, place, conditions, categories, metrics))
     return {
         "name": name,

@@ -127,7 +127,7 @@ function mainFigure(box) {
           + (point.root_kl === null ? "" : ", \u221aKL " + short(point.root_kl))
           + (point.reward === null ? "" : ", reward " + short(point.reward))]),
         ...(point.counts ? [point.counts] : []),
-        "Click: texts that changed",
+        point.step === null ? "Click: its texts" : "Click: texts that changed",
       ];
       return point;
     });

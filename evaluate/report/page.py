@@ -14,6 +14,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from selfcorrect.evaluate.figures.training_log import training_log
+from selfcorrect.evaluate.measuring.cell_files import read_settings
 from selfcorrect.evaluate.measuring.progress import estimate_progress, report_inputs
 from selfcorrect.evaluate.report.chunks import Chunks
 from selfcorrect.evaluate.report.comparison import (
@@ -32,9 +33,15 @@ from selfcorrect.evaluate.report.transcripts import transcripts
 from selfcorrect.evaluate.report.vega import vega_script
 from selfcorrect.evaluate.report.verdict import cautions, series_of, summary_table, verdict
 from selfcorrect.evaluate.results import write_results
-from selfcorrect.evaluate.run_folder import POLICY_METHODS, check_inside, find_checkpoints
+from selfcorrect.evaluate.run_folder import (
+    POLICY_METHODS,
+    check_inside,
+    find_checkpoints,
+    model_folders,
+)
 from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES
 from selfcorrect.evaluate.statistics.files import read_results, write_table
+from selfcorrect.evaluate.statistics.summary import LISTS
 from selfcorrect.recipes.foundation.atomic_files import remove_leftovers, write_text
 from selfcorrect.recipes.foundation.checksums import flatten, write_record
 from selfcorrect.recipes.foundation.errors import InputError
@@ -55,14 +62,21 @@ def write_report(
 ) -> Path:
     """Write results.parquet, statistics.json, figures/ and report.html into `run`.
 
-    With `paper`, figures show the values of Ganguli et al. too. Returns the report's path. Raises
-    InputError for a folder that is not a run, a damaged evaluation file, or a run without
-    evaluations.
+    `run` may be a folder of stand-alone models: then the page has a sentence for each, and no
+    training. With `paper`, figures show the values of Ganguli et al. too. Returns the report's
+    path. Raises InputError for a folder that is not a run, a damaged evaluation file, or a run
+    without evaluations.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise InputError(f"{run}: not a run folder (no recipe.yaml)")
+    models = model_folders(run)
+    if not models and not (run / "recipe.yaml").is_file():
+        raise InputError(
+            f"{run}: not a run folder (no recipe.yaml), nor a folder of evaluations as "
+            "`selfcorrect evaluate MODEL` writes it"
+        )
     with hold_lock(run, math.inf):  # otherwise a report begun earlier could overwrite a later one
         remove_leftovers(run / "figures")
+        if models:
+            return _write_report_of_models(run, models, num_resamples, seed)
         return _write_report(run, num_resamples, seed, paper)
 
 
@@ -96,6 +110,39 @@ def _write_report(run: Path, num_resamples: int, seed: int, paper: bool) -> Path
         drawn,
         title=run.resolve().name,
         paper=paper,
+        notes=[],
+        differing=[],
+    )
+
+
+def _write_report_of_models(
+    folder: Path, models: Mapping[str, Path], num_resamples: int, seed: int
+) -> Path:
+    from selfcorrect.evaluate.figures.gallery import draw_models
+
+    check_inside(folder, folder / "figures")
+    frame, statistics = write_results(folder, num_resamples, seed)
+    return _write_page(
+        folder,
+        models,
+        [
+            (
+                None if len(models) == 1 else escape_controls(model),
+                [],
+                {
+                    name: [row for row in rows if row["model"] == model]
+                    if name in ("cells", *LISTS.values())
+                    else rows
+                    for name, rows in statistics.items()
+                },
+            )
+            for model in models
+        ],
+        frame,
+        statistics,
+        draw_models(frame, folder / "figures"),
+        title=folder.resolve().name,
+        paper=False,
         notes=[],
         differing=[],
     )
@@ -156,7 +203,7 @@ def _write_page(
     drawn: tuple[list["Drawing"], list[str]],
     **content: Any,
 ) -> Path:
-    """Write the page; `named` maps labels to run folders.
+    """Write the page; `named` maps labels to run folders, or models to their evaluation files.
 
     A part has a heading, the labels of its runs, and their statistics.
     """
@@ -211,7 +258,7 @@ def _write_page(
             {
                 "label": label,
                 "recipe": _recipe_text(run / "recipe.yaml"),
-                "facts": list(flatten(read_json(run / "run.json"))),
+                "facts": list(flatten(read_json(run / "run.json"))) or _origin(run),
             }
             for label, run in named.items()
         ],
@@ -231,7 +278,9 @@ def _first_screen(
         "label": label,
         "verdict": verdict(series),
         "table": summary_table(series),
-        "cautions": cautions(series, statistics["missing"], unfinished),
+        "cautions": cautions(
+            series, statistics["missing"], [*unfinished, *mixed_precision(statistics["cells"])]
+        ),
     }
 
 
@@ -250,6 +299,17 @@ def _unfinished(named: Mapping[str, Path]) -> dict[str, str]:
             rest = f", none of {none_of}" if none_of else ""
             sentences[label] = f"{label} is not finished: {progress} so far{rest}."
     return sentences
+
+
+def mixed_precision(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence if cells were measured with weights of several types, else nothing."""
+    models: dict[str, set[str]] = {}
+    for cell in cells:
+        models.setdefault(cell["dtype"] or "the engine's type", set()).add(cell["model"])
+    if len(models) < 2:
+        return []
+    parts = [f"{dtype} ({', '.join(sorted(names))})" for dtype, names in sorted(models.items())]
+    return [f"Weights were measured in {' and '.join(parts)}."]
 
 
 def _left_out_of_feedback(run: Path) -> list[dict[str, int]]:
@@ -285,6 +345,13 @@ def _recipe_text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
+
+
+def _origin(folder: Path) -> list[tuple[str, str]]:
+    """Return how a stand-alone model was measured, from the first of its evaluation files."""
+    settings = [read_settings(path) for path in sorted(folder.glob("*.*.parquet"))[:1]]
+    kept = ("origin", "chat_template_kwargs", "chat_template_date")
+    return list(flatten({key: s[key] for s in settings for key in kept if key in s}))
 
 
 def _embedded(path: Path) -> str:

@@ -41,27 +41,26 @@ def quantity_table(every: Sequence[Series], about: Row) -> Table:
         for quantity in _quantities(series, seed)
     ]
     unbiased = "" if metric.unbiased is None else f"; {metric.unbiased:g} is no bias"
+    grown = any(len(quantity.steps) > 1 for _, _, quantity in quantities)
+    trained = any(quantity.steps != [None] for _, _, quantity in quantities)
     return Table(
         name="quantities",
-        title="Every quantity at the first and last step",
+        title=f"Every quantity{' at the first and last step' if grown else ''}",
         note=f"{metric.label}: {metric.meaning}{unbiased}. In brackets 95 % intervals. p is "
         "corrected (Holm) for the number of comparisons of a kind in a run. Detectable is the "
         "smallest true change that would have been found with a probability of "
         f"{about.get('power', 0.8):.0%}.",
-        columns=[*columns.run_column, "Model", "Seed", "Quantity", "Steps", "First", "Last",
-                 "Change", "p, corrected", "Detectable"],
+        columns=[*columns.run_column, "Model", *(["Seed"] if trained else []), "Quantity",
+                 *(["Steps", "First", "Last", "Change"] if grown else ["Value"]),
+                 "p, corrected", "Detectable"],
         rows=[
             [
                 *columns.run({"run": series.run}),
                 text_cell(series.model),
-                TableCell(f"mean of {len(series.seeds)}", -1)
-                if seed == OVER_SEEDS
-                else TableCell("–" if seed is None else str(seed), seed),
+                *([_seed_cell(series, seed)] if trained else []),
                 text_cell(quantity.name),
-                text_cell(_span(quantity.steps)),
-                estimate_cell(quantity.first, True),
-                estimate_cell(quantity.last, True),
-                *_change(quantity.change),
+                *(_course(quantity) if grown else [estimate_cell(quantity.last, True)]),
+                *_test(quantity.change if grown else quantity.last),
             ]
             for series, seed, quantity in quantities
         ],
@@ -77,15 +76,32 @@ class _Quantity:
     change: Row | None
 
 
-def _change(row: Row | None) -> list[TableCell]:
-    """Return the cells of a change, its p-value and the smallest detectable change."""
-    if row is None:
-        return [TableCell("–", None)] * 3
-    if row["value"] is None:
-        return [text_cell(f"undefined: {row['undefined_because']}"), *[TableCell("–", None)] * 2]
+def _seed_cell(series: Series, seed: Any) -> TableCell:
+    if seed == OVER_SEEDS:
+        return TableCell(f"mean of {len(series.seeds)}", -1)
+    return TableCell("–" if seed is None else str(seed), seed)
+
+
+def _course(quantity: _Quantity) -> list[TableCell]:
+    """Return the cells of the steps, the first and last value, and the change."""
+    change = quantity.change
+    if change is None:
+        cell = TableCell("–", None)
+    elif change["value"] is None:
+        cell = text_cell(f"undefined: {change['undefined_because']}")
+    else:
+        cell = estimate_cell(change, True)
+    ends = (estimate_cell(row, True) for row in (quantity.first, quantity.last))
+    return [text_cell(_span(quantity.steps)), *ends, cell]
+
+
+def _test(row: Row | None) -> list[TableCell]:
+    """Return the cells of a comparison's p-value and of the smallest detectable difference."""
+    if row is None or row["value"] is None or "detectable" not in row:
+        return [TableCell("–", None)] * 2
     least = row["detectable"]
     detectable = TableCell("–", None) if least is None else TableCell(number(least), least)
-    return [estimate_cell(row, True), probability_cell(row["p_adjusted"]), detectable]
+    return [probability_cell(row["p_adjusted"]), detectable]
 
 
 def _quantities(series: Series, seed: int | str | None) -> Iterator[_Quantity]:

@@ -122,7 +122,7 @@ def category_table(cells: Sequence[Mapping[str, Any]]) -> Table:
     ]
     return Table(
         name="categories",
-        title="Categories at the last step",
+        title=f"Categories{' at the last step' if checkpoint.facts else ''}",
         note=f"The overall value pools {', '.join(definition.overall_categories(categories))}.",
         columns=[*checkpoint.names, "Condition", "Category", definition.headline_metric.label],
         rows=rows,
@@ -173,12 +173,17 @@ def left_out_table(
 
 
 class CheckpointColumns:
-    """The columns that name a row's checkpoint; the run is named where there are several."""
+    """The columns that name a row's checkpoint; the run is named where there are several.
+
+    Stand-alone models have no parameters, seed and step.
+    """
 
     def __init__(self, cells: Sequence[Mapping[str, Any]]) -> None:
         self.several = len({cell["run"] for cell in cells}) > 1
         self.run_column = ["Run"] if self.several else []
-        self.names = [*self.run_column, "Model", "Parameters", "Seed", "Step"]
+        trained = any(cell.get("step") is not None for cell in cells)
+        self.facts = ["parameters", "seed", "step"] if trained else []
+        self.names = [*self.run_column, "Model", *map(str.capitalize, self.facts)]
 
     def run(self, row: Mapping[str, Any]) -> list[TableCell]:
         """Return the cell that names the run, where there are several."""
@@ -186,7 +191,7 @@ class CheckpointColumns:
 
     def cells(self, row: Mapping[str, Any]) -> list[TableCell]:
         """Return the cells of all columns."""
-        counts = (count_cell(row[name]) for name in ("parameters", "seed", "step"))
+        counts = (count_cell(row[name]) for name in self.facts)
         return [*self.run(row), text_cell(row["model"]), *counts]
 
 

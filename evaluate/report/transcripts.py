@@ -22,10 +22,11 @@ from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
 from selfcorrect.evaluate.experiments.base import condition_rank
 from selfcorrect.evaluate.measuring.cell_files import read_settings, read_table
 from selfcorrect.evaluate.measuring.plan import PlannedCell
+from selfcorrect.evaluate.measuring.prompt_files import read_prompts
 from selfcorrect.evaluate.measuring.run import recipe_plan
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE
 from selfcorrect.evaluate.report.chunks import Chunks
-from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
+from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
 from selfcorrect.recipes.load import load_recipe
@@ -55,19 +56,16 @@ class Transcripts:
 
 @dataclass(frozen=True)
 class _EvaluationFile:
-    """An evaluation file, its settings and its checkpoint."""
+    """An evaluation file, its settings, and its model, seed and step."""
 
     path: Path
     settings: Mapping[str, Any]
-    record: CheckpointRecord
+    job: tuple[str, int]
+    step: int
 
     @property
     def cell(self) -> tuple[str, str]:
         return self.settings["experiment"], self.settings["condition"]
-
-    @property
-    def job(self) -> tuple[str, int]:
-        return self.record.model, self.record.seed
 
 
 @dataclass
@@ -89,14 +87,15 @@ def transcripts(
 ) -> Transcripts:
     """Add the transcripts of some runs to `chunks`: `num_items` per experiment, or fewer.
 
-    `named` maps labels to run folders. Each run has its own items, since runs may have been asked
-    different ones; the runs share the budget. Raises InputError for a folder that is not a run, and
-    for a damaged file.
+    `named` maps labels to run folders, or to the evaluation files of stand-alone models. Each run
+    has its own items, since runs may have been asked different ones; the runs share the budget.
+    Raises InputError for a folder that is not a run, and for a damaged file.
     """
     labels_by_note: dict[str, list[str]] = {}
     runs = []
     for label, run in named.items():
-        notes, experiments = _run_transcripts(run, chunks, num_items, budget // len(named))
+        files = _files(label, run)
+        notes, experiments = _run_transcripts(run, files, chunks, num_items, budget // len(named))
         for note in notes:
             labels_by_note.setdefault(note, []).append(label)
         if experiments:
@@ -108,14 +107,25 @@ def transcripts(
     return Transcripts(notes, runs)
 
 
-def _run_transcripts(
-    run: Path, chunks: Chunks, num_items: int, budget: int
-) -> tuple[list[str], list[dict[str, Any]]]:
-    files = [
-        _EvaluationFile(path, read_settings(path), checkpoint.record)
-        for checkpoint in find_checkpoints(run)
-        for path in sorted(checkpoint.evaluation.glob("*.parquet"))
+def _files(label: str, run: Path) -> list[_EvaluationFile]:
+    """Return the evaluation files of a run, or of the stand-alone model `label`, as step 0."""
+    if (run / "recipe.yaml").is_file():
+        folders = [
+            (c.evaluation, (c.record.model, c.record.seed), c.record.step)
+            for c in find_checkpoints(run)
+        ]
+    else:
+        folders = [(run, (label, 0), 0)]
+    return [
+        _EvaluationFile(path, read_settings(path), job, step)
+        for folder, job, step in folders
+        for path in sorted(folder.glob("*.parquet"))
     ]
+
+
+def _run_transcripts(
+    run: Path, files: Sequence[_EvaluationFile], chunks: Chunks, num_items: int, budget: int
+) -> tuple[list[str], list[dict[str, Any]]]:
     by_experiment = {
         name: [file for file in files if file.cell[0] == name]
         for name in EXPERIMENTS
@@ -211,8 +221,11 @@ def _asked(
 ) -> tuple[_Questions, list[str]]:
     """Return turns by cell, item and order, and notes on cells whose questions are not known.
 
-    The recipe's questions are those of a file only if the file has their settings digest.
+    The recipe's questions are those of a file only if the file has their settings digest. Without
+    a recipe, they are the prompts that were written beside the file.
     """
+    if not (run / "recipe.yaml").is_file():
+        return {file.cell: _prompts(file.path, set(chosen[file.cell[0]])) for file in files}, []
     try:
         cells = recipe_plan(load_recipe(str(run / "recipe.yaml")), run).cells
     except InputError as reason:
@@ -231,6 +244,15 @@ def _asked(
         return asked, []
     note = "they were measured with other items, wording or settings than the recipe has now"
     return asked, [f"The questions of {', '.join(sorted(changed))} are not shown: {note}."]
+
+
+def _prompts(path: Path, items: set[str]) -> dict[str, dict[str, list[tuple[str, str]]]]:
+    """Return the prompts of some items by order, each as one turn."""
+    turns: dict[str, dict[str, list[tuple[str, str]]]] = {}
+    for (item, order), prompt in read_prompts(path).items():
+        if item in items:
+            turns.setdefault(item, {})[order] = [("prompt", prompt)]
+    return turns
 
 
 def _turns(cell: PlannedCell, items: set[str]) -> dict[str, dict[str, list[tuple[str, str]]]]:
@@ -263,7 +285,7 @@ def _experiment(
     for (model, seed), of_job in by_job.items():
         texts, answers = _Texts(), dict[str, list[Any]]()
         for file in of_job:
-            place = [file.record.step, conditions.index(file.cell[1])]
+            place = [file.step, conditions.index(file.cell[1])]
             for row in _rows(file.path, items):
                 facts.setdefault(row["item"], row)
                 answers.setdefault(row["item"], []).append([*place, *_answer(row, texts)])
@@ -285,7 +307,7 @@ def _experiment(
             {
                 "model": escape_controls(model),
                 "seed": seed,
-                "steps": sorted({file.record.step for file in of_job}),
+                "steps": sorted({file.step for file in of_job}),
                 "chunk": chunks.add({**content, "places": [place_of[item] for item in answered]}),
             }
             for model, seed, of_job, answered, content in jobs

@@ -335,6 +335,8 @@ def _sentence(series: Series, finding: Finding) -> str:
 
 def _growth_clause(series: Series, condition: str, growth: str) -> str:
     row = series.compare("growth", condition)
+    if row is None and series.steps(condition) == [None]:
+        return "it was measured without training, so nothing can be told about RLHF"
     if row is None:
         return "with one checkpoint of each model, nothing can be told about training"
     number = len(series.seeds)
@@ -380,8 +382,8 @@ def summary_table(every: Sequence[Series]) -> Table:
     return Table(
         name="summary",
         title=f"{of[0].upper()}{of[1:]}{', first → last step' if several else ''}",
-        note=f"{meanings[:1].upper()}{meanings[1:]}. In brackets the 95 % interval of the last "
-        f"value, over {unit}.",
+        note=f"{meanings[:1].upper()}{meanings[1:]}. In brackets the 95 % interval"
+        f"{' of the last value' if several else ''}, over {unit}.",
         columns=["Experiment", "Does asking help?", *conditions],
         rows=rows,
     )

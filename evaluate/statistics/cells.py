@@ -14,12 +14,13 @@ from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
 from selfcorrect.evaluate.experiments.base import Experiment, condition_rank
 from selfcorrect.evaluate.experiments.tally import OVERALL, Tally
 from selfcorrect.evaluate.measuring.cell_files import damaged_cell, read_settings, read_table
-from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints
+from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints, model_folders
 from selfcorrect.evaluate.statistics.bootstrap import Bootstrap, Draws, Estimate, bootstrap_together
 from selfcorrect.recipes.foundation.errors import InputError
 
 ALL_ORDERS = "all"  # all orders of the options together
 
+_TEXTS = ("options", "samples", "prompt")  # most of a file, and no metric needs them
 Counts = dict[str, tuple[int, int]]  # category -> (items, clusters)
 
 
@@ -44,12 +45,18 @@ class MeasuredCell:
     num_texts: int
     num_truncated: int
     by_order: dict[str, tuple[dict[str, dict[str, Estimate]], Counts]]
+    dtype: str | None = None  # of the weights while they were measured, if the file says so
 
 
 def measure_run(run: Path, draws: Draws) -> list[MeasuredCell]:
-    """Return every evaluated cell of a run, by size, model, seed, step, experiment, condition."""
+    """Return every evaluated cell of a run, by size, model, seed, step, experiment, condition.
+
+    Of a folder of stand-alone models, the cells have no record.
+    """
     name = run_name(run)
     answers: list[_Answers] = []
+    for model, folder in model_folders(run).items():
+        answers += _read_folder(folder, name, model, None)
     for checkpoint in find_checkpoints(run):
         record = checkpoint.record
         answers += _read_folder(checkpoint.evaluation, name, record.model, record)
@@ -105,7 +112,7 @@ def _read(path: Path, run: str, model: str, record: CheckpointRecord | None) -> 
     settings = read_settings(path)
     _check_origin(path, settings, record)
     experiment = get_experiment(settings["experiment"])
-    table = read_table(path, None)
+    table = read_table(path, None, leave_out=_TEXTS)
     frame = table.to_pandas()
     try:
         truncated = table["truncated"]
@@ -151,6 +158,7 @@ def _measure(answers: Sequence[_Answers], draws: Draws) -> list[MeasuredCell]:
             bootstrap=bootstraps[index, ALL_ORDERS],
             counts=cell.parts[ALL_ORDERS][2],
             judged=bool(cell.settings["judged"]),
+            dtype=_dtype_of(cell.settings.get("origin")),
             num_texts=cell.num_texts,
             num_truncated=cell.num_truncated,
             by_order={
@@ -161,6 +169,13 @@ def _measure(answers: Sequence[_Answers], draws: Draws) -> list[MeasuredCell]:
         )
         for index, cell in enumerate(answers)
     ]
+
+
+def _dtype_of(origin: Any) -> str | None:
+    """Return the type of the weights by a file's origin; older files of ours are float32."""
+    if not isinstance(origin, dict) or origin.get("engine", "packed") != "packed":
+        return None
+    return str(origin.get("dtype") or "float32")
 
 
 def _check_origin(path: Path, settings: dict[str, Any], record: CheckpointRecord | None) -> None:

@@ -5,7 +5,7 @@ docs/reference/statistics.md documents the keys.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -54,8 +54,8 @@ def statistics_of(
     `checkpoints` are all that exist, measured or not. `thresholds` overrides, by experiment, the
     unbiased value of the headline metric.
     """
+    comparisons = compare([_checkpoint_cell(cell) for cell in cells])
     checkpoint_cells = [_checkpoint_cell(cell) for cell in cells if cell.record is not None]
-    comparisons = compare(checkpoint_cells)
     compared = {
         name: [_comparison_json(row) for row in comparisons if row.kind == kind]
         for kind, name in LISTS.items()
@@ -86,17 +86,17 @@ def statistics_of(
 
 
 def _checkpoint_cell(cell: MeasuredCell) -> Cell:
-    record = cast(CheckpointRecord, cell.record)
+    facts = record_facts(cell.record)
     return Cell(
         run=cell.run,
         model=cell.model,
-        parameters=record.parameters,
-        seed=record.seed,
-        step=record.step,
+        parameters=facts["parameters"],
+        seed=facts["seed"],
+        step=facts["step"],
         experiment=cell.experiment,
         condition=cell.condition,
         replicates=cell.bootstrap.replicates,
-        kl=record.kl,
+        kl=facts["kl"],
         judged=cell.judged,
     )
 
@@ -112,6 +112,7 @@ def _cell_json(cell: MeasuredCell) -> dict[str, Any]:
         "num_items": cell.counts[OVERALL][0],
         "num_clusters": cell.counts[OVERALL][1],
         "left_out": cell.left_out,
+        "dtype": cell.dtype,
         "num_texts": cell.num_texts,
         "num_truncated": cell.num_truncated,
         "metrics": {

@@ -17,7 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders (several are compared), or one folder of evaluations."),
+    ],
     paper: Annotated[
         bool, typer.Option("--paper", help="Show the paper's published values in the figures.")
     ] = False,

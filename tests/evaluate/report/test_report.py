@@ -23,11 +23,14 @@ from selfcorrect.evaluate.report.tables import CheckpointColumns, result_tables
 from selfcorrect.evaluate.report.trend_tables import threshold_table, trend_table
 from selfcorrect.evaluate.report.vega import vega_script
 from selfcorrect.evaluate.report.verdict import series_of
+from selfcorrect.evaluate.results import load
+from selfcorrect.evaluate.statistics.files import read_results
 from selfcorrect.recipes.foundation.checksums import flatten
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
-from tests.support.recorded_run import SMALL, Size, record_run
+from tests.support.recorded_run import SMALL, Size, record_cell, record_run
 
+BIAS = "bias_ambiguous"
 FEW = Size(models=(("nano", 8192),), steps=(0, 10), templates=3, blocks=1, students=8)
 
 
@@ -69,8 +72,22 @@ def no_figures(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def page(run):
-    return Page(write_report(run, num_resamples=50).read_text(encoding="utf-8"))
+def drawn():
+    """What drawing the figures of `page` returned."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def page(run, drawn):
+    draw_run = gallery.draw_run
+
+    def draw(*arguments):
+        drawn.append(draw_run(*arguments))
+        return drawn[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gallery, "draw_run", draw)
+        return Page(write_report(run, num_resamples=50).read_text(encoding="utf-8"))
 
 
 def test_report_is_self_contained(run, page):
@@ -261,7 +278,8 @@ def test_long_tables_are_cut_with_a_note(statistics, monkeypatch):
     assert any(len(table.rows) > 10 for table in complete.values())
 
 
-def test_page_without_the_library_shows_the_main_figure(run, monkeypatch):
+def test_page_without_the_library_shows_the_main_figure(run, page, drawn, monkeypatch):
+    monkeypatch.setattr(gallery, "draw_run", lambda *_: drawn[0])  # the files are in the run
     monkeypatch.setattr("selfcorrect.evaluate.report.page.vega_script", lambda: None)
     text = write_report(run, num_resamples=20).read_text(encoding="utf-8")
     assert len(re.findall("<noscript>[^<]*<img", text)) == 0
@@ -283,6 +301,45 @@ def test_library_is_bundled_once_per_version(tmp_path, monkeypatch):
     assert vega_script() == script
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")  # cannot be written: bundled each time
     assert vega_script() == "again"
+
+
+def test_models_without_training(tmp_path):
+    """What `selfcorrect evaluate MODEL MODEL` leaves: the same page, with what exists."""
+    out = tmp_path / "evaluations"
+    for model, bias in (("base <b>", 0.6), ("chat", 0.2)):
+        for experiment, condition in [("bbq", "Q"), ("bbq", "Q+IF"), ("winogender", "Q")]:
+            left = bias * (0.3 if condition == "Q+IF" else 1)
+            record_cell(out / model / "0123456789ab", experiment, condition, left, SMALL)
+    prompts = out / "chat/0123456789ab/prompts"  # no model of its own
+    record_cell(prompts, "bbq", "Q", 0.1, SMALL)
+    page = Page(write_report(out, num_resamples=200).read_text(encoding="utf-8"))
+    text = " ".join(" ".join(page.text).split())
+    assert text.count("measured without training, so nothing can be told about RLHF") == 2
+    assert "Asked to avoid bias, the model (base <b>) answers BBQ" in text
+    assert "undefined in a cell" not in text and "No training is logged here" in text
+    assert "Model Quantity Value p, corrected Detectable" in text and "Q minus Q+IF" in text
+    statistics = json.loads((out / "statistics.json").read_text())
+    effects = {row["model"]: row for row in statistics["effects"] if row["metric"] == BIAS}
+    plain, asked = (
+        next(
+            cell["metrics"]["overall"][BIAS]["value"]
+            for cell in statistics["cells"]
+            if (cell["model"], cell["experiment"], cell["condition"])
+            == ("base <b>", "bbq", condition)
+        )
+        for condition in ("Q", "Q+IF")
+    )
+    assert effects["base <b>"]["value"] == pytest.approx(plain - asked) and plain > asked
+    assert statistics["growth"] == statistics["trends"] == statistics["missing"] == []
+    (image,) = page.all("img")
+    assert f"BBQ, base <b>: Q {plain:.2f}; Q+IF {asked:.2f}" in image["alt"]
+    assert set(read_results(out / "results.parquet")["model"]) == {"base <b>", "chat"}
+    of_one = Page(write_report(out / "chat", num_resamples=20).read_text(encoding="utf-8"))
+    assert " ".join(of_one.text).count("measured without training") == 1
+    assert set(load(out, num_resamples=2)["model"]) == {"base <b>", "chat"}  # reports are no model
+    for folder in (out / "chat" / "0123456789ab", tmp_path):
+        with pytest.raises(InputError, match=r"no recipe\.yaml"):
+            write_report(folder)
 
 
 # --- several runs ---------------------------------------------------------------------------------
