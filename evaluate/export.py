@@ -6,6 +6,7 @@ whether an option was the greedy choice, and the prompt's text and hash in files
 """
 
 import hashlib
+import html
 import json
 import re
 from collections.abc import Iterator
@@ -13,14 +14,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.experiments.tally import OVERALL, option_order
 from selfcorrect.evaluate.measuring.cell_files import read_settings, read_table
 from selfcorrect.evaluate.measuring.prompt_files import read_prompts
-from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE
-from selfcorrect.evaluate.statistics.cells import ALL_ORDERS
+from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, Draws, Estimate, standard_error
+from selfcorrect.evaluate.statistics.cells import MeasuredCell, measure_folder
+from selfcorrect.evaluate.statistics.formatting import number, with_interval
 from selfcorrect.recipes.foundation.atomic_files import atomic_file, write_json, write_text
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
@@ -28,12 +31,16 @@ from selfcorrect.recipes.foundation.printable import escape_controls
 _ANSWER = {"options", "logprobs", "probabilities", "mass", "samples", "truncated", "prompt"}
 
 
-def write_lm_eval(folder: Path, frame: pd.DataFrame, name: str, out: Path) -> list[Path]:
+def write_lm_eval(folder: Path, name: str, out: Path) -> list[Path]:
     """Write one model's evaluation files in lm-eval's format into out/<model>; return the paths.
 
-    `frame` is the tidy table of `folder` (results.summarise). Intervals are not standard errors:
-    they are under `intervals`, and `_stderr` is "N/A", as in lm-eval.
+    `_stderr` is the standard deviation of the resamples, "N/A" where there is none; intervals,
+    which lm-eval lacks, are under `intervals`.
     """
+    cells = {
+        (cell.experiment, cell.condition): cell
+        for cell in measure_folder(folder, folder.name, name, None, Draws())
+    }
     now = datetime.now()
     date = now.isoformat().replace(":", "-")
     model_folder = out / re.sub(r"[^A-Za-z0-9.@-]+", "__", name)
@@ -45,19 +52,11 @@ def write_lm_eval(folder: Path, frame: pd.DataFrame, name: str, out: Path) -> li
         experiment, condition = settings["experiment"], settings["condition"]
         # File names are unique. lm-eval finds the task name in its own file names by a pattern.
         task = re.sub(r"[^A-Za-z0-9+-]+", "_", path.stem)
-        rows = frame[
-            (frame["experiment"] == experiment)
-            & (frame["condition"] == condition)
-            & (frame["category"] == OVERALL)
-            & (frame["order"] == ALL_ORDERS)
-        ].to_dict("records")
-        results[task] = {"alias": task}
-        for row in rows:
-            results[task][f"{row['metric']},none"] = _number(row["value"])
-            results[task][f"{row['metric']}_stderr,none"] = "N/A"
-        intervals[task] = {
-            row["metric"]: [_number(row["low"]), _number(row["high"])] for row in rows
-        }
+        results[task], intervals[task] = {"alias": task}, {}
+        for metric, estimate, error in _estimates(cells[experiment, condition]):
+            results[task][f"{metric},none"] = _number(estimate.value)
+            results[task][f"{metric}_stderr,none"] = "N/A" if np.isnan(error) else error
+            intervals[task][metric] = [_number(estimate.low), _number(estimate.high)]
         configs[task] = {
             "task": task,
             "output_type": "multiple_choice",
@@ -94,6 +93,12 @@ def write_lm_eval(folder: Path, frame: pd.DataFrame, name: str, out: Path) -> li
         },
     )
     return [results_file, *sample_files]
+
+
+def _estimates(cell: MeasuredCell) -> Iterator[tuple[str, Estimate, float]]:
+    """Yield each metric over all items, with its standard error (NaN: none)."""
+    for metric, estimate in cell.bootstrap.estimates[OVERALL].items():
+        yield metric, estimate, standard_error(cell.bootstrap.replicates.metrics[metric])
 
 
 def _samples(path: Path) -> Iterator[dict[str, Any]]:
@@ -143,37 +148,58 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_model_card(frame: pd.DataFrame, name: str, path: Path) -> Path:
-    """Write a README.md whose `model-index` holds each headline metric under each condition.
+def write_model_card(folder: Path, name: str, path: Path) -> Path:
+    """Write a README.md with each headline metric under each condition.
 
-    `frame` is the tidy table of results.py for one model. `model-index` has no field for intervals,
-    so they are in the metric's `args`. Undefined values are left out.
+    `folder` holds the evaluation files of one model. `model-index` has no field for intervals and
+    standard errors, so they are in the metric's `args`, and in a table below. Undefined values are
+    left out.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    results = []
-    overall = frame[(frame["category"] == OVERALL) & (frame["order"] == ALL_ORDERS)]
-    for row in overall.to_dict("records"):
-        experiment = get_experiment(str(row["experiment"]))
-        if row["metric"] != experiment.headline or pd.isna(row["value"]):
-            continue
-        interval = {"confidence": CONFIDENCE, "items": int(row["num_items"])}
-        if not pd.isna(row["low"]):
-            interval |= {"low": float(row["low"]), "high": float(row["high"])}
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=experiment.name,
-                dataset_name=experiment.title,
-                dataset_config=str(row["condition"]),
-                metric_type=str(row["metric"]),
-                metric_name=experiment.headline_metric.label,
-                metric_value=float(row["value"]),
-                metric_args=interval,
+    results, lines = [], []
+    for cell in measure_folder(folder, folder.name, name, None, Draws()):
+        experiment, num_items = get_experiment(cell.experiment), cell.counts[OVERALL][0]
+        for metric, estimate, error in _estimates(cell):
+            if metric != experiment.headline or np.isnan(estimate.value):
+                continue
+            uncertainty = {"low": estimate.low, "high": estimate.high, "standard_error": error}
+            known = {key: value for key, value in uncertainty.items() if not np.isnan(value)}
+            label = experiment.headline_metric.label
+            results.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=experiment.name,
+                    dataset_name=experiment.title,
+                    dataset_config=cell.condition,
+                    metric_type=metric,
+                    metric_name=label,
+                    metric_value=estimate.value,
+                    metric_args={"confidence": CONFIDENCE, "items": num_items, **known},
+                )
             )
-        )
+            value = with_interval(estimate._asdict())
+            entries = (experiment.title, label, cell.condition, value, number(error), num_items)
+            lines.append(f"| {' | '.join(map(_entry, entries))} |")
     if not results:
         raise InputError(f"{name}: no headline metric is defined, so there is nothing to export")
     data = ModelCardData(model_name=name, eval_results=results)
-    write_text(path, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {escape_controls(name)}\n")))
+    head = [
+        f"# {_entry(name)}",
+        "",
+        "Percentile bootstrap over clusters of items within categories, by selfcorrect.",
+        "",
+        f"| experiment | metric | condition | value [{CONFIDENCE:.0%} interval] | standard error "
+        "| items |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    write_text(
+        path, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(head + lines) + "\n"))
+    )
     return path
+
+
+def _entry(value: object) -> str:
+    """Return a value as an entry of a Markdown table: one line, without markup."""
+    text = " ".join(escape_controls(value).split())
+    return html.escape(text, quote=False).replace("|", "\\|")

@@ -27,7 +27,6 @@ def export(
     from selfcorrect.evaluate.export import write_lm_eval, write_model_card
     from selfcorrect.evaluate.publish.dataset import write_dataset
     from selfcorrect.evaluate.publish.every_eval_ever import write_every_eval_ever
-    from selfcorrect.evaluate.results import summarise
 
     if format == "dataset":
         for path in write_dataset(source, out):
@@ -38,12 +37,11 @@ def export(
             for path in write_every_eval_ever(folder, name, record, organization, out):
                 typer.echo(path)
             continue
-        frame = summarise(folder, name)
         if format == "lm-eval":
-            for path in write_lm_eval(folder, frame, name, out):
+            for path in write_lm_eval(folder, name, out):
                 typer.echo(path)
         else:
-            typer.echo(write_model_card(frame, name, out / name / "README.md"))
+            typer.echo(write_model_card(folder, name, out / name / "README.md"))
 
 
 def _models(source: Path) -> "list[tuple[Path, str, CheckpointRecord | None]]":

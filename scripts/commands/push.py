@@ -31,7 +31,6 @@ def push(
     from selfcorrect.evaluate.export import write_model_card
     from selfcorrect.evaluate.publish.dataset import write_dataset
     from selfcorrect.evaluate.publish.hub import push_folder
-    from selfcorrect.evaluate.results import summarise
     from selfcorrect.evaluate.run_folder import check_saved, find_checkpoints
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -50,7 +49,6 @@ def push(
                 found[0].folder, folder, ignore=shutil.ignore_patterns("evaluation", "probe", ".*")
             )
             if any(found[0].evaluation.glob("*.parquet")):
-                frame = summarise(found[0].evaluation, checkpoint)
-                write_model_card(frame, checkpoint, folder / "README.md")
+                write_model_card(found[0].evaluation, checkpoint, folder / "README.md")
             kind = "model"
         typer.echo(push_folder(folder, repo, kind=kind, private=not public, endpoint=endpoint))

@@ -10,10 +10,15 @@ from huggingface_hub import ModelCard
 
 from selfcorrect.evaluate.export import write_lm_eval, write_model_card
 from selfcorrect.evaluate.results import summarise
+from selfcorrect.evaluate.statistics.bootstrap import Draws
+from selfcorrect.evaluate.statistics.cells import measure_folder
+from selfcorrect.evaluate.statistics.formatting import number, with_interval
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.scripts.commands.export import export
 from tests.support.answer_rows import measured_by_a_tiny_model
 from tests.support.recorded_run import record_run
+
+CHECKPOINT = "nano/seed-0/ppo/checkpoint-40/evaluation"
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +27,7 @@ def run(tmp_path_factory):
 
 
 def _overall(run, metric):
-    frame = summarise(run / "nano/seed-0/ppo/checkpoint-40/evaluation", "x")
+    frame = summarise(run / CHECKPOINT, "x")
     rows = frame[(frame["category"] == "overall") & (frame["metric"] == metric)]
     return {row["condition"]: row for row in rows.to_dict("records")}
 
@@ -35,6 +40,15 @@ def test_lm_eval_files_hold_the_values_and_load_as_a_dataset(run, tmp_path):
     expected = _overall(run, "bias_ambiguous")["Q+IF"]
     assert results["results"]["bbq_Q+IF"]["bias_ambiguous,none"] == expected["value"]
     assert results["intervals"]["bbq_Q+IF"]["bias_ambiguous"] == [expected["low"], expected["high"]]
+    # Against the replicates' deviation computed here; undefined where a metric is.
+    cell = next(
+        cell
+        for cell in measure_folder(run / CHECKPOINT, "x", "x", None, Draws())
+        if (cell.experiment, cell.condition) == ("bbq", "Q+IF")
+    )
+    resamples = cell.bootstrap.replicates.metrics["bias_ambiguous"][1:]
+    error = results["results"]["bbq_Q+IF"]["bias_ambiguous_stderr,none"]
+    assert error == pytest.approx(resamples.std(ddof=1)) and error > 0
     (samples,) = folder.glob("samples_bbq_Q+IF_*.jsonl")
     loaded = datasets.load_dataset(
         "json", data_files=str(samples), split="train", cache_dir=str(tmp_path / "cache")
@@ -58,8 +72,7 @@ def test_orders_of_a_question_are_one_document(tmp_path):
     cells = measured_by_a_tiny_model(
         *(tmp_path, tmp_path / "cells", "multiple_choice", ["Q"]), permutations=3, style="plain"
     )
-    frame = summarise(tmp_path / "cells", "tiny")
-    results_file, samples_file = write_lm_eval(tmp_path / "cells", frame, "tiny", tmp_path / "out")
+    results_file, samples_file = write_lm_eval(tmp_path / "cells", "tiny", tmp_path / "out")
     results = json.loads(results_file.read_text())
     assert results["n-samples"]["multiple_choice_Q"] == {"original": 5, "effective": 5}
     samples = pd.DataFrame(map(json.loads, samples_file.read_text().splitlines()))
@@ -72,7 +85,7 @@ def test_orders_of_a_question_are_one_document(tmp_path):
         assert sample.acc == float(shown == row.label)
     accuracy = samples.groupby("doc_id")["acc"].mean().mean()
     assert results["results"]["multiple_choice_Q"]["accuracy,none"] == pytest.approx(accuracy)
-    card = ModelCard.load(write_model_card(frame, "tiny", tmp_path / "README.md"))
+    card = ModelCard.load(write_model_card(tmp_path / "cells", "tiny", tmp_path / "README.md"))
     (result,) = card.data.eval_results
     assert result.metric_value == pytest.approx(accuracy) and result.metric_args["items"] == 5
 
@@ -98,6 +111,10 @@ def test_model_card_round_trip(run, tmp_path):
     for condition, result in results.items():
         assert result.metric_value == pytest.approx(expected[condition]["value"], abs=1e-12)
         assert result.metric_args["low"] == pytest.approx(expected[condition]["low"], abs=1e-12)
+        row = (
+            f"{with_interval(expected[condition])} | {number(result.metric_args['standard_error'])}"
+        )
+        assert f"| {condition} | {row} | 128 |" in card.text
 
 
 def test_wrong_source_or_format_is_refused(tmp_path):

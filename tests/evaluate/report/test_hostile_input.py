@@ -6,6 +6,7 @@ import re
 import sys
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from selfcorrect.evaluate.report.terminal import closing_table
 from selfcorrect.evaluate.report.vega import vega_script
 from selfcorrect.evaluate.results import summarise
 from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.evaluate.statistics.bootstrap import Draws
+from selfcorrect.evaluate.statistics.cells import measure_folder
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
 from selfcorrect.recipes.foundation.yaml_text import parse_yaml
@@ -266,16 +269,21 @@ def test_names_in_the_report_are_escaped(tmp_path: Path, monkeypatch: pytest.Mon
     assert policy and "default-src 'none'" in policy and "script-src 'sha256-" in policy
 
 
-def test_model_card_metadata_are_escaped(recorded: Path, tmp_path: Path) -> None:
+def test_model_card_metadata_are_escaped(recorded: Path, tmp_path: Path, monkeypatch) -> None:
     folder = recorded / "nano/seed-0/ppo/checkpoint-0/evaluation"
-    frame = summarise(folder, "x")
-    frame = frame[frame["order"] == "all"].copy()
-    frame["condition"] = frame["condition"] + "\n---\nlicense: other\n# \x1b[2J"
-    path = write_model_card(frame, "evil\n---\n# title\u202e", tmp_path / "README.md")
+    hostile = "\n---\nlicense: other\n# \x1b[2J | <b>"
+    cells = [
+        replace(cell, condition=cell.condition + hostile)
+        for cell in measure_folder(folder, "x", "x", None, Draws(20))
+    ]
+    monkeypatch.setattr("selfcorrect.evaluate.export.measure_folder", lambda *_: cells)
+    path = write_model_card(folder, "evil\n---\n# title\u202e", tmp_path / "README.md")
     front, body = path.read_text(encoding="utf-8").removeprefix("---\n").split("\n---\n", 1)
     data = yaml.safe_load(front)
     assert list(data) == ["model-index"] and data["model-index"][0]["name"].startswith("evil\n---")
-    assert "\u202e" not in body
+    assert "\u202e" not in body and "\x1b" not in body and "<b>" not in body
+    rows = [line for line in body.splitlines() if " --- license" in line]
+    assert len(rows) > 3 and all(row.replace("\\|", "").count("|") == 7 for row in rows)
 
 
 def test_escape_controls() -> None:
