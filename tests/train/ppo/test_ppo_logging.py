@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
+from trl.trainer import grpo_trainer
 
 from selfcorrect.train.ppo import timing
 from selfcorrect.train.ppo.timing import PhaseTimer
@@ -256,8 +257,11 @@ def test_phase_inside_a_phase_is_counted_once(monkeypatch):
 # ---- tables of completions ----------------------------------------------------------------------
 
 
-def test_completions_are_tables_with_score_and_kl(models, tmp_path, capsys):
-    """In TRL's parquet files at every logged update, and as text in TensorBoard."""
+def test_completions_are_tables_with_score_and_kl(models, tmp_path, capsys, monkeypatch):
+    """In TRL's parquet files at every logged update, in wandb and trackio, as text in TensorBoard.
+
+    The two services are stand-ins that keep what TRL sends them.
+    """
     skip_without("tensorboard")
     import pandas as pd
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -265,6 +269,11 @@ def test_completions_are_tables_with_score_and_kl(models, tmp_path, capsys):
     reward = RecordingReward()
     settings = {**SETTINGS, "max_steps": 2 * EPOCHS, "log_completions": True}
     trainer = make_trainer(models, tmp_path, reward=reward, report_to=["tensorboard"], **settings)
+    sent = {"wandb": [], "trackio": []}
+    for name, calls in sent.items():
+        service = SimpleNamespace(run="a run", Table=lambda dataframe: dataframe, log=calls.append)
+        monkeypatch.setattr(grpo_trainer, name, service, raising=False)
+    trainer.args.report_to = ["tensorboard", *sent]
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
     assert len(logged) == 2
@@ -282,6 +291,11 @@ def test_completions_are_tables_with_score_and_kl(models, tmp_path, capsys):
         assert list(table["score"]) == pytest.approx(scores)
         assert table["kl"].mean() == pytest.approx(entry["objective/kl"], abs=1e-5)
         assert len(table) == ROWS and {"prompt", "completion"} <= set(table)
+        for calls in sent.values():
+            assert len(calls) == len(logged) and list(calls[number]) == ["completions"]
+            shown = calls[number]["completions"]
+            assert list(shown["score"]) == list(table["score"]) and set(shown) == set(table)
+            assert list(shown["kl"]) == list(table["kl"])
         header, _, *rows = texts[update].splitlines()
         assert [c.strip() for c in header.strip("|").split("|")][:2] == ["prompt", "completion"]
         assert len(rows) == ROWS
