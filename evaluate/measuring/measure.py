@@ -9,7 +9,7 @@ A cell that `folder` holds already, with the same settings and weights, is not m
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,12 @@ from selfcorrect.evaluate.prompts.dialogue import (
 )
 from selfcorrect.evaluate.prompts.items import Item
 from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn
-from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, Request, tokenizer_digest
+from selfcorrect.evaluate.prompts.tokenized import (
+    PromptTooLong,
+    Request,
+    token_ids,
+    tokenizer_digest,
+)
 from selfcorrect.evaluate.scoring.engine import Engine, Sample
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.progress import Progress, no_progress
@@ -42,11 +47,18 @@ from selfcorrect.recipes.foundation.ranks import SINGLE, Ranks
 if TYPE_CHECKING:
     from selfcorrect.evaluate.scoring.token_trie import PackingCache
 
-_SLICE_ITEMS = 256  # between two calls of the progress function
-
-# Finished rows go to disk after so many items or seconds; a killed evaluation loses no more.
+# Finished rows go to disk after so many items or seconds; a killed evaluation loses no more than
+# this and the items that were being measured.
 _PART_ITEMS = 2048
-_PART_SECONDS = 120.0
+_PART_SECONDS = 60.0
+
+# An engine that measures any number of items at once gets about so many seconds' worth.
+_FIRST_ITEMS = 8
+_CALL_SECONDS = 30.0
+
+_REPORT_SECONDS = 1.0  # between two reports of progress within a call
+_CHARACTERS_PER_TOKEN = 3
+_EXAMPLES = 32  # items from which the tokens of an item are estimated
 
 
 def measure(
@@ -58,21 +70,23 @@ def measure(
     packings: "PackingCache | None" = None,
     origin: Origin | None = None,
     ranks: Ranks = SINGLE,
+    batch_tokens: int | None = None,
 ) -> list[Path]:
     """Measure a model in memory with `PackedEngine`; see `measure_with`.
 
     `packings` keeps tokens and packs, which depend on the tokenizer alone, for the next model: pass
     the same object for all checkpoints. `origin` names the weights; by default it is a digest of
-    the values in memory. `model` must be in eval mode (for a model in training:
-    `callback.measure_during_training`).
+    the values in memory. `batch_tokens` bounds the tokens of a forward. `model` must be in eval
+    mode (for a model in training: `callback.measure_during_training`).
     """
     from selfcorrect.evaluate.scoring.packed import PackedEngine
+    from selfcorrect.evaluate.scoring.precision import held_in
     from selfcorrect.evaluate.scoring.weights import weights_digest
 
     if model.training:
         raise ValueError("measure: call model.eval() first, or use measure_during_training")
-    origin = origin or Origin(weights_digest(model))
-    engine = PackedEngine(model, tokenizer, packings=packings)
+    origin = replace(origin or Origin(weights_digest(model)), dtype=held_in(model))
+    engine = PackedEngine(model, tokenizer, packings=packings, batch_tokens=batch_tokens)
     return measure_with(plan, engine, folder, origin, progress, ranks)
 
 
@@ -88,7 +102,8 @@ def measure_with(
 
     Each file appears complete or not at all. After an interruption, the next call continues with
     the items that are not on disk yet. `ranks` share the items, and each of them must call this.
-    `progress` is called on rank 0 with (cell, items done, items of the cell).
+    `progress` is called on rank 0 with (cell, items done, items of the cell); within a call of the
+    engine the items done have a fraction. The files do not depend on how long anything takes.
 
     Raises InputError for prompts that do not fit the model's context, RunFailure for NaN logits.
     """
@@ -115,6 +130,22 @@ def measure_with(
                 _check_room(cell, engine)
                 _measure_together([cell], work, _sample_slice)
     return [folder / cell.file_name for cell in plan.cells]
+
+
+def share_of_plan(plan: EvaluationPlan, report: Callable[[float], None]) -> Progress:
+    """Return a progress function for `measure` that reports the share of the plan that is done.
+
+    Cells that are measured together count as one, by their items.
+    """
+    groups = {(c.experiment, c.sampling and c.condition): len(c.items) for c in plan.cells}
+    total = max(1, sum(groups.values()))
+    done_by_name: dict[str, float] = {}
+
+    def progress(name: str, done: float, _: int, /) -> None:
+        done_by_name[name] = done
+        report(min(1.0, sum(done_by_name.values()) / total))
+
+    return progress
 
 
 def _dated(cell: PlannedCell, tokenizer: Any) -> PlannedCell:
@@ -167,23 +198,28 @@ def _measure_together(
         if writes
         else nullcontext(list[CellWriter]())
     )
+    # What is measured together may affect results by rounding. An engine that wants a fixed number
+    # gets it from the first item on, wherever an earlier process has stopped.
+    fixed = work.engine.items_at_once(_tokens_per_item(cells), cells[0].sampling is not None)
+    size = fixed or _FIRST_ITEMS
     with files as writers:
         done = flushed = ranks.from_rank0(lambda: writers[0].num_items)
         flushed_at = time.monotonic()
         # `progress` may raise to stop the evaluation: then all ranks raise.
         ranks.from_rank0(partial(work.progress, name, done, num_items))
-        for first in range(done, num_items, _SLICE_ITEMS * ranks.size):
-            start = first + _SLICE_ITEMS * ranks.rank
-            rank_slice = slice(start, min(start + _SLICE_ITEMS, num_items))
-            for part, rows_by_cell in zip(
-                _slices(num_items, first),
-                ranks.gather(partial(measure_slice, cells, work.engine, rank_slice)),
-                strict=False,  # the last round may have fewer slices than ranks
-            ):
-                for writer, rows in zip(writers, rows_by_cell, strict=False):
-                    writer.write(rows, part.stop - part.start)
-                done = part.stop
-            is_due = time.monotonic() - flushed_at > _PART_SECONDS
+        while done < num_items:
+            slices = _slices(done, num_items, size, ranks.size, is_aligned=fixed is not None)
+            started = time.monotonic()
+            with _reported(work, name, slices, num_items):
+                rows = ranks.gather(partial(measure_slice, cells, work.engine, slices[ranks.rank]))
+            if fixed is None:
+                seconds = time.monotonic() - started
+                size = ranks.from_rank0(partial(_next_size, size, seconds))
+            for part, rows_by_cell in zip(slices, rows, strict=True):
+                for writer, new in zip(writers, rows_by_cell, strict=False):
+                    writer.write(new, part.stop - part.start)
+            done = slices[-1].stop
+            is_due = time.monotonic() - flushed_at >= _PART_SECONDS
             if done < num_items and (is_due or done - flushed >= _PART_ITEMS):
                 for writer in writers:
                     writer.flush()
@@ -191,6 +227,62 @@ def _measure_together(
             ranks.from_rank0(partial(work.progress, name, done, num_items))
         for cell in cells:  # before the cells that name them
             ranks.from_rank0(partial(write_prompts, work.folder, cell, tokenizer))
+
+
+def _slices(start: int, num_items: int, size: int, count: int, is_aligned: bool) -> list[slice]:
+    """Return the next `count` slices of `size` items; at the end they may be shorter, or empty.
+
+    Aligned slices end at multiples of `size`, also if `start` is none.
+    """
+    slices = []
+    for _ in range(count):
+        stop = min(start + size - (start % size if is_aligned else 0), num_items)
+        slices.append(slice(start, stop))
+        start = stop
+    return slices
+
+
+def _next_size(size: int, seconds: float) -> int:
+    """Return how many items to measure next, after `size` items have taken `seconds`."""
+    wanted = size * _CALL_SECONDS / max(seconds, 1e-9)
+    return max(1, min(int(wanted), 2 * size, _PART_ITEMS))
+
+
+def _tokens_per_item(cells: Sequence[PlannedCell]) -> float:
+    """Estimate the tokens that the model reads and writes for an item, without a tokenizer."""
+    tokens = 0.0
+    for cell in cells:
+        draws = written = 0
+        if cell.sampling is not None:
+            draws = cell.sampling.draws
+            written = cell.sampling.max_new_tokens * cell.section.num_samples(cell.condition)
+        for question in cell.questions(slice(_EXAMPLES)):
+            read = sum(len(turn.text) for turn in question.turns) / _CHARACTERS_PER_TOKEN
+            tokens += max(1, draws) * (read + written)
+    return tokens / max(1, min(len(cells[0].items), _EXAMPLES))
+
+
+@contextmanager
+def _reported(work: _Work, name: str, slices: Sequence[slice], num_items: int) -> Iterator[None]:
+    """Report progress while the engine measures this rank's slice, as if all ranks were as fast."""
+    first, last = slices[0].start, slices[-1].stop
+    reported_at = time.monotonic()
+
+    def report(share: float) -> None:
+        nonlocal reported_at
+        now = time.monotonic()
+        if now - reported_at < _REPORT_SECONDS:
+            return
+        reported_at = now
+        # An engine takes errors of a forward for the model's. They are raised after the slice.
+        with suppress(Exception):
+            work.progress(name, first + min(share, 1.0) * (last - first), num_items)
+
+    work.engine.on_progress = report if work.ranks.rank == 0 else None
+    try:
+        yield
+    finally:
+        work.engine.on_progress = None
 
 
 @dataclass
@@ -240,7 +332,7 @@ def _sample_slice(cells: Sequence[PlannedCell], engine: Engine, part: slice) -> 
     with _error_context([(cell, draw.question.item) for draw in draws]):
         *rounds, last = range(cell.section.num_samples(cell.condition))
         for round_ in rounds:
-            samples = engine.sample(**_sample_arguments(cell, draws, engine, round_))
+            samples = engine.sample(**_sample_arguments(cell, draws, engine, round_, part))
             for draw, sample in zip(draws, samples, strict=True):
                 draw.add(engine, sample)
 
@@ -251,17 +343,23 @@ def _sample_slice(cells: Sequence[PlannedCell], engine: Engine, part: slice) -> 
             return draw.prompt, draw.question.options
 
         answers = engine.sample_then_score(
-            then=final_question, **_sample_arguments(cell, draws, engine, last)
+            then=final_question, **_sample_arguments(cell, draws, engine, last, part)
         )
     return [[_row(draw, scores) for draw, (_, scores) in zip(draws, answers, strict=True)]]
 
 
 def _sample_arguments(
-    cell: PlannedCell, draws: Sequence[_Draw], engine: Engine, round_: int
+    cell: PlannedCell, draws: Sequence[_Draw], engine: Engine, round_: int, part: slice
 ) -> dict[str, Any]:
     """Return the arguments of `Engine.sample` for the next sampled turn of each dialogue."""
+
+    def prompts() -> list[str]:
+        return [_prompt(cell, engine, before_sample(draw.turns)) for draw in draws]
+
+    key = f"prompts|{part}|{cell.style.date}|{cell.settings_digest}"
     return {
-        "prompts": [_prompt(cell, engine, before_sample(draw.turns)) for draw in draws],
+        # Later prompts hold the model's own text.
+        "prompts": prompts() if round_ else engine.kept(key, prompts),
         # An item has the same noise at every checkpoint and in every condition: differences come
         # from the model, and one more round of review continues from the same answer.
         "keys": [
@@ -281,14 +379,28 @@ def _check_room(cell: PlannedCell, engine: Engine) -> None:
     """Raise InputError if final questions can outgrow the context, before anything is sampled."""
     assert cell.sampling is not None
     room = cell.sampling.max_new_tokens * cell.section.num_samples(cell.condition)
-    for part in _slices(len(cell.items)):
-        questions = list(cell.questions(part))
-        with _error_context([(cell, question.item) for question in questions]):
-            unsampled = [
-                [Turn(turn.role, turn.text.removesuffix(SAMPLE)) for turn in question.turns]
-                for question in questions
-            ]
-            engine.check_room([_prompt(cell, engine, turns) for turns in unsampled], room)
+
+    def longest() -> tuple[Item, str]:
+        """Return the item with the longest prompt, without samples, and that prompt."""
+        found: list[tuple[int, Item, str]] = []
+        for first in range(0, len(cell.items), _PART_ITEMS):
+            questions = list(cell.questions(slice(first, first + _PART_ITEMS)))
+            with _error_context([(cell, question.item) for question in questions]):
+                unsampled = [
+                    [Turn(turn.role, turn.text.removesuffix(SAMPLE)) for turn in question.turns]
+                    for question in questions
+                ]
+                prompts = [_prompt(cell, engine, turns) for turns in unsampled]
+            lengths = [len(tokens) for tokens in token_ids(engine.tokenizer, prompts)]
+            index = max(range(len(lengths)), key=lengths.__getitem__)
+            found.append((lengths[index], questions[index].item, prompts[index]))
+        return max(found, key=lambda row: row[0])[1:]
+
+    if cell.items:
+        key = f"longest|{cell.style.date}|{cell.settings_digest}"
+        item, prompt = engine.kept(key, longest)
+        with _error_context([(cell, item)]):
+            engine.check_room([prompt], room)
 
 
 def _row(draw: _Draw, logprobs: list[float]) -> Row:
@@ -329,10 +441,3 @@ def _error_context(owners: Sequence[tuple[PlannedCell, Item]]) -> Iterator[None]
         raise InputError(f"{cell.name}, item {item.id}: {error}; {remedy}") from None
     except (InputError, RunFailure) as error:
         raise type(error)(f"{cell_names}: {error}") from None
-
-
-def _slices(num_items: int, start: int = 0) -> Iterator[slice]:
-    return (
-        slice(first, min(first + _SLICE_ITEMS, num_items))
-        for first in range(start, num_items, _SLICE_ITEMS)
-    )

@@ -12,10 +12,13 @@ import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from selfcorrect.evaluate.prompts.tokenized import Continuation
+
+T = TypeVar("T")
 
 _NONE = np.iinfo(np.int64).max
 
@@ -50,16 +53,20 @@ class Packing:
 
 
 class PackingCache:
-    """Packings in memory, for all models with the same tokenizer; some hundred bytes a prompt."""
+    """Packings and prompts in memory, for all models with the same tokenizer.
+
+    They take some hundred bytes a prompt.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, ...], Packing] = {}
+        self._kept: dict[tuple[str, ...], Any] = {}
 
-    def get(self, key: tuple[str, ...], make: Callable[[], Packing]) -> Packing:
-        """Return the packing of `key`, made on first use."""
+    def get(self, key: tuple[str, ...], make: Callable[[], T]) -> T:
+        """Return the value of `key`, made on first use."""
         if key not in self._kept:
             self._kept[key] = make()
-        return self._kept[key]
+        value: T = self._kept[key]
+        return value
 
 
 def pack(requests: Sequence[Sequence[Continuation]], pack_tokens: int) -> Packing:

@@ -136,7 +136,7 @@ def measure_one_size(arguments: argparse.Namespace) -> None:
     spent: list[float] = []
     first: list[float] = []
 
-    def progress(name: str, done: int, total: int) -> None:
+    def progress(name: str, done: float, total: int) -> None:
         if done and not first:
             first.append(time.process_time() - started)
 

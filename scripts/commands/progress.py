@@ -17,6 +17,7 @@ from rich.progress import (
 
 from selfcorrect.recipes.foundation import progress
 
+SPEED_SECONDS = 600.0  # over which a bar's speed is averaged: a step may take a minute
 QUIET_SECONDS = 15.0  # without a terminal: at most one line per job in this time
 
 
@@ -37,9 +38,11 @@ class Bars:
             TextColumn("elapsed"),
             TimeElapsedColumn(),
             console=self.console,
+            speed_estimate_period=SPEED_SECONDS,
         )
         self.tasks: dict[str, TaskID] = {}
         self.last_line: dict[str, float] = {}  # seconds, by job
+        self.begun: dict[str, tuple[float, float]] = {}  # seconds and units done, by stage
 
     def __enter__(self) -> "Bars":
         if self.console.is_terminal:
@@ -53,24 +56,30 @@ class Bars:
     def of(self, job: str) -> progress.Progress:
         """Return a progress callback that shows the stages of `job`."""
 
-        def report(stage: str, done: int, total: int, /) -> None:
+        def report(stage: str, done: float, total: int, /) -> None:
             self(f"{job}: {stage}", done, total)
 
         return report
 
-    def __call__(self, stage: str, done: int, total: int, /) -> None:
+    def __call__(self, stage: str, done: float, total: int, /) -> None:
         """Show that `done` of `total` units of `stage` are finished."""
         if not self.console.is_terminal:
             self._print_line(stage, done, total)
             return
         if stage not in self.tasks:
-            self.tasks[stage] = self.progress.add_task(stage, total=total)
+            # What was done before must not count as this process's speed.
+            self.tasks[stage] = self.progress.add_task(stage, total=total, completed=done)
         self.progress.update(self.tasks[stage], completed=done, total=total)
 
-    def _print_line(self, stage: str, done: int, total: int) -> None:
+    def _print_line(self, stage: str, done: float, total: int) -> None:
         now, job = time.monotonic(), stage.partition(": ")[0]
+        begun, done_before = self.begun.setdefault(stage, (now, done))
         if done < total and now - self.last_line.get(job, 0.0) < QUIET_SECONDS:
             return
         self.last_line[job] = now
-        sys.stderr.write(f"{stage} {done}/{total}\n")
+        left = ""
+        if done_before < done < total:
+            minutes = (total - done) / (done - done_before) * (now - begun) / 60
+            left = f", about {minutes:.0f} min left" if minutes >= 1 else ", under a minute left"
+        sys.stderr.write(f"{stage} {done:.{1 if done % 1 else 0}f}/{total}{left}\n")
         sys.stderr.flush()

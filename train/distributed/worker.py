@@ -80,7 +80,7 @@ def _work(run: Path, model: str, seed: int, send: Any) -> None:
     rank = state.process_index
     check_training(recipe)  # again: batch sizes are checked against the number of processes
 
-    def progress(stage: str, done: int, total: int) -> None:
+    def progress(stage: str, done: float, total: int) -> None:
         if rank == 0:
             send(stage=stage, done=done, total=total)
 

@@ -189,7 +189,7 @@ def test_full_disk_while_measuring_or_reporting_keeps_existing_files(
 def test_full_disk_within_a_cell_keeps_the_intact_parts(
     recipe: Recipe, whole: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("selfcorrect.evaluate.measuring.measure._SLICE_ITEMS", 4)
+    monkeypatch.setattr("selfcorrect.evaluate.scoring.packed.MOST_ITEMS", 4)
     monkeypatch.setattr("selfcorrect.evaluate.measuring.measure._PART_ITEMS", 4)
     run = shutil.copytree(whole, disk.path / "small")
     folder = run / "tiny" / "seed-0" / "ppo" / "checkpoint-2"
