@@ -53,7 +53,7 @@ _PART_ITEMS = 2048
 _PART_SECONDS = 60.0
 
 # An engine that measures any number of items at once gets about so many seconds' worth.
-_FIRST_ITEMS = 8
+_FIRST_ITEMS = 1
 _CALL_SECONDS = 30.0
 
 _REPORT_SECONDS = 1.0  # between two reports of progress within a call
@@ -245,7 +245,7 @@ def _slices(start: int, num_items: int, size: int, count: int, is_aligned: bool)
 def _next_size(size: int, seconds: float) -> int:
     """Return how many items to measure next, after `size` items have taken `seconds`."""
     wanted = size * _CALL_SECONDS / max(seconds, 1e-9)
-    return max(1, min(int(wanted), 2 * size, _PART_ITEMS))
+    return max(1, min(int(wanted), 4 * size, _PART_ITEMS))
 
 
 def _tokens_per_item(cells: Sequence[PlannedCell]) -> float:

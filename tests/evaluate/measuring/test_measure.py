@@ -595,6 +595,7 @@ def test_parts_and_progress_follow_the_clock_but_the_files_do_not(
         paths = measure_with(plan, engine, tmp_path / name, Origin("weights"), progress)
         return [path.read_bytes() for path in paths]
 
+    (tmp_path / "slow").mkdir()
     expected = measured("at once", TimedEngine(clock, 0.001))
     reports: list[tuple[float, float]] = []
 
