@@ -52,9 +52,10 @@ def best_product(model: Any, clock: Callable[[], float]) -> tuple[float, str]:
     shapes = [(size, size, size) for size in (512, 1024, 2048)]
     shapes += [(rows, inner, outer) for outer, inner in linear for rows in (512, 2048)]
     best = (0.0, "")
-    dtype = next(model.parameters()).dtype
+    weights = next(model.parameters())
+    like = {"dtype": weights.dtype, "device": weights.device}
     for rows, inner, outer in shapes:
-        left, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(outer, inner, dtype=dtype)
+        left, weight = torch.randn(rows, inner, **like), torch.randn(outer, inner, **like)
         operations = 2.0 * rows * inner * outer
         repeats = max(1, int(4e9 / operations))
         for _ in range(4):
