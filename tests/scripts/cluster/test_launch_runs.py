@@ -29,12 +29,19 @@ LITTLE = [
 ]
 
 
+def main_exit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["selfcorrect", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder that `selfcorrect run` leaves."""
     runs = tmp_path_factory.mktemp("finished")
-    done = call(command(runs, *LITTLE))
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        assert main_exit(patch, *command(runs, *LITTLE)[3:]) == 0
     return runs / "small"
 
 
@@ -106,13 +113,6 @@ def test_finished_work_is_not_launched_again(launched: tuple[Path, str], tmp_pat
     assert [job.kind for job in jobs_left(recipe, run)] == ["train", "evaluate", "report"]
 
 
-def main_exit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["selfcorrect", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
-
-
 def test_train_measures_what_a_sigterm_left_unmeasured(
     launched: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +161,10 @@ def test_missing_checkpoint_is_one_line(
 
 
 def test_failed_job_is_reported_and_later_jobs_run(
-    launched: tuple[Path, str], tmp_path: Path
+    launched: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "small"
     shutil.copytree(launched[0], run)
@@ -169,11 +172,12 @@ def test_failed_job_is_reported_and_later_jobs_run(
     shutil.rmtree(last / "evaluation")
     weights = last / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    done = call(command(tmp_path, *LITTLE, "--cluster", "local", name="launch"))
-    assert done.returncode == 1
-    assert "small.tiny.0.evaluate failed" in done.stderr
-    assert "small.report done" in done.stderr
-    line = done.stderr.splitlines()[-1]
+    words = command(tmp_path, *LITTLE, "--cluster", "local", name="launch")[3:]
+    assert main_exit(monkeypatch, *words) == 1
+    shown = capsys.readouterr().err
+    assert "small.tiny.0.evaluate failed" in shown
+    assert "small.report done" in shown
+    line = shown.splitlines()[-1]
     assert "small.tiny.0.evaluate: " in line and "model.safetensors: damaged or replaced" in line
 
 

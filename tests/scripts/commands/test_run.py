@@ -87,7 +87,23 @@ def test_rerun_repeats_no_finished_work(finished: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("evaluation/*.parquet")} == cells
 
 
-def test_sigkill_at_any_stage_resumes_bitwise(finished: Path, tmp_path: Path) -> None:
+def test_sigkill_at_any_stage_resumes_bitwise_in_any_environment(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes depend on no checkout, locale, umask, hash seed or time zone either."""
+    checkout = tmp_path / "check out" / "selfcorrect"
+    for package in ("recipes", "evaluate", "train", "scripts"):
+        shutil.copytree(Path(load.__file__).parent.parent / package, checkout / package)
+    with (checkout / "scripts" / "commands" / "run.py").open("a") as code:
+        code.write("print('from the other checkout')\n")
+    for name in [name for name in os.environ if name.startswith("LC_")]:
+        monkeypatch.delenv(name)
+    other = {
+        "PYTHONPATH": str(checkout.parent), "PYTHONHASHSEED": "4321", "LC_ALL": "POSIX",
+        "TZ": "Pacific/Chatham", "COLUMNS": "40",
+    }  # fmt: skip
+    for name, value in other.items():
+        monkeypatch.setenv(name, value)
     job = "tiny/seed-0"
     plan = [
         Moment(f"{job}/base.work/checkpoint-10"),
@@ -96,11 +112,19 @@ def test_sigkill_at_any_stage_resumes_bitwise(finished: Path, tmp_path: Path) ->
         Moment(f"{job}/ppo.work/checkpoint-8"),
         Moment("figures/effects.png"),
     ]
-    kills, differing = drill(tmp_path / "runs", finished, plan, signal.SIGKILL)
+    runs = tmp_path / "rüns"
+    umask = os.umask(0o077)
+    try:
+        kills, differing = drill(runs, finished, plan, signal.SIGKILL)
+    finally:
+        os.umask(umask)
     assert differing == []
     assert [row[2] for row in kills] == [
         *("base", "reward", "evaluation, checkpoint-0", "ppo", "report")
     ]
+    shown = (tmp_path / "rüns.txt").read_text()  # of the last start, which ended
+    assert "from the other checkout" in shown and "bit for bit" not in shown
+    assert json.loads((runs / "small" / "run.json").read_text())["changes"] == []
 
 
 def test_kill_drill_reports_missing_changed_and_leftover_files(
@@ -125,39 +149,6 @@ def test_kill_drill_reports_missing_changed_and_leftover_files(
         "tiny/seed-0/base.work",
     ]
     assert list(kill.half_written(run)) == ["figures/effects.png"]
-
-
-def test_bytes_do_not_depend_on_checkout_locale_umask_or_hash_seed(
-    finished: Path, tmp_path: Path
-) -> None:
-    checkout = tmp_path / "check out" / "selfcorrect"
-    for package in ("recipes", "evaluate", "train", "scripts"):
-        shutil.copytree(Path(load.__file__).parent.parent / package, checkout / package)
-    with (checkout / "scripts" / "commands" / "run.py").open("a") as code:
-        code.write("print('from the other checkout')\n")
-    runs = tmp_path / "rüns"
-    runs.mkdir()
-    umask = os.umask(0o077)
-    try:
-        done = call(
-            command(runs),
-            cwd=tmp_path,
-            env={
-                **{k: v for k, v in os.environ.items() if not k.startswith("LC_")},
-                "PYTHONPATH": str(checkout.parent),
-                "PYTHONHASHSEED": "4321",
-                "LC_ALL": "POSIX",
-                "TZ": "Pacific/Chatham",
-                "COLUMNS": "40",
-            },
-        )
-    finally:
-        os.umask(umask)
-    assert done.returncode == 0, done.stderr
-    assert "from the other checkout" in done.stdout
-    assert differences(runs / "small", finished) == []
-    begun = json.loads((runs / "small" / "run.json").read_text())
-    assert begun["changes"] == [] and "bit for bit" not in done.stderr
 
 
 def test_sigterm_saves_and_resumes_bitwise(finished: Path, tmp_path: Path) -> None:
@@ -204,13 +195,15 @@ def test_ctrl_c_leaves_no_process_and_a_second_run_is_refused(tmp_path: Path) ->
         # A test run in the background hands on that Ctrl-C is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    wait_until(lambda: any(runs.glob("small/tiny/seed-*/base.work")), process)
+    wait_until(lambda: len([*runs.glob("small/tiny/seed-*/base.work")]) == 2, process)
+    os.killpg(process.pid, signal.SIGSTOP)  # both hold their jobs, and take no time meanwhile
     second = call(
         command(runs, *more), cwd=runs.parent
     )  # the same command beside it is refused, and disturbs nothing
     assert second.returncode == 2
     assert re.search(r"seed-[01]: process \d+ on \S+ \(since .*\) is training here", second.stderr)
     assert process.poll() is None
+    os.killpg(process.pid, signal.SIGCONT)
     process.send_signal(signal.SIGINT)
     _, shown = process.communicate(timeout=SECONDS)
     assert process.returncode == 130
@@ -225,7 +218,7 @@ def test_ctrl_c_leaves_no_process_and_a_second_run_is_refused(tmp_path: Path) ->
 def test_parallel_jobs_equal_sequential_bitwise(finished: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
-    done = call(command(runs, "seeds=[0, 1]", "launch.jobs=2"), cwd=runs.parent)
+    done = call(command(runs, "seeds=[0, 1]", "launch.jobs=2", name="train"), cwd=runs.parent)
     assert done.returncode == 0, done.stderr
     results = {k: v for k, v in digests(runs / "small").items() if "seed-0" in k}
     assert results == {k: v for k, v in digests(finished).items() if "seed-0" in k}
@@ -408,7 +401,8 @@ def test_run_recipe_loads_the_benchmarks_once(
     )
     assert len(loads) == 1
     prefix = "tiny seed 0: "
-    assert list(dict.fromkeys(stages)) == [prefix + name for name in ("base", "reward", "ppo")]
+    names = ("base", "reward", "ppo", "evaluate")
+    assert list(dict.fromkeys(stages)) == [prefix + name for name in names]
     cells = sorted(folder.glob("tiny/seed-0/ppo/checkpoint-*/evaluation/winogender.Q.parquet"))
     assert len(cells) == 3
     shutil.rmtree(cells[0].parent)
