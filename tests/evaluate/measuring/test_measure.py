@@ -578,16 +578,16 @@ class ThreadRanks(Ranks):
         return gathered
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.5, 4.9, 45.0])
+@pytest.mark.parametrize("seconds", [0.0, 2.0, 45.0])
 def test_parts_and_progress_follow_the_clock_but_the_files_do_not(
     tmp_path, cells, monkeypatch, seconds
 ):
     """Little is lost and progress shown; a kill, another speed and ranks change no byte."""
     clock = Clock()
     monkeypatch.setattr(measuring, "time", clock)
-    monkeypatch.setattr(cell_files, "_GROUP_ROWS", 64)
+    monkeypatch.setattr(cell_files, "_GROUP_ROWS", 16)
     loaded = cells.cells[0].loaded
-    items = [replace(loaded.items[i % 6], id=f"item {i}") for i in range(150)]
+    items = [replace(loaded.items[i % 6], id=f"item {i}") for i in range(40)]
     pair = [replace(cell, loaded=LoadedItems(items)) for cell in cells.cells[:2]]
     plan = EvaluationPlan(pair)
 
@@ -605,7 +605,7 @@ def test_parts_and_progress_follow_the_clock_but_the_files_do_not(
         on_disk = max((int(part.stem.rpartition("-")[2]) for part in parts), default=0)
         # Each item has two requests. What a kill loses now took at most two minutes, or one item.
         assert (done - on_disk) * 2 * seconds <= max(120.0, 2 * seconds)
-        if done >= 100 and not (tmp_path / "killed").exists():  # kill -9: nothing more is written
+        if done >= 25 and not (tmp_path / "killed").exists():  # kill -9: nothing more is written
             shutil.copytree(tmp_path / "slow", tmp_path / "killed")
 
     clock.seconds = 0.0
