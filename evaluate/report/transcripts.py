@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
 from selfcorrect.evaluate.experiments.base import condition_rank
-from selfcorrect.evaluate.measuring.cell_files import read_settings, read_table
+from selfcorrect.evaluate.measuring.cell_files import read_items, read_settings, read_table
 from selfcorrect.evaluate.measuring.plan import PlannedCell
 from selfcorrect.evaluate.measuring.prompt_files import read_prompts
 from selfcorrect.evaluate.measuring.run import recipe_plan
@@ -286,7 +285,7 @@ def _experiment(
         texts, answers = _Texts(), dict[str, list[Any]]()
         for file in of_job:
             place = [file.step, conditions.index(file.cell[1])]
-            for row in _rows(file.path, items):
+            for row in read_items(file.path, items):
                 facts.setdefault(row["item"], row)
                 answers.setdefault(row["item"], []).append([*place, *_answer(row, texts)])
         content = {"texts": list(texts.indices), "items": list(answers.values())}
@@ -313,14 +312,6 @@ def _experiment(
             for model, seed, of_job, answered, content in jobs
         ],
     }
-
-
-def _rows(path: Path, items: Sequence[str]) -> list[dict[str, Any]]:
-    table = read_table(path, None)
-    rows: list[dict[str, Any]] = table.filter(
-        pc.is_in(table["item"], value_set=pa.array(items))
-    ).to_pylist()
-    return rows
 
 
 def _question(
