@@ -132,7 +132,7 @@ def _fetch(name: str, data_set: DataSet, folder: Path, timeout: float) -> str:
     ) as bars:  # fmt: skip
         tasks = {file.path: bars.add_task(file.path, total=None) for file in data_set.files}
 
-        def progress(path: str, done: int, total: int, /) -> None:
+        def progress(path: str, done: float, total: int, /) -> None:
             bars.update(tasks[path], completed=done, total=total)
 
         fetched = fetch_set(data_set, folder, timeout_seconds=timeout, progress=progress)
