@@ -51,10 +51,11 @@ def draw(
     scores = logits.gather(1, words.where(known, 0)).float() / temperature - times.log()
     best, index = scores.where(known, -torch.inf).max(dim=1)
     choice = words.gather(1, index[:, None])[:, 0]
-    # The likeliest word arrives at the latest after t + _LONGEST, and a word without a point at
-    # the earliest after t: so far below the top, none can win.
+    # A word without a point arrives after `last`. It must beat the words with points, and the
+    # likeliest word, which arrives before `last + _LONGEST`.
     last = times[:, -1]
-    limit = top - temperature * ((last + _LONGEST) / last).log()
+    to_beat = torch.maximum(best, top / temperature - (last + _LONGEST).log())
+    limit = temperature * (to_beat + last.log())
     limit -= limit.abs() * torch.finfo(logits.dtype).eps  # the next line rounds it
     rows, late = (logits >= limit.to(logits.dtype)[:, None]).nonzero(as_tuple=True)
     arrivals = last[rows] + _exponential(_hash(streams[rows], late))

@@ -226,9 +226,16 @@ class Forwards:
             yield batch
 
     def logits(
-        self, keep: torch.Tensor, use_cache: bool = False, **inputs: Any
+        self,
+        keep: torch.Tensor,
+        use_cache: bool = False,
+        in_float32: bool = True,
+        **inputs: Any,
     ) -> tuple[torch.Tensor, Any]:
-        """Return the logits (N, vocabulary) at the N positions in `keep`, and the cache."""
+        """Return the logits (N, vocabulary) at the N positions in `keep`, and the cache.
+
+        `in_float32` False leaves the LM head of a 16-bit model as it is.
+        """
         arguments = {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
@@ -238,7 +245,7 @@ class Forwards:
             arguments["use_cache"] = use_cache
         if self._slices:
             arguments["logits_to_keep"] = keep
-        with float32_head(self.model) if self._slices else nullcontext():
+        with float32_head(self.model) if self._slices and in_float32 else nullcontext():
             output = self.model(**arguments)
         logits = output.logits if self._slices else output.logits[keep]
         return logits, getattr(output, "past_key_values", None)
@@ -392,3 +399,12 @@ def log_probabilities(logits: torch.Tensor, rows: np.ndarray, tokens: np.ndarray
     values = logits[row, token].float() - normaliser[row]
     result: np.ndarray = values.cpu().numpy().astype(np.float64)
     return result
+
+
+def largest_error(errors: np.ndarray, forwards: Forwards) -> float:
+    """Return the largest of `errors` (rows, tokens), or in 16 bits the largest mean of a row.
+
+    Rounding to 16 bits has heavy tails; a wrong mask or position changes most tokens of a row.
+    """
+    in_16_bits = forwards.dtype.itemsize == 2
+    return float((errors.mean(axis=1) if in_16_bits else errors).max())

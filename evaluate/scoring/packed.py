@@ -20,7 +20,12 @@ from selfcorrect.evaluate.prompts.tokenized import (
 )
 from selfcorrect.evaluate.scoring.cached import score_after, sizes_after
 from selfcorrect.evaluate.scoring.engine import Engine, Sample, Sampling, T
-from selfcorrect.evaluate.scoring.forwards import Forwards, log_probabilities, reported_forwards
+from selfcorrect.evaluate.scoring.forwards import (
+    Forwards,
+    largest_error,
+    log_probabilities,
+    reported_forwards,
+)
 from selfcorrect.evaluate.scoring.limits import (
     BATCH_TOKENS,
     CALL_FLOPS,
@@ -346,15 +351,16 @@ class PackedEngine(Engine):
             max(rows, key=lambda row: (len(prompts[row]), written[row])),
             max(rows, key=lambda row: written[row]),
         }
-        error = 0.0
+        worst = 0.0
         for row in compared:
             start, count = len(prompts[row]), written[row]
             tokens = sampled.rows[row]
             self._forwards.reset()
             logits = self._forwards.row_logits(tokens[:-1], np.arange(start - 1, start + count - 1))
             alone = log_probabilities(logits, np.arange(count), np.array(tokens[start:]))
-            error = max(error, float(np.abs(alone - sampled.log_probabilities[row][:count]).max()))
-        return error
+            errors = np.abs(alone - sampled.log_probabilities[row][:count])
+            worst = max(worst, largest_error(errors[None], self._forwards))
+        return worst
 
     def _scores_after(
         self, sampled: SampledBatch, requests: Sequence[Sequence[Continuation]]

@@ -19,10 +19,12 @@ from selfcorrect.evaluate.scoring.draws import draw, noise_keys
 from selfcorrect.evaluate.scoring.engine import Sampling
 from selfcorrect.evaluate.scoring.forwards import (
     Forwards,
+    largest_error,
     log_probabilities,
     padded,
     tree_attention_mask,
 )
+from selfcorrect.evaluate.scoring.reordered import ReorderedLinears
 
 _REFILL = 4  # ended rows are replaced once they are one in so many: prompts are read together
 _SHORTEST = 8  # tokens of the shortest row of a trial
@@ -91,6 +93,7 @@ class Slots:
         layer = partial(_SlotLayer, num_slots, num_columns, self.target)
         self.cache = Cache(layer_class_to_replicate=layer)  # type: ignore[arg-type]
         self.rows: list[Row | None] = [None] * num_slots
+        self.reordered = ReorderedLinears(forwards.model, num_slots)
 
     def read(self, prompts: Sequence[Row]) -> torch.Tensor:
         """Put prompts into free slots; return the logits after each, (prompts, vocabulary)."""
@@ -121,12 +124,13 @@ class Slots:
         mask = torch.zeros(len(self.rows), 1, 1, width, dtype=self.forwards.dtype)
         beyond = torch.arange(width) > last
         mask[:, 0, 0].masked_fill_(beyond, torch.finfo(mask.dtype).min)
-        return self._forward(
-            _Columns(torch.arange(len(self.rows)), last, width),
-            torch.ones_like(last, dtype=torch.bool),
-            torch.tensor(tokens)[:, None],
-            mask,
-        )
+        with self.reordered:
+            return self._forward(
+                _Columns(torch.arange(len(self.rows)), last, width),
+                torch.ones_like(last, dtype=torch.bool),
+                torch.tensor(tokens)[:, None],
+                mask,
+            )
 
     @torch.no_grad()  # a generator under it would keep what it yielded last
     def _forward(
@@ -138,6 +142,7 @@ class Slots:
         logits, _ = self.forwards.logits(
             keep,
             use_cache=True,
+            in_float32=False,  # converting the head in every step would take longer than the step
             input_ids=tokens,
             position_ids=target.columns,
             attention_mask=mask,
@@ -192,16 +197,17 @@ def error_of_slots(
     slots = Slots(forwards, num_slots, num_columns)
     given = [Row(i, tokens[:-_TRIED], len(tokens)) for i, tokens in enumerate(rows)]
     logits = torch.cat([slots.read(part) for part in (given[:1], given[1:2], given[2:]) if part])
-    error = 0.0
+    errors = np.zeros((len(expected), _TRIED))
     for step in range(_TRIED):
         if step:
             logits = slots.step()
         written = np.array([tokens[step - _TRIED] for tokens in rows])
         values = log_probabilities(logits, np.arange(num_slots), written)
-        error = max(error, *(abs(values[i] - expected[i][step]) for i in expected))
+        for i in expected:
+            errors[i, step] = abs(values[i] - expected[i][step])
         for slot, token in zip(given, written.tolist(), strict=True):
             slot.tokens.append(token)
-    return float(error)
+    return largest_error(errors, forwards)
 
 
 def sample_in_slots(
