@@ -19,7 +19,7 @@ from selfcorrect.recipes.foundation.checksums import (
 )
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.yaml_text import parse_yaml, read_yaml
-from selfcorrect.recipes.schema import Recipe, rename_old_sections
+from selfcorrect.recipes.schema import Precision, Recipe, rename_old_sections
 
 SHIPPED = Path(__file__).parent
 TEMPLATE_KEYS = ("chat_template_kwargs", "chat_template_date")  # of a recipe, for all its stages
@@ -229,6 +229,8 @@ def training_digest(recipe: Recipe, model: str, seed: int) -> str:
         parts["launch"] = [recipe.launch.processes, recipe.launch.deepspeed]
     parts["model"] = next(m for m in recipe.models if m.name == model).model_dump(mode="json")
     parts["seed"] = seed
+    if recipe.precision != Precision():  # older runs have no such section
+        parts["precision"] = recipe.precision.model_dump(mode="json")
     template = recipe.model_dump(mode="json", include=set(TEMPLATE_KEYS))
     parts |= {key: value for key, value in template.items() if value}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -200,6 +200,22 @@ class Policy(Section):
         return self
 
 
+class Precision(Section):
+    """The types in which weights are held; `trainer: {bf16: true}` computes in bfloat16."""
+
+    frozen: Literal["auto", "float32", "bfloat16", "float16", "4bit"] = Field(
+        "auto",
+        description="weights that do not learn: the base under LoRA, the reference, the reward "
+        "model at work. auto: bfloat16 for models of 10 million parameters and more where the "
+        "device computes in it fast, else float32; 4bit: NF4 on a CUDA GPU (bitsandbytes)",
+    )
+    trained: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="weights that learn. float32: masters, with bfloat16 products under "
+        "`trainer: {bf16: true}`; bfloat16: the weights themselves, without masters",
+    )
+
+
 class Evaluate(Section):
     """The evaluation of every checkpoint."""
 
@@ -213,6 +229,11 @@ class Evaluate(Section):
     )
     engine: Annotated[str, Field(pattern=r"^(packed|vllm|lm-eval:[a-z0-9_-]+)$")] = Field(
         "packed", description="packed (built in), vllm, or lm-eval:<model type>, such as lm-eval:hf"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="weights while measuring. auto: as training held them, which inline "
+        "evaluation needs; an adapter stays float32 on any base",
     )
     max_new_tokens: Positive = Field(256, description="length limit of sampled reasoning")
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -234,6 +255,8 @@ class Evaluate(Section):
     def _check_engine(self) -> "Evaluate":
         if self.engine != "packed" and self.attach == "inline":
             raise ValueError(f"engine: {self.engine} loads saved checkpoints: set attach: off")
+        if self.engine != "packed" and self.dtype != "auto":
+            raise ValueError(f"engine: {self.engine} chooses its own type: remove dtype")
         return self
 
 
@@ -304,6 +327,7 @@ class Recipe(Section):
     base: Base | None = None
     reward: Reward
     policy: Policy
+    precision: Precision = Precision()
     evaluate: Evaluate = Evaluate()
     launch: Launch = Launch()
 
@@ -331,6 +355,7 @@ class Recipe(Section):
                 raise ValueError(
                     f"models: {model.name}: scratch and base.method: pretrain need each other"
                 )
+        self._check_precision()
         if self.policy.method != "ppo" and self.launch.starts_processes:
             raise ValueError(
                 f"policy.method: {self.policy.method} trains in one process: remove "
@@ -344,6 +369,43 @@ class Recipe(Section):
                         f"{', '.join(names)}"
                     )
         return self
+
+    def _check_precision(self) -> None:
+        """Raise ValueError for types that contradict each other or another key."""
+        trained, frozen = self.precision.trained, self.precision.frozen
+        if trained == "bfloat16":
+            if self.policy.lora is not None or self.reward.lora is not None:
+                raise ValueError(
+                    "precision.trained: bfloat16 saves nothing with an adapter: remove the key"
+                )
+            if self.base is not None and self.base.method == "pretrain":
+                raise ValueError("precision.trained: bfloat16 cannot pretrain: use float32")
+            stages = {"base": self.base, "reward": self.reward, "policy": self.policy}
+            overrides = [model.trainer for model in self.models]
+            for name, stage in stages.items():
+                given = [stage.trainer] if stage is not None else []
+                given += [override.get(name, {}) for override in overrides]  # type: ignore[call-overload]
+                if any(keys.get("bf16") or keys.get("fp16") for keys in given):
+                    raise ValueError(
+                        f"precision.trained: bfloat16 computes in bfloat16 without {name}.trainer: "
+                        "{bf16: true}: remove one of the two"
+                    )
+        if self.launch.deepspeed is not None and (trained, frozen) != ("float32", "auto"):
+            raise ValueError(
+                "precision: DeepSpeed holds weights as its own settings and bf16 say; remove "
+                "precision or launch.deepspeed"
+            )
+        wanted = self.evaluate.dtype
+        if self.evaluate.attach == "inline" and wanted not in ("auto", self._dtype_in_training):
+            raise ValueError(
+                f"evaluate.dtype: {wanted}, but attach: inline measures weights as training holds "
+                f"them ({self._dtype_in_training}): remove dtype, or set attach: off"
+            )
+
+    @property
+    def _dtype_in_training(self) -> str:
+        lora = self.policy.lora is not None
+        return self.precision.frozen if lora else self.precision.trained
 
     def of(self, name: str) -> "Recipe":
         """Return the recipe for one of its models, with the model's `trainer` keys filled in."""

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer
 from selfcorrect.evaluate.callback import gathered_weights, measure_during_training
 from selfcorrect.evaluate.headlines import log_checkpoint
 from selfcorrect.evaluate.measuring.cell_files import Origin
+from selfcorrect.evaluate.measuring.measure import share_of_plan
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan
 from selfcorrect.evaluate.measuring.run import recipe_plan, run_style
 from selfcorrect.evaluate.prompts.dialogue import reads_clock
@@ -27,6 +29,7 @@ from selfcorrect.evaluate.run_folder import (
     read_checkpoint,
 )
 from selfcorrect.evaluate.scoring.load_model import warn_trust_remote_code
+from selfcorrect.evaluate.scoring.precision import chosen
 from selfcorrect.evaluate.scoring.token_trie import PackingCache
 from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation import signals
@@ -38,7 +41,7 @@ from selfcorrect.recipes.foundation.ranks import current_ranks
 from selfcorrect.recipes.load import training_digest
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.feedback.feedback import load_feedback
-from selfcorrect.train.provenance import threads_per_job, versions
+from selfcorrect.train.provenance import auto_precision, threads_per_job, versions
 from selfcorrect.train.stages import JobFacts
 from selfcorrect.train.stages.base import train_base
 from selfcorrect.train.stages.checkpoints import Measure
@@ -47,6 +50,8 @@ from selfcorrect.train.stages.reward import train_reward
 from selfcorrect.train.trainers.state import stage_record
 
 logger = logging.getLogger(__name__)
+
+_PACKINGS = PackingCache()  # jobs in one process ask the same, mostly through the same tokenizer
 
 KILLED_PROCESS_SECONDS = 7.0  # a process that was just killed may still be ending
 
@@ -70,7 +75,8 @@ def run_job(
     model = next(m for m in recipe.models if m.name == model_name)
     style = run_style(recipe, run)
     folder = job_folder(run, model.name, seed)
-    job = JobFacts(folder, seed, progress, model.trust_remote_code, style)
+    trained = recipe.precision.trained
+    job = JobFacts(folder, seed, progress, model.trust_remote_code, style, trained=trained)
     for stage in ("base", "reward", recipe.policy.method):
         check_inside(run, job.folder / stage)
         check_inside(run, job.folder / f"{stage}.work")
@@ -78,6 +84,10 @@ def run_job(
     with explain_machine_faults(run), lock:
         feedback = load_feedback(recipe.data, recipe.seeds[0])
         train_base(job, recipe, model, feedback.preferences)
+        parameters = (stage_record(job.base) or {})["parameters"]
+        if recipe.launch.deepspeed is None:  # which has types of its own
+            fast = auto_precision(run)
+            job = replace(job, frozen=chosen(recipe.precision.frozen, parameters, fast))
         if model.trust_remote_code:
             warn_trust_remote_code(job.base)
         trust = {"trust_remote_code": model.trust_remote_code}
@@ -85,7 +95,7 @@ def run_job(
         train_reward(job, recipe.reward, feedback, tokenizer)
         record = {
             "model": model.name,
-            "parameters": (stage_record(job.base) or {})["parameters"],
+            "parameters": parameters,
             "seed": seed,
             "recipe_digest": digest,
             "versions": versions(),
@@ -95,21 +105,25 @@ def run_job(
         }
         measure = None
         if recipe.evaluate.attach == "inline":
-            measure = _measure_with(plan or recipe_plan(recipe, run))
+            measure = _measure_with(
+                plan or recipe_plan(recipe, run), sorted(recipe.policy.checkpoints), progress
+            )
         train_policy(job, recipe.policy, feedback, tokenizer, record, measure)
 
 
-def _measure_with(plan: EvaluationPlan) -> Measure:
-    """Return a function that measures the live policy at a kept checkpoint."""
-    packings = PackingCache()
-
-    def stop_on_sigterm(*_: Any) -> None:
-        if signals.is_requested():
-            raise signals.Terminated
+def _measure_with(plan: EvaluationPlan, steps: list[int], progress: Progress) -> Measure:
+    """Return a function that measures the live policy at a kept checkpoint, one of `steps`."""
 
     def measure(trainer: Any, folder: Path) -> None:
         ranks = current_ranks()
         checkpoint = ranks.from_rank0(lambda: read_checkpoint(folder))
+        num_measured = steps.index(checkpoint.record.step)
+
+        def report(share: float) -> None:
+            if signals.is_requested():
+                raise signals.Terminated
+            progress("evaluate", num_measured + share, len(steps))
+
         origin = Origin(checkpoint.record.weights_digest or files_digest(folder))
         with (
             # On SIGTERM the training state is saved first; the rest is measured after training.
@@ -119,10 +133,11 @@ def _measure_with(plan: EvaluationPlan) -> Measure:
             gathered_weights(trainer.accelerator.unwrap_model(trainer.model)) as model,
         ):
             measure_during_training(
-                plan, model, trainer.processing_class, checkpoint.evaluation, stop_on_sigterm,
-                packings, origin, ranks,
+                plan, model, trainer.processing_class, checkpoint.evaluation,
+                share_of_plan(plan, report), _PACKINGS, origin, ranks,
             )  # fmt: skip
         if ranks.rank == 0 and not signals.is_requested():
+            progress("evaluate", num_measured + 1, len(steps))
             log_checkpoint(checkpoint)
 
     return measure

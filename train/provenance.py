@@ -10,10 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from selfcorrect.evaluate.scoring.precision import fast_dtype
 from selfcorrect.recipes.foundation.checksums import flatten, read_record, write_record
+from selfcorrect.recipes.foundation.ranks import best_device
 from selfcorrect.recipes.schema import Recipe
 
-DATE = "chat_template_date"  # key of run.json
+DATE, AUTO = "chat_template_date", "auto_precision"  # keys of run.json
 logger = logging.getLogger(__name__)
 
 PACKAGES = (
@@ -30,10 +32,11 @@ IGNORED_FACTS = (
 )  # fmt: skip
 
 
-def record_start(recipe: Recipe, run: Path, date: str) -> None:
+def record_start(recipe: Recipe, run: Path, date: str, auto: str | None = None) -> None:
     """Write run.json: the present facts, and how they changed since the run began.
 
-    `date` is what chat templates get for today; that of the first start stays.
+    `date` is what chat templates get for today; that of the first start stays. `auto` is the type
+    that `precision: auto` means in this run (`auto_precision`), if that is known.
 
     `changes` lists, for each start with new facts, the time and [before, now] by key. A warning
     says so if results may differ from the run's beginning. The caller holds the run's lock.
@@ -41,12 +44,16 @@ def record_start(recipe: Recipe, run: Path, date: str) -> None:
     Raises InputError if run.json cannot be read.
     """
     path, now = run / "run.json", run_facts(recipe)
+    if auto is not None:
+        now[AUTO] = auto
     time = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     try:
         before = read_record(path, "restore it or move it away")
     except FileNotFoundError:
         write_record(path, {**now, "begun": time, DATE: date, "changes": []})
         return
+    if AUTO in before:
+        now[AUTO] = before[AUTO]
     changes = list(before.get("changes", []))
     if changed := _differences(before, now):
         changes.append({"at": time, **changed})
@@ -58,6 +65,22 @@ def record_start(recipe: Recipe, run: Path, date: str) -> None:
             f"{key} from {_shown(old)} to {_shown(new)}" for key, old, new in relevant
         )
         logger.warning("%s: results may differ bit for bit: since the start, %s", run, words)
+
+
+def auto_precision(run: Path, stages_from: Path | None = None) -> str:
+    """Return the type that `precision: auto` means in a run.
+
+    It is that of run.json, which keeps the choice of the machine that began (the run, or the one
+    whose models it copies), else that of this machine.
+    """
+    for folder in (run, *([stages_from] if stages_from else [])):
+        with suppress(FileNotFoundError):
+            record = read_record(folder / "run.json", "restore it or move it away")
+            if "precision" not in record:
+                return "float32"  # begun by an older version
+            if known := record.get(AUTO):
+                return str(known)
+    return fast_dtype(best_device())
 
 
 def run_facts(recipe: Recipe) -> dict[str, Any]:
@@ -82,6 +105,7 @@ def run_facts(recipe: Recipe) -> dict[str, Any]:
         "threads_per_job": threads_per_job(recipe),
         "processes": recipe.launch.processes,
         "deepspeed": recipe.launch.deepspeed,
+        "precision": recipe.precision.model_dump(),
         "versions": versions(),
         "math": [line for line in kernels if "Math Kernel Library" in line or "MKL-DNN" in line],
         "environment": {

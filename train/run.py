@@ -30,10 +30,11 @@ from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.locks import LOCK, hold_lock
 from selfcorrect.recipes.foundation.messages import log_to_stderr
 from selfcorrect.recipes.foundation.progress import Progress, no_progress
+from selfcorrect.recipes.foundation.ranks import best_device
 from selfcorrect.recipes.load import TEMPLATE_KEYS, load_recipe, save_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.check import check_training
-from selfcorrect.train.provenance import record_start, threads_per_job
+from selfcorrect.train.provenance import auto_precision, record_start, threads_per_job
 from selfcorrect.train.stages.reuse import copy_stages, reusable_stages
 
 BENCHMARKS = "benchmarks"  # the society's, in the run's folder
@@ -95,16 +96,20 @@ def prepare_run(
     Raises InputError for anything that would fail during training.
     """
     if here and unfinished(recipe, run):
+        from selfcorrect.evaluate.scoring.precision import check_dtype
         from selfcorrect.train.distributed.settings import check_launch
 
         check_launch(recipe)
+        for key in ("frozen", "trained"):
+            check_dtype(getattr(recipe.precision, key), best_device(), f"precision.{key}")
     old = check_run(recipe, run)
     reused: list[str] = []
     if stages_from is not None and unfinished(recipe, run):
         reused = reusable_stages(recipe, stages_from)
     is_read_only = old == recipe and not unfinished(recipe, run)
     with nullcontext() if is_read_only else hold_lock(run, math.inf):
-        plan = _open(recipe, run, run_date(recipe, run, stages_from))
+        auto = auto_precision(run, stages_from) if here else None
+        plan = _open(recipe, run, run_date(recipe, run, stages_from), auto)
     if stages_from is not None and unfinished(recipe, run):
         copied = copy_stages(recipe, run, stages_from, reused)
         logger.info("copied from %s: %s", stages_from, ", ".join(copied) or "nothing, all is here")
@@ -122,7 +127,7 @@ def check_run(recipe: Recipe, run: Path) -> Recipe | None:
     return old
 
 
-def _open(recipe: Recipe, run: Path, date: str) -> EvaluationPlan:
+def _open(recipe: Recipe, run: Path, date: str, auto: str | None) -> EvaluationPlan:
     old = _check_folder(recipe, run)  # again: another process may have made it in the meantime
     try:
         plan = recipe_plan(recipe, run, date)
@@ -134,7 +139,7 @@ def _open(recipe: Recipe, run: Path, date: str) -> EvaluationPlan:
         save_recipe(recipe, run / "recipe.yaml")
     check_inputs(recipe, run, training=bool(unfinished(recipe, run)))
     if unfinished(recipe, run):
-        record_start(recipe, run, date)
+        record_start(recipe, run, date, auto)
     return plan
 
 
@@ -156,7 +161,7 @@ def _check_folder(recipe: Recipe, run: Path) -> Recipe | None:
 
 def _check_same(old: Recipe, new: Recipe, run: Path) -> None:
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for section in ("data", "base", "reward", "policy", *TEMPLATE_KEYS):
+    for section in ("data", "base", "reward", "policy", "precision", *TEMPLATE_KEYS):
         key = _first_difference(before[section], after[section], section)
         if key:
             raise InputError(

@@ -14,7 +14,7 @@ from selfcorrect.evaluate.data.catalogue import warn_if_unpublished
 from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.evaluate.measuring.cell_files import Origin, is_cell_measured
 from selfcorrect.evaluate.measuring.inputs import check_inputs
-from selfcorrect.evaluate.measuring.measure import measure, measure_with
+from selfcorrect.evaluate.measuring.measure import measure, measure_with, share_of_plan
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan, plan_evaluation
 from selfcorrect.evaluate.prompts.dialogue import Style, read_style
 from selfcorrect.evaluate.run_folder import (
@@ -78,7 +78,7 @@ def recipe_plan(recipe: Recipe, run: Path, date: str | None = None) -> Evaluatio
             raise InputError("data.benchmarks: name the folder with bbq/, winogender/, law_school/")
         data, stimuli = recipe.data.benchmarks, load_stimuli(recipe.data.stimuli)
         warn_if_unpublished(data, recipe.evaluate.experiments)
-    settings = recipe.evaluate.model_dump(exclude={"attach", "engine"})
+    settings = recipe.evaluate.model_dump(exclude={"attach", "engine", "dtype"})
     settings["chat_template_kwargs"] = recipe.chat_template_kwargs
     return plan_evaluation(data, stimuli, **settings, date=date or run_date(recipe, run))
 
@@ -104,15 +104,26 @@ def as_trained(
     )
 
 
-def is_measured(checkpoint: Checkpoint, plan: EvaluationPlan, engine: str | None = None) -> bool:
+def is_measured(
+    checkpoint: Checkpoint, plan: EvaluationPlan, engine: str | None = None, dtype: str = "auto"
+) -> bool:
     """Return whether an intact file exists for every cell of the plan.
 
-    With `engine`, the files must also have been scored by it, from the checkpoint's weights.
+    With `engine`, the files must also have been scored by it, from the checkpoint's weights, held
+    in the type that the recipe's `evaluate.dtype` means for them.
     """
     digest = checkpoint.record.weights_digest
-    origin = None if engine is None or digest is None else Origin(digest, engine)
+    origin = None
+    if engine is not None and digest is not None:
+        held = _held_in(checkpoint, dtype) if engine == "packed" else None
+        origin = Origin(digest, engine, dtype=held)
     folder = checkpoint.evaluation
     return all(is_cell_measured(folder / cell.file_name, cell, origin) for cell in plan.cells)
+
+
+def _held_in(checkpoint: Checkpoint, dtype: str) -> str | None:
+    """Return the type in which a checkpoint is measured; None: that of its files."""
+    return checkpoint.dtype if dtype == "auto" else dtype
 
 
 def unmeasured(
@@ -120,9 +131,10 @@ def unmeasured(
     plan: EvaluationPlan,
     engine: str = "packed",
     malformed: dict[Path, str] | None = None,
+    dtype: str = "auto",
 ) -> list[Checkpoint]:
     """Return the run's checkpoints that lack a cell; `malformed`: see `find_checkpoints`."""
-    return [c for c in find_checkpoints(run, malformed) if not is_measured(c, plan, engine)]
+    return [c for c in find_checkpoints(run, malformed) if not is_measured(c, plan, engine, dtype)]
 
 
 def evaluate_run(
@@ -137,6 +149,7 @@ def evaluate_run(
     threads: int | None = None,
     only: Collection[CheckpointKey] | None = None,
     on_measured: Callable[[Checkpoint], None] = lambda _: None,
+    batch_tokens: int | None = None,
 ) -> int:
     """Measure every checkpoint that lacks a cell; return how many this process measured.
 
@@ -145,6 +158,7 @@ def evaluate_run(
     recipe's, if it is loaded already. With `watch`, wait for new checkpoints until all that the
     recipe keeps exist. `ranks` share the items of each checkpoint. `threads` are torch's, on a CPU.
     `only` restricts the work to these checkpoints. `on_measured` is called on rank 0 after each.
+    `batch_tokens` bounds the tokens of a forward pass.
 
     A checkpoint that cannot be loaded, or whose logits are NaN, does not stop the others: a
     RunFailure at the end names it. It is tried again once its files change. One that has vanished
@@ -157,14 +171,20 @@ def evaluate_run(
         )
     ranks.from_rank0(lambda: _check_files(recipe, run))  # rank 0 alone repairs the benchmarks
     evaluation = _Evaluation(
-        recipe, run, plan or recipe_plan(recipe, run), ranks, device, threads, only, on_measured
-    )
+        recipe, run, plan or recipe_plan(recipe, run), ranks, device, threads, only, on_measured,
+        batch_tokens,
+    )  # fmt: skip
     while True:
         waiting = ranks.from_rank0(evaluation.waiting)
         measured_before = evaluation.num_measured
         for checkpoint in waiting:
-            progress("evaluate", evaluation.num_measured, measured_before + len(waiting))
-            evaluation.measure_if_free(checkpoint)
+            total = measured_before + len(waiting)
+            progress("evaluate", evaluation.num_measured, total)
+
+            def report(share: float, total: int = total) -> None:
+                progress("evaluate", evaluation.num_measured + share, total)
+
+            evaluation.measure_if_free(checkpoint, share_of_plan(evaluation.plan, report))
         # Asked before the last look for checkpoints, which may have been written in between.
         is_over = not watch or ranks.from_rank0(evaluation.is_over)
         waiting = ranks.from_rank0(evaluation.waiting)
@@ -199,6 +219,7 @@ class _Evaluation:
     threads: int | None
     only: Collection[CheckpointKey] | None
     on_measured: Callable[[Checkpoint], None]
+    batch_tokens: int | None
     num_measured: int = 0
     lock_reported: bool = False
     failures: dict[Path, tuple[object, str]] = field(default_factory=dict)
@@ -216,10 +237,10 @@ class _Evaluation:
     def waiting(self) -> list[Checkpoint]:
         """Return the checkpoints to measure; failed ones only once their files have changed."""
         self.malformed = {}
-        engine = self.recipe.evaluate.engine
+        engine, dtype = self.recipe.evaluate.engine, self.recipe.evaluate.dtype
         return [
             checkpoint
-            for checkpoint in unmeasured(self.run, self.plan, engine, self.malformed)
+            for checkpoint in unmeasured(self.run, self.plan, engine, self.malformed, dtype)
             if self.failures.get(checkpoint.folder, (None,))[0] != _file_state(checkpoint.folder)
             and (self.only is None or checkpoint.key in self.only)
         ]
@@ -229,21 +250,21 @@ class _Evaluation:
         kept = {checkpoint.key for checkpoint in find_checkpoints(self.run, {})}
         return planned_checkpoints(load_recipe(str(self.run / "recipe.yaml"))) <= kept
 
-    def measure_if_free(self, checkpoint: Checkpoint) -> None:
+    def measure_if_free(self, checkpoint: Checkpoint, progress: Progress) -> None:
         """Measure the checkpoint, unless another process holds it or has measured it."""
         folder = checkpoint.folder
         writes = self.ranks.rank == 0
         if not self.ranks.from_rank0(lambda: (folder / RECORD).is_file()):
             return  # vanished
-        engine = self.recipe.evaluate.engine
+        engine, dtype = self.recipe.evaluate.engine, self.recipe.evaluate.dtype
         with hold_lock(checkpoint.evaluation) if writes else nullcontext(True) as is_free:
             if not self.ranks.from_rank0(
-                lambda: is_free and not is_measured(checkpoint, self.plan, engine)
+                lambda: is_free and not is_measured(checkpoint, self.plan, engine, dtype)
             ):
                 return
             state = _file_state(folder)
             try:
-                self._measure(checkpoint)
+                self._measure(checkpoint, progress)
             except (RunFailure, FileNotFoundError) as error:
                 message = str(error)
                 prefix = "" if message.startswith(str(folder)) else f"{folder}: "
@@ -256,7 +277,7 @@ class _Evaluation:
         if writes and [path.name for path in folder.glob("*")] == ["evaluation"]:
             shutil.rmtree(folder, ignore_errors=True)  # the checkpoint vanished in the meantime
 
-    def _measure(self, checkpoint: Checkpoint) -> None:
+    def _measure(self, checkpoint: Checkpoint, progress: Progress) -> None:
         engine = self.recipe.evaluate.engine
         digest = self.ranks.from_rank0(lambda: _verified_digest(checkpoint))
         origin = Origin(digest, engine)
@@ -264,7 +285,7 @@ class _Evaluation:
             from selfcorrect.evaluate.scoring.lm_eval import load_engine
 
             loaded = load_engine(engine, str(checkpoint.folder))  # InputError: not installed
-            measure_with(self.plan, loaded, checkpoint.evaluation, origin)
+            measure_with(self.plan, loaded, checkpoint.evaluation, origin, progress)
             return
         if self.threads is not None:
             import torch
@@ -276,7 +297,11 @@ class _Evaluation:
             # `gather` raises one rank's error on all, so that all go on to the next checkpoint.
             self.ranks.gather(
                 lambda: loaded_parts.extend(
-                    self.loader.load(checkpoint.folder, trust_remote_code=trust)
+                    self.loader.load(
+                        checkpoint.folder,
+                        trust_remote_code=trust,
+                        dtype=_held_in(checkpoint, self.recipe.evaluate.dtype) or "auto",
+                    )
                 )
             )
         except InputError as error:
@@ -287,9 +312,11 @@ class _Evaluation:
             model,
             tokenizer,
             checkpoint.evaluation,
+            progress,
             packings=self.packings,
             origin=origin,
             ranks=self.ranks,
+            batch_tokens=self.batch_tokens,
         )
 
     def report_lock_holder(self, waiting: list[Checkpoint]) -> None:
@@ -304,7 +331,8 @@ class _Evaluation:
         for checkpoint in find_checkpoints(self.run, {}):
             folder = checkpoint.evaluation
             leftovers = [*folder.glob(".*.parts"), *folder.glob(".*.part")]
-            if leftovers and is_measured(checkpoint, self.plan, self.recipe.evaluate.engine):
+            evaluate = self.recipe.evaluate
+            if leftovers and is_measured(checkpoint, self.plan, evaluate.engine, evaluate.dtype):
                 with hold_lock(folder) as is_free:
                     for path in leftovers if is_free else ():
                         shutil.rmtree(path, ignore_errors=True)

@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from selfcorrect.evaluate.run_folder import check_saved
+from selfcorrect.evaluate.scoring.precision import (
+    check_dtype,
+    chosen,
+    fast_dtype,
+    loading_options,
+    num_parameters,
+)
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.ranks import best_device
 
@@ -29,9 +36,11 @@ def load_model(
     """Return (model, tokenizer), the model in eval mode on `device` (default: `best_device`).
 
     `path` is a model folder, a hub id, a PEFT adapter folder or a .gguf file. Weights are read from
-    safetensors or GGUF, never from pickles. An adapter's base is the one named in its
-    adapter_config.json; if that path has moved, a folder of that name beside the adapter is used.
-    With `trust_remote_code`, Python code that comes with the model is run, and a warning says so.
+    safetensors or GGUF, never from pickles. `dtype` is the type that they are held in: "auto" is
+    the files' own, "fast" what `precision.chosen` says for the machine; an adapter's weights
+    stay float32 on any base. An adapter's base is the one named in its adapter_config.json; if that
+    path has moved, a folder of that name beside the adapter is used. With `trust_remote_code`,
+    Python code that comes with the model is run, and a warning says so.
 
     Raises InputError, in one line, for everything that cannot be loaded.
     """
@@ -42,6 +51,8 @@ def load_model(
         path, gguf_file = file.parent, file.name
     source = _source(str(path))
     check_saved(Path(source))
+    device = device or best_device()
+    check_dtype(dtype, device, str(path))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
@@ -55,17 +66,17 @@ def load_model(
             check_saved(Path(base))
         elif revision_of_base := _read_adapter(adapter).get("revision"):
             of_base["revision"] = revision_of_base
-        model = load_adapter(_load_weights(base, dtype, of_base), source)
+        model = load_adapter(_load_weights(base, dtype, of_base, device), source)
         tokenizer = _load_tokenizer(source, base, of_base)
     else:
         if gguf_file is not None:
             options["gguf_file"] = gguf_file
         elif Path(source).is_dir() and not (Path(source) / "config.json").is_file():
             raise InputError(f"{path}: not a model folder (no config.json)")
-        model = _load_weights(source, dtype, options)
+        model = _load_weights(source, dtype, options, device)
         tokenizer = _load_tokenizer(source, source, options)
     _check_vocabulary(source, model, tokenizer)
-    return model.to(device or best_device()).eval(), tokenizer
+    return (model if dtype == "4bit" else model.to(device)).eval(), tokenizer
 
 
 def warn_trust_remote_code(path: str | Path) -> None:
@@ -180,13 +191,18 @@ def _is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-def _load_weights(source: str, dtype: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
+def _load_weights(source: str, dtype: str, options: dict[str, Any], device: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     # GGUF files have their own loader, which ignores use_safetensors.
     safetensors = {} if "gguf_file" in options else {"use_safetensors": True}
     with _input_errors(source, "model"), refuse_pickles(source):
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **safetensors, **options)
+        if dtype == "fast":
+            config = AutoConfig.from_pretrained(source, **options)
+            count = num_parameters(config, options["trust_remote_code"])
+            dtype = chosen("auto", count, fast_dtype(device))
+        held = loading_options(dtype, device)
+        return AutoModelForCausalLM.from_pretrained(source, **held, **safetensors, **options)
 
 
 def load_adapter(model: Any, source: str) -> Any:

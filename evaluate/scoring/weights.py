@@ -60,21 +60,25 @@ class CheckpointLoader:
         self.num_swapped = 0
         self._last: tuple[dict[str, str], Any, Any] | None = None
 
-    def load(self, folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    def load(
+        self, folder: Path, trust_remote_code: bool = False, dtype: str = "auto"
+    ) -> tuple[Any, Any]:
         """Return (model, tokenizer), the model in eval mode, as `load_model` does.
 
         The model returned before must no longer be used: it may hold the new weights.
         Raises InputError for everything that cannot be loaded.
         """
         check_saved(folder)
-        configs = _configs(folder)
+        configs = _configs(folder) | {"dtype": dtype}
         last, self._last = self._last, None  # a failed swap leaves a mixture behind
-        if last is not None and last[0] == configs and _swapped(last[1], folder):
+        if last is not None and last[0] == configs and _swapped(last[1], folder, dtype):
             self.num_swapped += 1
             self._last = last
         else:
             del last  # before the next model needs the memory
-            loaded = load_model(folder, trust_remote_code=trust_remote_code, device=self.device)
+            loaded = load_model(
+                folder, trust_remote_code=trust_remote_code, dtype=dtype, device=self.device
+            )
             self._last = (configs, *loaded)
         return self._last[1], self._last[2]
 
@@ -88,19 +92,19 @@ def _configs(folder: Path) -> dict[str, str]:
     }
 
 
-def _swapped(model: Any, folder: Path) -> bool:
+def _swapped(model: Any, folder: Path, dtype: str) -> bool:
     """Read the folder's weights into the model; False if they do not match it one to one."""
     from safetensors import SafetensorError
 
     try:
         if (folder / ADAPTER).is_file():
             return _swap_adapter(model, folder / "adapter_model.safetensors")
-        return _swap_all(model, sorted(folder.glob("*.safetensors")))
+        return _swap_all(model, sorted(folder.glob("*.safetensors")), any_type=dtype != "auto")
     except (SafetensorError, OSError):
         return False  # loading a fresh model reports the error
 
 
-def _swap_all(model: Any, files: list[Path]) -> bool:
+def _swap_all(model: Any, files: list[Path], any_type: bool) -> bool:
     import torch
     from safetensors import safe_open
 
@@ -114,7 +118,9 @@ def _swap_all(model: Any, files: list[Path]) -> bool:
         renamed = dict(zip(unknown, missing, strict=True)) if is_renamed else {}
         for name, file in sources.items():
             target, tensor = targets.get(renamed.get(name, name)), file.get_tensor(name)
-            if target is None or (target.shape, target.dtype) != (tensor.shape, tensor.dtype):
+            if target is None or target.shape != tensor.shape:
+                return False
+            if target.dtype != tensor.dtype and not any_type:
                 return False
             with torch.no_grad():
                 target.copy_(tensor)

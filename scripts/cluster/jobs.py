@@ -109,7 +109,8 @@ def _measured(recipe: Recipe, run: Path) -> set[CheckpointKey]:
     if not (run / "recipe.yaml").is_file():
         return set()
     plan, engine = recipe_plan(recipe, run), recipe.evaluate.engine
-    return {c.key for c in find_checkpoints(run, {}) if is_measured(c, plan, engine)}
+    dtype = recipe.evaluate.dtype
+    return {c.key for c in find_checkpoints(run, {}) if is_measured(c, plan, engine, dtype)}
 
 
 def with_needs(recipe: Recipe, jobs: list[ClusterJob]) -> list[ClusterJob]:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 EXPERIMENTS = "bbq,winogender,law_school"
 EVALUATIONS = Path("evaluations")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 Targets = Annotated[
     list[str], typer.Argument(help="Run folders, or models: folders, hub names, GGUF files.")
 ]
@@ -76,6 +78,17 @@ def evaluate(
         str | None,
         typer.Option(help="packed (built in), vllm, or lm-eval:hf [default: the recipe's]."),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights: float32, bfloat16, float16, or auto: what the machine computes fast; "
+            "for a run, as it trained them [default: auto; a run's recipe]."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of a forward pass.")
+    ] = None,
     stimuli: Annotated[
         Path | None, typer.Option(help="YAML with your own conditions, added to the paper's.")
     ] = None,
@@ -92,17 +105,19 @@ def evaluate(
 
     Checkpoints and models that are measured already are skipped.
 
-    A run is measured as its recipe says; only --engine, --checkpoint and --watch apply to it.
+    A run is measured as its recipe says; only --engine, --dtype, --device, --batch-tokens,
+    --checkpoint and --watch apply to it.
     Several of these commands can share the work, on machines that share the folder: no checkpoint
     is measured twice. Under `accelerate launch -m selfcorrect.scripts.commands evaluate ...` the
     processes share the items of each checkpoint.
     """
     runs = run_folders(targets)
+    hardware = _hardware(device, dtype, engine, batch_tokens)
     if runs and checkpoint is not None:
-        _evaluate_checkpoint(runs, checkpoint, engine)
+        _evaluate_checkpoint(runs, checkpoint, engine, hardware)
         return
     if runs:
-        _evaluate_runs(runs, engine, watch)
+        _evaluate_runs(runs, engine, watch, hardware)
         return
     if checkpoint is not None or watch:
         raise InputError(f"--{'watch' if checkpoint is None else 'checkpoint'} needs a run folder")
@@ -135,7 +150,36 @@ def evaluate(
         as_trained(cells, Path(target), arguments=template_arg is None, date=date is None)
         for target in targets
     ]
-    _evaluate_models(targets, plans, revision, engine or "packed", out)
+    _evaluate_models(targets, plans, revision, engine or "packed", out, hardware)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The options --device (None: chosen by the machine), --dtype and --batch-tokens."""
+
+    device: str | None
+    dtype: str | None
+    batch_tokens: int | None
+
+
+def _hardware(
+    device: str, dtype: str | None, engine: str | None, batch_tokens: int | None
+) -> Hardware:
+    """Return checked options; InputError for what this machine or the engine lacks."""
+    given = {"--dtype": dtype, "--batch-tokens": batch_tokens}
+    given["--device"] = None if device == "auto" else device
+    for name, value in given.items():
+        if engine not in (None, "packed") and value is not None:
+            raise InputError(f"{name} {value}: --engine {engine} chooses its own; remove one")
+    if dtype not in (None, *DTYPES):
+        raise InputError(f"--dtype {dtype}: unknown; choose from {', '.join(DTYPES)}")
+    if device == "auto" and dtype in (None, "auto"):
+        return Hardware(None, dtype, batch_tokens)  # and torch is not imported yet
+    from selfcorrect.evaluate.scoring.precision import check_device, check_dtype
+
+    checked = check_device(device)
+    check_dtype(dtype or "auto", checked, f"--dtype {dtype}")
+    return Hardware(None if device == "auto" else checked, dtype, batch_tokens)
 
 
 def run_folders(targets: Sequence[str]) -> list[Path]:
@@ -181,27 +225,29 @@ def model_label(target: str, revision: str | None) -> str:
     return re.sub(r"[^A-Za-z0-9.@_-]+", "_", name).strip("._") or "model"
 
 
-def _evaluate_runs(runs: list[Path], engine: str | None, watch: bool) -> None:
+def _evaluate_runs(runs: list[Path], engine: str | None, watch: bool, hardware: Hardware) -> None:
     from selfcorrect.evaluate.headlines import log_checkpoint
     from selfcorrect.evaluate.measuring.run import evaluate_run
     from selfcorrect.recipes.foundation.ranks import distributed_ranks
     from selfcorrect.scripts.commands.report import show
 
     _hide_loading_bars()
-    recipes = [_recipe_of(run, engine) for run in runs]
+    recipes = [_recipe_of(run, engine, hardware.dtype) for run in runs]
     with distributed_ranks() as (ranks, device), Bars() as bars:
         for run, recipe in zip(runs, recipes, strict=True):
             progress = _on_rank0(bars.of(run.name), ranks)
             evaluate_run(
-                recipe, run, progress, watch=watch, ranks=ranks, device=device,
-                on_measured=log_checkpoint,
+                recipe, run, progress, watch=watch, ranks=ranks,
+                device=device or hardware.device, on_measured=log_checkpoint,
+                batch_tokens=hardware.batch_tokens,
             )  # fmt: skip
     if ranks.rank == 0:
         show(runs)
 
 
-def _recipe_of(run: Path, engine: str | None) -> "Recipe":
+def _recipe_of(run: Path, engine: str | None, dtype: str | None) -> "Recipe":
     overrides = [] if engine is None else [f"evaluate.engine={engine}", "evaluate.attach=off"]
+    overrides += [] if dtype is None else [f"evaluate.dtype={dtype}", "evaluate.attach=off"]
     return load_recipe(str(run / "recipe.yaml"), overrides)
 
 
@@ -209,7 +255,9 @@ def _on_rank0(progress: Progress, ranks: "Ranks") -> Progress:
     return progress if ranks.rank == 0 else no_progress
 
 
-def _evaluate_checkpoint(runs: list[Path], name: str, engine: str | None) -> None:
+def _evaluate_checkpoint(
+    runs: list[Path], name: str, engine: str | None, hardware: Hardware
+) -> None:
     from selfcorrect.evaluate.headlines import log_checkpoint
     from selfcorrect.evaluate.measuring.run import evaluate_run
     from selfcorrect.evaluate.run_folder import RECORD, checkpoint_folder, planned_checkpoints
@@ -217,7 +265,7 @@ def _evaluate_checkpoint(runs: list[Path], name: str, engine: str | None) -> Non
 
     if len(runs) > 1:
         raise InputError("--checkpoint needs a single run folder")
-    run, recipe = runs[0], _recipe_of(runs[0], engine)
+    run, recipe = runs[0], _recipe_of(runs[0], engine, hardware.dtype)
     key = next((key for key in planned_checkpoints(recipe) if name == str(key)), None)
     if key is None:
         raise InputError(
@@ -230,8 +278,8 @@ def _evaluate_checkpoint(runs: list[Path], name: str, engine: str | None) -> Non
     with distributed_ranks() as (ranks, device), Bars() as bars:
         progress = _on_rank0(bars.of(name), ranks)
         evaluate_run(
-            recipe, run, progress, ranks=ranks, device=device, only={key},
-            on_measured=log_checkpoint,
+            recipe, run, progress, ranks=ranks, device=device or hardware.device, only={key},
+            on_measured=log_checkpoint, batch_tokens=hardware.batch_tokens,
         )  # fmt: skip
 
 
@@ -241,6 +289,7 @@ def _evaluate_models(
     revision: str | None,
     engine: str,
     out: Path,
+    hardware: Hardware,
 ) -> None:
     """Measure each model into out/<label>/<digest of its weights>, so that no answer is stale."""
     from selfcorrect.evaluate.headlines import headlines, log_headlines
@@ -250,6 +299,7 @@ def _evaluate_models(
     from selfcorrect.evaluate.scoring.lm_eval import load_engine
     from selfcorrect.evaluate.scoring.load_model import load_model
     from selfcorrect.evaluate.scoring.packed import PackedEngine
+    from selfcorrect.evaluate.scoring.precision import held_in
     from selfcorrect.evaluate.scoring.token_trie import PackingCache
     from selfcorrect.evaluate.scoring.weights import files_digest, weights_digest
     from selfcorrect.recipes.foundation.locks import hold_lock
@@ -265,9 +315,14 @@ def _evaluate_models(
         for target, plan in zip(targets, plans, strict=True):
             name = model_label(target, revision)
             if engine == "packed":
-                model, tokenizer = load_model(target, revision=revision, device=device)
-                origin = Origin(weights_digest(model))
-                scorer: Engine = PackedEngine(model, tokenizer, packings=packings)
+                wanted = "fast" if hardware.dtype in (None, "auto") else hardware.dtype
+                model, tokenizer = load_model(
+                    target, revision=revision, dtype=wanted, device=device or hardware.device
+                )
+                origin = Origin(weights_digest(model), dtype=held_in(model))
+                scorer: Engine = PackedEngine(
+                    model, tokenizer, packings=packings, batch_tokens=hardware.batch_tokens
+                )
                 folder = out / name / origin.weights[:12]
             else:
                 scorer = load_engine(engine, target, revision)

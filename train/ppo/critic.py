@@ -66,6 +66,9 @@ def critic_kind(args: PPOConfig, policy: nn.Module) -> str:
 def build_critic(kind: str, policy: nn.Module, args: PPOConfig) -> Critic:
     """Build a critic of the given kind, initialised from `args.critic_path` if that is set."""
     language_model = language_model_of(policy)
+    # The critic learns: it is held as the policy's trained weights are, not as a frozen base.
+    trained = next(p.dtype for p in policy.parameters() if p.requires_grad)
+    dtype = str(trained).removeprefix("torch.")
     hidden_size = language_model.get_output_embeddings().in_features
     if kind == "shared":
         return Critic(hidden_size)
@@ -77,10 +80,10 @@ def build_critic(kind: str, policy: nn.Module, args: PPOConfig) -> Critic:
     if args.critic_path is None:
         path = language_model.config.name_or_path
         policy_copy = AutoModelForCausalLM.from_pretrained(
-            path, dtype=language_model.dtype, trust_remote_code=args.trust_remote_code
+            path, dtype=dtype, trust_remote_code=args.trust_remote_code
         )
         return Critic(hidden_size, trunk_of(policy_copy))
-    reward_model = load_reward_model(args.critic_path, language_model.dtype)
+    reward_model = load_reward_model(args.critic_path, dtype)
     score = _score_head(reward_model, args.critic_path)
     critic = Critic(score.in_features, trunk_of(reward_model))
     critic.start_head(score, args.score_shift, args.score_scale)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -37,7 +37,9 @@ from selfcorrect.evaluate.scoring.load_model import (
     refuse_pickles,
 )
 from selfcorrect.evaluate.scoring.packed import context_length
+from selfcorrect.evaluate.scoring.precision import loading_options
 from selfcorrect.recipes.foundation.errors import InputError, first_line
+from selfcorrect.recipes.foundation.ranks import best_device
 from selfcorrect.train.ppo.sparse_modules import only_positions
 
 
@@ -48,6 +50,7 @@ class ScoredTrunk(PreTrainedModel):
     """
 
     _tied_weights_keys = None  # the head that shared the embeddings is gone
+    _keep_in_fp32_modules_strict: ClassVar = ["score"]  # 8 bits would tie most pairs of texts
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -84,7 +87,9 @@ class ScoredTrunk(PreTrainedModel):
         """Return scores (rows, num_labels), read at each row's last attended token."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         hidden = self.base_model(**{k: v for k, v in inputs.items() if v is not None})[0]
-        scores = self.score(hidden)
+        dtype = next(self.score.parameters()).dtype  # float32, but under DeepSpeed
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = self.score(hidden.to(dtype))
         if attention_mask is None:
             return SequenceClassifierOutput(logits=scores[:, -1])
         rows = torch.arange(len(scores), device=scores.device)
@@ -133,20 +138,22 @@ def check_family(config: Any) -> None:
         raise InputError(f"no causal language model of the type {config.model_type} is known")
 
 
-def new_reward_model(base: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return a float32 reward model: the trunk of the causal model `base`, and a new head.
+def new_reward_model(
+    base: str | Path, trust_remote_code: bool = False, dtype: str = "float32"
+) -> PreTrainedModel:
+    """Return a reward model: the trunk of the causal model `base` in `dtype`, and a new head.
 
     Raises InputError if `base` is no causal language model of text.
     """
     with refuse_pickles(base):
-        loaded = _load_scored(base, torch.float32, trust_remote_code)
+        loaded = _load_scored(base, dtype, trust_remote_code)
     if loaded is None:
         raise InputError(f"{base}: a reward model is made from a causal language model")
     return loaded[0]
 
 
 def load_reward_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    path: str | Path, dtype: str = "float32", trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Load a sequence classifier with one output; an adapter is merged into its base.
 
@@ -158,7 +165,8 @@ def load_reward_model(
             if adapter.is_file():
                 base = base_of(adapter)
                 check_no_pickles(base)
-                model, _ = _load(base, dtype, trust_remote_code)
+                held = "bfloat16" if dtype == "4bit" else dtype  # 4 bits would lose the adapter
+                model, _ = _load(base, held, trust_remote_code)
                 return load_adapter(model, str(path)).merge_and_unload()
             model, missing = _load(path, dtype, trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -176,12 +184,13 @@ def load_reward_model(
 Loaded = tuple[PreTrainedModel, list[str]]  # with the names of weights that the files do not have
 
 
-def _load(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
+def _load(path: str | Path, dtype: str, trust_remote_code: bool) -> Loaded:
     """Load a scored trunk, or transformers' classifier of the family if the files hold another."""
     loaded = _load_scored(path, dtype, trust_remote_code)
     if loaded is not None and "score.weight" not in loaded[1]:
         return loaded
-    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    options = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+    options |= loading_options(dtype, best_device(), ("score", "classifier"))
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, output_loading_info=True, **options
@@ -193,7 +202,7 @@ def _load(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> Load
     return model, sorted(report["missing_keys"])
 
 
-def _load_scored(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> Loaded | None:
+def _load_scored(path: str | Path, dtype: str, trust_remote_code: bool) -> Loaded | None:
     """Load a folder or hub id as a scored trunk; None if it is not of a causal family."""
     trust = {"trust_remote_code": trust_remote_code}
     found = _scored_class(AutoConfig.from_pretrained(path, **trust), trust_remote_code)
@@ -201,8 +210,9 @@ def _load_scored(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) 
         return None
     kind, config = found
     config.num_labels = 1
+    held = loading_options(dtype, best_device(), ("score",))
     model, report = kind.from_pretrained(
-        path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **trust
+        path, config=config, use_safetensors=True, output_loading_info=True, **held, **trust
     )
     return model, sorted(report["missing_keys"])
 

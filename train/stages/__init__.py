@@ -9,13 +9,18 @@ from selfcorrect.recipes.foundation.progress import Progress, no_progress
 
 @dataclass(frozen=True)
 class JobFacts:
-    """What all stages of a job share. `folder` is <run>/<model>/seed-<n>."""
+    """What all stages of a job share. `folder` is <run>/<model>/seed-<n>.
+
+    `frozen` and `trained` are the types in which weights are held that do not learn, and that do.
+    """
 
     folder: Path
     seed: int
     progress: Progress = no_progress
     trust_remote_code: bool = False
     style: Style = AUTO
+    frozen: str = "float32"
+    trained: str = "float32"
 
     @property
     def base(self) -> Path:

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from selfcorrect.recipes.foundation.errors import InputError, first_line
+from selfcorrect.recipes.foundation.ranks import best_device
 
 # Defaults of every stage.
 QUIET = {
@@ -31,6 +32,17 @@ TOKENIZER_KEYS = ("chat_template_path", "eos_token")
 
 # The run loads the models and decides whether their code may run, not a key of TRL's.
 NO_CODE = {"trust_remote_code": False, "model_init_kwargs": None}
+
+
+def computed_in(frozen: str, has_adapter: bool, given: dict[str, Any]) -> dict[str, bool]:
+    """Return the default of `bf16` and `fp16` for an adapter on a base of the type `frozen`.
+
+    The adapter's products then have the base's type; its weights stay float32.
+    """
+    if not has_adapter or frozen == "float32" or {"bf16", "fp16"} & given.keys():
+        return {}
+    is_half = frozen == "float16"
+    return {"bf16": not is_half, "fp16": is_half}
 
 
 def check_keys(section: str, given: dict[str, Any], known: set[str], fixed: set[str]) -> None:
@@ -66,8 +78,9 @@ def build(
     for key, value in given.items():
         if isinstance(value, str) and isinstance(fields[key].default, int | float):
             raise InputError(f"{section}.{key}: {value!r} is not a number")
-    if "use_cpu" in fields and _is_deepspeed_on_cpu():
-        defaults = {"use_cpu": True, **defaults}
+    half = {**defaults, **given, **fixed}.get("bf16")
+    if "use_cpu" in fields and (_is_deepspeed_on_cpu() or (half and best_device() == "cpu")):
+        defaults = {"use_cpu": True, **defaults}  # transformers asks for it
     try:
         with warnings.catch_warnings():  # TRL's own defaults use names that transformers renames
             warnings.simplefilter("ignore", FutureWarning)

@@ -22,6 +22,7 @@ from selfcorrect.evaluate.prompts.dialogue import AUTO, Style
 from selfcorrect.evaluate.prompts.tokenized import answer_ids, turn_end
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.evaluate.scoring.packed import context_length
+from selfcorrect.evaluate.scoring.precision import cast_weights
 from selfcorrect.evaluate.scoring.sampling import end_tokens
 from selfcorrect.recipes.foundation.atomic_files import atomic_folder
 from selfcorrect.recipes.foundation.errors import InputError
@@ -126,6 +127,8 @@ def _sft_trainer(
             copy, dtype=torch.float32, use_safetensors=True, **trust
         )
         tokenizer = AutoTokenizer.from_pretrained(copy, **trust)
+    if job.trained != "float32":
+        cast_weights(policy, job.trained)
     rows = preferred_rows(tokenizer, preferences, job.style)
     rows, left_out = usable_rows(rows, arguments.max_length, policy, "base")
     trainer = FineTuningTrainer(

@@ -8,8 +8,9 @@ DPO is a pair.
 # ruff: noqa: TID253  (all of this file is torch, transformers and trl)
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, SFTConfig
 
 from selfcorrect.evaluate.prompts.dialogue import Style
+from selfcorrect.evaluate.scoring.precision import held_in
 from selfcorrect.recipes.foundation.errors import InputError, first_line
 from selfcorrect.recipes.schema import Policy
 from selfcorrect.train.feedback.feedback import Messages, Preference
@@ -25,7 +27,7 @@ from selfcorrect.train.ppo import losses
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.on_policy import OnPolicyTrainer
 from selfcorrect.train.ppo.rewards import RewardModelScorer, guarded
-from selfcorrect.train.stages.arguments import NO_CODE, build
+from selfcorrect.train.stages.arguments import NO_CODE, build, computed_in
 from selfcorrect.train.stages.base import (
     SFT_DEFAULTS,
     FineTuningTrainer,
@@ -171,7 +173,9 @@ def baseline_trainer(
             )
         except ValueError as error:
             raise InputError(f"policy.trainer: {first_line(error)}") from error
-    settings = offline_arguments(policy, arguments)
+    has_adapter = policy.lora is not None
+    computed = computed_in(held_in(model), has_adapter, policy.trainer)
+    settings = offline_arguments(policy, arguments, computed)
     kind: type[SFTBaseline] | type[DPOBaseline]
     if policy.method == "sft":
         kind = SFTBaseline
@@ -204,10 +208,13 @@ def offline_keys(policy: Policy) -> set[str]:
     return policy.trainer.keys() & others
 
 
-def offline_arguments(policy: Policy, arguments: PPOConfig) -> SFTConfig | DPOConfig:
+def offline_arguments(
+    policy: Policy, arguments: PPOConfig, computed: Mapping[str, bool] = MappingProxyType({})
+) -> SFTConfig | DPOConfig:
     """Build the method's own settings from `policy.trainer`, without keys that only PPOConfig has.
 
-    `arguments` hold the settings that the run itself decides. Raises InputError for a wrong value.
+    `arguments` hold the settings that the run itself decides, `computed` is `computed_in`. Raises
+    InputError for a wrong value.
     """
     kind = OFFLINE_CONFIGS[policy.method]
     left = offline_keys(policy)
@@ -216,7 +223,8 @@ def offline_arguments(policy: Policy, arguments: PPOConfig) -> SFTConfig | DPOCo
     fixed = {key: getattr(arguments, key) for key in run} | NO_CODE
     if kind is DPOConfig:  # a resumed run has the reference of the uninterrupted one
         fixed |= {"precompute_ref_log_probs": False, "sync_ref_model": False}
-    defaults = {**SFT_DEFAULTS, "lr_scheduler_type": "constant", "adam_epsilon": 1e-5, **shared}
+    defaults = {**SFT_DEFAULTS, "lr_scheduler_type": "constant", "adam_epsilon": 1e-5}
+    defaults |= {**computed, **shared}
     defaults |= {"logging_strategy": "steps", "include_num_input_tokens_seen": "non_padding"}
     defaults = {key: value for key, value in defaults.items() if key in _fields(kind)}
     given = {key: policy.trainer[key] for key in left}

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -19,8 +18,9 @@ from transformers import (
 
 from selfcorrect.evaluate.prompts.tokenized import turn_end
 from selfcorrect.evaluate.scoring.load_model import refuse_pickles
+from selfcorrect.evaluate.scoring.precision import loading_options
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.ranks import current_ranks
+from selfcorrect.recipes.foundation.ranks import best_device, current_ranks
 from selfcorrect.recipes.schema import Policy
 from selfcorrect.train.feedback.feedback import Feedback, Messages
 from selfcorrect.train.feedback.kept_rows import keep_rows
@@ -31,7 +31,13 @@ from selfcorrect.train.ppo.rewards import RewardModelScorer
 from selfcorrect.train.ppo.trainer import PPOTrainer
 from selfcorrect.train.stages import JobFacts
 from selfcorrect.train.stages.answers import AnswerSampler
-from selfcorrect.train.stages.arguments import NO_CODE, QUIET, build, lora_config
+from selfcorrect.train.stages.arguments import (
+    NO_CODE,
+    QUIET,
+    build,
+    computed_in,
+    lora_config,
+)
 from selfcorrect.train.stages.base import RowCounter
 from selfcorrect.train.stages.baselines import (
     BaselineTrainer,
@@ -74,12 +80,11 @@ def policy_arguments(
     return arguments
 
 
-def load_policy(base: str, **origin: Any) -> Any:
-    """Load the base model in float32, ready to be trained."""
+def load_policy(base: str, dtype: str = "float32", **origin: Any) -> Any:
+    """Load the base model, ready to be trained, with weights of this type (see `Precision`)."""
+    held = loading_options(dtype, best_device())
     with refuse_pickles(base):
-        return AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32, use_safetensors=True, **origin
-        )
+        return AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, **held, **origin)
 
 
 def train_policy(
@@ -110,18 +115,26 @@ def train_policy(
         and reward_tokenizer.get_vocab() == tokenizer.get_vocab()
         and has_linear_score(reward)
     )
+    has_adapter = policy.lora is not None
     arguments = policy_arguments(
         policy,
         work,
         job.seed,
         **trust,
+        **computed_in(job.frozen, has_adapter, policy.trainer),
         critic_path=str(reward) if starts_critic else None,
         score_shift=facts.get("score_mean", 0.0),
         score_scale=facts.get("score_standard_deviation", 1.0),
     )
+    held = job.frozen if has_adapter else job.trained
+    computed = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else held
+    # A KL compares two models: the reference computes as the policy does.
+    reference = job.frozen if computed == job.frozen else job.trained
+    if not (policy.is_offline or has_adapter) and reference != "float32":
+        arguments.model_init_kwargs = {"dtype": reference}
     set_seed(job.seed)
     scorer = RewardModelScorer(
-        load_reward_model(reward, **trust),
+        load_reward_model(reward, job.frozen, **trust),
         reward_tokenizer,
         tokenizer,
         style=job.style,
@@ -139,12 +152,12 @@ def train_policy(
         prompts, unreadable = scorable_prompts(prompts, scorer, arguments.max_completion_length)
         left_out |= unreadable
     updates = arguments.updates_per_rollout
-    model = load_policy(base, **trust)
+    model = load_policy(base, held, **trust)
     judge_answers = None
     if feedback.world is not None:
         judge_answers = AnswerSampler(
             feedback.world,
-            load_policy(base, **trust).eval(),
+            load_policy(base, held, **trust).eval(),
             scorer,
             tokenizer,
             job.style,
@@ -172,6 +185,11 @@ def train_policy(
             **common,
         )
     keep.trainer = trainer
+    if not trainer.is_deepspeed_enabled:
+        mixed = {"bf16": "bfloat16", "fp16": "float16"}
+        computed = mixed.get(trainer.accelerator.mixed_precision, held)
+        types = {"frozen": job.frozen, "trained": job.trained, "computed": computed}
+        keep.record = {**record, "precision": types}
     train_or_resume(trainer, work)
     if current_ranks().rank == 0:
         rows = {"prompts": len(prompts), "left_out": left_out}

@@ -127,6 +127,10 @@ def _inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
             data = {"society": {key: value for key, value in society if key not in FEEDBACK_ONLY}}
     inputs = {"data": data, "base": content["base"]}
     inputs["launch"] = {key: content["launch"][key] for key in ("processes", "deepspeed")}
+    if stage == "reward":
+        inputs["precision"] = content["precision"]
+    elif recipe.base is not None:
+        inputs["precision.trained"] = content["precision"]["trained"]
     if stage == "reward" or (recipe.base is not None and recipe.base.method == "sft"):
         inputs |= {key: content[key] for key in TEMPLATE_KEYS}
     if stage == "reward":

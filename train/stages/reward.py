@@ -30,7 +30,13 @@ from selfcorrect.train.ppo.reward_models import (
     without_unread_end,
 )
 from selfcorrect.train.stages import JobFacts
-from selfcorrect.train.stages.arguments import NO_CODE, ONE_EPOCH, build, lora_config
+from selfcorrect.train.stages.arguments import (
+    NO_CODE,
+    ONE_EPOCH,
+    build,
+    computed_in,
+    lora_config,
+)
 from selfcorrect.train.trainers.callbacks import StageCallback
 from selfcorrect.train.trainers.guarded import GuardedTrainer, train_or_resume
 from selfcorrect.train.trainers.state import (
@@ -69,11 +75,12 @@ def train_reward(
     if work is None:
         return
     started = time.time()
+    has_adapter = reward.lora is not None
     arguments = build(
         RewardConfig,
         "reward.trainer",
         reward.trainer,
-        DEFAULTS,
+        {**DEFAULTS, **computed_in(job.frozen, has_adapter, reward.trainer)},
         {"output_dir": str(work), "seed": job.seed, "save_total_limit": 2, **NO_CODE},
     )
     batch = arguments.per_device_train_batch_size * 4
@@ -95,7 +102,8 @@ def train_reward(
                 write_stage_record(new, started, folder, pairs=0, **facts)
         return
     set_seed(job.seed)
-    model = new_reward_model(base, job.trust_remote_code)
+    held = job.frozen if has_adapter else job.trained
+    model = new_reward_model(base, job.trust_remote_code, held)
     pairs, left_out = usable_pairs(
         pair_ids(tokenizer, shuffled, job.style), arguments.max_length, longest_row(model)
     )
@@ -120,13 +128,14 @@ def train_reward(
         left_out[NOT_REACHED] = len(pairs) - num_held_out - num_pairs
     fitted = trainer.accelerator.unwrap_model(trainer.model)
     state = gathered_weights(trainer)
-    split = is_deepspeed_zero3_enabled()
-    if reward.lora and not split:
+    # Merged into weights of 16 or 4 bits, an adapter would lose its smallest changes.
+    from_disk = has_adapter and (is_deepspeed_zero3_enabled() or held != "float32")
+    if has_adapter and not from_disk:
         fitted, state = fitted.merge_and_unload(), None
     facts = held_out_facts(fitted, pairs[:num_held_out], batch)
     with finish_stage(folder, work) as new:
         if new is not None:
-            if reward.lora and split:
+            if from_disk:
                 fitted = merge_from_disk(base, fitted, state, new, job.trust_remote_code)
                 state = None
             # Other tools read the score at the last token that is not `pad_token_id`.
@@ -187,8 +196,8 @@ def merge_from_disk(
 ) -> Any:
     """Load the base from disk and merge the adapter of `fitted` into it.
 
-    Under ZeRO-3 no process holds the whole model. `state` has the adapter's tensors, which are
-    written to `folder` temporarily.
+    Under ZeRO-3 no process holds the whole model, or it holds rounded weights. `state` has the
+    adapter's tensors (None: they are in `fitted`), which are written to `folder` temporarily.
     """
     unset_hf_deepspeed_config()  # or ZeRO-3 would partition this model too
     adapter = folder / "adapter"
