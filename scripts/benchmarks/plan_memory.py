@@ -5,7 +5,8 @@
 Every case runs in its own process, on one thread: first the same stage on a tiny model, so that all
 libraries are loaded, then the case. The measurement is the peak of resident memory during the case,
 less the resident memory before it (Linux's VmHWM, reset through clear_refs). Models are random,
-weights are float32, and every prompt and answer has the length that the estimate assumes.
+weights are float32 where no type is named, and every prompt and answer has the length that the
+estimate assumes.
 """
 
 import argparse
@@ -66,6 +67,13 @@ CASES = [
     make_case("sft"),
     make_case("sft", "gpt_neox", "small", rows=16, prompt=224),
     make_case("sft", size="small", lora=LORA, prompt=160),
+    make_case("reward", lora=LORA, frozen="bfloat16"),
+    make_case("ppo", lora=LORA, frozen="bfloat16"),
+    make_case("ppo", lora=LORA, prompt=160, frozen="bfloat16", checkpointing=True),
+    make_case("ppo", bf16=True, frozen="bfloat16"),
+    make_case("ppo", trained="bfloat16", frozen="bfloat16"),
+    make_case("grpo", lora=LORA, frozen="bfloat16"),
+    make_case("sft", trained="bfloat16"),
 ]
 
 
@@ -76,6 +84,8 @@ def label(case: Case) -> str:
     words += [f"critic {case['critic']}"] if "critic" in case else []
     words += ["lora"] if "lora" in case else []
     words += ["checkpointing"] if case.get("checkpointing") else []
+    words += ["autocast"] if case.get("bf16") else []
+    words += [f"{key} {case[key]}" for key in ("frozen", "trained") if key in case]
     return " ".join(words)
 
 
@@ -86,6 +96,9 @@ def make_recipe(case: Case, path: str) -> Any:
     rows = {"per_device_train_batch_size": case["rows"]}
     if case.get("checkpointing"):
         rows["gradient_checkpointing"] = True
+    if case.get("bf16"):
+        rows["bf16"] = True
+    held = {"frozen": case.get("frozen", "float32"), "trained": case.get("trained", "float32")}
     policy = {
         **rows, "steps_per_generation": case["steps_per_generation"], "num_iterations": 1,
         "max_completion_length": case["completion"], "critic": case.get("critic", "auto"),
@@ -101,6 +114,7 @@ def make_recipe(case: Case, path: str) -> Any:
             "method": method, "steps": 2, "checkpoints": [0], "trainer": policy,
             "lora": case.get("lora"),
         },
+        "precision": held,
         "evaluate": {"attach": "off"},
     }  # fmt: skip
     return check_recipe(content, "bench")
@@ -210,6 +224,7 @@ def run_stage(case: Case, folder: Path) -> None:
     from selfcorrect.train.stages.reward import train_reward
 
     recipe = make_recipe(case, str(folder / "base"))
+    held = recipe.precision
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
 
     def prompt_of(question: str) -> tuple[list[dict[str, str]], int]:
@@ -224,14 +239,17 @@ def run_stage(case: Case, folder: Path) -> None:
     pairs = [Preference(prompt, answer, answer.replace("w1 ", "w2 "))] * rows
     feedback = Feedback(pairs, [prompt] * rows)
     if case["stage"] == "base":
-        train_base(JobFacts(folder / "job", 0), recipe, recipe.models[0], pairs)
+        job = JobFacts(folder / "job", 0, trained=held.trained)
+        train_base(job, recipe, recipe.models[0], pairs)
     elif case["stage"] == "reward":
         shutil.copytree(folder / "base", folder / "job" / "base")
-        train_reward(JobFacts(folder / "job", 0), recipe.reward, feedback, tokenizer)
+        job = JobFacts(folder / "job", 0, frozen=held.frozen, trained=held.trained)
+        train_reward(job, recipe.reward, feedback, tokenizer)
     else:
         record = {"model": "m", "parameters": 1, "seed": 0, "recipe_digest": "", "versions": {},
                   "adapter_of": None}  # fmt: skip
-        train_policy(JobFacts(folder, 0), recipe.policy, feedback, tokenizer, record, None)
+        job = JobFacts(folder, 0, frozen=held.frozen, trained=held.trained)
+        train_policy(job, recipe.policy, feedback, tokenizer, record, None)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """`selfcorrect plan`: memory, disk, tokens, FLOPs, hours and price of a recipe before it runs."""
 
 import math
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -22,6 +23,8 @@ from selfcorrect.train.planning.estimate import (
     suggest_settings,
 )
 from selfcorrect.train.planning.feedback import FeedbackFacts, feedback_facts
+from selfcorrect.train.planning.settings import held_by
+from selfcorrect.train.provenance import threads_per_job
 
 PARTS = (
     "weights", "gradients", "optimizer", "activations", "logits", "KV cache", "critic", "reference",
@@ -29,8 +32,8 @@ PARTS = (
 )  # fmt: skip
 TABLE_WIDTH = 150
 LARGE_EVALUATION = (
-    "a checkpoint is measured on one device, in float32, and no engine divides a model; evaluate "
-    "it on a device with more memory"
+    "a checkpoint is measured on one device, and no engine divides a model; evaluate it with "
+    "evaluate.dtype: bfloat16, or on a device with more memory"
 )
 NOTHING_FITS = (
     "does not fit with any batch size, nor with ZeRO-3 on up to 128 devices; use LoRA "
@@ -67,9 +70,15 @@ def plan(
         raise InputError(f"--utilisation {utilisation}: give a share above 0 and at most 1")
     if price_per_hour is not None and not (0 <= price_per_hour < math.inf):
         raise InputError(f"--price-per-hour {price_per_hour}: give a number of at least 0")
-    machine = device_named(device)
+    machine, fast = device_named(device, threads_per_job(checked)), "bfloat16"
+    if not machine.gpu:
+        from selfcorrect.evaluate.scoring.precision import cpu_speed_of_bf16, fast_dtype
+
+        fast = fast_dtype("cpu")
+        machine = replace(machine, bf16_speed=cpu_speed_of_bf16())
     facts = feedback_facts(checked.data)
-    ladder = estimate_ladder(checked, facts, parallelism_of(checked, processes, zero, machine.gpu))
+    parallelism = parallelism_of(checked, processes, zero, machine.gpu, fast)
+    ladder = estimate_ladder(checked, facts, parallelism)
     console = table_console(TABLE_WIDTH)
     console.print(_memory_table(ladder, machine))
     console.print(_work_table(ladder))
@@ -125,7 +134,8 @@ def _hours_table(
     price: float | None,
 ) -> Table:
     seeds = len(recipe.seeds)
-    devices = [*GPUS.values(), device_named("cpu") if device.gpu else device]
+    cpu = device_named("cpu", threads_per_job(recipe)) if device.gpu else device
+    devices = [*GPUS.values(), cpu]
     stages = [work.stage for work in ladder[0].work]
     columns = [f"{stage} ({device.name})" for stage in stages]
     columns += [f"all ({other.name})" for other in devices]
@@ -182,6 +192,16 @@ def notes(
         if any(stage.stage != "evaluation" for stage in oversized):
             settings = suggest_settings(recipe, model, facts, device)
             lines.append(f"{model.name}: {f'fits with {settings}' if settings else NOTHING_FITS}")
+    for model in ladder:
+        held = held_by(
+            recipe.of(model.name), model.shape, model.parallelism, recipe.policy.lora is not None
+        )
+        computed = "bfloat16" if model.bf16 else "float32"
+        if model.parallelism.zero == 0:
+            lines.append(
+                f"{model.name}: frozen weights in {held.frozen}, trained ones in {held.trained}; "
+                f"the policy computes in {computed}"
+            )
     lengths = facts.lengths
     lines.append(
         f"Feedback: {facts.pairs:,} pairs, {facts.prompts:,} prompts; prompts have "

@@ -37,9 +37,9 @@ def options_of(text: str) -> dict[str, str] | None:
 def header(recipe: Recipe, options: dict[str, str]) -> list[str]:
     """Return the comment's lines: memory, hours and disk of each model, and their sums."""
     device = GPUS.get(options["device"], CPU_CORE)
-    parallelism = Parallelism(
-        int(options.get("processes", 1)), int(options.get("zero", 0)), device.gpu
-    )
+    fast = "bfloat16" if device.gpu else "float32"  # not every CPU multiplies fast in bfloat16
+    processes, zero = int(options.get("processes", 1)), int(options.get("zero", 0))
+    parallelism = Parallelism(processes, zero, device.gpu, fast)
     ladder = estimate_ladder(recipe, portable_facts(recipe), parallelism)
     rows = [["model", "training, GB", "evaluation, GB", "training", "evaluation", "disk, GB"]]
     total = device_hours = 0.0

@@ -14,7 +14,7 @@ from selfcorrect.train.planning.feedback import FeedbackFacts
 from selfcorrect.train.planning.flops import Work, stage_work
 from selfcorrect.train.planning.memory import Footprint, Parallelism
 from selfcorrect.train.planning.model_shape import ModelShape, model_shape
-from selfcorrect.train.planning.settings import policy_settings, stage_footprints
+from selfcorrect.train.planning.settings import held_by, policy_settings, stage_footprints
 
 USABLE = 0.95  # of a device's memory: the rest is the driver's, or lost between blocks
 # GPUs of one machine, and bytes/s per GPU beyond it (400 Gb/s InfiniBand)
@@ -53,14 +53,15 @@ class ModelEstimate:
 
     def _seconds(self, work: Work, device: Device, utilisation: float) -> float:
         devices = 1 if work.stage == "evaluation" else self.parallelism.processes
-        rate = devices * device.flops * utilisation
+        speed = device.bf16_speed if self.bf16 else 1.0
+        rate = devices * device.flops * speed * utilisation
         layers = self.shape.layers * (ADAPTER_CALLS if self.has_adapter else 1)
         seconds = (work.flops - work.sampling_flops) / rate
         seconds = max(seconds, work.passes * layers * PASS_SECONDS)
         if not work.batches:
             return seconds
         # Sampling reads all weights, and half of the full cache, for each token of a batch.
-        size = 2 if self.bf16 and device.gpu else 4
+        size = 2 if self.bf16 else 4
         tokens = work.sampled / (work.rows * devices)
         length = tokens / work.batches
         cache = work.rows * length * self.shape.keys * self.shape.layers * size
@@ -74,16 +75,19 @@ class ModelEstimate:
 
 
 def parallelism_of(
-    recipe: Recipe, processes: int | None, zero: int | None, gpu: bool
+    recipe: Recipe, processes: int | None, zero: int | None, gpu: bool, fast: str = "bfloat16"
 ) -> Parallelism:
-    """Return the parallelism of the recipe's `launch` section, with the options on top."""
+    """Return the parallelism of the recipe's `launch` section, with the options on top.
+
+    `fast` is the type that `precision: auto` means on the device.
+    """
     launch = recipe.launch
     count = launch.processes if processes is None else processes
     if zero is None:
         zero = 0
         if launch.deepspeed is not None and count > 1:
             zero = int(deepspeed_settings(launch.deepspeed, gpu)["zero_optimization"]["stage"])
-    return Parallelism(count, zero, gpu)
+    return Parallelism(count, zero, gpu, fast)
 
 
 def estimate_ladder(
@@ -116,7 +120,11 @@ def estimate_model(
         stage_footprints(recipe, shape, facts.lengths, parallelism),
         stage_work(recipe, shape, facts, parallelism),
         disk(recipe, shape, parallelism),
-        settings.bf16(parallelism, default=not recipe.policy.is_offline),
+        settings.bf16(
+            parallelism,
+            not recipe.policy.is_offline,
+            held_by(recipe, shape, parallelism, recipe.policy.lora is not None),
+        ),
         bool(settings.values["ds3_gather_for_generation"]),
         recipe.policy.lora is not None,
     )

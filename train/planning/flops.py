@@ -32,6 +32,9 @@ from selfcorrect.train.planning.settings import (
 
 # Tokens of a scored item and of a continued prompt in the society's benchmarks, roughly
 SOCIETY_TOKENS = (20.0, 60.0)
+# Tokens of the final question and its options after a sampled text: 41 in BBQ, 50 in Winogender, 61
+# in the law school by SmolLM2's tokenizer
+FINAL_TOKENS = 45.0
 # Each further order of the options (docs/results/evaluation-speed.md: 2.70 for three).
 ORDER_COST = 0.9
 
@@ -202,7 +205,10 @@ def _evaluation(recipe: Recipe, shape: ModelShape) -> Work:
         sampled += texts * evaluate.max_new_tokens
         flops += scored * forward_flops(shape, 1.0, 0.1)
         sampling_flops += texts * forward_flops(shape, length, evaluate.max_new_tokens)
-        flops += texts * forward_flops(shape, length)  # the answer after the reasoning
+        # The answer continues from the text's cache.
+        answers = texts * FINAL_TOKENS
+        tokens += answers
+        flops += answers * forward_flops(shape, length + FINAL_TOKENS, 1) / (length + FINAL_TOKENS)
     kept = len(recipe.policy.checkpoints)
     rows = max(1, BATCH_TOKENS["gpu"] // (200 + evaluate.max_new_tokens))
     return Work(

@@ -12,16 +12,24 @@ from selfcorrect.train.planning.model_shape import GATED, Adapter, ModelShape
 
 TILE_TOKENS, TILE_WORDS = 4096, 32768  # TRL computes the LM head in tiles of this size
 TILE_COPIES = 8  # float32 tiles alive at once where no GPU kernel fuses them (measured)
+SIZES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}  # bytes of a weight
+# NF4 in blocks of 64 with a float32 scale each, which are quantised to 8 bits in blocks of 256
+# (Dettmers et al. 2023, arXiv:2305.14314, section 3): 4.127 bits
+FOUR_BITS = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 LIVE_PARAMETERS = 1e9  # ZeRO-3 keeps at most this many gathered (stage3_max_live_parameters)
 
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How training is spread over devices: the processes, and DeepSpeed's ZeRO stage (0: none)."""
+    """How training is spread over devices: the processes, and DeepSpeed's ZeRO stage (0: none).
+
+    `fast` is the type that `precision: auto` means there for large models.
+    """
 
     processes: int = 1
     zero: int = 0
     gpu: bool = True
+    fast: str = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Batch:
 
     `scored` counts the tokens at which the LM head is computed; `bf16`: matrix products are in
     bfloat16; `checkpointing`: activations are recomputed; `accumulates`: several passes add up to
-    one update.
+    one update. `frozen` and `trained` are the types of weights that do not learn, and that do.
     """
 
     rows: int
@@ -39,6 +47,8 @@ class Batch:
     bf16: bool = False
     checkpointing: bool = False
     accumulates: bool = False
+    frozen: str = "float32"
+    trained: str = "float32"
 
     @property
     def tokens(self) -> int:
@@ -60,24 +70,35 @@ class Footprint:
         return sum(self.parts.values())
 
 
-def training_bytes(
-    parameters: float, trainable: float, parallelism: Parallelism, bf16: bool
-) -> tuple[float, float, float]:
-    """Return bytes of weights, gradients and Adam's moments of a trained module, on one device.
+def held_bytes(shape: ModelShape, parameters: float, dtype: str) -> float:
+    """Return bytes of a model's weights; in 4 bits its embeddings and norms stay bfloat16."""
+    if dtype != "4bit" or not parameters:
+        return SIZES.get(dtype, 0.0) * parameters
+    linear = shape.layers * sum(a * b for a, b in shape.matrices.values())
+    return FOUR_BITS * linear + SIZES["bfloat16"] * (parameters - linear)
 
-    Without DeepSpeed weights are float32, and under autocast a bfloat16 copy of those in use is
-    kept for the backward pass. With DeepSpeed, as its own estimators count: 16-bit weights and
-    gradients, float32 weights, gradients and two moments. ZeRO stage 1 divides the moments and
-    float32 copies among processes, stage 2 the gradients too, stage 3 everything (Rajbhandari et
-    al. 2020, arXiv:1910.02054).
+
+def training_bytes(
+    shape: ModelShape, frozen: float, trainable: float, parallelism: Parallelism, batch: Batch
+) -> tuple[float, float, float]:
+    """Return bytes of weights, gradients and Adam's moments of a module, on one device.
+
+    `frozen` and `trainable` count its parameters. Under autocast a bfloat16 copy of the float32
+    weights in use is kept for the backward pass. With DeepSpeed, as its own estimators count:
+    16-bit weights and gradients, float32 weights, gradients and two moments. ZeRO stage 1 divides
+    the moments and float32 copies among processes, stage 2 the gradients too, stage 3 everything
+    (Rajbhandari et al. 2020, arXiv:1910.02054).
     """
     share = 1 / parallelism.processes
     if parallelism.zero == 0:
+        size = SIZES[batch.trained]
         buckets = 4 * trainable if parallelism.processes > 1 else 0.0  # DistributedDataParallel's
-        copy = 2 * parameters if bf16 else 0.0
-        return 4 * parameters + copy, 4 * trainable + buckets, 8 * trainable
-    size = 2 if bf16 else 4
-    weights = size * parameters * (share if parallelism.zero == 3 else 1.0)
+        copied = (batch.frozen == "float32") * frozen + (batch.trained == "float32") * trainable
+        copy = 2 * copied if batch.bf16 else 0.0
+        weights = held_bytes(shape, frozen, batch.frozen) + size * trainable + copy
+        return weights, size * trainable + buckets, 2 * size * trainable
+    size = 2 if batch.bf16 else 4
+    weights = size * (frozen + trainable) * (share if parallelism.zero == 3 else 1.0)
     gradients = size * trainable * (share if parallelism.zero >= 2 else 1.0) + 4 * trainable * share
     return weights, gradients, 12 * trainable * share
 
@@ -95,12 +116,14 @@ def gradient_bytes_at_peak(
     return max(0.0, gradients - kept)
 
 
-def frozen_bytes(parameters: float, parallelism: Parallelism, bf16: bool) -> float:
+def frozen_bytes(
+    shape: ModelShape, parameters: float, parallelism: Parallelism, batch: Batch, dtype: str
+) -> float:
     """Return bytes of a model that is never trained: the reference, the reward model."""
     if parallelism.zero == 0:
-        return 4 * parameters
+        return held_bytes(shape, parameters, dtype)
     share = parallelism.processes if parallelism.zero == 3 else 1
-    return (2 if bf16 else 4) * parameters / share
+    return (2 if batch.bf16 else 4) * parameters / share
 
 
 def gathered_bytes(shape: ModelShape, parallelism: Parallelism, bf16: bool) -> float:
@@ -147,7 +170,10 @@ def activation_bytes(
     layer = 4 * norms + size * rest  # norms compute in float32
     outside = (4 * 2 + size) * shape.hidden
     if batch.checkpointing:
-        stream = (2 if batch.bf16 and parallelism.zero else 4) * shape.hidden
+        # Additions to float32 embeddings are float32, whatever the products.
+        held = batch.trained if adapter is None else batch.frozen
+        is_half = batch.bf16 and (parallelism.zero or held != "float32")
+        stream = (2 if is_half else 4) * shape.hidden
         return batch.tokens * (shape.layers * stream + layer + outside)
     return batch.tokens * (shape.layers * layer + outside)
 

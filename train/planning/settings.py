@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfcorrect.evaluate.scoring.limits import BATCH_TOKENS
+from selfcorrect.evaluate.scoring.precision import resolved
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.planning.memory import Batch, Footprint, Parallelism, frozen_bytes
@@ -60,6 +61,32 @@ class Lengths:
     longest_answer: int
 
 
+@dataclass(frozen=True)
+class Held:
+    """The types in which a stage's weights are held: those that do not learn, and those that do."""
+
+    frozen: str
+    trained: str
+    has_adapter: bool
+
+    @property
+    def policy(self) -> str:
+        """The type of the trained model's weights, or of those under its adapter."""
+        return self.frozen if self.has_adapter else self.trained
+
+
+def held_by(
+    recipe: Recipe, shape: ModelShape, parallelism: Parallelism, has_adapter: bool = False
+) -> Held:
+    """Return the types that the recipe's `precision` means for a model; DeepSpeed has its own."""
+    frozen = "float32"
+    if parallelism.zero == 0:
+        frozen = resolved(recipe.precision.frozen, shape.parameters, parallelism.fast)
+    if frozen == "4bit" and not parallelism.gpu:
+        raise InputError("precision.frozen: 4bit needs a CUDA GPU; use bfloat16 or auto")
+    return Held(frozen, recipe.precision.trained, has_adapter)
+
+
 class Settings:
     """A stage's `trainer:` keys on top of the defaults; `section` names them in errors."""
 
@@ -79,21 +106,30 @@ class Settings:
             raise InputError(f"{self.section}.{key} is {value!r}; it must be a positive integer")
         return value
 
-    def bf16(self, parallelism: Parallelism, default: bool) -> bool:
-        """Return whether matrix products are in bfloat16."""
+    def bf16(self, parallelism: Parallelism, default: bool, held: "Held | None" = None) -> bool:
+        """Return whether matrix products are in bfloat16.
+
+        Those with weights `held` in it are, and by default those of an adapter on such a base
+        (arguments.computed_in).
+        """
         given = self.values["bf16"]
-        on_gpu = parallelism.gpu and not self.values["use_cpu"]
-        return bool(on_gpu and (default if given is None else given))
+        if given is not None:
+            return bool(given)
+        if held is not None and held.policy in ("bfloat16", "4bit"):
+            return True
+        return bool(parallelism.gpu and not self.values["use_cpu"] and default)
 
     @property
     def checkpointing(self) -> bool:
         """Whether activations are recomputed instead of kept."""
         return bool(self.values["gradient_checkpointing"])
 
-    def batch(self, rows: int, length: int, scored: int, bf16: bool) -> Batch:
+    def batch(self, rows: int, length: int, scored: int, bf16: bool, held: "Held") -> Batch:
         """Return one forward and backward pass over `rows` of `length` tokens."""
         accumulates = self.number("gradient_accumulation_steps") > 1
-        return Batch(rows, length, scored, bf16, self.checkpointing, accumulates)
+        return Batch(
+            rows, length, scored, bf16, self.checkpointing, accumulates, held.frozen, held.trained
+        )
 
     @property
     def rows_per_update(self) -> int:
@@ -194,6 +230,7 @@ def rollout_of(
     length = lengths.longest_prompt + completion
     sampled = rows * steps_per_generation(settings, parallelism)
     adapter = adapter_of("policy.lora", recipe.policy.lora, shape)
+    held = held_by(recipe, shape, parallelism, adapter is not None)
     critic = critic_of(recipe, settings, adapter)
     scored = completion
     if critic is None:
@@ -208,7 +245,7 @@ def rollout_of(
         sampled,
         lengths.longest_prompt,
         completion,
-        settings.batch(rows, length, rows * scored, settings.bf16(parallelism, default=True)),
+        settings.batch(rows, length, rows * scored, settings.bf16(parallelism, True, held), held),
         critic,
         settings.values["beta"] != 0,
         adapter,
@@ -224,8 +261,9 @@ def stage_footprints(
     if recipe.base is not None:
         footprints.append(_base(recipe, shape, lengths, parallelism))
     if recipe.reward.path is None:
-        batch = _text_batch(reward_settings(recipe), lengths, parallelism, answers=2)
         adapter = adapter_of("reward.lora", recipe.reward.lora, shape)
+        held = held_by(recipe, shape, parallelism, adapter is not None)
+        batch = _text_batch(reward_settings(recipe), lengths, parallelism, 2, held)
         footprints.append(reward_footprint(shape, adapter, batch, parallelism))
     inline = recipe.evaluate.attach == "inline"
     if recipe.policy.is_offline:
@@ -236,7 +274,10 @@ def stage_footprints(
     if not inline:
         length = 256 + recipe.evaluate.max_new_tokens
         rows = max(1, BATCH_TOKENS["gpu" if parallelism.gpu else "cpu"] // length)
-        footprints.append(evaluation_footprint(shape, parallelism, rows, length))
+        dtype = recipe.evaluate.dtype
+        if dtype == "auto":  # as training held them
+            dtype = held_by(recipe, shape, parallelism, recipe.policy.lora is not None).policy
+        footprints.append(evaluation_footprint(shape, parallelism, rows, length, dtype))
     return footprints
 
 
@@ -245,11 +286,12 @@ def _base(
 ) -> Footprint:
     assert recipe.base is not None
     settings = base_settings(recipe)
+    held = held_by(recipe, shape, parallelism)
     if recipe.base.method == "sft":
-        batch = _text_batch(settings, lengths, parallelism, answers=1)
+        batch = _text_batch(settings, lengths, parallelism, 1, held)
         return fine_tuning_footprint("base", shape, None, batch, parallelism)
     bf16 = settings.bf16(parallelism, default=False)
-    batch = settings.batch(1, recipe.base.batch_tokens, 0, bf16)
+    batch = settings.batch(1, recipe.base.batch_tokens, 0, bf16, held)
     return pretraining_footprint(shape, batch, parallelism)
 
 
@@ -258,26 +300,29 @@ def _offline_policy(
 ) -> Footprint:
     """Return the footprint of SFT, or of DPO: both texts of a pair in one pass, and a reference."""
     is_dpo = recipe.policy.method == "dpo"
-    batch = _text_batch(policy_settings(recipe), lengths, parallelism, answers=2 if is_dpo else 1)
     adapter = adapter_of("policy.lora", recipe.policy.lora, shape)
+    held = held_by(recipe, shape, parallelism, adapter is not None)
+    batch = _text_batch(policy_settings(recipe), lengths, parallelism, 2 if is_dpo else 1, held)
     learning = fine_tuning_footprint("policy", shape, adapter, batch, parallelism)
     if is_dpo and adapter is None:  # else the reference is the policy's base
-        learning.parts["reference"] = frozen_bytes(shape.parameters, parallelism, False)
+        learning.parts["reference"] = frozen_bytes(
+            shape, shape.parameters, parallelism, batch, held.trained
+        )
     if not inline:
         return learning
     kept = ("weights", "optimizer", "reference")
     resident = {part: learning.parts[part] for part in kept if part in learning.parts}
-    measuring = measuring_footprint(shape, resident, parallelism)
+    measuring = measuring_footprint(shape, resident, parallelism, held.policy)
     return max(learning, measuring, key=lambda moment: moment.total)
 
 
 def _text_batch(
-    settings: Settings, lengths: Lengths, parallelism: Parallelism, answers: int
+    settings: Settings, lengths: Lengths, parallelism: Parallelism, answers: int, held: Held
 ) -> Batch:
     """Return a micro-batch of prompts with `answers` answers each, all of the maximum length."""
     rows = answers * settings.number("per_device_train_batch_size")
     length = min(lengths.longest_prompt + lengths.longest_answer, settings.number("max_length"))
-    bf16 = settings.bf16(parallelism, default=False)
+    bf16 = settings.bf16(parallelism, False, held)
     # Without a GPU's kernel TRL computes the LM head at every position (memory.lm_head_bytes).
     scored = rows * (min(lengths.longest_answer, length) if parallelism.gpu else length)
-    return settings.batch(rows, length, scored, bf16)
+    return settings.batch(rows, length, scored, bf16, held)

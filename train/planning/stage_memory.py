@@ -13,6 +13,7 @@ from selfcorrect.train.planning.memory import (
     frozen_bytes,
     gathered_bytes,
     gradient_bytes_at_peak,
+    held_bytes,
     kv_cache_bytes,
     lm_head_bytes,
     training_bytes,
@@ -74,7 +75,8 @@ def _training(
 ) -> Footprint:
     parameters = shape.parameters if with_head else shape.backbone
     trainable = shape.trainable(adapter, parameters)
-    weights, gradients, optimizer = training_bytes(parameters, trainable, parallelism, batch.bf16)
+    frozen = 0 if adapter is None else parameters
+    weights, gradients, optimizer = training_bytes(shape, frozen, trainable, parallelism, batch)
     kept = activation_bytes(shape, adapter, batch, parallelism)
     kept += backward_buffer_bytes(shape, batch)
     parts = {
@@ -93,7 +95,8 @@ def rollout_footprint(
     moments = [_generating(shape, rollout, parallelism), _learning(shape, rollout, parallelism)]
     if inline:
         resident = resident_parts(shape, rollout, parallelism)
-        moments.append(measuring_footprint(shape, resident, parallelism))
+        held = rollout.batch.trained if rollout.adapter is None else rollout.batch.frozen
+        moments.append(measuring_footprint(shape, resident, parallelism, held))
     return max(moments, key=lambda moment: moment.total)
 
 
@@ -104,18 +107,22 @@ def resident_parts(
 
     Gradients, and the copies that autocast makes, come on top while learning.
     """
-    bf16, adapter = rollout.batch.bf16, rollout.adapter
-    copies = bf16 and parallelism.zero > 0
+    batch, adapter = rollout.batch, rollout.adapter
+    # autocast makes its copies while learning
+    lasting = batch if parallelism.zero else replace(batch, bf16=False)
     trainable = shape.trainable(adapter)
     base = 0 if adapter is None else shape.parameters  # frozen weights are in the same module
-    weights, _, optimizer = training_bytes(base + trainable, trainable, parallelism, copies)
+    weights, _, optimizer = training_bytes(shape, base, trainable, parallelism, lasting)
     parts = {"weights": weights, "optimizer": optimizer}
     critic = critic_parameters(shape, rollout.critic, adapter)
-    critic_weights, _, critic_optimizer = training_bytes(critic, critic, parallelism, copies)
+    critic_weights, _, critic_optimizer = training_bytes(shape, 0, critic, parallelism, lasting)
     parts["critic"] = critic_weights + critic_optimizer
     has_copy = rollout.reference and adapter is None  # else the reference is the policy's base
-    parts["reference"] = frozen_bytes(shape.parameters, parallelism, bf16) if has_copy else 0.0
-    parts["reward model"] = frozen_bytes(shape.backbone, parallelism, bf16)
+    # The reference computes as the policy does: train/stages/policy.py.
+    reference = batch.frozen if batch.bf16 and batch.frozen == "bfloat16" else batch.trained
+    copied = frozen_bytes(shape, shape.parameters, parallelism, batch, reference)
+    parts["reference"] = copied if has_copy else 0.0
+    parts["reward model"] = frozen_bytes(shape, shape.backbone, parallelism, batch, batch.frozen)
     return parts
 
 
@@ -132,14 +139,17 @@ def _learning(shape: ModelShape, rollout: Rollout, parallelism: Parallelism) -> 
     trainable = shape.trainable(adapter)
     critic = critic_parameters(shape, rollout.critic, adapter)
     if batch.bf16 and parallelism.zero == 0:  # autocast's copies
-        parts["weights"] += 2.0 * shape.parameters
-        parts["critic"] += 2.0 * critic
+        of_policy = training_bytes(
+            shape, 0 if adapter is None else shape.parameters, trainable, parallelism, batch
+        )[0]
+        parts["weights"] = of_policy
+        parts["critic"] += 2.0 * critic * (batch.trained == "float32")
     parts["weights"] += gathered_bytes(shape, parallelism, batch.bf16)
     kept = activation_bytes(shape, adapter, batch, parallelism)
     parts["activations"] = kept
-    gradients = training_bytes(trainable, trainable, parallelism, batch.bf16)[1]
+    gradients = training_bytes(shape, 0, trainable, parallelism, batch)[1]
     parts["gradients"] = gradient_bytes_at_peak(gradients, kept, batch, parallelism)
-    gradients = training_bytes(critic, critic, parallelism, batch.bf16)[1]
+    gradients = training_bytes(shape, 0, critic, parallelism, batch)[1]
     kept = 0.0
     if rollout.critic in ("separate", "lora"):
         critic_adapter = adapter if rollout.critic == "lora" else None
@@ -183,31 +193,41 @@ def _generating(shape: ModelShape, rollout: Rollout, parallelism: Parallelism) -
 
 
 def measuring_footprint(
-    shape: ModelShape, resident: dict[str, float], parallelism: Parallelism
+    shape: ModelShape, resident: dict[str, float], parallelism: Parallelism, held: str
 ) -> Footprint:
-    """Return the footprint of evaluation within training, beside `resident` bytes by purpose."""
-    activations, logits = _scoring_bytes(shape, parallelism)
+    """Return the footprint of evaluation within training, beside `resident` bytes by purpose.
+
+    `held` is the type of the policy's weights, or of those under its adapter.
+    """
+    activations, logits = _scoring_bytes(shape, parallelism, held)
     parts = resident | {"activations": activations, "logits": logits}
     return Footprint("policy", "measuring", parts)
 
 
-def _scoring_bytes(shape: ModelShape, parallelism: Parallelism) -> tuple[float, float]:
+def _scoring_bytes(shape: ModelShape, parallelism: Parallelism, held: str) -> tuple[float, float]:
     """Return bytes of one packed forward pass: its buffers with the mask, and its logits."""
     tokens = BATCH_TOKENS["gpu" if parallelism.gpu else "cpu"]
-    forward = forward_buffer_bytes(shape, Batch(tokens // PACK_TOKENS, PACK_TOKENS))
-    mask = 2 * 4.0 * tokens * PACK_TOKENS
+    is_half = held != "float32"
+    batch = Batch(tokens // PACK_TOKENS, PACK_TOKENS, bf16=is_half)
+    forward = forward_buffer_bytes(shape, batch)
+    mask = 2 * (2.0 if is_half else 4.0) * tokens * PACK_TOKENS
     scored = tokens // 8  # on BBQ a probability is needed at one position in eight at most
     return forward + mask, 4.0 * min(LARGEST_LOGITS, scored * shape.vocabulary)
 
 
 def evaluation_footprint(
-    shape: ModelShape, parallelism: Parallelism, rows: int, length: int
+    shape: ModelShape, parallelism: Parallelism, rows: int, length: int, held: str
 ) -> Footprint:
-    """Return the footprint of measuring a saved checkpoint in float32, `rows` sampled together."""
-    forward, logits = _scoring_bytes(shape, parallelism)
-    sampling = kv_cache_bytes(shape, rows * length, False) + 24.0 * rows * shape.vocabulary
-    parts = {"weights": 4.0 * shape.parameters, "activations": forward, "logits": logits}
+    """Return the footprint of measuring a saved checkpoint, `rows` sampled together.
+
+    `held` is the type of its weights.
+    """
+    forward, logits = _scoring_bytes(shape, parallelism, held)
+    cache = kv_cache_bytes(shape, rows * length, held != "float32")
+    sampling = cache + 24.0 * rows * shape.vocabulary
+    weights = held_bytes(shape, shape.parameters, held)
+    parts = {"weights": weights, "activations": forward, "logits": logits}
     if sampling > forward + logits:
-        parts |= {"activations": 0.0, "KV cache": kv_cache_bytes(shape, rows * length, False)}
+        parts |= {"activations": 0.0, "KV cache": cache}
         parts["logits"] = 24.0 * rows * shape.vocabulary  # float64 noise for every word
     return Footprint("evaluation", "measuring", parts)

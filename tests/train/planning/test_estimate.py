@@ -1,6 +1,7 @@
 """Work, hours, disk and remedies of an estimate, by hand; and the feedback's facts."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe, shipped_recipes
-from selfcorrect.train.planning.devices import CPU_CORE, GPUS
+from selfcorrect.train.planning import devices
+from selfcorrect.train.planning.devices import CPU_CORE, GPUS, device_named
 from selfcorrect.train.planning.estimate import (
     check_parallelism,
     estimate_ladder,
@@ -17,7 +19,7 @@ from selfcorrect.train.planning.estimate import (
     suggest_settings,
 )
 from selfcorrect.train.planning.feedback import feedback_facts
-from selfcorrect.train.planning.flops import forward_flops, stage_work
+from selfcorrect.train.planning.flops import FINAL_TOKENS, forward_flops, stage_work
 from selfcorrect.train.planning.known_models import KNOWN_MODELS
 from selfcorrect.train.planning.memory import Parallelism
 from selfcorrect.train.planning.model_shape import Adapter, shape_of
@@ -117,7 +119,33 @@ def test_evaluation_work_follows_the_recipe() -> None:
     assert tokens(limit=20) == pytest.approx(2 * tokens(limit=10))
     assert tokens(conditions=["Q"], experiments=["bbq"]) == pytest.approx(2 * 10 * 45.6)
     reasoning = tokens(conditions=["Q", "Q+IF+CoT"], experiments=["bbq"])
-    assert reasoning == pytest.approx(2 * 10 * (45.6 + 172 + 256))
+    # The final question continues from the text, which is not read again.
+    assert reasoning == pytest.approx(2 * 10 * (45.6 + 172 + 256 + FINAL_TOKENS))
+
+
+def test_a_sampled_text_is_computed_once() -> None:
+    """Its forward passes, and the final question's after them; twice would be 1.9 times as much."""
+    evaluate = recipe_with().evaluate.model_copy(
+        update={"conditions": ["Q+IF+CoT"], "experiments": ["bbq"]}
+    )
+    recipe = recipe_with().model_copy(update={"evaluate": evaluate})
+    work = stage_work(recipe, SHAPE, FACTS, Parallelism())[-1]
+    sampled = 2 * 10 * forward_flops(SHAPE, 172 + 256, 256)
+    assert work.sampling_flops == pytest.approx(sampled)
+    assert sampled < work.flops < 1.15 * sampled
+
+
+def test_a_cpu_is_as_fast_as_the_threads_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product that is timed runs on `launch.threads` threads."""
+    limits: list[int | None] = []
+
+    def limit(threads: int | None) -> AbstractContextManager[None]:
+        limits.append(threads)
+        return nullcontext()
+
+    monkeypatch.setattr(devices, "threadpool_limits", limit)
+    assert device_named("cpu", threads=3).flops > 0 and not device_named("cpu").gpu
+    assert limits == [3, None]
 
 
 # ---- hours and disk ------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from selfcorrect.train.planning.memory import (
     Parallelism,
     activation_bytes,
     gradient_bytes_at_peak,
+    held_bytes,
     kv_cache_bytes,
     saved_per_token,
     training_bytes,
@@ -18,6 +19,7 @@ from selfcorrect.train.planning.model_shape import GATED, MODEL_TYPES, Adapter, 
 from selfcorrect.train.planning.settings import LORA_TARGETS
 from tests.support.estimates import LLAMA
 
+SHAPE, HALF = shape_of(LLAMA, "llama"), Batch(1, 1, bf16=True)
 SMALL = {
     "gpt2": {"n_embd": 64, "n_inner": 160, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
              "attn_pdrop": 0.0, "vocab_size": 50},
@@ -98,8 +100,7 @@ def test_zero_bytes_match_deepspeed_estimators(billions: float, processes: int) 
         parameters, 0, processes, 1, cpu_offload=False, cpu_offload_params=False
     )[1]
     ours = [
-        sum(training_bytes(parameters, parameters, Parallelism(processes, z), bf16=True))
-        for z in (2, 3)
+        sum(training_bytes(SHAPE, 0, parameters, Parallelism(processes, z), HALF)) for z in (2, 3)
     ]
     assert ours[0] == pytest.approx(two, rel=1e-6)
     assert ours[1] == pytest.approx(three + 2 * parameters / processes, rel=1e-6)
@@ -107,11 +108,25 @@ def test_zero_bytes_match_deepspeed_estimators(billions: float, processes: int) 
 
 def test_training_bytes_by_hand() -> None:
     one, eight = Parallelism(1, 0), Parallelism(8, 0)
-    assert training_bytes(100, 100, one, bf16=False) == (400, 400, 800)
-    assert training_bytes(100, 100, one, bf16=True) == (600, 400, 800)  # autocast's copy
-    assert training_bytes(100, 100, eight, bf16=False) == (400, 800, 800)  # DDP's buckets
-    assert training_bytes(100, 100, Parallelism(8, 1), bf16=True) == (200, 250, 150)
-    assert training_bytes(100, 10, Parallelism(8, 3), bf16=True) == (25, 2.5 + 5, 15)
+    plain = Batch(1, 1)
+    assert training_bytes(SHAPE, 0, 100, one, plain) == (400, 400, 800)
+    assert training_bytes(SHAPE, 0, 100, one, HALF) == (600, 400, 800)  # autocast's copy
+    assert training_bytes(SHAPE, 0, 100, eight, plain) == (400, 800, 800)  # DDP's buckets
+    assert training_bytes(SHAPE, 0, 100, Parallelism(8, 1), HALF) == (200, 250, 150)
+    assert training_bytes(SHAPE, 90, 10, Parallelism(8, 3), HALF) == (25, 2.5 + 5, 15)
+    pure = Batch(1, 1, trained="bfloat16")
+    assert training_bytes(SHAPE, 0, 100, one, pure) == (200, 200, 400)
+    on_half = Batch(1, 1, bf16=True, frozen="bfloat16")  # an adapter of 10 on a base of 90
+    assert training_bytes(SHAPE, 90, 10, one, on_half) == (180 + 40 + 20, 40, 80)
+
+
+def test_held_bytes_by_hand() -> None:
+    """In 4 bits the layers' matrices have 4.127 bits a weight, embeddings and norms 16."""
+    parameters, matrices = SHAPE.parameters, 2 * (2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 24)
+    assert held_bytes(SHAPE, parameters, "float16") == 2 * parameters
+    expected = 0.5158691 * matrices + 2 * (parameters - matrices)
+    assert held_bytes(SHAPE, parameters, "4bit") == pytest.approx(expected, rel=1e-6)
+    assert held_bytes(SHAPE, 0, "4bit") == 0
 
 
 def test_gradients_replace_freed_activations() -> None:

@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.planning import memory
+from selfcorrect.train.planning.devices import GPUS
+from selfcorrect.train.planning.estimate import USABLE
 from selfcorrect.train.planning.known_models import KNOWN_MODELS
 from selfcorrect.train.planning.memory import Footprint, Parallelism, kv_cache_bytes
 from selfcorrect.train.planning.model_shape import shape_of
@@ -16,9 +19,11 @@ from selfcorrect.train.planning.settings import (
     LORA_TARGETS,
     POLICY_DEFAULTS,
     TRAINER_DEFAULTS,
+    Lengths,
+    held_by,
     stage_footprints,
 )
-from tests.support.estimates import LENGTHS, overridden, recipe_with
+from tests.support.estimates import LENGTHS, LLAMA, overridden, recipe_with
 
 
 def test_defaults_are_those_of_the_libraries() -> None:
@@ -129,3 +134,38 @@ def test_a_rollout_batch_is_sampled_at_once(method: str) -> None:
     tokens = 4 * 64 * (200 + 512)
     assert footprint.parts["KV cache"] == kv_cache_bytes(shape, tokens, bf16=True)
     assert policy_footprint(small, Parallelism()).total < footprint.total
+
+
+@pytest.mark.parametrize(
+    ("size", "most"), [("3B", 20), ("7B", 40), ("14B", USABLE * GPUS["h100"].memory / 1e9)]
+)
+def test_ppo_with_an_adapter_fits_one_gpu(size: str, most: float) -> None:
+    """Policy, critic, reference and reward model of Qwen2.5 in one process, in GB."""
+    recipe = load_recipe("qwen25-lora", ["launch.processes=1", "launch.deepspeed=null"])
+    shape = shape_of(KNOWN_MODELS[f"Qwen/Qwen2.5-{size}"], size)
+    lengths = Lengths(149.0, 880, 46.0, 144)  # of HH-RLHF
+    totals = {}
+    for frozen in ("auto", "4bit", "float32"):
+        changed = overridden(recipe, [f"precision.frozen={frozen}"])
+        stages = stage_footprints(changed, shape, lengths, Parallelism())
+        totals[frozen] = max(stage.total for stage in stages) / 1e9
+    assert totals["4bit"] < 0.6 * totals["auto"] and totals["auto"] < 0.6 * totals["float32"]
+    assert totals["auto"] <= most
+
+
+def test_precision_follows_the_recipe_and_the_device() -> None:
+    """A small model is float32, 4 bits need a GPU, a reference computes as the policy does."""
+    adapter, pure = recipe_with(lora={"r": 8}), recipe_with()
+    pure = overridden(pure, ["precision.trained=bfloat16", "precision.frozen=bfloat16"])
+    shape = shape_of(KNOWN_MODELS["EleutherAI/pythia-1b"], "1b")
+    footprint = policy_footprint(adapter, Parallelism(gpu=False))
+    assert footprint.parts["reward model"] == 2 * shape.backbone
+    slow = policy_footprint(adapter, Parallelism(gpu=False, fast="float32"))
+    assert slow.parts["reward model"] == 4 * shape.backbone
+    assert held_by(adapter, shape_of(LLAMA, "tiny"), Parallelism()).frozen == "float32"
+    half = policy_footprint(pure, Parallelism(gpu=False))
+    assert half.parts["reference"] == 2 * shape.parameters
+    assert half.parts["optimizer"] == 4 * shape.parameters
+    four = overridden(adapter, ["precision.frozen=4bit"])
+    with pytest.raises(InputError, match=r"precision\.frozen: 4bit needs a CUDA GPU"):
+        policy_footprint(four, Parallelism(gpu=False))
