@@ -97,12 +97,15 @@ class Slots:
 
     def read(self, prompts: Sequence[Row]) -> torch.Tensor:
         """Put prompts into free slots; return the logits after each, (prompts, vocabulary)."""
+        width = max(len(row.tokens) for row in prompts)
+        most = max(1, self.forwards.batch_tokens // width)
+        if len(prompts) > most:
+            return torch.cat([self.read(prompts[:most]), self.read(prompts[most:])])
         free = [slot for slot, row in enumerate(self.rows) if row is None]
         slots = free[: len(prompts)]
         for slot, row in zip(slots, prompts, strict=True):
             self.rows[slot] = row
         lengths = torch.tensor([len(row.tokens) for row in prompts])
-        width = int(lengths.max())
         columns = torch.arange(width).repeat(len(prompts), 1)
         # A node of padding is its own subtree; the path of a row ends with the row.
         ends = torch.where(columns < lengths[:, None], lengths[:, None] - 1, columns)
