@@ -138,7 +138,8 @@ def _needs(recipe: Recipe, job: ClusterJob, facts: "FeedbackFacts") -> Needs | N
     gpus = resources_of(recipe, job).gpus or 0
     processes = (gpus or recipe.launch.processes) if job.kind == "train" else 1
     try:
-        parallelism = parallelism_of(recipe, processes, None, gpus > 0)
+        fast = "bfloat16" if gpus else "float32"  # what a node's CPU computes fast is not known
+        parallelism = parallelism_of(recipe, processes, None, gpus > 0, fast)
         estimate = estimate_named(recipe, job.model, facts, parallelism)
     except InputError as error:
         return Needs(f"not planned: {error}")
