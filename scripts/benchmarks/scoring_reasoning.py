@@ -78,7 +78,11 @@ def counting(scorer: PackedEngine) -> Iterator[dict[str, float]]:
     spent = {"tokens": 0.0, "seconds": 0.0}
     logits = scorer._forwards.logits
 
-    def counted(keep: torch.Tensor, use_cache: bool = False, **inputs: Any) -> Any:
+    def counted(
+        keep: torch.Tensor, use_cache: bool = False, in_float32: bool = True, **inputs: Any
+    ) -> Any:
+        if not in_float32:  # a forward that writes
+            return logits(keep, use_cache, in_float32, **inputs)
         started = time.perf_counter()
         output = logits(keep, use_cache, **inputs)
         spent["seconds"] += time.perf_counter() - started
