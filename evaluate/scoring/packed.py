@@ -159,7 +159,16 @@ class PackedEngine(Engine):
     def _score_packs(self, packs: Sequence[Pack], totals: np.ndarray) -> list[Pack]:
         """Add the packs' values to the totals; return the packs whose forward raised an error."""
         failed: list[Pack] = []
-        for way, indices in self._ways.assign(packs):
+        try:
+            assigned = self._ways.assign(packs)
+        except (*UNSUPPORTED, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(
+                "a single prompt does not fit in memory beside the model; free memory, use another "
+                "device, or hold the weights in bfloat16"
+            ) from None
+        for way, indices in assigned:
             left = set(indices)
             self._forwards.reset()
             try:

@@ -14,7 +14,7 @@ from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.evaluate.scoring.packed import PackedEngine
 from selfcorrect.evaluate.scoring.precision import check_device, check_dtype, fast_dtype, held_in
 from selfcorrect.recipes.foundation.errors import InputError
-from tests.support.tiny_models import save_model, tiny_model, tiny_tokenizer
+from tests.support.tiny_models import WORDS, save_model, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_a_batch_larger_than_memory_is_halved(
     message: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores and samples are those of a machine with memory; a row that never fits is one line."""
-    requests = [(f"w{i} w{i + 1} w5", ("w2", "w3")) for i in range(12)]
+    requests = [(f"<s> the {word} told her", (" she", " he")) for word in WORDS[20:32]]
     prompts, keys = [prompt for prompt, _ in requests], [f"k{i}" for i in range(12)]
     sampling = Sampling(max_new_tokens=4, temperature=1.0, seed=0)
     plain = PackedEngine(tiny_model(), tiny_tokenizer(), pack_tokens=16)
@@ -45,18 +45,19 @@ def test_a_batch_larger_than_memory_is_halved(
         return forward(*args, **kwargs)
 
     engine = PackedEngine(model, tokenizer, pack_tokens=16, batch_tokens=512)
-    engine.score(requests[:1])  # trials, whose size does not depend on the batch
+    engine.score(requests)  # trials, whose size does not depend on the batch
     monkeypatch.setattr(model, "forward", limited)
     np.testing.assert_allclose(engine.score(requests), expected[0], atol=1e-4)
     assert engine.batch_tokens <= 64
     lines = [record.message for record in caplog.records if "out of memory" in record.message]
     assert lines and "--batch-tokens" in lines[-1]
     most[0] = 20
-    engine = PackedEngine(model, tokenizer, pack_tokens=16, batch_tokens=256)
-    assert engine.sample(prompts, keys, sampling) == expected[1]
+    small = PackedEngine(model, tokenizer, pack_tokens=16, batch_tokens=256)
+    assert small.sample(prompts, keys, sampling) == expected[1]
     most[0] = 1
-    with pytest.raises(InputError, match="does not fit in memory"):
-        engine.score(requests)
+    for none_fits in (engine, PackedEngine(model, tokenizer)):
+        with pytest.raises(InputError, match="not fit in memory"):
+            none_fits.score(requests)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gemma2"])
