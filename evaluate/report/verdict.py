@@ -338,7 +338,7 @@ def _growth_clause(series: Series, condition: str, growth: str) -> str:
     if row is None and series.steps(condition) == [None]:
         return "it was measured without training, so nothing can be told about RLHF"
     if row is None:
-        return "with one checkpoint of each model, nothing can be told about training"
+        return "it was measured at one checkpoint, so nothing can be told about training"
     number = len(series.seeds)
     runs = f"{number} training runs" if number > 1 else "one training run"
     over = f"over {row['step'] - row['from_step']} RLHF steps of {runs}"
