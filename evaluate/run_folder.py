@@ -106,7 +106,7 @@ class Checkpoint:
     def dtype(self) -> str | None:
         """The type in which training held the weights, those under an adapter; None: unknown."""
         held = self.record.precision
-        return held and held["frozen" if self.record.adapter_of else "trained"]
+        return held["frozen" if self.record.adapter_of else "trained"] if held else None
 
     @property
     def evaluation(self) -> Path:

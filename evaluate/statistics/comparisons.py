@@ -6,6 +6,8 @@ are taken resample by resample and what the cells share cancels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import numpy as np
 
@@ -100,7 +102,7 @@ def _difference(
     """Return the signed sum of `terms` for every metric of `cell`, resample by resample."""
     paired = len({term.replicates.population for _, term in terms}) == 1
     sums = {
-        metric: sum(sign * term.replicates.metrics[metric] for sign, term in terms)
+        metric: reduce(add, (sign * term.replicates.metrics[metric] for sign, term in terms))
         for metric in cell.replicates.metrics
         if paired and all(metric in term.replicates.metrics for _, term in terms)
     }

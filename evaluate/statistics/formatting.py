@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from selfcorrect.evaluate.statistics.bootstrap import ROUNDING
+
 
 def number(value: float | None, decimals: int = 3) -> str:
     """Return "0.410" or "−0.031"; "undefined" for None and NaN."""
@@ -42,10 +44,10 @@ def compact_with_interval(row: Mapping[str, Any]) -> str:
 
 
 def significant(value: float | None) -> str:
-    """Return three significant digits, for slopes: "0.00123", "−1.2e−05"."""
+    """Return three significant digits, for slopes: "0.00123", "−1.2e−05"; 0 up to rounding."""
     if value is None or math.isnan(value):
         return "undefined"
-    return _with_minus_sign(f"{value:.3g}")
+    return _with_minus_sign(f"{value:.3g}") if abs(value) > ROUNDING else "0"
 
 
 def p_value(value: float) -> str:

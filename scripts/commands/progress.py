@@ -68,7 +68,7 @@ class Bars:
             return
         if stage not in self.tasks:
             # What was done before must not count as this process's speed.
-            self.tasks[stage] = self.progress.add_task(stage, total=total, completed=done)
+            self.tasks[stage] = self.progress.add_task(stage, total=total, completed=int(done))
         self.progress.update(self.tasks[stage], completed=done, total=total)
 
     def _print_line(self, stage: str, done: float, total: int) -> None:

@@ -274,7 +274,7 @@ def stage_footprints(
     if not inline:
         length = 256 + recipe.evaluate.max_new_tokens
         rows = max(1, BATCH_TOKENS["gpu" if parallelism.gpu else "cpu"] // length)
-        dtype = recipe.evaluate.dtype
+        dtype: str = recipe.evaluate.dtype
         if dtype == "auto":  # as training held them
             dtype = held_by(recipe, shape, parallelism, recipe.policy.lora is not None).policy
         footprints.append(evaluation_footprint(shape, parallelism, rows, length, dtype))

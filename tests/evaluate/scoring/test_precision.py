@@ -37,7 +37,7 @@ def test_a_batch_larger_than_memory_is_halved(
     caplog.clear()
     model, tokenizer = tiny_model(), tiny_tokenizer()
     kind = torch.OutOfMemoryError if "CUDA" in message else RuntimeError
-    forward, most = model.forward, [60]
+    forward, most = model.forward, [40]
 
     def limited(*args: Any, **kwargs: Any) -> Any:
         if kwargs["input_ids"].numel() > most[0]:

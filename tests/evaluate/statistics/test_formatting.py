@@ -31,6 +31,7 @@ def test_signs_are_minus_signs_and_zero_has_none():
     assert number(-0.0004) == number(0.0) == "0.000"
     assert number(-1.005, 1) == "−1.0"
     assert significant(-0.000012345) == "−1.23e−05"
+    assert significant(-1.49e-18) == significant(0.0) == "0"  # what rounding leaves is no slope
     row = {"value": -0.41, "low": -0.5, "high": 0.0}
     assert with_interval(row) == "−0.410 [−0.500, 0.000]"
     assert compact_with_interval(row) == "−.41 [−.50, .00]"
