@@ -31,7 +31,8 @@ def test_learns_in_bfloat16(tmp_path, adapter):
     )  # fmt: skip
     trainer = PPOTrainer(
         start if adapter else str(tmp_path / "base"), target_share, arguments,
-        train_dataset=make_prompts(64), processing_class=make_tokenizer(), peft_config=lora if adapter else None,
+        train_dataset=make_prompts(64), processing_class=make_tokenizer(),
+        peft_config=lora if adapter else None,
     )  # fmt: skip
     trainer.train()
     scores = [row["reward"] for row in trainer.state.log_history if "reward" in row]
