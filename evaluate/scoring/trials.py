@@ -33,6 +33,7 @@ UNSUPPORTED = (
 
 _MARGIN = 1.1  # a trial's rows are longer than those it is made for: slightly longer ones follow
 _SCORED = 8  # tokens at the end of each row of a trial that are compared
+_SURE = 0.75  # of the longest row at which a trial is right is used, where longer ones are wrong
 _SHORTEST = 8  # tokens of the shortest row of a trial
 
 
@@ -120,22 +121,35 @@ class Ways:
         if self._is_right(way, row, largest):
             return
         way.is_final = True
+        if way is not self.packed:
+            # Wrong for some rows beyond the packs' limit: which ones, a few rows cannot tell (a
+            # sparse layer keeps other tied tokens), and the next way is only slower.
+            way.within = _NOTHING
+            return
         if not self._is_right(way, row[:_SHORTEST]) or self._is_right(way, row):
             return  # wrong for all rows, or only for so many nodes
         right, wrong = _SHORTEST, length
         while wrong - right > max(1, right // 16):
             middle = (right + wrong) // 2
-            if self._is_right(way, row[:middle]):
+            if self._is_right(way, row[:middle], is_noted=False):
                 right = middle
             else:
                 wrong = middle
+        # A layer that sees all tokens of a row but one or two may change this row's scores by less
+        # than the tolerance, and those of another row by more.
+        right = max(_SHORTEST, int(_SURE * right))
         # Packs of shorter rows may still have as many nodes.
         shorter = [pack for pack in packs if size_of(pack).row <= right]
-        if shorter:
-            self._is_right(way, row[:right], max(shorter, key=lambda pack: size_of(pack)[1:]))
+        largest_left = max(shorter, key=lambda pack: size_of(pack)[1:], default=None)
+        self._is_right(way, row[:right], largest_left)
 
-    def _is_right(self, way: Way, row: np.ndarray, pack: Pack | None = None) -> bool:
-        """Compare a forward with rows alone, on branches of `row` and on rows of `pack`."""
+    def _is_right(
+        self, way: Way, row: np.ndarray, pack: Pack | None = None, is_noted: bool = True
+    ) -> bool:
+        """Compare a forward with rows alone, on branches of `row` and on rows of `pack`.
+
+        Where it is right, it is used for packs of that size from now on, if `is_noted`.
+        """
         if way is self.packed and "position_ids" not in self.forwards.accepts:
             way.reason = "its forward takes no position_ids"
             return False
@@ -165,7 +179,7 @@ class Ways:
         if error > self.tolerance:  # NaN is reported later
             way.reason = f"its scores are off by {error:.2g}"
             return False
-        for tree in tries:
+        for tree in tries if is_noted else ():
             size = size_of(tree)
             way.within = way.within.union(
                 size if way is self.packed else Size(size.row, *_ANYTHING[1:])
