@@ -241,7 +241,11 @@ def _fixed_clock(date: str | None) -> Iterator[None]:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block after `seconds`, in a main thread; keep an earlier timer."""
+    """Raise TimeoutError in the block after `seconds` of work, in a main thread.
+
+    The process's CPU time counts, not the clock: a machine may be suspended or busy. An earlier
+    timer is kept.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -249,16 +253,16 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TimeoutError(f"it takes more than {seconds:g} seconds")
 
-    handler, started = signal.signal(signal.SIGALRM, stop), time.monotonic()
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler, started = signal.signal(signal.SIGVTALRM, stop), time.process_time()
+    left, interval = signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, handler or signal.SIG_DFL)
         if left:
-            rest = max(left - (time.monotonic() - started), 1e-3)
-            signal.setitimer(signal.ITIMER_REAL, rest, interval)
+            rest = max(left - (time.process_time() - started), 1e-3)
+            signal.setitimer(signal.ITIMER_VIRTUAL, rest, interval)
 
 
 def _render_plain(tokenizer: Any, closed: Sequence[Turn], opened: str) -> str:

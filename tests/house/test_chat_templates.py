@@ -1,6 +1,8 @@
 """Chat templates, of a model or of the user, run in a sandbox with limits."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +61,17 @@ def test_excessive_template_is_stopped_in_one_line(
     with pytest.raises(InputError, match=message) as caught:
         render(tokenizer, TURNS, "chat")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_time_in_which_nothing_runs_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may be suspended, or busy with other processes."""
+    tokenizer = tiny_tokenizer(chat=True)
+    expected, apply = render(tokenizer, TURNS, "chat"), tokenizer.apply_chat_template
+
+    def suspended(*args: Any, **settings: Any) -> Any:
+        time.sleep(0.5)
+        return apply(*args, **settings)
+
+    monkeypatch.setattr("selfcorrect.evaluate.prompts.dialogue.TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr(tokenizer, "apply_chat_template", suspended)
+    assert render(tokenizer, TURNS, "chat") == expected
