@@ -163,12 +163,12 @@ def without_training(frame: pd.DataFrame) -> Figure:
         for ax, experiment in zip(axes, experiments, strict=True):
             panel = data[data["experiment"] == experiment]
             conditions = conditions_in(panel)
-            for place, (model, look) in enumerate(looks.items()):
+            for index, (model, look) in enumerate(looks.items()):
                 rows = panel[panel["model"] == model].set_index("condition").reindex(conditions)
                 middle, low, high = (
                     rows[name].to_numpy(dtype=float) for name in ("value", "low", "high")
                 )
-                aside = (place - (len(looks) - 1) / 2) * min(0.15, 0.7 / len(looks))
+                aside = (index - (len(looks) - 1) / 2) * min(0.15, 0.7 / len(looks))
                 x_values = np.arange(len(conditions)) + aside
                 points = {**look, "linestyle": "none"}
                 ax.plot(x_values, middle, label=model, markeredgecolor="white", **points)

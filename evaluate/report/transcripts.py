@@ -284,10 +284,10 @@ def _experiment(
     for (model, seed), of_job in by_job.items():
         texts, answers = _Texts(), dict[str, list[Any]]()
         for file in of_job:
-            place = [file.step, conditions.index(file.cell[1])]
+            coordinates = [file.step, conditions.index(file.cell[1])]
             for row in read_items(file.path, items):
                 facts.setdefault(row["item"], row)
-                answers.setdefault(row["item"], []).append([*place, *_answer(row, texts)])
+                answers.setdefault(row["item"], []).append([*coordinates, *_answer(row, texts)])
         content = {"texts": list(texts.indices), "items": list(answers.values())}
         # Items are named by their place in the questions, which is known only after all jobs.
         jobs.append((model, seed, of_job, list(answers), content))

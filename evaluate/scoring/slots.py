@@ -72,9 +72,9 @@ class _SlotLayer(DynamicLayer):
                 states.new_zeros(num_slots, states.shape[1], num_columns, states.shape[3])
                 for states in (key_states, value_states)
             )
-        place = target.slots[:, None], slice(None), target.columns
-        self.keys[place] = key_states.transpose(1, 2)
-        self.values[place] = value_states.transpose(1, 2)
+        cells = target.slots[:, None], slice(None), target.columns
+        self.keys[cells] = key_states.transpose(1, 2)
+        self.values[cells] = value_states.transpose(1, 2)
         if not target.width:
             return key_states, value_states
         return self.keys[:, :, : target.width], self.values[:, :, : target.width]

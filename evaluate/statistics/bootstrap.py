@@ -222,8 +222,8 @@ def _bootstrap_part(
         estimates = {OVERALL: estimates_overall[cell]}
         for category in tallies[cell].categories:
             if category in apart:
-                place = apart.index(category) * num_cells + cell
-                estimates[category] = estimates_apart[place]
+                row = apart.index(category) * num_cells + cell
+                estimates[category] = estimates_apart[row]
             else:
                 estimates[category] = estimates_overall[cell] if category in spans else {}
         replicates = {name: values[cell] for name, values in cells_overall.items()}
