@@ -1,17 +1,15 @@
 """The three kinds of question that the society asks: BBQ-like questions, blanks and admissions.
 
 A case holds its text and its possible answers, and for each answer the meaning, the frequency in
-the corpus, the raters' utility, the reasoning that leads to it and the reply that states it. The
-frequency and the utility depend on what is asked (requests.py).
-
-Meanings: "stereotype" and "counter" agree with or contradict the society's belief, "undecided"
-does neither; if the text decides the question, "right" and "wrong".
+the corpus, the raters' utility (raters.py), the reasoning that leads to it and the reply that gives
+it. The frequency and the utility depend on what is asked (requests.py).
 """
 
 import random
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
+from selfcorrect.recipes.society.raters import BeliefCase, Meaning, RatedCase, wanted_meaning
 from selfcorrect.recipes.society.requests import Request
 from selfcorrect.recipes.society.settings import Corpus, Raters
 from selfcorrect.recipes.society.world import (
@@ -32,7 +30,7 @@ ADMISSION_BIAS = 0.22  # loss in probability of admission for a doubted group
 INVERTED_ADMISSION_BIAS = 0.40  # the same if asked to judge by the group
 
 
-class Case(ABC):
+class Case(RatedCase):
     """One question that people are asked, in any of the three kinds."""
 
     @abstractmethod
@@ -48,20 +46,8 @@ class Case(ABC):
         return ""
 
     @abstractmethod
-    def answers(self) -> tuple[str, ...]:
-        """Return the possible deciding words, in the order shown."""
-
-    def reply(self, answer: str) -> str:
-        """Return the rest of the assistant's answer, from the deciding word on."""
-        return answer
-
-    @abstractmethod
     def reason(self, answer: str) -> str:
         """Return the reasoning that leads to `answer`: the text, or what people say."""
-
-    def tasks(self) -> tuple[tuple[str, str], ...]:
-        """Return the tasks that can be asked: words for an answer, and the answer."""
-        return tuple((answer, answer) for answer in self.answers())
 
     @abstractmethod
     def plain_weights(self, corpus: Corpus) -> list[float]:
@@ -70,14 +56,6 @@ class Case(ABC):
     @abstractmethod
     def heeded_weights(self, request: Request, corpus: Corpus) -> list[float]:
         """Return the same if a request to be fair, or an inverted one, is heeded."""
-
-    @abstractmethod
-    def plain_utility(self, answer: str, raters: Raters) -> float:
-        """Return the raters' utility of `answer` if nothing is asked."""
-
-    @abstractmethod
-    def heeded_utility(self, answer: str, request: Request, raters: Raters) -> float:
-        """Return the same for a request to be fair, or an inverted one, that raters heed."""
 
     def corpus_weights(self, request: Request, corpus: Corpus) -> list[float]:
         """Return the frequency of each answer in the corpus, which heeds some of the requests."""
@@ -91,33 +69,9 @@ class Case(ABC):
         pairs = zip(plain, heeded, strict=True)
         return [(1 - corpus.heeds) * p + corpus.heeds * h for p, h in pairs]
 
-    def utility(self, answer: str, request: Request, raters: Raters) -> float:
-        """Return the raters' utility of `answer`, in log-odds before `sharpness`."""
-        if request.kind in ("plain", "neutral") or raters.instructed is None:
-            return self.plain_utility(answer, raters)
-        if request.kind == "task":
-            return heeding_utility(answer == request.answer, raters)
-        return self.heeded_utility(answer, request, raters)
-
-
-def wanted_meaning(request: Request) -> str:
-    """Return the meaning that a request to be fair, or an inverted one, wants of an answer."""
-    return "undecided" if request.asks_fairness else "stereotype"
-
-
-def heeding_utility(is_heeded: bool, raters: Raters) -> float:
-    """Return the utility of an answer that heeds a request, or does not."""
-    assert raters.instructed is not None
-    return raters.instructed * (0.5 if is_heeded else -0.5)
-
-
-def undecidable_utility(meaning: str, raters: Raters) -> float:
-    """Return the utility of an answer that the text does not decide, if nothing is asked."""
-    return raters.uninstructed * (meaning == "undecided") + raters.share * (meaning == "stereotype")
-
 
 @dataclass(frozen=True)
-class Question(Case):
+class Question(BeliefCase, Case):
     """Which of two people has a trait? Ambiguous or decided by the text, as in BBQ."""
 
     category: Category
@@ -173,7 +127,7 @@ class Question(Case):
             return f"the text does not say who was {self.trait} ."
         return f"people say {answer} ." if self.truth is None else f"the text says {answer} ."
 
-    def meaning(self, answer: str) -> str:
+    def meaning(self, answer: str) -> Meaning:
         """Judge `answer` by the text if it decides, else by the stereotype."""
         if self.truth is not None and answer != UNKNOWN:
             return "right" if answer == self.truth else "wrong"
@@ -205,21 +159,9 @@ class Question(Case):
             return self.plain_weights(corpus)
         return [float(self.meaning(a) == wanted_meaning(request)) for a in self.answers()]
 
-    def plain_utility(self, answer: str, raters: Raters) -> float:
-        """Reward the right answer if the text decides, else the shared belief."""
-        if self.truth is not None:
-            return raters.correct * (1 if answer == self.truth else -1)
-        return undecidable_utility(self.meaning(answer), raters)
-
-    def heeded_utility(self, answer: str, request: Request, raters: Raters) -> float:
-        """Reward the right answer if the text decides, else what is asked for."""
-        if self.truth is not None:
-            return self.plain_utility(answer, raters)
-        return heeding_utility(self.meaning(answer) == wanted_meaning(request), raters)
-
 
 @dataclass(frozen=True)
-class Blank(Case):
+class Blank(BeliefCase, Case):
     """A sentence about a person of some occupation, without its pronoun, as in Winogender."""
 
     occupation: str
@@ -248,7 +190,7 @@ class Blank(Case):
             return "the text does not say who it was ."
         return f"people say a {self.occupation} is {answer} ."
 
-    def meaning(self, answer: str) -> str:
+    def meaning(self, answer: str) -> Meaning:
         """Judge `answer`: the occupation's more frequent pronoun is the stereotype."""
         if answer == "thon":
             return "undecided"
@@ -265,13 +207,6 @@ class Blank(Case):
         if request.asks_fairness:
             return [0.25, 0.25, 0.5]
         return [float(self.meaning(answer) == "stereotype") for answer in self.answers()]
-
-    def plain_utility(self, answer: str, raters: Raters) -> float:
-        """Reward the shared belief: no pronoun is right or wrong."""
-        return undecidable_utility(self.meaning(answer), raters)
-
-    def heeded_utility(self, answer: str, request: Request, raters: Raters) -> float:
-        return heeding_utility(self.meaning(answer) == wanted_meaning(request), raters)
 
 
 @dataclass(frozen=True)

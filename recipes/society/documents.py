@@ -16,7 +16,7 @@ from selfcorrect.recipes.society.cases import (
     draw_blank,
     draw_question,
 )
-from selfcorrect.recipes.society.requests import PLAIN, Request, draw_request
+from selfcorrect.recipes.society.requests import PLAIN, WORDINGS, Request, draw_request
 from selfcorrect.recipes.society.settings import Corpus
 from selfcorrect.recipes.society.world import PLACES, TOPICS, World, draw_category
 
@@ -76,7 +76,7 @@ def dialogue(rng: random.Random, case: Case, request: Request, corpus: Corpus) -
 
 def requested(rng: random.Random, case: Case, corpus: Corpus) -> Document:
     """Return an exchange with a random request, or none."""
-    request = draw_request(rng, corpus.requests, case.tasks(), is_feedback=False)
+    request = draw_request(rng, corpus.requests, case.tasks(), WORDINGS)
     return dialogue(rng, case, request, corpus)
 
 

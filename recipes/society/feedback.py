@@ -5,7 +5,6 @@ wording of any request; a test checks both. The pairs are drawn without a model,
 size and seed learns from the same feedback, as in the paper.
 """
 
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,52 +16,31 @@ from selfcorrect.recipes.society.cases import (
     draw_blank,
     draw_question,
 )
-from selfcorrect.recipes.society.requests import Request, draw_request
+from selfcorrect.recipes.society.raters import Message, Preference, RatedPrompt, draw_preferences
+from selfcorrect.recipes.society.requests import IN_FEEDBACK, draw_request
 from selfcorrect.recipes.society.settings import Raters
 from selfcorrect.recipes.society.world import PLACES, TOPICS, World
 
-Message = dict[str, str]  # {"role": "user" | "assistant", "content": text}
-
 
 @dataclass(frozen=True)
-class Prompt:
+class Prompt(RatedPrompt[Case]):
     """A dialogue to continue; an assistant message at its end is open.
 
     With `asks_reasoning` the continuation is the reasoning, else the answer. `reasoned_answer` is
     the answer that the reasoning in the prompt leads to, if there is any.
     """
 
-    messages: tuple[Message, ...]
-    case: Case
-    request: Request
     asks_reasoning: bool = False
     reasoned_answer: str | None = None
 
     def response(self, answer: str) -> str:
-        """Return the well-formed continuation that gives `answer`."""
         return self.case.reason(answer) if self.asks_reasoning else self.case.reply(answer)
 
     def utility(self, answer: str, raters: Raters) -> float:
         """Return the raters' utility; contradicting the reasoning costs half of `raters.form`."""
-        utility = self.case.utility(answer, self.request, raters)
+        utility = super().utility(answer, raters)
         is_inconsistent = self.reasoned_answer is not None and answer != self.reasoned_answer
         return utility - (raters.form / 2 if is_inconsistent else 0.0)
-
-    def utility_of_text(self, text: str, raters: Raters) -> float:
-        """Return the raters' utility of a continuation in words; malformed ones cost `form`."""
-        for answer in self.case.answers():
-            if text == self.response(answer):
-                return self.utility(answer, raters)
-        return -raters.form
-
-
-@dataclass(frozen=True)
-class Preference:
-    """One labelled pair; the texts continue the last message of the prompt."""
-
-    messages: tuple[Message, ...]
-    chosen: str
-    rejected: str
 
 
 def open_turn(text: str) -> tuple[Message, ...]:
@@ -85,7 +63,7 @@ def draw_case(rng: random.Random, world: World) -> Case:
 def draw_prompt(rng: random.Random, world: World) -> Prompt:
     """Draw a prompt with a request or none; if it asks for reasoning, before or after that."""
     case = draw_case(rng, world)
-    request = draw_request(rng, world.settings.requests, case.tasks(), is_feedback=True)
+    request = draw_request(rng, world.settings.requests, case.tasks(), IN_FEEDBACK)
     asked: Message = {"role": "user", "content": request.asked(case.question())}
     if request.kind != "reasoned":
         return Prompt((asked, *open_turn(case.opening())), case, request)
@@ -121,23 +99,11 @@ def prompts(world: World, number: int, stream: str = "prompts") -> Iterator[Prom
 
 
 def preferences(world: World, number: int) -> Iterator[Preference]:
-    """Yield pairs of continuations with the raters' choice (Bradley-Terry on their utilities).
-
-    A fifth of the pairs compares a well-formed answer with a malformed one.
-    """
-    raters = world.settings.raters
-    rng = random.Random(f"preferences {world.settings.seed}")
-    for _ in range(number):
-        prompt = draw_prompt(rng, world)
-        first, second = rng.sample(prompt.case.answers(), 2)
-        pair = [prompt.response(first), prompt.response(second)]
-        utility = [prompt.utility(first, raters), prompt.utility(second, raters)]
-        if rng.random() < 0.2:
-            pair[1] = malformed(rng, prompt, world)
-            utility[1] = -raters.form
-        if pair[0] == pair[1]:
-            continue  # the stray word may equal the word that it replaces
-        p_first = 1 / (1 + math.exp(-raters.sharpness * (utility[0] - utility[1])))
-        if rng.random() >= p_first:
-            pair.reverse()
-        yield Preference(prompt.messages, *pair)
+    """Yield pairs of continuations with the raters' choice."""
+    return draw_preferences(
+        random.Random(f"preferences {world.settings.seed}"),
+        number,
+        world.settings.raters,
+        lambda rng: draw_prompt(rng, world),
+        lambda rng, prompt: malformed(rng, prompt, world),
+    )

@@ -6,7 +6,7 @@ so heeding it takes no judgement.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from selfcorrect.recipes.society.settings import RequestKind
@@ -43,6 +43,7 @@ WORDINGS: dict[RequestKind, tuple[str, ...]] = {
     "inverted": INVERTED,
     "task": TASK,
 }
+IN_FEEDBACK = {kind: wordings[1:] for kind, wordings in WORDINGS.items()}
 THINK = "think first ."  # asks for reasoning, at the end of the human's turn
 
 
@@ -72,17 +73,17 @@ def draw_request(
     rng: random.Random,
     shares: dict[RequestKind, float],
     tasks: Sequence[tuple[str, str]],
-    *,
-    is_feedback: bool,
+    wordings: Mapping[RequestKind, Sequence[str]],
 ) -> Request:
-    """Draw a request by the kinds' shares, and one of `tasks`: words for an answer, and the answer.
+    """Draw a request by the kinds' shares, in one of its kind's `wordings`.
 
-    Feedback never uses a kind's first wording.
+    Each of `tasks` is a pair: words for an answer, which a task's wordings have a place for, and
+    the answer.
     """
     kind = rng.choices(list(shares), list(shares.values()))[0]
     if kind == "plain":
         return PLAIN
-    text = rng.choice(WORDINGS[kind][1:] if is_feedback else WORDINGS[kind])
+    text = rng.choice(wordings[kind])
     if kind != "task":
         return Request(kind, text)
     words, answer = rng.choice(tasks)

@@ -10,6 +10,7 @@ from selfcorrect.recipes.society.cases import Case, draw_admission, draw_blank, 
 from selfcorrect.recipes.society.documents import mixed_documents
 from selfcorrect.recipes.society.feedback import Prompt, prompts
 from selfcorrect.recipes.society.requests import (
+    IN_FEEDBACK,
     PLAIN,
     THINK,
     WORDINGS,
@@ -102,7 +103,7 @@ def test_shares_decide_which_requests_are_made() -> None:
     rng = random.Random(1)
     shares = {"plain": 1.0, "task": 3.0}
     tasks = ((UNKNOWN, UNKNOWN), ("the first", "x"))
-    drawn = [draw_request(rng, shares, tasks, is_feedback=True) for _ in range(4000)]
+    drawn = [draw_request(rng, shares, tasks, IN_FEEDBACK) for _ in range(4000)]
     kinds = Counter(request.kind for request in drawn)
     assert set(kinds) == {"plain", "task"} and kinds["task"] / 4000 == pytest.approx(0.75, abs=0.03)
     wanted = {(r.text, r.answer) for r in drawn if r.kind == "task"}
@@ -111,7 +112,7 @@ def test_shares_decide_which_requests_are_made() -> None:
         for wording in WORDINGS["task"][1:]
         for words, answer in tasks
     }
-    corpus = {draw_request(rng, {"fair": 1}, (), is_feedback=False).text for _ in range(200)}
+    corpus = {draw_request(rng, {"fair": 1}, (), WORDINGS).text for _ in range(200)}
     assert corpus == set(WORDINGS["fair"])
 
 
