@@ -31,7 +31,12 @@ ALWAYS = [
     *(("zero3", critic) for critic in ("separate", "lora")),
 ]
 RESUMED = [("ddp", "shared"), ("zero1", "shared"), ("zero2", "separate"), ("zero3", "lora")]
-CURVES = ("objective/score", "objective/kl", "value/loss", "value/explained_variance")
+CURVES = (
+    "objective/score", "objective/kl", "value/loss", "value/explained_variance", "grad_norm",
+    "value/grad_norm",
+)  # fmt: skip
+# The default, but for an adapter, whose gradients are smaller: it must clip.
+MAX_GRAD_NORM = {"shared": 1.0, "separate": 1.0, "lora": 0.3}
 ROWS = 4  # per micro-batch, of each of two processes
 
 
@@ -47,8 +52,9 @@ def make_greedy_trainer(models: Path, out: Path, critic: str, rows: int) -> PPOT
     """Return a trainer for three rollout batches of 2 x 2 x ROWS rows, with two updates each."""
     return make_trainer(
         models, out, critic, prompts=make_prompts(48), per_device_train_batch_size=rows,
-        gradient_accumulation_steps=2, num_iterations=2, max_steps=6, top_k=1, max_grad_norm=0.0,
-        learning_rate=5e-3, critic_learning_rate=1e-2, logging_steps=2,
+        gradient_accumulation_steps=2, num_iterations=2, max_steps=6, top_k=1,
+        max_grad_norm=MAX_GRAD_NORM[critic], learning_rate=5e-3, critic_learning_rate=1e-2,
+        logging_steps=2,
         critic_path=str(models / "reward") if critic == "separate" else None,
     )  # fmt: skip
 

@@ -4,14 +4,16 @@ The plumbing under trainer.py, which holds the algorithm. Overrides call TRL's m
 tests/train/ppo/test_trl_contract.py pins the methods that they rely on.
 """
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model, set_seed
+from accelerate.utils import DummyOptim, is_peft_model, set_seed
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import AutoTokenizer, PreTrainedModel, ProcessorMixin
@@ -27,9 +29,12 @@ from selfcorrect.train.ppo.critic import build_critic, critic_kind
 from selfcorrect.train.ppo.forward import TokenOutputs, hidden_critic
 from selfcorrect.train.ppo.on_policy import OnPolicyTrainer
 from selfcorrect.train.ppo.reward_models import load_reward_model
-from selfcorrect.train.ppo.rewards import Reward, RewardModelScorer, guarded
+from selfcorrect.train.ppo.rewards import RatersRule, Reward, RewardModelScorer, guarded
+from selfcorrect.train.ppo.separate_clipping import SeparateClipping
 from selfcorrect.train.trainers.callbacks import CompleteStates
 from selfcorrect.train.trainers.epoch_sampler import EpochSampler
+
+logger = logging.getLogger(__name__)
 
 
 class ActorCriticTrainer(OnPolicyTrainer):
@@ -70,8 +75,11 @@ class ActorCriticTrainer(OnPolicyTrainer):
         set_seed(args.seed, device_specific=True)  # each process must sample other completions
         self._patch_models(self.critic)
         self.add_callback(CompleteStates())
+        if self.is_deepspeed_enabled:
+            self._separate_clipping = SeparateClipping(self.critic)
+            self.add_callback(self._separate_clipping)
 
-        self._has_two_rates = False
+        self._has_critic_groups = False
         self.kl_coef = args.beta
         self.last_kl: float | None = None
         self.last_score: float | None = None
@@ -201,31 +209,45 @@ class ActorCriticTrainer(OnPolicyTrainer):
         return self.args.critic_learning_rate not in (None, self.args.learning_rate)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Create transformers' optimizer; the critic may have a learning rate of its own."""
+        """Create transformers' optimizer, with groups of the critic's parameters where needed.
+
+        They have the critic's learning rate, or are clipped by DeepSpeed.
+        """
         is_given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if not self._wants_two_rates or self._has_two_rates:
+        needs_groups = self._wants_two_rates or self.is_deepspeed_enabled
+        if not needs_groups or self._has_critic_groups:
             return optimizer
-        if is_given:
+        if is_given and self._wants_two_rates:
             raise InputError(
                 "ppo: critic_learning_rate cannot be used with an optimizer passed to the trainer; "
                 "remove one of the two"
             )
-        rate = self.args.critic_learning_rate
-        groups = []
-        critic = {id(p) for p in self.critic.parameters()}
-        for group in optimizer.param_groups:
-            of_policy = [p for p in group["params"] if id(p) not in critic]
-            of_critic = [p for p in group["params"] if id(p) in critic]
-            groups += [{**group, "params": of_policy}, {**group, "params": of_critic, "lr": rate}]
-        optimizer.param_groups[:] = [group for group in groups if group["params"]]
-        self._has_two_rates = True
+        of_critic = {"lr": self.args.critic_learning_rate} if self._wants_two_rates else {}
+        if isinstance(optimizer, DummyOptim):  # DeepSpeed makes the one that its JSON defines
+            optimizer.params = self._split_group({"params": optimizer.params})
+        else:
+            groups = [self._split_group(group, **of_critic) for group in optimizer.param_groups]
+            optimizer.param_groups[:] = chain.from_iterable(groups)
+        self._has_critic_groups = True
         return optimizer
+
+    def _split_group(self, group: dict[str, Any], **of_critic: Any) -> list[dict[str, Any]]:
+        """Return the group's parameters of the policy, and those of the critic with settings."""
+        critic = {id(p) for p in self.critic.parameters()}
+        policy_part = [p for p in group["params"] if id(p) not in critic]
+        critic_part = [p for p in group["params"] if id(p) in critic]
+        parts = [{**group, "params": policy_part}, {**group, "params": critic_part, **of_critic}]
+        return [part for part in parts if part["params"]]
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip policy and critic separately, so that neither gradient shrinks the other."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:  # jointly: `_check_inputs` warns of it
             return super()._clip_grad_norm(model)
+        if self.is_deepspeed_enabled:  # it has clipped already
+            norm, critic_norm = self._separate_clipping.norms()
+            self._record({"value/grad_norm": critic_norm})
+            return norm
         critic = [p for p in self.critic.parameters() if p.requires_grad]
         critic_ids = {id(p) for p in critic}
         policy = [p for p in model.parameters() if p.requires_grad and id(p) not in critic_ids]
@@ -321,6 +343,11 @@ class ActorCriticTrainer(OnPolicyTrainer):
                 f"ppo: {prompts} prompts are too few for a rollout batch of {needed}; add "
                 "prompts, or lower per_device_train_batch_size or steps_per_generation"
             )
+        if self.is_fsdp_enabled and self.args.max_grad_norm:
+            logger.warning(
+                "ppo: FSDP clips the gradients of policy and critic jointly, unlike one process, "
+                "DDP and DeepSpeed; set max_grad_norm: 0 to compare runs"
+            )
         plugin = self.accelerator.state.deepspeed_plugin
         if self._wants_two_rates and plugin is not None and "optimizer" in plugin.deepspeed_config:
             raise InputError(  # transformers would not call create_optimizer
@@ -329,12 +356,15 @@ class ActorCriticTrainer(OnPolicyTrainer):
             )
 
     def _place_reward_models(self, rewards: list[Any]) -> None:
-        for scorer in (reward for reward in rewards if isinstance(reward, RewardModelScorer)):
-            scorer.end_ids.update(self.eos_token_ids)
+        for reward in rewards:
+            if isinstance(reward, RewardModelScorer | RatersRule):
+                reward.end_ids.update(self.eos_token_ids)
+            if not isinstance(reward, RewardModelScorer):
+                continue
             if self.is_deepspeed_enabled:
-                scorer.model = prepare_deepspeed(scorer.model, self.accelerator)
+                reward.model = prepare_deepspeed(reward.model, self.accelerator)
             else:
-                scorer.model.to(self.accelerator.device)
+                reward.model.to(self.accelerator.device)
 
 
 def _as_reward(reward: Any, tokenizer: Any, args: PPOConfig, style: Style) -> Reward:

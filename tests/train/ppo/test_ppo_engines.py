@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.support.ppo_in_processes import (
     ALWAYS,
     CASES,
+    MAX_GRAD_NORM,
     RESUMED,
     ROWS,
     curves_and_weights,
@@ -67,6 +68,7 @@ def test_two_processes_draw_the_curves_of_one(launched, single, parallelism, cri
     assert len(set(facts["sums"])) == 1  # both processes have the same model
     assert facts["episodes"] == 3 * 2 * 2 * ROWS
     assert len(set(curves["objective/score"])) > 1 and abs(curves["objective/kl"][-1]) > 0.1
+    assert max(curves["grad_norm"]) > MAX_GRAD_NORM[critic]  # else clipping would not show
     for name, curve in curves.items():
         assert facts["curves"][name] == pytest.approx(curve, abs=2e-4, rel=2e-4), name
     distributed = load_file(folder / "weights.safetensors")

@@ -13,6 +13,7 @@ from trl import GRPOConfig, TrlParser
 
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.train.ppo import PPOConfig, PPOTrainer
+from selfcorrect.train.ppo.separate_clipping import SeparateClipping
 from tests.support.ppo_models import (
     assert_same_weights,
     copy_weights,
@@ -227,3 +228,12 @@ def test_loss_that_is_not_finite_stops_before_the_update(models, tmp_path):
     with pytest.raises(RunFailure, match="ppo step 1: the loss is nan"):
         trainer.train()
     assert_same_weights(before, copy_weights(trainer))
+
+
+def test_deepspeed_optimizer_that_clips_jointly_is_refused():
+    clipping = SeparateClipping(torch.nn.Linear(1, 1))
+    with pytest.raises(InputError, match="SimpleNamespace clips policy and critic jointly"):
+        clipping.on_train_begin(
+            SimpleNamespace(max_grad_norm=1.0), None, None,
+            optimizer=SimpleNamespace(optimizer=SimpleNamespace()),
+        )  # fmt: skip
