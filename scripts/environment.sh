@@ -20,9 +20,11 @@ prepare_environment() {
     if [ "$(cat .venv/selfcorrect-installed 2>/dev/null)" != "$wanted" ]; then
         echo "installing into .venv (once)" >&2
         # torch first and by its exact version: a range would install the CUDA build on Linux.
-        .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
-        .venv/bin/pip install --quiet --disable-pip-version-check \
-            --constraint constraints.txt --editable ".$extra"
+        # Modules are compiled when they are first imported: most of the installed ones never are.
+        local install=(.venv/bin/pip install --quiet --disable-pip-version-check --no-compile)
+        "${install[@]}" "$(grep '^torch==' constraints.txt)"
+        "${install[@]}" --constraint constraints.txt --editable ".$extra"
         echo "$wanted" >.venv/selfcorrect-installed
     fi
+    unset PYTHONDONTWRITEBYTECODE # else every process would compile them anew
 }
