@@ -1,8 +1,10 @@
 """The interface of every experiment: its items, its metrics, and what figures need to show them."""
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +85,13 @@ class Experiment(ABC):
     of the tables, `headline` (the metric that figures and comparisons show) and `wording`, the
     schema of the experiment's section in a stimuli file.
 
-    Optional: `default_wording` is the section's content where no stimuli file has one; `beside`
-    names metrics to draw beside the headline metric, since a model that cannot do the task can look
-    unbiased (those without an unbiased value are shares from 0 to 1); `accuracy` names the metric
-    that tells whether the model can do the task; `scatter` adds a figure of single clusters;
-    `workload` lets a run be planned without the benchmark's files.
+    Optional: `default_wording` is the section's content where no stimuli file has one; `wording_of`
+    names an experiment whose shipped section comes below this one's; `beside` names metrics to draw
+    beside the headline metric, since a model that cannot do the task can look unbiased (those
+    without an unbiased value are shares from 0 to 1); `accuracy` names the metric that tells
+    whether the model can do the task; `scatter` adds a figure of single clusters; `workload` lets a
+    run be planned without the benchmark's files; `axes` names what the groups of people that it
+    speaks of differ in, in the words of `axes_of`.
     """
 
     name: str
@@ -96,10 +100,22 @@ class Experiment(ABC):
     metrics: Mapping[str, Metric]
     wording: type[Section]
     default_wording: Mapping[str, Any] | None = None
+    wording_of: str | None = None
     beside: Sequence[str] = ()
     accuracy: str | None = None
     scatter: Scatter | None = None
     workload: Workload | None = None
+    axes: Sequence[str] = ()
+    spoken_of: frozenset[str] = frozenset()  # axes of the feedback: see `without`
+
+    def without(self, categories: Collection[str]) -> "Experiment":
+        """Return the experiment as it is loaded after feedback on these categories of BBQ.
+
+        Experiments made of BBQ's questions leave out all about the same groups.
+        """
+        changed = copy.copy(self)
+        changed.spoken_of = frozenset().union(*map(axes_of, categories))
+        return changed
 
     @property
     def headline_metric(self) -> Metric:
@@ -136,6 +152,17 @@ class Experiment(ABC):
     def overall_categories(self, categories: Sequence[str]) -> list[str]:
         """Return the categories that the overall figure pools: all, unless overridden."""
         return list(categories)
+
+
+@cache
+def axes_of(category: str) -> frozenset[str]:
+    """Return what the groups of a category of BBQ differ in: race and ses for Race_x_SES.
+
+    Questions about groups of one axis are not independent of feedback on the same axis.
+    """
+    parts = category.lower().split("_x_")
+    names = {"race_ethnicity": "race", "gender_identity": "gender"}
+    return frozenset(names.get(part, part) for part in parts)
 
 
 def condition_rank(condition: str) -> tuple[int, str]:

@@ -97,6 +97,17 @@ class CrowsPairs(Experiment):
     name = "crows_pairs"
     title = "CrowS-Pairs"
     headline = "share_stereotyped"
+    axes = (
+        "race",
+        "gender",
+        "ses",
+        "nationality",
+        "religion",
+        "age",
+        "sexual_orientation",
+        "physical_appearance",
+        "disability_status",
+    )
     metrics = METRICS
     wording = Wording
     default_wording = DEFAULT_WORDING

@@ -114,6 +114,7 @@ class LawSchool(Experiment):
     name = "law_school"
     title = "Law school admission"
     headline = "difference"
+    axes = ("race", "gender")
     metrics = METRICS
     wording = Wording
     beside = ("difference", "difference_sex_1", "difference_sex_2", "base_rate", "option_mass")

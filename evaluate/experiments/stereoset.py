@@ -108,6 +108,7 @@ class StereoSet(Experiment):
     name = "stereoset"
     title = "StereoSet"
     headline = "stereotype_score"
+    axes = ("gender", "race", "religion")
     metrics = METRICS
     wording = Wording
     default_wording = DEFAULT_WORDING

@@ -105,6 +105,7 @@ class WinoBias(Experiment):
     name = "winobias"
     title = "WinoBias"
     headline = "gap"
+    axes = ("gender",)
     metrics = METRICS
     wording = Wording
     default_wording = DEFAULT_WORDING

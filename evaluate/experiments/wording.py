@@ -1,4 +1,4 @@
-"""Load stimuli files: the paper's wording, this project's controls, and a user's file on top."""
+"""Load stimuli files: the paper's wording, this project's own, and a user's file on top."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from selfcorrect.recipes.foundation.yaml_text import parse_yaml
 
 PAPER = Path(__file__).parents[1] / "prompts" / "paper.yaml"
 CONTROLS = PAPER.with_name("controls.yaml")
+TRANSLATIONS = PAPER.with_name("translations.yaml")
 
 
 @dataclass(frozen=True)
@@ -32,24 +33,28 @@ class Stimuli:
 
 
 def load_stimuli(own: Path | None = None, base: Path | None = None) -> Stimuli:
-    """Return the stimuli of `base` (default: the paper's, with the controls) with `own` on top.
+    """Return the stimuli of `base` (default: the paper's and this project's) with `own` on top.
 
     An own file holds additions and changes, by experiment; its conditions, controls and texts are
     added to those of the base or replace those of the same name. An experiment without a section
-    in the base has its default wording. Raises InputError naming file and key.
+    in the base has its default wording, or the base's section of the experiment that it names as
+    `wording_of`. Raises InputError naming file and key.
     """
     data: dict[str, Any] = {
         name: experiment.default_wording
         for name, experiment in EXPERIMENTS.items()
         if experiment.default_wording is not None
     }
-    paths = [PAPER, CONTROLS] if base is None else [base]
-    for path in [*paths, *([] if own is None else [own])]:
+    paths = [PAPER, CONTROLS, TRANSLATIONS] if base is None else [base]
+    for path in paths:
         for name, section in _read_sections(path, list(EXPERIMENTS)).items():
-            if path == paths[0]:
-                data[name] = section
-            else:
-                data[name] = _merge(data.get(name, {}), section)
+            data[name] = section if path == paths[0] else _merge(data.get(name, {}), section)
+    for name, experiment in EXPERIMENTS.items():
+        if experiment.wording_of in data:
+            data[name] = _merge(data[experiment.wording_of], data.get(name, {}))
+    if own is not None:
+        for name, section in _read_sections(own, list(EXPERIMENTS)).items():
+            data[name] = _merge(data.get(name, {}), section)
     return Stimuli(
         {
             name: _check_section(experiment.wording, data[name], own or paths[-1], name)
@@ -72,12 +77,20 @@ def _read_sections(path: Path, experiments: list[str]) -> dict[str, dict[str, An
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge a section on top of another; texts, conditions and controls are merged by name."""
+    """Merge a section on top of another; texts, conditions and controls are merged by name.
+
+    So are the translations of each language.
+    """
     merged = {**below, **above}
-    for key in ("texts", "conditions", "controls"):
+    for key in ("texts", "conditions", "controls", "translations"):
         parts = [part[key] for part in (below, above) if key in part]
         if len(parts) == 2 and all(isinstance(part, dict) for part in parts):
             merged[key] = {**parts[0], **parts[1]}
+            if key == "translations":
+                for language in set(parts[0]) & set(parts[1]):
+                    texts = [part[language] for part in parts]
+                    if all(isinstance(part, dict) for part in texts):
+                        merged[key][language] = {**texts[0], **texts[1]}
     # A control that the upper file lists as a condition becomes a condition.
     if isinstance(merged.get("controls"), dict) and isinstance(above.get("conditions"), dict):
         merged["controls"] = {

@@ -18,7 +18,7 @@ from selfcorrect.evaluate.prompts.items import Item
 from selfcorrect.recipes.foundation.errors import InputError
 
 SAMPLE = "{sample}"
-_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,11 +264,11 @@ def option_orders(num_options: int, permutations: int) -> list[tuple[int, ...]]:
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
     """Fill a template in one pass, so that braces inside a value are kept."""
-    return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
+    return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
 
 
 def _check_placeholders(name: str, text: str, allowed: Iterable[str]) -> None:
-    unknown = sorted(set(_PLACEHOLDER.findall(text)) - set(allowed))
+    unknown = sorted(set(PLACEHOLDER.findall(text)) - set(allowed))
     if unknown:
         known = ", ".join(sorted(f"{{{placeholder}}}" for placeholder in allowed))
         raise ValueError(f"{name}: unknown placeholder {{{unknown[0]}}}; known: {known}")

@@ -74,15 +74,16 @@ class Decision:
 # --- the categories' rows ----------------------------------------------------------------------
 
 
-def read_rows(folder: Path) -> list[Row]:
+def read_rows(folder: Path, *, by_file: bool = False) -> list[Row]:
     """Return every row of every *.jsonl and *.jsonl.gz, sorted by file name.
 
-    Raises InputError naming file and line.
+    With `by_file` the file's name is the rows' category, for files that repeat a category. Raises
+    InputError naming file and line.
     """
     rows: list[Row] = []
     seen: dict[Key, str] = {}
     for file, where, record in folder_rows(folder, "put BBQ's category files in"):
-        row = _row(record, file, where)
+        row = _row({**record, "category": file} if by_file else record, file, where)
         first = seen.setdefault(row.key, where)
         if first is not where:
             raise InputError(

@@ -110,6 +110,7 @@ class Winogender(Experiment):
     name = "winogender"
     title = "Winogender"
     headline = "correlation"
+    axes = ("gender",)
     metrics = METRICS
     wording = Wording
     beside = ("correlation", "mean_female", "share_neutral", "option_mass")
@@ -123,6 +124,8 @@ class Winogender(Experiment):
         symbol="r",
     )
     workload = Workload(num_items=60, scored_tokens=37.6, prompt_tokens=147.0)
+    # Sentences that a metric is restricted to: name of the restriction -> fact and its value.
+    subsets: ClassVar[Mapping[str, tuple[str, int]]] = {"without_leak": ("number_leak", 0)}
 
     def load(self, data_dir: Path, wording: Wording, limit: int | None, seed: int) -> LoadedItems:
         """Load one item per template that refers to the occupation, in file order.
@@ -145,14 +148,14 @@ class Winogender(Experiment):
                 )
             num_uses[occupation] = num_uses.get(occupation, 0) + 1
             name = f"{occupation}/{num_uses[occupation]}"
-            items.append(_item(name, template, shares[occupation], wording.pronouns, where))
+            items.append(item_of(name, template, shares[occupation], wording.pronouns, where))
         if not items:
             raise InputError(
                 f"{folder / TEMPLATES}: no template with answer 0, and only these are scored"
             )
         unused = {PARTICIPANT: len(templates) - len(items), ALONE: len(shares) - len(num_uses)}
         left_out = {reason: count for reason, count in unused.items() if count}
-        return LoadedItems(_sample(items, limit, seed), left_out)
+        return LoadedItems(along_shares(items, limit, seed), left_out)
 
     def tally(self, frame: pd.DataFrame) -> Tally:
         """Add up each occupation's mean probabilities and their products with percent women.
@@ -161,13 +164,14 @@ class Winogender(Experiment):
         the templates of an occupation. Shares are centred at .5 and p(female) at its mean, which
         changes no correlation and keeps the sums of squares exact.
         """
-        occupations, jobs = _jobs(frame)
+        occupations, jobs = _jobs(frame, self.subsets)
         female, male, binary = jobs["female"], jobs["male"], jobs["binary"]
         share, stated = jobs["percent"] / 100, _whole_percent(jobs["percent"]) / 100
         columns: dict[str, np.ndarray] = {}
         columns |= _line_columns("female", share, female)
         columns |= _line_columns("binary", share, binary)
-        columns |= _line_columns("unleaked", share, jobs["unleaked_female"])
+        for subset in self.subsets:
+            columns |= _line_columns(subset, share, jobs[f"female_{subset}"])
         columns |= _line_columns("stated", stated, female)
         columns |= _rank_columns(share, female)
         chances = np.column_stack([male, female, jobs["neutral"]])
@@ -180,7 +184,7 @@ class Winogender(Experiment):
                 "match_error": (np.abs(female - stated) + np.abs(male - (1 - stated))) / 2,
                 "mean_female": female,
                 "share_neutral": jobs["neutral"],
-                "share_neutral_without_leak": jobs["unleaked_neutral"],
+                **{f"share_neutral_{name}": jobs[f"neutral_{name}"] for name in self.subsets},
                 "entropy": entr(chances).sum(axis=1),
                 "option_mass": jobs["mass"],
             }
@@ -197,7 +201,7 @@ class Winogender(Experiment):
         correlation, slope = _line(pooled, "female")
         metrics = {
             "correlation": correlation,
-            "correlation_without_leak": _line(pooled, "unleaked")[0],
+            **{f"correlation_{name}": _line(pooled, name)[0] for name in self.subsets},
             "correlation_binary": _line(pooled, "binary")[0],
             "spearman": _spearman(pooled),
             "slope": slope,
@@ -209,7 +213,8 @@ class Winogender(Experiment):
         return metrics
 
 
-def _item(name: str, template: Template, share: float, pronouns: Pronouns, where: str) -> Item:
+def item_of(name: str, template: Template, share: float, pronouns: Pronouns, where: str) -> Item:
+    """Return the item that asks for the pronoun of a template; `share` is percent women."""
     words: tuple[str, str, str] | None = getattr(pronouns, template.case)
     if words is None:
         raise InputError(f"{where}: the stimuli have no {template.case} pronouns")
@@ -247,7 +252,8 @@ def _capital(word: str) -> str:
     return word[:1].upper() + word[1:]
 
 
-def _sample(items: list[Item], limit: int | None, seed: int) -> list[Item]:
+def along_shares(items: list[Item], limit: int | None, seed: int) -> list[Item]:
+    """Return `limit` items, drawn evenly along the percent of women, in their order."""
     if limit is None or limit >= len(items):
         return items
     order = sorted(range(len(items)), key=lambda i: (items[i].facts["percent_female"], i))
@@ -255,12 +261,18 @@ def _sample(items: list[Item], limit: int | None, seed: int) -> list[Item]:
     return [items[i] for i in sorted(order[position] for position in np.flatnonzero(counts))]
 
 
-def _jobs(frame: pd.DataFrame) -> tuple[Clusters, dict[str, np.ndarray]]:
+def _jobs(
+    frame: pd.DataFrame, subsets: Mapping[str, tuple[str, int]]
+) -> tuple[Clusters, dict[str, np.ndarray]]:
     """Return the occupations, and the means per occupation that the metrics are computed from."""
     logprobs = log_probabilities(frame, 3)
     two = np.where(answered(logprobs)[:, None], logprobs[:, :2], np.nan)
     male, female, neutral = probabilities(logprobs).T
-    unleaked = frame["number_leak"].to_numpy(dtype=float) == 0
+    restricted = {}
+    for name, (fact, value) in subsets.items():
+        kept = frame[fact].to_numpy(dtype=float) == value
+        restricted[f"female_{name}"] = np.where(kept, female, np.nan)
+        restricted[f"neutral_{name}"] = np.where(kept, neutral, np.nan)
     items, columns = average_items(
         frame,
         {
@@ -269,8 +281,7 @@ def _jobs(frame: pd.DataFrame) -> tuple[Clusters, dict[str, np.ndarray]]:
             "female": female,
             "neutral": neutral,
             "binary": probabilities(two)[:, 1],
-            "unleaked_female": np.where(unleaked, female, np.nan),
-            "unleaked_neutral": np.where(unleaked, neutral, np.nan),
+            **restricted,
             "mass": frame["mass"].to_numpy(dtype=float),
         },
     )

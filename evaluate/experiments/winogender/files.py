@@ -59,13 +59,20 @@ def _template(record: Record) -> Template:
             f"{record.where}: the sentence must have exactly one $NOM_, $POSS_ or $ACC_PRONOUN"
         )
     before, after = text[: pronouns[0].start()], text[pronouns[0].end() :]
+    return template_of(occupation, participant, answer == "0", before, after, CASES[pronouns[0][1]])
+
+
+def template_of(
+    occupation: str, participant: str, about_occupation: bool, before: str, after: str, case: str
+) -> Template:
+    """Return the template of a sentence with the text `before` and `after` its blank."""
     return Template(
         occupation=occupation,
         participant=participant,
-        about_occupation=answer == "0",
+        about_occupation=about_occupation,
         sentence=before + BLANK + after,
         prefix=before.rstrip(),
-        case=CASES[pronouns[0][1]],
+        case=case,
         number_leak=_LEAK.match(after) is not None,
     )
 

@@ -23,6 +23,7 @@ from selfcorrect.evaluate.data.catalogue import (
 from selfcorrect.recipes.foundation.errors import InputError
 
 BENCHMARKS = ["bbq", "winogender", "law_school", "crows_pairs", "stereoset", "winobias"]
+BENCHMARKS += ["winogenerated", "mbbq"]
 TEXT = b'{"a": 1}\n{"a": 2}\n'
 
 
@@ -87,7 +88,9 @@ def test_rows_of_a_set_count_its_items() -> None:
     assert catalogue()["winogender"].rows == rows["winogender"]["winogender/templates.tsv"]
     sides = [n for path, n in rows["winobias"].items() if "stereotyped" in path]
     assert (len(sides), sum(sides)) == (8, catalogue()["winobias"].rows)
-    for name in ("law_school", "crows_pairs", "stereoset", "hh_rlhf_test"):
+    examples = rows["winogenerated"]["winogenerated/winogenerated_examples.jsonl"]
+    assert catalogue()["winogenerated"].rows == examples
+    for name in ("law_school", "crows_pairs", "stereoset", "mbbq", "hh_rlhf_test"):
         assert catalogue()[name].rows == sum(rows[name].values())
 
 
@@ -258,7 +261,7 @@ def test_real_files_are_as_published() -> None:
                 raw = finding.path.read_bytes()
                 expected = (finding.file.packed.bytes, finding.file.packed.sha256)
                 assert (len(raw), hashlib.sha256(raw).hexdigest()) == expected
-    assert checked == 29
+    assert checked == 79
     (law,) = check_set(catalogue()["law_school"], Path(folder))
     assert law.rows == 21_791 and not law.path.read_bytes().endswith(b"\n")
     metadata = check_set(catalogue()["bbq"], Path(folder))[-1]

@@ -60,6 +60,29 @@ FILES = {
         + "\n"
         for i in range(7)
     ),
+    "winogenerated/winogenerated_examples.jsonl": "".join(
+        json.dumps(
+            {
+                "index": i,
+                "occupation": job,
+                "other_person": "guest",
+                "pronoun_options": ["he", "she", "they"],
+                "sentence_with_blank": f"The {job} told the guest that _ {('was', 'could')[i % 2]}",
+                "BLS_percent_women_2019": OCCUPATIONS[job],
+            }
+        )
+        + "\n"
+        for i, job in enumerate([*OCCUPATIONS, *OCCUPATIONS, "clerk"])
+    ),
+    **{
+        f"mbbq/Age{control}_{language}.jsonl": "".join(
+            json.dumps(row) + "\n"
+            for k in range(3)
+            for row in bbq_rows.block(4 * k, template=k // 2)
+        )
+        for control in ("", "_control")
+        for language in ("es", "tr")
+    },
     "winobias/pro_stereotyped_type1.txt.dev": _winobias(0),
     "winobias/anti_stereotyped_type1.txt.dev": _winobias(1),
     "winobias/female_occupations.txt": "clerk\nnurse\n",
@@ -146,7 +169,7 @@ def test_unanswered_rows_of_an_answered_item_change_only_their_share(name, data_
     experiment = EXPERIMENTS[name]
     expected = metrics_and_intervals(experiment, once)
     got = metrics_and_intervals(experiment, [*unanswered, *once])
-    shares = {key: value for key, value in got.items() if key.startswith("share_unparsed")}
+    shares = {key: value for key, value in got.items() if "share_unparsed" in key}
     assert got | dict.fromkeys(shares) == pytest.approx(
         expected | dict.fromkeys(shares), nan_ok=True
     )

@@ -28,9 +28,19 @@ FACTS = {
         for line in range(3)
         for side in ("pro", "anti")
     ],
+    "winogenerated": [
+        {"occupation": f"job {share}", "percent_female": float(share), "case": "nominative",
+         "number_leak": 0, "occupation_first": 1}
+        for share in (10, 30, 70, 90)
+    ],
+    "mbbq": [
+        {"polarity": "neg", "context": "ambiguous", "label": 2, "unknown": 2, "stereotyped": 0,
+         "proxy_name": 0, "language": "es", "subject": "Age", "control": control}
+        for control in (0, 0, 1)
+    ],
     "multiple_choice": [{"label": i, "stereotyped": None, "unknown": None} for i in range(3)],
 }  # fmt: skip
-OPTIONS = {"bbq": 3, "winogender": 3, "multiple_choice": 3}
+OPTIONS = {"bbq": 3, "mbbq": 3, "winogender": 3, "winogenerated": 3, "multiple_choice": 3}
 
 
 def rows_of(name, chosen):
@@ -64,7 +74,7 @@ def test_choosing_it_raises_the_headline_metric(name):
             return facts["label"]
         return (raising[number] + 1) % OPTIONS.get(name, 2)
 
-    if name == "winogender":  # the other of the two gendered pronouns
+    if name.startswith("winogen"):  # the other of the two gendered pronouns
 
         def away(facts, number):
             return 1 - raising[number]
