@@ -41,12 +41,13 @@ class Sample:
     """One sampled text without special tokens.
 
     `truncated`: the model was cut off at `max_new_tokens` before it ended its text. `num_tokens`
-    counts the generated tokens, the end token included.
+    counts the generated tokens, the end token included. `stopped`: the string `stop` ended it.
     """
 
     text: str
     truncated: bool
     num_tokens: int
+    stopped: bool = False
 
 
 class Engine(ABC):
@@ -54,6 +55,7 @@ class Engine(ABC):
 
     tokenizer: Any
     context: int | None  # None: no bound
+    dtype: str | None = None  # in which weights are held; None: known to the model alone
     on_progress: Callable[[float], None] | None = None
     """An engine may call it with the share of the current call that is done."""
 
@@ -137,3 +139,29 @@ class Engine(ABC):
                     f"the model's logits are NaN for the prompt {opening(prompt)}: broken weights"
                 )
         return scores
+
+
+class EngineLoader(ABC):
+    """Load models, or the checkpoints of a run, one after another for an engine.
+
+    Making one raises InputError if the engine's library is not installed.
+    """
+
+    @abstractmethod
+    def load(
+        self,
+        model: str,
+        revision: str | None = None,
+        dtype: str | None = None,
+        room: Callable[[Any], int] | None = None,
+    ) -> Engine:
+        """Return the engine with a model folder, an adapter's folder, a hub name or a GGUF file.
+
+        `dtype` is the type in which weights are held; None: as they were saved. `room` returns the
+        tokens of the longest dialogue for a tokenizer. The engine returned before must no longer
+        be used. Raises InputError, in one line, for everything that cannot be loaded.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free memory and end processes; loading again starts afresh."""

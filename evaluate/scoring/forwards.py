@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from selfcorrect.evaluate.scoring.limits import LARGEST_LOGITS
+from selfcorrect.evaluate.scoring.precision import device_of
 from selfcorrect.evaluate.scoring.token_trie import Pack, shared_length
 
 _LARGEST_SOFTMAX = 2**22  # numbers in one piece of the normaliser, to stay in the cache
@@ -34,7 +35,7 @@ class Forwards:
     def __init__(self, model: Any, batch_tokens: int) -> None:
         self.model = model
         self.batch_tokens = batch_tokens
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self.dtype = next(model.parameters()).dtype
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         architecture = type(model.get_base_model() if hasattr(model, "get_base_model") else model)
@@ -44,6 +45,8 @@ class Forwards:
         self._slices = "logits_to_keep" in self.accepts and hasattr(
             sys.modules[architecture.__module__], "slice_logits_to_keep"
         )
+        # Layers on several GPUs: an index on the CPU suits the tensors of each of them.
+        self._index_device = torch.device("cpu") if _spans_devices(model) else self.device
 
     @torch.no_grad()
     def packed(self, packs: Sequence[Pack]) -> Iterator[tuple[int, np.ndarray]]:
@@ -170,7 +173,7 @@ class Forwards:
         suffixes = [row[length:] for group in groups for row in group.rows]
         if any(len(suffix) for suffix in suffixes):  # else all rows are single tokens
             parents = [i for i, group in enumerate(groups) for _ in group.rows]
-            cache.batch_select_indices(torch.tensor(parents, device=self.device))
+            cache.batch_select_indices(torch.tensor(parents, device=self._index_device))
             self._run_rows(values, pack, suffixes, length, past_key_values=cache)
 
     def _run_rows(
@@ -240,7 +243,7 @@ class Forwards:
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
         }
-        keep = keep.to(self.device)
+        keep = keep.to(self._index_device)
         if "use_cache" in self.accepts:
             arguments["use_cache"] = use_cache
         if self._slices:
@@ -249,6 +252,20 @@ class Forwards:
             output = self.model(**arguments)
         logits = output.logits if self._slices else output.logits[keep]
         return logits, getattr(output, "past_key_values", None)
+
+
+def _spans_devices(model: Any) -> bool:
+    """Return whether a model's layers run on several devices, and let its masks stay on the CPU."""
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(places - {"cpu", "disk"}) < 2:
+        return False
+    hook = getattr(model, "_hf_hook", None)
+    for part in getattr(hook, "hooks", [hook]):
+        skipped = getattr(part, "skip_keys", None) or []
+        if part is not None:
+            names = [skipped] if isinstance(skipped, str) else skipped
+            part.skip_keys = [*names, "logits_to_keep"]
+    return True
 
 
 @contextmanager
@@ -295,11 +312,17 @@ def float32_head(model: Any) -> Iterator[None]:
         bias = None if head.bias is None else head.bias.float()
         return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
 
-    head.forward = forward
+    # A hook of accelerate brings offloaded weights, and calls the forward that it has replaced.
+    name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
+    before = vars(head).get(name)
+    setattr(head, name, forward)
     try:
         yield
     finally:
-        del head.forward
+        if before is None:
+            delattr(head, name)
+        else:
+            setattr(head, name, before)
 
 
 @dataclass(frozen=True, slots=True)

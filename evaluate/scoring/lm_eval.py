@@ -1,15 +1,19 @@
 """Score and sample with any `LM` of lm-eval (the evaluation harness); load engines by name."""
 
-from collections.abc import Sequence
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from selfcorrect.evaluate.prompts.dialogue import BEGINNING
 from selfcorrect.evaluate.prompts.tokenized import Request, continuations, token_ids
-from selfcorrect.evaluate.scoring.engine import Engine, Sample, Sampling
-from selfcorrect.evaluate.scoring.load_model import refuse_pickles
-from selfcorrect.evaluate.scoring.vllm import load_vllm, request_seed
-from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.foundation.ranks import best_device
+from selfcorrect.evaluate.scoring.engine import Engine, EngineLoader, Sample, Sampling
+from selfcorrect.evaluate.scoring.load_model import ADAPTER, load_model, refuse_pickles
+from selfcorrect.evaluate.scoring.precision import held_in
+from selfcorrect.evaluate.scoring.vllm import VllmLoader, request_seed, vllm_version
+from selfcorrect.recipes.foundation.errors import InputError, reason_of
 
 
 class LmEvalEngine(Engine):
@@ -68,7 +72,7 @@ class LmEvalEngine(Engine):
         """See `Engine.sample`; prompts go one by one, since lm-eval has no seeds for requests.
 
         The texts differ from those of `PackedEngine`. lm-eval returns text alone: if it has
-        `max_new_tokens` tokens when tokenised again, it counts as truncated.
+        `max_new_tokens` tokens when tokenised again, it counts as truncated, and else as stopped.
         """
         if not prompts:
             return []
@@ -100,7 +104,7 @@ class LmEvalEngine(Engine):
                     texts += self._generate([prompt], settings)
         lengths = [len(ids) for ids in token_ids(self.tokenizer, texts)]
         return [
-            Sample(text, length >= sampling.max_new_tokens, length)
+            Sample(text, (cut := length >= sampling.max_new_tokens), length, stopped=not cut)
             for text, length in zip(texts, lengths, strict=True)
         ]
 
@@ -115,26 +119,75 @@ class LmEvalEngine(Engine):
         return texts
 
 
-def load_engine(name: str, model: str, revision: str | None = None) -> Engine:
-    """Load the engine `vllm` or `lm-eval:<LM>` with a model folder or hub name."""
+class LmEvalLoader(EngineLoader):
+    """Load models into an LM of lm-eval, `hf` for example; `arguments` are the LM's own.
+
+    `hf` gets the model that `load_model` loads: adapters of all kinds, in the type asked for. (By
+    its own `peft=` lm-eval cuts the embeddings to the tokenizer's size, which changes the scores of
+    models with more.)
+    """
+
+    def __init__(self, lm: str, arguments: Mapping[str, Any] | None = None) -> None:
+        self.lm, self.arguments = lm, dict(arguments or {})
+        if importlib.util.find_spec("lm_eval") is None:
+            raise InputError("lm-eval is not installed: pip install 'selfcorrect[lm-eval]'")
+
+    def load(
+        self,
+        model: str,
+        revision: str | None = None,
+        dtype: str | None = None,
+        room: Callable[[Any], int] | None = None,
+    ) -> LmEvalEngine:
+        """See `EngineLoader.load`; other LMs than `hf` choose the type of weights themselves."""
+        from lm_eval.api.registry import get_model
+
+        options: dict[str, Any] = {"pretrained": model}
+        if self.lm == "hf":
+            loaded, tokenizer = load_model(model, revision=revision, dtype=dtype or "auto")
+            # Prompts hold their special tokens as text.
+            options = {"pretrained": loaded, "tokenizer": tokenizer, "add_bos_token": False}
+        elif (Path(model) / ADAPTER).is_file():
+            raise InputError(
+                f"{model}: an adapter, but lm-eval's {self.lm} reads whole models here; use "
+                "--engine lm-eval:hf or packed"
+            )
+        elif revision is not None:
+            options["revision"] = revision
+        try:
+            with refuse_pickles(model):
+                lm = get_model(self.lm).create_from_arg_obj(options | self.arguments)
+                engine = LmEvalEngine(lm)
+        except Exception as error:  # an LM may raise anything
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{model}: lm-eval's {self.lm} cannot load it: {reason_of(error)}"
+            ) from error
+        if self.lm == "hf":
+            engine.dtype = held_in(loaded)
+        return engine
+
+    def close(self) -> None:
+        """Keep nothing: an LM is freed with its engine."""
+
+
+def engine_version(name: str) -> str | None:
+    """Return the version of an engine's library; None for the packed engine, or without it."""
     if name == "vllm":
-        return load_vllm(model, revision)
+        return vllm_version()
+    if name == "packed":
+        return None
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("lm_eval")
+    return None
+
+
+def engine_loader(name: str, arguments: Mapping[str, Any] | None = None) -> EngineLoader:
+    """Return the loader of the engine `vllm` or `lm-eval:<LM>`; `arguments` are the library's."""
+    if name == "vllm":
+        return VllmLoader(arguments)
     kind, _, lm = name.partition(":")
     if kind != "lm-eval" or not lm:
         raise InputError(f"unknown engine {name!r}; use packed, vllm or lm-eval:hf")
-    try:
-        from lm_eval.api.registry import get_model
-    except ImportError:
-        raise InputError("lm-eval is not installed: pip install 'selfcorrect[lm-eval]'") from None
-    options: dict[str, Any] = {"pretrained": model}
-    if lm == "hf":
-        # Prompts hold their special tokens as text. Without `device` HFLM asks for CUDA.
-        options |= {"add_bos_token": False, "device": best_device(), "trust_remote_code": False}
-    if revision is not None:
-        options["revision"] = revision
-    try:
-        with refuse_pickles(model):
-            return LmEvalEngine(get_model(lm).create_from_arg_obj(options))
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{model}: lm-eval's {lm} cannot load it: {reason}") from error
+    return LmEvalLoader(lm, arguments)

@@ -2,9 +2,10 @@
 
 import json
 import logging
+import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from selfcorrect.evaluate.scoring.precision import (
     loading_options,
     num_parameters,
 )
-from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError, is_from_outside, reason_of
 from selfcorrect.recipes.foundation.ranks import best_device
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,12 @@ def load_model(
     trust_remote_code: bool = False,
     dtype: str = "auto",
     device: str | None = None,
+    placement: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer), the model in eval mode on `device` (default: `best_device`).
+
+    `placement` divides a model instead: transformers' `device_map` (auto: over all GPUs, then the
+    CPU, then the disk), with `max_memory` by device and `offload_folder`.
 
     `path` is a model folder, a hub id, a PEFT adapter folder or a .gguf file. Weights are read from
     safetensors or GGUF, never from pickles. `dtype` is the type that they are held in: "auto" is
@@ -49,7 +54,7 @@ def load_model(
     file = Path(path).expanduser()
     if _is_gguf(file):
         path, gguf_file = file.parent, file.name
-    source = _source(str(path))
+    source = source_of(str(path))
     check_saved(Path(source))
     device = device or best_device()
     check_dtype(dtype, device, str(path))
@@ -64,19 +69,21 @@ def load_model(
             base, of_base["gguf_file"] = str(Path(base).parent), Path(base).name
         elif Path(base).is_dir():
             check_saved(Path(base))
-        elif revision_of_base := _read_adapter(adapter).get("revision"):
+        elif revision_of_base := read_adapter(adapter).get("revision"):
             of_base["revision"] = revision_of_base
-        model = load_adapter(_load_weights(base, dtype, of_base, device), source)
+        model = _load_weights(base, dtype, of_base, device, placement)
+        model = load_adapter(model, source, placement)
         tokenizer = _load_tokenizer(source, base, of_base)
     else:
         if gguf_file is not None:
             options["gguf_file"] = gguf_file
         elif Path(source).is_dir() and not (Path(source) / "config.json").is_file():
             raise InputError(f"{path}: not a model folder (no config.json)")
-        model = _load_weights(source, dtype, options, device)
+        model = _load_weights(source, dtype, options, device, placement)
         tokenizer = _load_tokenizer(source, source, options)
     _check_vocabulary(source, model, tokenizer)
-    return (model if dtype == "4bit" else model.to(device)).eval(), tokenizer
+    is_placed = placement or dtype == "4bit"
+    return (model if is_placed else model.to(device)).eval(), tokenizer
 
 
 def warn_trust_remote_code(path: str | Path) -> None:
@@ -130,10 +137,12 @@ def _pickled(source: str | Path) -> InputError:
     )
 
 
-def _source(path: str) -> str:
-    """Return `path` as transformers expects it; a missing folder never becomes a hub lookup."""
+def source_of(path: str) -> str:
+    """Return `path` as libraries expect it; a missing folder never becomes a hub lookup."""
     folder = Path(path).expanduser()
     if folder.is_dir():
+        return str(folder)
+    if _is_gguf(folder):
         return str(folder)
     if folder.exists():
         raise InputError(f"{path}: not a model; give a model folder, a .gguf file or a hub id")
@@ -155,7 +164,7 @@ def base_of(adapter: Path) -> str:
 
     It is a model folder, a .gguf file or a hub id.
     """
-    named = _read_adapter(adapter).get("base_model_name_or_path")
+    named = read_adapter(adapter).get("base_model_name_or_path")
     if not named:
         raise InputError(f"{adapter}: base_model_name_or_path: set it to the base model's path")
     folder = adapter.parent.resolve()
@@ -164,7 +173,7 @@ def base_of(adapter: Path) -> str:
         if (candidate / "config.json").is_file() or _is_gguf(candidate):
             return str(candidate)
     try:
-        source = _source(named)
+        source = source_of(named)
     except InputError:
         raise InputError(
             f"{adapter}: the base model {named} is neither there nor beside the adapter; "
@@ -178,7 +187,7 @@ def base_of(adapter: Path) -> str:
     return source
 
 
-def _read_adapter(adapter: Path) -> dict[str, Any]:
+def read_adapter(adapter: Path) -> dict[str, Any]:
     """Return an adapter_config.json; {} for a damaged one."""
     try:
         settings = json.loads(adapter.read_text(encoding="utf-8"))
@@ -191,7 +200,13 @@ def _is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-def _load_weights(source: str, dtype: str, options: dict[str, Any], device: str) -> Any:
+def _load_weights(
+    source: str,
+    dtype: str,
+    options: dict[str, Any],
+    device: str,
+    placement: Mapping[str, Any] | None = None,
+) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     # GGUF files have their own loader, which ignores use_safetensors.
@@ -201,11 +216,23 @@ def _load_weights(source: str, dtype: str, options: dict[str, Any], device: str)
             config = AutoConfig.from_pretrained(source, **options)
             count = num_parameters(config, options["trust_remote_code"])
             dtype = chosen("auto", count, fast_dtype(device))
-        held = loading_options(dtype, device)
+        held = loading_options(dtype, device) | _placement_options(placement)
         return AutoModelForCausalLM.from_pretrained(source, **held, **safetensors, **options)
 
 
-def load_adapter(model: Any, source: str) -> Any:
+def _placement_options(placement: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return transformers' arguments; GPUs are numbers, which YAML and JSON may write as text."""
+    options = dict(placement or {})
+    if "max_memory" in options:
+        memory = options["max_memory"].items()
+        options["max_memory"] = {
+            int(place) if str(place).isdigit() else place: size for place, size in memory
+        }
+        options.setdefault("device_map", "auto")
+    return options
+
+
+def load_adapter(model: Any, source: str, placement: Mapping[str, Any] | None = None) -> Any:
     """Put the adapter of the folder `source` on its base model.
 
     The base's embeddings get as many rows as the adapter was trained with. Raises InputError for an
@@ -226,9 +253,11 @@ def load_adapter(model: Any, source: str) -> Any:
                 "before each prompt, or need a task with it, which is not supported; give an "
                 "adapter of the weights, such as LoRA"
             )
-        shapes = _shapes(weights)
+        shapes = tensor_shapes(weights)
         _fit_vocabulary(model, shapes, source)
-        adapted = PeftModel.from_pretrained(model, source, is_trainable=False)
+        adapted = PeftModel.from_pretrained(
+            model, source, is_trainable=False, **_placement_options(placement)
+        )
     modules, found = (
         sum(".lora_A." in name for name in names) for names in (shapes, adapted.state_dict())
     )
@@ -241,7 +270,7 @@ def load_adapter(model: Any, source: str) -> Any:
     return adapted
 
 
-def _shapes(file: Path) -> dict[str, list[int]]:
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
     """Return the shape of each tensor of a safetensors file, from its header."""
     from safetensors import safe_open
 
@@ -297,6 +326,62 @@ def _untie(model: Any, shapes: dict[str, list[int]]) -> None:
         model.config.get_text_config().tie_word_embeddings = False
 
 
+def load_tokenizer(model: str, revision: str | None = None) -> Any:
+    """Return the tokenizer of a model folder, an adapter, a hub name or a GGUF file.
+
+    Raises InputError if it cannot be loaded.
+    """
+    source = source_of(model)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if revision is not None:
+        options["revision"] = revision
+    file = Path(source)
+    if (file / ADAPTER).is_file():
+        base = base_of(file / ADAPTER)
+        if not any(file.glob("tokenizer*")) and Path(base).is_file():
+            return load_tokenizer(base)
+        return _load_tokenizer(source, base, options)
+    if file.is_file():
+        source, options["gguf_file"] = str(file.parent), file.name
+    return _load_tokenizer(source, source, options)
+
+
+def saved_dtype(model: str, revision: str | None = None) -> str:
+    """Return the type in which a model's weights, or those of an adapter's base, were saved.
+
+    It is that of the configuration, else that of the largest tensor in a folder, else float32.
+    """
+    from transformers import AutoConfig
+
+    source = source_of(model)
+    adapter = Path(source) / ADAPTER
+    if adapter.is_file():
+        base = base_of(adapter)
+        return saved_dtype(
+            base, None if Path(base).exists() else read_adapter(adapter).get("revision")
+        )
+    if not Path(source).is_file():
+        with _input_errors(source, "model"):
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        for part in (config, config.get_text_config(decoder=True)):
+            if getattr(part, "dtype", None) is not None:
+                return str(part.dtype).removeprefix("torch.")
+    return _largest_dtype(Path(source)) or "float32"
+
+
+def _largest_dtype(folder: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    found: dict[int, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with suppress(SafetensorError, OSError), safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_slice(name)
+                found.setdefault(math.prod(tensor.get_shape()), tensor.get_dtype())
+    return names.get(found[max(found)]) if found else None
+
+
 def _load_tokenizer(source: str, fallback: str, options: dict[str, Any]) -> Any:
     """Load the tokenizer of `source`, or of `fallback` if `source` is a folder without one."""
     from transformers import AutoTokenizer
@@ -332,9 +417,9 @@ def _input_errors(source: str, part: str) -> Iterator[None]:
             raise
         if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
-        if isinstance(error, RuntimeError) and "out of memory" in str(error):
+        if is_from_outside(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         remedy = "give a model folder, or a hub id (with network, or the model in the local cache)"
         if Path(source).is_dir():
             remedy = "the folder needs config.json, *.safetensors and the tokenizer's files"

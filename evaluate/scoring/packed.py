@@ -37,7 +37,7 @@ from selfcorrect.evaluate.scoring.limits import (
     SMALL_PACK_TOKENS,
     SMALL_SCORING_TOKENS,
 )
-from selfcorrect.evaluate.scoring.precision import is_out_of_memory
+from selfcorrect.evaluate.scoring.precision import device_of, is_out_of_memory
 from selfcorrect.evaluate.scoring.sampling import (
     SampledBatch,
     batches,
@@ -70,7 +70,7 @@ class PackedEngine(Engine):
         batch_tokens: int | None = None,
         pack_tokens: int | None = None,
     ) -> None:
-        self.device_kind = "cpu" if next(model.parameters()).device.type == "cpu" else "gpu"
+        self.device_kind = "cpu" if device_of(model).type == "cpu" else "gpu"
         on_cpu = self.device_kind == "cpu"
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         is_small = on_cpu and self.num_parameters < SMALL_MODEL

@@ -157,6 +157,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def device_of(model: Any) -> Any:
+    """Return the torch.device that a model's inputs go to.
+
+    Weights of a model with a `device_map` may lie elsewhere, or on none until they are needed.
+    """
+    import torch
+
+    embedding = model.get_input_embeddings()
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return next(model.parameters()).device if device is None else torch.device(device)
+
+
 def held_in(model: Any) -> str:
     """Return the type in which a model's weights are held, for records.
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,18 @@ def weights_digest(model: Any) -> str:
 
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        tensor = _offloaded(model, name) if tensor.is_meta else tensor
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _offloaded(model: Any, name: str) -> Any:
+    """Return a tensor of a model with a `device_map` that lies on the CPU or the disk."""
+    module, _, own = name.rpartition(".")
+    hook = model.get_submodule(module)._hf_hook
+    parts = [part for part in getattr(hook, "hooks", [hook]) if getattr(part, "weights_map", None)]
+    return parts[0].weights_map[own]
 
 
 def files_digest(model: str | Path, revision: str | None = None) -> str:
@@ -55,8 +65,11 @@ class CheckpointLoader:
     tensor by tensor from the mapped file: no second model in memory, no tokenizer parsed again.
     """
 
-    def __init__(self, device: str | None = None) -> None:
+    def __init__(
+        self, device: str | None = None, placement: Mapping[str, Any] | None = None
+    ) -> None:
         self.device = device
+        self.placement = dict(placement or {})
         self.num_swapped = 0
         self._last: tuple[dict[str, str], Any, Any] | None = None
 
@@ -69,7 +82,7 @@ class CheckpointLoader:
         Raises InputError for everything that cannot be loaded.
         """
         check_saved(folder)
-        configs = _configs(folder) | {"dtype": dtype}
+        configs = config_digests(folder) | {"dtype": dtype}
         last, self._last = self._last, None  # a failed swap leaves a mixture behind
         if last is not None and last[0] == configs and _swapped(last[1], folder, dtype):
             self.num_swapped += 1
@@ -77,13 +90,17 @@ class CheckpointLoader:
         else:
             del last  # before the next model needs the memory
             loaded = load_model(
-                folder, trust_remote_code=trust_remote_code, dtype=dtype, device=self.device
+                folder,
+                trust_remote_code=trust_remote_code,
+                dtype=dtype,
+                device=self.device,
+                placement=self.placement,
             )
             self._last = (configs, *loaded)
         return self._last[1], self._last[2]
 
 
-def _configs(folder: Path) -> dict[str, str]:
+def config_digests(folder: Path) -> dict[str, str]:
     """Return the digests of all files that decide how to load: architecture, adapter, tokenizer."""
     return {
         path.name: file_digest(path)
@@ -109,6 +126,8 @@ def _swap_all(model: Any, files: list[Path], any_type: bool) -> bool:
     from safetensors import safe_open
 
     targets, filled = model.state_dict(), set()
+    if any(tensor.is_meta for tensor in targets.values()):
+        return False  # offloaded
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(path, "pt")) for path in files]
         sources = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
@@ -133,6 +152,8 @@ def _swap_adapter(model: Any, path: Path) -> bool:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    if any(tensor.is_meta for tensor in model.parameters()):
+        return False
     new = load_file(path)
     old = get_peft_model_state_dict(model)
     if {n: (t.shape, t.dtype) for n, t in new.items()} != {

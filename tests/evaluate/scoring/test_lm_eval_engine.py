@@ -3,7 +3,7 @@ import torch
 
 from selfcorrect.evaluate.prompts.tokenized import PromptTooLong
 from selfcorrect.evaluate.scoring.engine import Sampling
-from selfcorrect.evaluate.scoring.lm_eval import LmEvalEngine, load_engine
+from selfcorrect.evaluate.scoring.lm_eval import LmEvalEngine, engine_loader
 from selfcorrect.evaluate.scoring.packed import PackedEngine
 from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation.errors import InputError
@@ -51,7 +51,7 @@ def test_prompt_beyond_the_context_is_refused(pair):
 
 def test_engine_names_and_digests(tmp_path):
     with pytest.raises(InputError, match="unknown engine 'fast'"):
-        load_engine("fast", "x")
+        engine_loader("fast")
     assert files_digest("a/b", "v1") != files_digest("a/b", "v2")
     (tmp_path / "model.safetensors").write_bytes(b"1")
     first = files_digest(str(tmp_path))
