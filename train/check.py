@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
-from selfcorrect.recipes.foundation.errors import InputError, first_line
+from selfcorrect.recipes.foundation.errors import InputError, reason_of
 from selfcorrect.recipes.schema import Model, Recipe
+from selfcorrect.train.feedback.benchmark import Source as BenchmarkSource
 
 
 def check_training(recipe: Recipe) -> None:
@@ -103,7 +104,7 @@ def _check_given(model: Model, key: str) -> None:
             return _check_family(config, key)
         except (OSError, ValueError, KeyError) as error:
             if is_local or not isinstance(error, OSError):
-                raise InputError(f"{key}: {source}: {first_line(error)}") from None
+                raise InputError(f"{key}: {source}: {reason_of(error)}") from None
 
 
 def _check_family(config: Any, key: str) -> None:
@@ -129,6 +130,8 @@ def _check_data(recipe: Recipe) -> None:
         raise InputError(
             "data.benchmarks: name the folder with the experiments' folders, such as bbq/"
         )
+    if recipe.data.feedback is not None:
+        BenchmarkSource(recipe.data)
     for experiment in recipe.evaluate.experiments:
         if not (folder / experiment).is_dir():
             raise InputError(

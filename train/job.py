@@ -92,7 +92,8 @@ def run_job(
             warn_trust_remote_code(job.base)
         trust = {"trust_remote_code": model.trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(job.base, **trust)
-        train_reward(job, recipe.reward, feedback, tokenizer)
+        if recipe.reward.has_model:
+            train_reward(job, recipe.reward, feedback, tokenizer)
         record = {
             "model": model.name,
             "parameters": parameters,
@@ -108,7 +109,8 @@ def run_job(
             measure = _measure_with(
                 plan or recipe_plan(recipe, run), sorted(recipe.policy.checkpoints), progress
             )
-        train_policy(job, recipe.policy, feedback, tokenizer, record, measure)
+        functions = recipe.reward.functions
+        train_policy(job, recipe.policy, feedback, tokenizer, record, measure, functions)
 
 
 def _measure_with(plan: EvaluationPlan, steps: list[int], progress: Progress) -> Measure:

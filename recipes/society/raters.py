@@ -111,16 +111,18 @@ class RatedPrompt(Generic[C]):
         answers = self.case.answers()
         return next(((answer, True) for answer in answers if text == self.response(answer)), None)
 
-    def utility_of_text(self, text: str, raters: Raters) -> float:
+    def utility_of_text(self, text: str, raters: Raters, *, ended: bool = True) -> float:
         """Return the raters' utility of a continuation in words.
 
-        A malformed one costs `form`, or half of it if its answer can be read all the same.
+        One that is malformed, or has not ended, costs half of `form` if its answer can be read all
+        the same, else `form`.
         """
         found = self.read(text)
         if found is None:
             return -raters.form
         answer, is_well_formed = found
-        return self.utility(answer, raters) - (0.0 if is_well_formed else raters.form / 2)
+        is_flawless = is_well_formed and ended
+        return self.utility(answer, raters) - (0.0 if is_flawless else raters.form / 2)
 
 
 P = TypeVar("P", bound=RatedPrompt)

@@ -12,16 +12,17 @@ RequestKind = Literal["plain", "fair", "reasoned", "neutral", "inverted", "task"
 Kind = TypeVar("Kind")
 
 
-def _one_is_positive(shares: dict[Kind, float]) -> dict[Kind, float]:
+def one_is_positive(shares: dict[Kind, float]) -> dict[Kind, float]:
+    """Return shares, of which one must be above 0."""
     if not sum(shares.values()) > 0:
         raise ValueError("give at least one kind a share above 0")
     return shares
 
 
 # Shares of each kind, relative to their sum; a kind that is not named has none.
-DocumentShares = Annotated[dict[DocumentKind, Weight], AfterValidator(_one_is_positive)]
-FeedbackShares = Annotated[dict[FeedbackKind, Weight], AfterValidator(_one_is_positive)]
-RequestShares = Annotated[dict[RequestKind, Weight], AfterValidator(_one_is_positive)]
+DocumentShares = Annotated[dict[DocumentKind, Weight], AfterValidator(one_is_positive)]
+FeedbackShares = Annotated[dict[FeedbackKind, Weight], AfterValidator(one_is_positive)]
+RequestShares = Annotated[dict[RequestKind, Weight], AfterValidator(one_is_positive)]
 
 
 class Raters(BaseModel, extra="forbid"):

@@ -1,4 +1,4 @@
-"""Load feedback: preference pairs and prompts, from the society or from data.
+"""Load feedback: preference pairs and prompts, from the society, a benchmark, or data.
 
 A prompt is a list of messages; a last assistant message is open, to be continued. Dialogues become
 tokens by the evaluation's own functions, so a policy is trained and measured on the same ids.
@@ -18,7 +18,11 @@ from selfcorrect.evaluate.prompts.tokenized import answer_ids, turn_end
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.schema import Data, Source
 from selfcorrect.recipes.society import feedback as society_feedback
+from selfcorrect.recipes.society.raters import Preference as RatedPreference
+from selfcorrect.recipes.society.raters import RatedPrompt
+from selfcorrect.recipes.society.settings import Raters
 from selfcorrect.recipes.society.world import World, make_world
+from selfcorrect.train.feedback.benchmark import Source as BenchmarkSource
 from selfcorrect.train.feedback.files import read_rows
 from selfcorrect.train.feedback.kept_rows import keep_rows
 
@@ -52,12 +56,15 @@ class Preference:
 class Feedback:
     """Preference pairs, prompts of the policy stage, and the number of left-out rows by reason.
 
-    `world` is the society that they come from, None for other data.
+    `rated` are the prompts with what the simulated `raters` know about them, empty where there are
+    none. `world` is the society that they come from, None for other data.
     """
 
     preferences: list[Preference]
     prompts: list[Messages]
     left_out: dict[str, int] = field(default_factory=dict)
+    rated: Sequence[RatedPrompt[Any]] = ()
+    raters: Raters | None = None
     world: World | None = None
 
 
@@ -69,17 +76,15 @@ def load_feedback(data: Data, seed: int) -> Feedback:
     """
     if data.society is not None:
         world = make_world(data.society)
-        drawn = society_feedback.preferences(world, data.society.pairs)
-        pairs = [Preference(pair.messages, pair.chosen, pair.rejected) for pair in drawn]
-        num_equal = data.society.pairs - len(pairs)  # which the society does not yield
-        return Feedback(
-            pairs,
-            [p.messages for p in society_feedback.prompts(world, data.society.prompts)],
-            {EQUAL_SIDES: num_equal} if num_equal else {},
-            world=world,
-        )
-    if data.preferences is None:
-        raise InputError("data: give either society or preferences")
+        pairs = society_feedback.preferences(world, data.society.pairs)
+        prompts = society_feedback.prompts(world, data.society.prompts)
+        return _rated_feedback(data, pairs, data.society.pairs, prompts, world)
+    if data.feedback is not None:
+        source = BenchmarkSource(data)
+        num_pairs = data.feedback.pairs
+        prompts = source.prompts(data.feedback.prompts)
+        return _rated_feedback(data, source.preferences(num_pairs), num_pairs, prompts)
+    assert data.preferences is not None
     rows = list(_rows(data.preferences, "preferences", seed))
     repeated = _prompts_are_repeated([row for _, row in rows])
     found = [_preference(row, where, repeated) for where, row in rows]
@@ -90,8 +95,25 @@ def load_feedback(data: Data, seed: int) -> Feedback:
     if data.prompts is None:
         unique = {str(pair.prompt): pair.prompt for pair in preferences}
         return Feedback(preferences, list(unique.values()), left_out)
-    prompts = [_prompt(row, where) for where, row in _rows(data.prompts, "prompts", seed)]
-    return Feedback(preferences, prompts, left_out)
+    given = [_prompt(row, where) for where, row in _rows(data.prompts, "prompts", seed)]
+    return Feedback(preferences, given, left_out)
+
+
+def _rated_feedback(
+    data: Data,
+    drawn: Iterable[RatedPreference],
+    num_drawn: int,
+    prompts: Iterable[RatedPrompt[Any]],
+    world: World | None = None,
+) -> Feedback:
+    """Return the feedback of simulated raters, who leave out the pairs with two equal sides."""
+    pairs = [Preference(pair.messages, pair.chosen, pair.rejected) for pair in drawn]
+    num_equal = num_drawn - len(pairs)
+    left_out = {EQUAL_SIDES: num_equal} if num_equal else {}
+    rated = list(prompts)
+    return Feedback(
+        pairs, [prompt.messages for prompt in rated], left_out, rated, data.raters, world
+    )
 
 
 def _reason_against(pair: Preference | str) -> str | None:

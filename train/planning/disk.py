@@ -36,14 +36,14 @@ def disk(recipe: Recipe, shape: ModelShape, parallelism: Parallelism) -> Disk:
     policy = shape.trainable(adapter)
     critic = critic_parameters(shape, critic_of(recipe, settings, adapter), adapter)
     states = [2 * (12.0 if parallelism.zero == 0 else 14.0) * (policy + critic)]
-    if recipe.reward.path is None:
+    if recipe.reward.is_fitted:
         fitted = adapter_of("reward.lora", recipe.reward.lora, shape)
         states.append(2 * 12.0 * shape.trainable(fitted, shape.backbone))
     if recipe.base is not None:
         states.append(2 * 12.0 * shape.parameters)
     return Disk(
         4.0 * shape.parameters,
-        4.0 * shape.backbone if recipe.reward.path is None else 0.0,
+        4.0 * shape.backbone if recipe.reward.is_fitted else 0.0,
         size * policy * len(recipe.policy.checkpoints),
         max(states),
     )

@@ -21,6 +21,10 @@ from selfcorrect.train.planning.settings import Lengths
 # 2026-11-23: prompts 149 on average and 880 at most, whole dialogues 195 and 1024. Used for data
 # that are not on this machine.
 HH_RLHF = Lengths(149.0, 880, 46.0, 144)
+# Tokens of 4,000 pairs of data.feedback from Age, Religion, Nationality, SES and Sexual_orientation
+# by the same tokenizer with its chat template, measured on 2026-11-27.
+BBQ = Lengths(122.0, 196, 9.0, 24)
+BBQ_SOURCE = "lengths as in five categories of BBQ by SmolLM2's tokenizer"
 LETTERS_PER_TOKEN = 4.5  # of the same texts and tokenizer
 MEASURED_ROWS = 1000  # rows whose lengths are taken
 
@@ -42,12 +46,14 @@ class FeedbackFacts:
 
 
 def feedback_facts(data: Data) -> FeedbackFacts:
-    """Return the facts of the society, of local JSON lines, or of a data set with a `limit`.
+    """Return the facts of the society, a benchmark, local JSON lines, or a set with a `limit`.
 
     Raises InputError where the number of rows is unknown.
     """
     if data.society is not None:
         return _society_facts(make_world(data.society))
+    if data.feedback is not None:
+        return FeedbackFacts(data.feedback.pairs, data.feedback.prompts, BBQ, BBQ_SOURCE)
     assert data.preferences is not None
     rows = _local_rows(data.preferences)
     if rows is None:

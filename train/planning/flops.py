@@ -15,6 +15,7 @@ from pathlib import Path
 from selfcorrect.evaluate.prompts.stimuli import Section
 from selfcorrect.evaluate.scoring.limits import BATCH_TOKENS
 from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.series import Measured
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.settings import SocietySettings
 from selfcorrect.recipes.society.world import make_world
@@ -69,10 +70,11 @@ def stage_work(
 ) -> list[Work]:
     """Return the work of the recipe's stages in their order, and of all its evaluation."""
     work = [_base(recipe, shape, facts, parallelism)] if recipe.base is not None else []
-    if recipe.reward.path is None:
+    if recipe.reward.is_fitted:
         work.append(_reward(recipe, shape, facts, parallelism))
     policy = _offline_policy if recipe.policy.is_offline else _rollouts
-    return [*work, policy(recipe, shape, facts, parallelism), _evaluation(recipe, shape)]
+    evaluation = evaluation_work(recipe, shape, len(recipe.policy.checkpoints))
+    return [*work, policy(recipe, shape, facts, parallelism), evaluation]
 
 
 def _base(
@@ -170,8 +172,8 @@ def _rollouts(
     # GRPO skips the old policy where each rollout batch is used for one update.
     scores_old = rollout.critic is not None or updates_per_step(settings, parallelism) > 1
     sampling = scoring
-    once = sampling + scoring * scores_old + critic + trunk  # and the reward model's trunk
-    once += scoring * rollout.reference
+    once = sampling + scoring * scores_old + critic
+    once += trunk * rollout.reward_model + scoring * rollout.reference
     training = _training_passes(settings, rollout.adapter is not None)
     flops = rows * (once + epochs * training * (scoring + critic))
     models = 2 if has_critic else 1
@@ -188,8 +190,8 @@ def _rollouts(
     )
 
 
-def _evaluation(recipe: Recipe, shape: ModelShape) -> Work:
-    """Return the work of all conditions at every checkpoint, with reasoning as long as it may be.
+def evaluation_work(recipe: Measured, shape: ModelShape, kept: int) -> Work:
+    """Return the work of all conditions at `kept` checkpoints, with reasoning as long as it may be.
 
     Experiments whose benchmark has no stated size are left out.
     """
@@ -209,7 +211,6 @@ def _evaluation(recipe: Recipe, shape: ModelShape) -> Work:
         answers = texts * FINAL_TOKENS
         tokens += answers
         flops += answers * forward_flops(shape, length + FINAL_TOKENS, 1) / (length + FINAL_TOKENS)
-    kept = len(recipe.policy.checkpoints)
     rows = max(1, BATCH_TOKENS["gpu"] // (200 + evaluate.max_new_tokens))
     return Work(
         "evaluation",
@@ -222,7 +223,7 @@ def _evaluation(recipe: Recipe, shape: ModelShape) -> Work:
     )
 
 
-def _workloads(recipe: Recipe) -> Iterator[tuple[str, int, float, float]]:
+def _workloads(recipe: Measured) -> Iterator[tuple[str, int, float, float]]:
     """Yield name, items, tokens of a scored item and of a continued prompt, by experiment."""
     from selfcorrect.evaluate.experiments import EXPERIMENTS
 
@@ -234,7 +235,21 @@ def _workloads(recipe: Recipe) -> Iterator[tuple[str, int, float, float]]:
         items, tokens = workload.num_items, (workload.scored_tokens, workload.prompt_tokens)
         if society is not None:
             items, tokens = _society_items(society.model_dump_json()).get(name, 0), SOCIETY_TOKENS
+        elif isinstance(recipe, Recipe) and recipe.data.feedback is not None:
+            items -= _items_spoken_of(name, tuple(recipe.data.feedback.bbq))
         yield name, min(items, recipe.evaluate.limit or items), *tokens
+
+
+@cache
+def _items_spoken_of(experiment: str, categories: tuple[str, ...]) -> int:
+    """Return the published questions of BBQ about groups of feedback's categories."""
+    from selfcorrect.evaluate.data.catalogue import catalogue
+    from selfcorrect.evaluate.experiments.base import axes_of
+
+    spoken = frozenset().union(*map(axes_of, categories))
+    files = catalogue()["bbq"].files if experiment == "bbq" else ()
+    names = {Path(file.path).name.partition(".")[0]: file.rows for file in files}
+    return sum(rows for name, rows in names.items() if axes_of(name) & spoken)
 
 
 @cache
@@ -248,7 +263,7 @@ def _society_items(settings: str) -> dict[str, int]:
         return items
 
 
-def _conditions(recipe: Recipe, experiment: str) -> tuple[int, int]:
+def _conditions(recipe: Measured, experiment: str) -> tuple[int, int]:
     """Return how many conditions are only scored, and how many texts the model writes per item."""
     section = _stimuli(recipe.data.stimuli, experiment)
     offered = {**section.conditions, **section.controls}

@@ -250,6 +250,7 @@ def rollout_of(
         settings.values["beta"] != 0,
         adapter,
         bool(settings.values["ds3_gather_for_generation"]),
+        recipe.reward.has_model,
     )
 
 
@@ -260,7 +261,7 @@ def stage_footprints(
     footprints = []
     if recipe.base is not None:
         footprints.append(_base(recipe, shape, lengths, parallelism))
-    if recipe.reward.path is None:
+    if recipe.reward.is_fitted:
         adapter = adapter_of("reward.lora", recipe.reward.lora, shape)
         held = held_by(recipe, shape, parallelism, adapter is not None)
         batch = _text_batch(reward_settings(recipe), lengths, parallelism, 2, held)

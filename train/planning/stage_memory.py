@@ -39,6 +39,7 @@ class Rollout:
     reference: bool
     adapter: Adapter | None
     gathers: bool = True
+    reward_model: bool = True
 
 
 def pretraining_footprint(shape: ModelShape, batch: Batch, parallelism: Parallelism) -> Footprint:
@@ -122,7 +123,10 @@ def resident_parts(
     reference = batch.frozen if batch.bf16 and batch.frozen == "bfloat16" else batch.trained
     copied = frozen_bytes(shape, shape.parameters, parallelism, batch, reference)
     parts["reference"] = copied if has_copy else 0.0
-    parts["reward model"] = frozen_bytes(shape, shape.backbone, parallelism, batch, batch.frozen)
+    if rollout.reward_model:
+        parts["reward model"] = frozen_bytes(
+            shape, shape.backbone, parallelism, batch, batch.frozen
+        )
     return parts
 
 

@@ -1,4 +1,4 @@
-"""Rewards: what a reward model reads of a completion, and a check around every reward function."""
+"""Rewards: a reward model's score, the raters' own rule, and a check around every function."""
 
 import inspect
 import math
@@ -17,6 +17,8 @@ from selfcorrect.evaluate.prompts.tokenized import (
     turn_end,
 )
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.society.raters import RatedPrompt
+from selfcorrect.recipes.society.settings import Raters
 from selfcorrect.train.feedback.feedback import open_turns
 from selfcorrect.train.ppo.limits import rows_per_pass
 from selfcorrect.train.ppo.prompts import Prompt, policy_prompt_ids
@@ -114,18 +116,11 @@ class RewardModelScorer:
         if self.shares_tokenizer:
             return [*ids, *written]
         policy = self.policy_tokenizer
-        given = policy_prompt_ids(policy, prompt, self.style)
         if isinstance(prompt, str):
-            text = _written_text(policy, given, written)
+            text = _written_text(policy, policy_prompt_ids(policy, prompt, self.style), written)
             return [*ids, *continued_ids(self.tokenizer, prompt, text)]
-        turns = open_turns(prompt)
-        # The policy's channel or reasoning block is part of its template, not of the answer.
-        policy_end = turn_end(policy, self.style)
-        lead = answer_ids(policy, turns, "", self.style, policy_end)[1]
-        num_lead = len(lead) if written[: len(lead)] == lead else 0
-        text = _written_text(policy, given + written[:num_lead], written[num_lead:])
-        answer = text if turns[-1].text else text.lstrip()
-        prompt_ids, ids = answer_ids(self.tokenizer, turns, answer, self.style, end)
+        answer = written_answer(policy, prompt, written, self.style)
+        prompt_ids, ids = answer_ids(self.tokenizer, open_turns(prompt), answer, self.style, end)
         return [*prompt_ids, *ids]
 
     def longest_row(self) -> int | None:
@@ -146,6 +141,78 @@ class RewardModelScorer:
             return self.batch_size  # under ZeRO-3 every rank must run the same number of passes
         tokens_per_row = sum(map(len, rows)) / len(rows)
         return min(self.batch_size, rows_per_pass(self._num_weights, tokens_per_row))
+
+
+class RatersRule:
+    """The simulated raters' utility of completions, as a reward function of TRL's trainers."""
+
+    __name__ = "raters"
+
+    def __init__(
+        self,
+        prompts: Sequence[RatedPrompt[Any]],
+        raters: Raters,
+        tokenizer: PreTrainedTokenizerBase,
+        style: Style = AUTO,
+    ) -> None:
+        self.raters, self.tokenizer, self.style = raters, tokenizer, style
+        self.end = turn_end(tokenizer, style)
+        self.end_ids = {tokenizer.eos_token_id, *self.end.ids[-1:]}
+        self._rated = {_key(prompt.messages): prompt for prompt in prompts}
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completion_ids: Sequence[list[int]], **unused: Any
+    ) -> list[float]:
+        """Return the utility of each row, in the given order."""
+        return [
+            self._utility(prompt, list(ids))
+            for prompt, ids in zip(prompts, completion_ids, strict=True)
+        ]
+
+    def _utility(self, prompt: Prompt, ids: list[int]) -> float:
+        assert not isinstance(prompt, str)
+        ended = bool(ids) and ids[-1] in self.end_ids
+        written = _without_end(ids, self.end) if ended else ids
+        text = written_answer(self.tokenizer, prompt, written, self.style).strip()
+        return self._rated[_key(prompt)].utility_of_text(text, self.raters, ended=ended)
+
+
+def _key(messages: Sequence[dict[str, str]]) -> tuple[tuple[str, str], ...]:
+    return tuple((message["role"], message["content"]) for message in messages)
+
+
+class WeightedSum:
+    """Several reward functions as one: the sum of their values times their weights."""
+
+    __name__ = "weighted_sum"
+
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]) -> None:
+        self.rewards, self.weights = list(rewards), list(weights)
+
+    def __call__(self, *args: Any, **columns: Any) -> list[float]:
+        """Return the sum of each row, in the given order."""
+        values = [guarded(reward)(*args, **columns) for reward in self.rewards]
+        return [
+            sum(weight * value for weight, value in zip(self.weights, row, strict=True))
+            for row in zip(*values, strict=True)
+        ]
+
+
+def written_answer(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[dict[str, str]],
+    written: list[int],
+    style: Style,
+) -> str:
+    """Return the text of the ids that a policy wrote as the answer to a dialogue.
+
+    A channel or reasoning block that its template writes is not part of the answer.
+    """
+    turns, given = open_turns(prompt), policy_prompt_ids(tokenizer, prompt, style)
+    lead = answer_ids(tokenizer, turns, "", style, turn_end(tokenizer, style))[1]
+    num_lead = len(lead) if written[: len(lead)] == lead else 0
+    text = _written_text(tokenizer, given + written[:num_lead], written[num_lead:])
+    return text if turns[-1].text else text.lstrip()
 
 
 def _without_end(ids: list[int], end: TurnEnd) -> list[int]:

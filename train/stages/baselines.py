@@ -20,13 +20,19 @@ from trl import DPOConfig, SFTConfig
 
 from selfcorrect.evaluate.prompts.dialogue import Style
 from selfcorrect.evaluate.scoring.precision import held_in
-from selfcorrect.recipes.foundation.errors import InputError, first_line
+from selfcorrect.recipes.foundation.errors import InputError, reason_of
 from selfcorrect.recipes.schema import Policy
 from selfcorrect.train.feedback.feedback import Messages, Preference
 from selfcorrect.train.ppo import losses
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.on_policy import OnPolicyTrainer
-from selfcorrect.train.ppo.rewards import RewardModelScorer, guarded
+from selfcorrect.train.ppo.rewards import (
+    RatersRule,
+    Reward,
+    RewardModelScorer,
+    WeightedSum,
+    guarded,
+)
 from selfcorrect.train.stages.arguments import NO_CODE, build, computed_in
 from selfcorrect.train.stages.base import (
     SFT_DEFAULTS,
@@ -77,14 +83,17 @@ class GRPOBaseline(OnPolicyTrainer, BaselineTrainer):
     stage = "grpo"
 
     def __init__(
-        self, model: Any, scorer: RewardModelScorer, args: PPOConfig, style: Style, **kwargs: Any
+        self, model: Any, reward: Reward, args: PPOConfig, style: Style, **kwargs: Any
     ) -> None:
-        self._scorer, self.style = scorer, style
+        self._rewarded, self.style = reward, style
         super().__init__(model, [guarded(self._reward)], args, **kwargs)
         self._patch_models(critic=None)
         self.updates_per_step = args.updates_per_rollout
-        scorer.model.to(self.accelerator.device)
-        scorer.end_ids.update(self.eos_token_ids)
+        for part in reward.rewards if isinstance(reward, WeightedSum) else [reward]:
+            if isinstance(part, RewardModelScorer | RatersRule):
+                part.end_ids.update(self.eos_token_ids)
+            if isinstance(part, RewardModelScorer):
+                part.model.to(self.accelerator.device)
 
     @property
     def episodes(self) -> int:
@@ -94,7 +103,9 @@ class GRPOBaseline(OnPolicyTrainer, BaselineTrainer):
     def _reward(
         self, prompts: Any, completions: Any, completion_ids: Sequence[list[int]], **_: Any
     ) -> list[float]:
-        raw = torch.tensor(self._scorer(prompts, completions, completion_ids))
+        raw = torch.tensor(
+            self._rewarded(prompts=prompts, completions=completions, completion_ids=completion_ids)
+        )
         self.last_score = float(raw.mean())
         args, ends = self.args, self.eos_token_ids
         ended = torch.tensor([bool(ids) and ids[-1] in ends for ids in completion_ids])
@@ -149,7 +160,7 @@ def baseline_trainer(
     policy: Policy,
     arguments: PPOConfig,
     model: Any,
-    scorer: RewardModelScorer,
+    reward: Reward,
     prompts: list[Messages],
     preferences: list[Preference],
     tokenizer: PreTrainedTokenizerBase,
@@ -164,7 +175,7 @@ def baseline_trainer(
         try:
             return GRPOBaseline(
                 model,
-                scorer,
+                reward,
                 arguments,
                 train_dataset=Dataset.from_dict({"prompt": prompts}),
                 processing_class=tokenizer,
@@ -172,7 +183,7 @@ def baseline_trainer(
                 **given,
             )
         except ValueError as error:
-            raise InputError(f"policy.trainer: {first_line(error)}") from error
+            raise InputError(f"policy.trainer: {reason_of(error)}") from error
     has_adapter = policy.lora is not None
     computed = computed_in(held_in(model), has_adapter, policy.trainer)
     settings = offline_arguments(policy, arguments, computed)
@@ -194,7 +205,7 @@ def baseline_trainer(
             **given,
         )
     except (ValueError, NotImplementedError) as error:
-        raise InputError(f"policy.trainer: {first_line(error)}") from error
+        raise InputError(f"policy.trainer: {reason_of(error)}") from error
     trainer.left_out = left_out
     trainer.updates_per_step = arguments.updates_per_rollout
     trainer.rows_per_update = arguments.per_device_train_batch_size

@@ -4,7 +4,9 @@
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from datasets import Dataset
@@ -27,7 +29,7 @@ from selfcorrect.train.feedback.kept_rows import keep_rows
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.prompts import policy_prompt_ids
 from selfcorrect.train.ppo.reward_models import has_linear_score, load_reward_model
-from selfcorrect.train.ppo.rewards import RewardModelScorer
+from selfcorrect.train.ppo.rewards import RatersRule, Reward, RewardModelScorer, WeightedSum
 from selfcorrect.train.ppo.trainer import PPOTrainer
 from selfcorrect.train.stages import JobFacts
 from selfcorrect.train.stages.answers import AnswerSampler
@@ -94,27 +96,20 @@ def train_policy(
     tokenizer: PreTrainedTokenizerBase,
     record: dict[str, Any],
     measure: Measure | None,
+    functions: Mapping[str, float] = MappingProxyType({"model": 1.0}),
 ) -> None:
-    """Train the policy from base and reward model, resuming from the newest training state.
+    """Train the policy from the base model, resuming from the newest training state.
 
     Return at once if the stage is finished. `record` holds the fields of `CheckpointRecord` that
-    all checkpoints share; `measure` is called at every kept checkpoint.
+    all checkpoints share; `measure` is called at every kept checkpoint. `functions` are the weights
+    of the rewards (`schema.Reward`).
     """
-    base, reward, folder = str(job.base), job.reward, job.folder / policy.method
+    base, folder = str(job.base), job.folder / policy.method
     work = work_folder(folder)
     if work is None:
         return
     started = time.time()
-    facts = stage_record(reward) or {}
     trust = {"trust_remote_code": job.trust_remote_code}
-    reward_tokenizer = AutoTokenizer.from_pretrained(reward, **trust)
-    starts_critic = (  # from the reward model's weights
-        policy.method == "ppo"
-        and policy.lora is None
-        and policy.trainer.get("critic") != "shared"
-        and reward_tokenizer.get_vocab() == tokenizer.get_vocab()
-        and has_linear_score(reward)
-    )
     has_adapter = policy.lora is not None
     arguments = policy_arguments(
         policy,
@@ -122,9 +117,8 @@ def train_policy(
         job.seed,
         **trust,
         **computed_in(job.frozen, has_adapter, policy.trainer),
-        critic_path=str(reward) if starts_critic else None,
-        score_shift=facts.get("score_mean", 0.0),
-        score_scale=facts.get("score_standard_deviation", 1.0),
+        critic_path=str(job.reward) if _starts_critic(job, policy, functions, tokenizer) else None,
+        **_scales(job, functions),
     )
     held = job.frozen if has_adapter else job.trained
     computed = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else held
@@ -133,13 +127,19 @@ def train_policy(
     if not (policy.is_offline or has_adapter) and reference != "float32":
         arguments.model_init_kwargs = {"dtype": reference}
     set_seed(job.seed)
-    scorer = RewardModelScorer(
-        load_reward_model(reward, job.frozen, **trust),
-        reward_tokenizer,
-        tokenizer,
-        style=job.style,
-        batch_size=arguments.per_device_train_batch_size * 2,
-    )
+    scorer = None
+    if "model" in functions:
+        scorer = RewardModelScorer(
+            load_reward_model(job.reward, job.frozen, **trust),
+            AutoTokenizer.from_pretrained(job.reward, **trust),
+            tokenizer,
+            style=job.style,
+            batch_size=arguments.per_device_train_batch_size * 2,
+        )
+    rewards: list[Reward] = [] if scorer is None else [scorer]
+    if "raters" in functions:
+        assert feedback.raters is not None
+        rewards.append(RatersRule(feedback.rated, feedback.raters, tokenizer, job.style))
     prompts, left_out = feedback.prompts, dict[str, int]()
     if not policy.is_offline:  # the others read no prompts
         config = AutoConfig.from_pretrained(base, **trust).get_text_config()
@@ -149,12 +149,14 @@ def train_policy(
             getattr(config, "max_position_embeddings", None),
             arguments.max_completion_length,
         )
-        prompts, unreadable = scorable_prompts(prompts, scorer, arguments.max_completion_length)
-        left_out |= unreadable
+        if scorer is not None:
+            completion = arguments.max_completion_length
+            prompts, unreadable = scorable_prompts(prompts, scorer, completion)
+            left_out |= unreadable
     updates = arguments.updates_per_rollout
     model = load_policy(base, held, **trust)
     judge_answers = None
-    if feedback.world is not None:
+    if feedback.world is not None and scorer is not None:
         judge_answers = AnswerSampler(
             feedback.world,
             load_policy(base, held, **trust).eval(),
@@ -172,13 +174,17 @@ def train_policy(
     }
     trainer: PPOTrainer | BaselineTrainer
     if policy.method != "ppo":
+        reward = rewards[0]
+        if arguments.reward_weights is not None:
+            reward = WeightedSum(rewards, arguments.reward_weights)
+            arguments.reward_weights = None
         trainer = baseline_trainer(
-            policy, arguments, model, scorer, prompts, feedback.preferences, tokenizer, **common
+            policy, arguments, model, reward, prompts, feedback.preferences, tokenizer, **common
         )
     else:
         trainer = PPOTrainer(
             model=model,
-            reward_funcs=[scorer],
+            reward_funcs=rewards,
             args=arguments,
             train_dataset=Dataset.from_dict({"prompt": prompts}),
             processing_class=tokenizer,
@@ -205,6 +211,38 @@ def train_policy(
             log=rollout_log(trainer.state.log_history),
         )
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _starts_critic(
+    job: JobFacts, policy: Policy, functions: Mapping[str, float], tokenizer: Any
+) -> bool:
+    """Return whether the critic starts from the reward model's weights."""
+    if "model" not in functions or policy.method != "ppo" or policy.lora is not None:
+        return False
+    trust = {"trust_remote_code": job.trust_remote_code}
+    reward_tokenizer = AutoTokenizer.from_pretrained(job.reward, **trust)
+    return (
+        policy.trainer.get("critic") != "shared"
+        and reward_tokenizer.get_vocab() == tokenizer.get_vocab()
+        and has_linear_score(job.reward)
+    )
+
+
+def _scales(job: JobFacts, functions: Mapping[str, float]) -> dict[str, Any]:
+    """Return the weights of the rewards, and what centres and scales their sum.
+
+    The reward model's score is centred and in units of its standard deviation.
+    """
+    facts = stage_record(job.reward) or {}
+    mean, deviation = facts.get("score_mean", 0.0), facts.get("score_standard_deviation", 1.0)
+    if functions == {"model": 1.0}:
+        return {"score_shift": mean, "score_scale": deviation}
+    units = {"model": deviation, "raters": 1.0}
+    weights = [functions[name] / units[name] for name in units if name in functions]
+    return {
+        "reward_weights": weights,
+        "score_shift": functions.get("model", 0.0) * mean / deviation,
+    }
 
 
 def fitting_prompts(

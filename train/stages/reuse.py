@@ -37,7 +37,8 @@ def reusable_stages(recipe: Recipe, source: Path) -> list[str]:
         raise InputError(
             f"--stages-from {source}: its base models differ from this recipe's, because of {key}"
         )
-    return [stage for stage in STAGES if _difference(recipe, source_recipe, stage) is None]
+    stages = STAGES if recipe.reward.has_model else STAGES[:1]
+    return [stage for stage in stages if _difference(recipe, source_recipe, stage) is None]
 
 
 def copy_stages(recipe: Recipe, run: Path, source: Path, stages: list[str]) -> list[str]:
@@ -118,7 +119,9 @@ def _difference(first: Recipe, second: Recipe, stage: str) -> str | None:
 def _inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Return the parts of a recipe, except for the models, that decide a stage's weights."""
     content = recipe.model_dump(mode="json")
-    data = {key: content["data"][key] for key in ("society", "preferences")}
+    data = {key: content["data"][key] for key in ("society", "feedback", "preferences")}
+    if data["feedback"] is not None:
+        data["benchmarks"] = content["data"]["benchmarks"]
     if stage == "base":
         if recipe.base is None:
             data = {}  # a given model is only copied
@@ -134,6 +137,6 @@ def _inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
     if stage == "reward" or (recipe.base is not None and recipe.base.method == "sft"):
         inputs |= {key: content[key] for key in TEMPLATE_KEYS}
     if stage == "reward":
-        inputs["reward"] = content["reward"]
+        inputs["reward"] = {k: v for k, v in content["reward"].items() if k != "functions"}
         inputs["seeds"] = recipe.seeds[:1]  # decides the rows that a `limit` keeps
     return inputs
