@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue, WithJsonSchema, field_validator, model_validator
 
+from selfcorrect.recipes.feedback import BenchmarkFeedback
 from selfcorrect.recipes.slurm import Positive, Slurm
-from selfcorrect.recipes.society.settings import SocietySettings
+from selfcorrect.recipes.society.settings import Raters, SocietySettings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 # File names a model may not be called.
@@ -75,9 +76,10 @@ class Source(Section):
 
 
 class Data(Section):
-    """Where feedback, text and benchmarks come from: the synthetic society, or named data."""
+    """Where feedback comes from (one of three sources), and where the benchmarks are."""
 
     society: SocietySettings | None = None
+    feedback: BenchmarkFeedback | None = None
     preferences: Source | None = Field(
         None, description="pairs: columns chosen and rejected (dialogues as text or messages)"
     )
@@ -92,9 +94,15 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check_feedback(self) -> "Data":
-        if (self.society is None) == (self.preferences is None):
-            raise ValueError("give either society or preferences")
+        if [self.society, self.feedback, self.preferences].count(None) != 2:
+            raise ValueError("give either society, feedback or preferences")
         return self
+
+    @property
+    def raters(self) -> Raters | None:
+        """The simulated raters behind the feedback; None for pairs of other origin."""
+        source = self.society or self.feedback
+        return None if source is None else source.raters
 
 
 class Base(Section):
@@ -114,14 +122,42 @@ class Base(Section):
 
 
 class Reward(Section):
-    """The reward model, fitted on the preference pairs by TRL's RewardTrainer."""
+    """What PPO and GRPO reward: a model fitted on the preference pairs, or the raters' own rule."""
 
+    functions: Annotated[
+        dict[Literal["model", "raters"], Annotated[float, Field(allow_inf_nan=False)]],
+        Field(min_length=1),
+    ] = Field(
+        {"model": 1.0},
+        description="weights of the rewards that are added. model: the score of a reward model, "
+        "centred and in units of its standard deviation where another is added; raters: the "
+        "utility of the simulated raters of data.society or data.feedback. Without model, no "
+        "reward model is fitted",
+    )
     path: str | None = Field(None, description="a finished reward model instead of fitting one")
     held_out: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="pairs kept for accuracy"
     )
     trainer: dict[str, Any] = Field(default_factory=dict, description="fields of RewardConfig")
     lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig")
+
+    @property
+    def has_model(self) -> bool:
+        """Whether there is a reward model."""
+        return "model" in self.functions
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether a reward model is fitted on the pairs."""
+        return self.has_model and self.path is None
+
+    @model_validator(mode="after")
+    def _check_functions(self) -> "Reward":
+        if not any(self.functions.values()):
+            raise ValueError("functions: give at least one a weight other than 0")
+        if not self.has_model and (self.path or self.trainer or self.lora):
+            raise ValueError("functions has no model: remove path, trainer and lora")
+        return self
 
 
 class Policy(Section):
@@ -216,6 +252,14 @@ class Precision(Section):
     )
 
 
+# Settings of the packed engine, and settings of other engines that the program itself sets.
+PLACEMENT = ("device_map", "max_memory", "offload_folder")
+ENGINE_OWN = (
+    *("model", "pretrained", "peft", "revision", "tokenizer", "dtype", "trust_remote_code"),
+    *("load_format", "worker_extension_cls", "enable_lora", "enable_prefix_caching"),
+)
+
+
 class Evaluate(Section):
     """The evaluation of every checkpoint."""
 
@@ -234,6 +278,12 @@ class Evaluate(Section):
         "auto",
         description="weights while measuring. auto: as training held them, which inline "
         "evaluation needs; an adapter stays float32 on any base",
+    )
+    engine_args: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="settings of the engine for saved checkpoints. packed: device_map, max_memory, "
+        "offload_folder (transformers); vllm: fields of its EngineArgs, such as "
+        "tensor_parallel_size, gpu_memory_utilization, max_model_len; lm-eval: arguments of its LM",
     )
     max_new_tokens: Positive = Field(256, description="length limit of sampled reasoning")
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -255,8 +305,16 @@ class Evaluate(Section):
     def _check_engine(self) -> "Evaluate":
         if self.engine != "packed" and self.attach == "inline":
             raise ValueError(f"engine: {self.engine} loads saved checkpoints: set attach: off")
-        if self.engine != "packed" and self.dtype != "auto":
+        if self.engine not in ("packed", "vllm", "lm-eval:hf") and self.dtype != "auto":
             raise ValueError(f"engine: {self.engine} chooses its own type: remove dtype")
+        if self.engine_args and self.attach == "inline":
+            raise ValueError("engine_args: are for saved checkpoints: set attach: off")
+        for key in self.engine_args:
+            if key in ENGINE_OWN or (self.engine == "packed") != (key in PLACEMENT):
+                raise ValueError(
+                    f"engine_args: {key} is not a setting of {self.engine}, or one that a recipe "
+                    "sets elsewhere: remove it"
+                )
         return self
 
 
@@ -355,6 +413,13 @@ class Recipe(Section):
                 raise ValueError(
                     f"models: {model.name}: scratch and base.method: pretrain need each other"
                 )
+        if "raters" in self.reward.functions and self.data.raters is None:
+            raise ValueError(
+                "reward.functions: raters are those of data.society or data.feedback; the raters "
+                "of data.preferences are unknown"
+            )
+        if "reward_weights" in self.policy.trainer and self.reward.functions != {"model": 1.0}:
+            raise ValueError("policy.trainer.reward_weights: reward.functions has the weights")
         self._check_precision()
         if self.policy.method != "ppo" and self.launch.starts_processes:
             raise ValueError(

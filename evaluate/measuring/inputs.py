@@ -9,15 +9,15 @@ from pathlib import Path
 
 from selfcorrect.recipes.foundation.checksums import digests, file_digest, read_record, write_record
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.series import Measured, Series
 
 FILE = "inputs.json"
-FEEDBACK = ("data.preferences.path", "data.prompts.path")
+FEEDBACK = ("data.preferences.path", "data.prompts.path", "data.feedback.bbq")
 
 logger = logging.getLogger(__name__)
 
 
-def check_inputs(recipe: Recipe, run: Path, *, training: bool) -> None:
+def check_inputs(recipe: Measured, run: Path, *, training: bool) -> None:
     """Compare the recipe's files with inputs.json, and record new ones there.
 
     Feedback is compared only with `training`: an evaluation does not need it. Raises InputError if
@@ -45,7 +45,7 @@ def check_inputs(recipe: Recipe, run: Path, *, training: bool) -> None:
         write_record(record, {**known, **present})
 
 
-def _named(recipe: Recipe, training: bool) -> dict[str, list[Path]]:
+def _named(recipe: Measured, training: bool) -> dict[str, list[Path]]:
     """Return the existing local files and folders that the recipe names, by recipe key."""
     data, style = recipe.data, Path(recipe.evaluate.style)
     named: dict[str, list[Path]] = {}
@@ -55,9 +55,13 @@ def _named(recipe: Recipe, training: bool) -> dict[str, list[Path]]:
         named["data.stimuli"] = [data.stimuli]
     if style.suffix in (".jinja", ".jinja2"):
         named["evaluate.style"] = [style]
-    for key, source in zip(FEEDBACK, (data.preferences, data.prompts), strict=True):
-        if training and source is not None:
-            named[key] = [Path(source.path).expanduser()]
+    if training and not isinstance(recipe, Series):
+        feedback = (recipe.data.preferences, recipe.data.prompts)
+        for key, source in zip(FEEDBACK, feedback, strict=False):
+            if source is not None:
+                named[key] = [Path(source.path).expanduser()]
+        if recipe.data.feedback is not None and data.benchmarks is not None:
+            named[FEEDBACK[2]] = [data.benchmarks / "bbq"]
     return {key: [p for p in paths if p.exists()] for key, paths in named.items()}
 
 

@@ -4,14 +4,14 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from selfcorrect.evaluate.experiments.wording import Stimuli
-from selfcorrect.evaluate.prompts.dialogue import Style, read_style
+from selfcorrect.evaluate.prompts.dialogue import Style, read_style, with_thoughts
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems
 from selfcorrect.evaluate.prompts.stimuli import Section, Turn, option_orders
 from selfcorrect.evaluate.scoring.engine import Sampling
@@ -59,15 +59,20 @@ class PlannedCell:
         return self.loaded.items
 
     def questions(self, part: slice = slice(None)) -> Iterator[Question]:
-        """Yield the questions of some items, each item in all planned option orders."""
+        """Yield the questions of some items, each item in all planned option orders.
+
+        A model whose template has a block for thoughts reasons in it (`dialogue.with_thoughts`).
+        """
         permutations = self.permutations if self.section.shows_options else 1
+        thinks = self.style.thinking is not None and self.style.thinking.on is not None
         for item in self.items[part]:
             for order in option_orders(len(item.options), permutations):
+                turns = self.section.turns(self.condition, item, order)
                 yield Question(
                     item,
                     ("" if len(order) <= 10 else ",").join(str(index) for index in order),
                     self.section.continuations(self.condition, item, order),
-                    self.section.turns(self.condition, item, order),
+                    with_thoughts(turns) if thinks else turns,
                 )
 
     @cached_property
@@ -130,6 +135,7 @@ def plan_evaluation(
     style: str = "auto",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     date: str | None = None,
+    spoken_of: Collection[str] = (),
 ) -> EvaluationPlan:
     """Load the items of each experiment, and return the cells to measure.
 
@@ -139,6 +145,7 @@ def plan_evaluation(
     the orders in which options are shown (`option_orders`). `style` is "auto", "chat", "plain"
     (`dialogue.Style`) or the path of a chat template. `chat_template_kwargs` are passed to chat
     templates, and `date` (ISO) is the day for those that write today's date, by default today.
+    `spoken_of` are the categories of BBQ that feedback was made of (`Experiment.without`).
 
     Raises InputError for unknown experiments, for a condition that no experiment has, and for
     unusable data.
@@ -163,7 +170,7 @@ def plan_evaluation(
                 f"{data_dir / name}: folder not found; put the files of {name} there "
                 f"(published files: `selfcorrect data fetch {name}`)"
             )
-        loaded = EXPERIMENTS[name].load(data_dir, section, limit, seed)
+        loaded = EXPERIMENTS[name].without(spoken_of).load(data_dir, section, limit, seed)
         cells += [
             PlannedCell(
                 name,

@@ -8,8 +8,9 @@ import typer
 from rich.table import Table
 
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.load import load_measured
 from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.series import Series
 from selfcorrect.scripts.commands.run import Overrides, RecipeName
 from selfcorrect.scripts.commands.tables import table_console
 from selfcorrect.train.planning.devices import GPUS, Device, device_named
@@ -23,6 +24,8 @@ from selfcorrect.train.planning.estimate import (
     suggest_settings,
 )
 from selfcorrect.train.planning.feedback import FeedbackFacts, feedback_facts
+from selfcorrect.train.planning.memory import Parallelism
+from selfcorrect.train.planning.series import PUBLISHED_BYTES, estimate_series
 from selfcorrect.train.planning.settings import held_by
 from selfcorrect.train.provenance import threads_per_job
 
@@ -61,11 +64,11 @@ def plan(
         float | None, typer.Option(help="Price of one device-hour, in any currency.")
     ] = None,
 ) -> None:
-    """Estimate memory, time and disk of a recipe.
+    """Estimate memory, time and disk of a recipe, or of a series of checkpoints.
 
     Only the models' configurations are read, no weights.
     """
-    checked = load_recipe(recipe, overrides or [])
+    checked = load_measured(recipe, overrides or [])
     if not 0 < utilisation <= 1:
         raise InputError(f"--utilisation {utilisation}: give a share above 0 and at most 1")
     if price_per_hour is not None and not (0 <= price_per_hour < math.inf):
@@ -76,16 +79,50 @@ def plan(
 
         fast = fast_dtype("cpu")
         machine = replace(machine, bf16_speed=cpu_speed_of_bf16())
+    if isinstance(checked, Series):
+        if processes is not None or zero is not None:
+            raise InputError("--processes and --zero are for training: a series has none")
+        _plan_series(checked, machine, fast, utilisation, price_per_hour)
+        return
     facts = feedback_facts(checked.data)
     parallelism = parallelism_of(checked, processes, zero, machine.gpu, fast)
     ladder = estimate_ladder(checked, facts, parallelism)
     console = table_console(TABLE_WIDTH)
     console.print(_memory_table(ladder, machine))
     console.print(_work_table(ladder))
-    console.print(_hours_table(checked, ladder, machine, utilisation, price_per_hour))
+    seeds, threads = len(checked.seeds), threads_per_job(checked)
+    console.print(_hours_table(ladder, seeds, threads, machine, utilisation, price_per_hour))
     console.print(_disk_table(checked, ladder))
     for line in notes(checked, ladder, facts, machine):
         typer.echo(line)
+
+
+def _plan_series(
+    series: Series, machine: Device, fast: str, utilisation: float, price: float | None
+) -> None:
+    """Print what measuring a series needs; a checkpoint is measured on one device."""
+    estimates, counts, unknown = estimate_series(series, Parallelism(1, 0, machine.gpu, fast))
+    console = table_console(TABLE_WIDTH)
+    console.print(_memory_table(estimates, machine))
+    threads = threads_per_job(series)
+    table = _hours_table(estimates, 1, threads, machine, utilisation, price)
+    table.title = f"Time of all checkpoints at {utilisation:.0%} of the peak"
+    console.print(table)
+    disk = _table(
+        "Disk for weights from the hub, GB", "model", "checkpoints", "one", "kept", "at a time"
+    )
+    for model in estimates:
+        one = PUBLISHED_BYTES * model.shape.parameters
+        use = model.disk
+        disk.add_row(
+            model.name, str(counts[model.name] or "?"), gigabytes(one), gigabytes(use.kept),
+            gigabytes(use.working),
+        )  # fmt: skip
+    console.print(disk)
+    for line in ["", *unknown, *_oversized(estimates, machine)]:
+        typer.echo(line)
+    if not all(counts.values()):
+        typer.echo("Where the number of checkpoints is not known, numbers are those of one.")
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -127,14 +164,14 @@ def _work_table(ladder: list[ModelEstimate]) -> Table:
 
 
 def _hours_table(
-    recipe: Recipe,
     ladder: list[ModelEstimate],
+    seeds: int,
+    threads: int,
     device: Device,
     utilisation: float,
     price: float | None,
 ) -> Table:
-    seeds = len(recipe.seeds)
-    cpu = device_named("cpu", threads_per_job(recipe)) if device.gpu else device
+    cpu = device_named("cpu", threads) if device.gpu else device
     devices = [*GPUS.values(), cpu]
     stages = [work.stage for work in ladder[0].work]
     columns = [f"{stage} ({device.name})" for stage in stages]
@@ -179,16 +216,9 @@ def notes(
     recipe: Recipe, ladder: list[ModelEstimate], facts: FeedbackFacts, device: Device
 ) -> list[str]:
     """Return lines on stages that do not fit, with remedies, and on the estimate's assumptions."""
-    lines = [""]
+    lines = ["", *_oversized(ladder, device)]
     for model in ladder:
         oversized = oversized_stages(model, device)
-        usable = f"{USABLE * device.memory / 1e9:.0f} GB of a {device.name} are usable"
-        for stage in oversized:
-            lines.append(
-                f"{model.name}: {stage.stage} needs {gigabytes(stage.total)} GB, but {usable}"
-            )
-        if any(stage.stage == "evaluation" for stage in oversized):
-            lines.append(f"{model.name}: {LARGE_EVALUATION}")
         if any(stage.stage != "evaluation" for stage in oversized):
             settings = suggest_settings(recipe, model, facts, device)
             lines.append(f"{model.name}: {f'fits with {settings}' if settings else NOTHING_FITS}")
@@ -202,6 +232,10 @@ def notes(
                 f"{model.name}: frozen weights in {held.frozen}, trained ones in {held.trained}; "
                 f"the policy computes in {computed}"
             )
+    if recipe.data.feedback is not None:
+        from selfcorrect.evaluate.measuring.held_out import notes as notes_on_feedback
+
+        lines += notes_on_feedback(recipe.data.feedback, recipe.evaluate.experiments)
     lengths = facts.lengths
     lines.append(
         f"Feedback: {facts.pairs:,} pairs, {facts.prompts:,} prompts; prompts have "
@@ -209,6 +243,20 @@ def notes(
         f"({facts.source}). Pairs that a stage will leave out (equal sides, too long) are counted "
         "too. Completions are assumed to reach their maximum length."
     )
+    return lines
+
+
+def _oversized(ladder: list[ModelEstimate], device: Device) -> list[str]:
+    lines = []
+    for model in ladder:
+        oversized = oversized_stages(model, device)
+        usable = f"{USABLE * device.memory / 1e9:.0f} GB of a {device.name} are usable"
+        for stage in oversized:
+            lines.append(
+                f"{model.name}: {stage.stage} needs {gigabytes(stage.total)} GB, but {usable}"
+            )
+        if any(stage.stage == "evaluation" for stage in oversized):
+            lines.append(f"{model.name}: {LARGE_EVALUATION}")
     return lines
 
 

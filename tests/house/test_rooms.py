@@ -15,7 +15,7 @@ from tests.support import ROOT
 # Folders and, in each, the floors of its rooms, lowest first. A room imports only lower floors of
 # its folder, and any room of the folders above it in this table.
 FLOORS = {
-    "recipes": ["foundation slurm", "society", "schema", "load"],
+    "recipes": ["foundation slurm", "society", "feedback", "schema", "series", "load"],
     "evaluate": [
         "prompts data run_folder",
         "experiments scoring",

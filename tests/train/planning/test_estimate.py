@@ -35,7 +35,7 @@ SCORED = forward_flops(SHAPE, 120, 20)
 
 @pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
 def test_every_shipped_recipe_has_an_estimate(path: Path) -> None:
-    recipe = load_recipe(str(path), ["data.preferences.limit=100"] * (not _has_society(path)))
+    recipe = load_recipe(str(path), ["data.preferences.limit=100"] * _has_pairs(path))
     parallelism = Parallelism(gpu=False)
     for model in estimate_ladder(recipe, feedback_facts(recipe.data), parallelism):
         stages = [stage.stage for stage in model.footprints]
@@ -45,8 +45,8 @@ def test_every_shipped_recipe_has_an_estimate(path: Path) -> None:
         assert model.disk.kept > 0
 
 
-def _has_society(path: Path) -> bool:
-    return load_recipe(str(path)).data.society is not None
+def _has_pairs(path: Path) -> bool:
+    return load_recipe(str(path)).data.preferences is not None
 
 
 def test_shipped_recipes_are_all_yaml_files_but_the_stimuli() -> None:
