@@ -6,11 +6,13 @@
     <run>/<model>/seed-<n>/<method>/checkpoint-<step>/evaluation/<experiment>.<condition>.parquet
     <run>/results.parquet  statistics.json  figures/  report.html
 
-<method> is ppo, grpo, sft or dpo. Facts live in the records, not in file names: `step` is read from
+<method> is ppo, grpo, sft or dpo, or series: checkpoints trained elsewhere, whose folders have no
+weights but name their source. Facts live in the records, not in file names: `step` is read from
 checkpoint.json. Files written here carry a checksum that is verified on reading:
 docs/reference/file-integrity.md.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +20,15 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from selfcorrect.recipes.foundation.checksums import check_files, read_record, write_record
-from selfcorrect.recipes.foundation.errors import InputError, first_line
-from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.foundation.errors import InputError, reason_of
+from selfcorrect.recipes.load import load_measured
+from selfcorrect.recipes.series import METHOD, Measured, Series
 
 RECORD = "checkpoint.json"
 STAGE_RECORD = "stage.json"  # in each stage's folder
 POLICY_METHODS = ("ppo", "grpo", "sft", "dpo")  # names of the policy stage's folder
+RLHF_STEPS = "RLHF steps"
+CHECKPOINT_FOLDERS = (*POLICY_METHODS, METHOD)
 
 
 class CheckpointKey(NamedTuple):
@@ -52,16 +57,35 @@ class AnswerWorth(BaseModel):
     kl: float
 
 
+class Source(BaseModel):
+    """Where a checkpoint that was trained elsewhere is.
+
+    `path` is a folder, a GGUF file or a hub name; `base` the base model to put an adapter on, if
+    not the one that the adapter names. `version` tells whether the weights may have changed: the
+    commit on the hub, or a digest of the names, sizes and times of a folder's files.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    base: str | None = None
+    on_hub: bool
+    version: str
+
+
 class CheckpointRecord(BaseModel):
     """The content of checkpoint.json. A step is one update on one rollout batch.
 
     `kl` is the mean sequence KL to the initial policy in nats over the last rollout batch,
-    `reward` the mean reward-model score of the same batch, both null at step 0. `answers` is null
+    `reward` the mean score of the same batch, both null at step 0. `answers` is null
     outside the society. The keys of the chat template are those of the dialogues trained on, null
     where it has none. `weights_digest` is `weights.files_digest` of the saved folder, `files` the
     SHA-256 of each file; both are null in folders of older versions. `precision` holds the types
     in which weights were held in training, `frozen` and `trained`, and `computed`; null in older
-    folders and under DeepSpeed, which has its own.
+    folders and under DeepSpeed, which has its own. A checkpoint with a `source` was trained
+    elsewhere: what only its training knows is null, and `weights_digest` until it is first loaded.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -70,9 +94,9 @@ class CheckpointRecord(BaseModel):
     parameters: PositiveInt
     seed: int
     step: int
-    episodes: int
-    tokens: int
-    optimizer_updates: int
+    episodes: int | None
+    tokens: int | None
+    optimizer_updates: int | None
     kl: float | None
     reward: float | None
     answers: AnswerWorth | None = None
@@ -82,6 +106,7 @@ class CheckpointRecord(BaseModel):
     chat_template_date: str | None = None
     weights_digest: str | None = None
     files: dict[str, str] | None = None
+    source: Source | None = None
     recipe_digest: str
     versions: dict[str, str]
 
@@ -114,8 +139,10 @@ class Checkpoint:
         return self.folder / "evaluation"
 
 
-def planned_checkpoints(recipe: Recipe) -> set[CheckpointKey]:
-    """Return the keys of all checkpoints that the recipe keeps."""
+def planned_checkpoints(recipe: Measured) -> set[CheckpointKey]:
+    """Return the keys of all checkpoints that the recipe keeps, or the series lists."""
+    if isinstance(recipe, Series):
+        return {CheckpointKey(*key) for key in recipe.listed()}
     return {
         CheckpointKey(model.name, seed, step)
         for model in recipe.models
@@ -129,9 +156,10 @@ def job_folder(run: Path, model: str, seed: int) -> Path:
     return run / model / f"seed-{seed}"
 
 
-def checkpoint_folder(recipe: Recipe, run: Path, key: CheckpointKey) -> Path:
-    """Return the folder that training writes a checkpoint into."""
-    return job_folder(run, key.model, key.seed) / recipe.policy.method / f"checkpoint-{key.step}"
+def checkpoint_folder(recipe: Measured, run: Path, key: CheckpointKey) -> Path:
+    """Return the folder of a checkpoint: its weights too, unless it was trained elsewhere."""
+    method = METHOD if isinstance(recipe, Series) else recipe.policy.method
+    return job_folder(run, key.model, key.seed) / method / f"checkpoint-{key.step}"
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -142,7 +170,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except FileNotFoundError:
         raise InputError(f"{folder}: not a checkpoint (no {RECORD})") from None
     except ValidationError as error:
-        raise InputError(f"{path}: not a checkpoint record ({first_line(error)})") from None
+        raise InputError(f"{path}: not a checkpoint record ({reason_of(error)})") from None
     return Checkpoint(folder, record)
 
 
@@ -187,7 +215,7 @@ def find_checkpoints(run: Path, malformed: dict[Path, str] | None = None) -> lis
             return []
         raise InputError(f"{run}: not a run folder (no recipe.yaml)")
     checkpoints = []
-    for method in POLICY_METHODS:
+    for method in CHECKPOINT_FOLDERS:
         for path in run.glob(f"*/seed-*/{method}/checkpoint-*/{RECORD}"):
             try:
                 check_inside(run, path.parent / "evaluation")
@@ -202,6 +230,18 @@ def find_checkpoints(run: Path, malformed: dict[Path, str] | None = None) -> lis
         checkpoints,
         key=lambda c: (c.record.parameters, c.record.model, c.record.seed, c.record.step),
     )
+
+
+def step_words(runs: Iterable[Path]) -> str:
+    """Return what the steps of some runs are, as figures and sentences name them."""
+    words = set()
+    for run in runs:
+        try:
+            recipe = load_measured(str(run / "recipe.yaml"))
+        except InputError:
+            continue
+        words.add(recipe.steps_are if isinstance(recipe, Series) else RLHF_STEPS)
+    return (words.pop() if words else RLHF_STEPS) if len(words) < 2 else "steps"
 
 
 def model_folders(folder: Path) -> dict[str, Path]:

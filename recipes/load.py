@@ -20,6 +20,7 @@ from selfcorrect.recipes.foundation.checksums import (
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.yaml_text import parse_yaml, read_yaml
 from selfcorrect.recipes.schema import Precision, Recipe, rename_old_sections
+from selfcorrect.recipes.series import Measured, Series
 
 SHIPPED = Path(__file__).parent
 TEMPLATE_KEYS = ("chat_template_kwargs", "chat_template_date")  # of a recipe, for all its stages
@@ -36,15 +37,20 @@ def shipped_recipes() -> list[Path]:
     return sorted(paths, key=lambda path: path.stem)
 
 
-def recipe_path(name: str) -> Path:
-    """Return the path of a recipe file, or of a shipped recipe by name (.yaml is optional).
+def shipped_series() -> list[Path]:
+    """Return the series of published checkpoints that come with the package, sorted by name."""
+    return sorted((SHIPPED / "published").glob("*.yaml"))
 
-    Raises InputError, which lists the shipped recipes, if there is neither.
+
+def recipe_path(name: str) -> Path:
+    """Return the path of a recipe file, or of a shipped recipe or series by name (.yaml optional).
+
+    Raises InputError, which lists the shipped ones, if there is neither.
     """
     path = Path(name)
     if path.is_file():
         return path
-    shipped = {path.stem: path for path in shipped_recipes()}
+    shipped = {path.stem: path for path in [*shipped_recipes(), *shipped_series()]}
     stem = path.name.removesuffix(".yaml")
     if stem in shipped:  # recipes/quickstart.yaml works from any folder
         return shipped[stem]
@@ -53,10 +59,22 @@ def recipe_path(name: str) -> Path:
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply dotted overrides such as `policy.steps=20`, and validate the result."""
+    recipe = load_measured(name, overrides)
+    if isinstance(recipe, Series):
+        raise InputError(
+            f"{name}: a series of checkpoints, with nothing to train: selfcorrect evaluate {name}"
+        )
+    return recipe
+
+
+def load_measured(name: str, overrides: Sequence[str] = ()) -> Measured:
+    """Read a recipe or a series as `load_recipe` does."""
     path = recipe_path(name)
     content = _read_recipe(path)
     for override in overrides:
         apply_override(content, override)
+    if "checkpoints" in content:
+        return check_series(content, str(path))
     return check_recipe(content, str(path))
 
 
@@ -164,17 +182,25 @@ def check_recipe(content: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{source}: {_first_problem(error)}") from None
+        raise InputError(f"{source}: {_first_problem(error, Recipe)}") from None
 
 
-def _first_problem(error: ValidationError) -> str:
+def check_series(content: dict[str, Any], source: str) -> Series:
+    """Validate a parsed series as `check_recipe` does a recipe."""
+    try:
+        return Series.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_first_problem(error, Series)}") from None
+
+
+def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
     problems = error.errors()
     problem = problems[0]
     parts = [str(part) for part in problem["loc"] if part != "[key]"]
     key = ".".join(parts)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        message = f"unknown key{_suggestion(parts)}"
+        message = f"unknown key{_suggestion(parts, kind)}"
     elif problem["type"] == "missing":
         message = "is missing"
     else:
@@ -185,9 +211,9 @@ def _first_problem(error: ValidationError) -> str:
     return f"{key}: {message}{more}" if key else f"{message}{more}"
 
 
-def _suggestion(parts: list[str]) -> str:
+def _suggestion(parts: list[str], kind: type[BaseModel]) -> str:
     """Return the closest known key of the section, or all of them, as the end of a message."""
-    section: Any = Recipe
+    section: Any = kind
     for part in parts[:-1]:
         field = section.model_fields.get(part)
         if field is None:
@@ -206,14 +232,14 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [m for part in getattr(annotation, "__args__", ()) for m in _models_in(part)]
 
 
-def recipe_text(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML."""
+def recipe_text(recipe: Measured) -> str:
+    """Return the resolved recipe, or series, as YAML."""
     return yaml.safe_dump(
         recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
     )
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
+def save_recipe(recipe: Measured, path: Path) -> None:
     """Write the resolved recipe, with a checksum in its first line."""
     text = f"# {CHECKSUM_PLACEHOLDER}\n{recipe_text(recipe)}"
     write_text(path, insert_checksum(text.encode()).decode())
@@ -225,6 +251,10 @@ def training_digest(recipe: Recipe, model: str, seed: int) -> str:
     for key in ("checkpoints", "resume_every", "resume_minutes"):
         del parts["policy"][key]  # which states are kept changes no weight
     del parts["data"]["benchmarks"], parts["data"]["stimuli"]
+    if recipe.data.feedback is None:  # older runs have no such keys
+        del parts["data"]["feedback"]
+    if recipe.reward.functions == {"model": 1.0}:
+        del parts["reward"]["functions"]
     if recipe.launch.starts_processes:  # batches are per process; DeepSpeed rounds differently
         parts["launch"] = [recipe.launch.processes, recipe.launch.deepspeed]
     parts["model"] = next(m for m in recipe.models if m.name == model).model_dump(mode="json")

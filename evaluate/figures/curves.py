@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
 from selfcorrect.evaluate.experiments.base import condition_rank
@@ -53,11 +54,20 @@ from selfcorrect.evaluate.figures.select import (
     overall,
 )
 from selfcorrect.evaluate.figures.training_log import smoothed
+from selfcorrect.evaluate.run_folder import RLHF_STEPS
 from selfcorrect.evaluate.statistics.cells import ALL_ORDERS
 from selfcorrect.evaluate.statistics.formatting import number
 from selfcorrect.recipes.foundation.atomic_files import atomic_file
 
-STEP_LABEL = "RLHF steps (PPO updates)"
+STEP_LABEL = f"{RLHF_STEPS} (PPO updates)"
+
+
+def name_steps(figure: Figure, steps: str) -> None:
+    """Write what the steps of other checkpoints are where figures say RLHF steps."""
+    if steps != RLHF_STEPS:
+        for text in figure.findobj(Text):
+            words = text.get_text()
+            text.set_text(words.replace(STEP_LABEL, steps).replace(RLHF_STEPS, steps))
 
 
 def against_steps(frame: pd.DataFrame, model: str | None = None, paper: bool = False) -> Figure:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.figures import curves, runs
-from selfcorrect.evaluate.figures.curves import in_words, save
+from selfcorrect.evaluate.figures.curves import in_words, name_steps, save
 from selfcorrect.evaluate.figures.details import (
     beside_the_bias,
     by_category,
@@ -32,7 +32,7 @@ from selfcorrect.evaluate.figures.select import (
 )
 from selfcorrect.evaluate.figures.training_log import training_log
 from selfcorrect.evaluate.results import load_items
-from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.evaluate.run_folder import RLHF_STEPS, find_checkpoints, step_words
 
 MAIN = "sizes-"  # the main figure of an experiment is called sizes-<experiment>
 Plan = tuple[str, str, Callable[[], Figure]]  # name, title, and the call that draws it
@@ -59,17 +59,17 @@ def draw_run(
     size show the paper's values as open markers. Returns the drawings, and a sentence for each
     reason why figures are missing.
     """
-    data = overall(frame)
+    data, steps = overall(frame), step_words([run])
     models, experiments = models_in(data), experiments_in(data)
     ends = sorted({*common_steps(data)[:1], *common_steps(data)[-1:]})
     effects = statistics["effects"]
     plans: list[Plan] = []
     for name in experiments:  # the main figures come first
-        title = f"{EXPERIMENTS[name].title} against RLHF steps, by size"
+        title = f"{EXPERIMENTS[name].title} against {steps}, by size"
         plans.append((f"{MAIN}{name}", title, partial(curves.steps_by_size, frame, name)))
     for model in models[-1:]:  # the largest; figures by size show the others
         draw = partial(curves.against_steps, frame, model, paper)
-        plans.append((f"steps-{model}", f"Metric against RLHF steps, {model}", draw))
+        plans.append((f"steps-{model}", f"Metric against {steps}, {model}", draw))
     size = partial(curves.against_size, frame, *ends, paper=paper)
     plans.append(("size", "Metric against model size", size))
     draw = partial(curves.instruction_effects, effects)
@@ -97,10 +97,11 @@ def draw_run(
     if any(checkpoint.record.answers for checkpoint in find_checkpoints(run)):
         title = "What raters want beside what the reward model says"
         plans.append(("overoptimisation", title, partial(overoptimisation, run)))
-    drawings, missing = _draw(plans, folder)
+    drawings, missing = _draw(plans, folder, steps)
     for name in experiments:
         if any(drawing.name == f"{MAIN}{name}" for drawing in drawings):
             figure = curves.steps_by_size(frame, name, in_column=True)
+            name_steps(figure, steps)
             save(figure, folder, f"{MAIN}{name}", ["pdf"])
     return drawings, missing
 
@@ -141,7 +142,9 @@ def _num_categories(frame: pd.DataFrame, experiment: str) -> int:
     return len(names - {OVERALL})
 
 
-def _draw(plans: Sequence[Plan], folder: Path) -> tuple[list[Drawing], list[str]]:
+def _draw(
+    plans: Sequence[Plan], folder: Path, steps: str = RLHF_STEPS
+) -> tuple[list[Drawing], list[str]]:
     drawings: list[Drawing] = []
     missing: dict[str, list[str]] = {}  # reason -> titles of the figures not drawn
     for name, title, draw in plans:
@@ -150,6 +153,7 @@ def _draw(plans: Sequence[Plan], folder: Path) -> tuple[list[Drawing], list[str]
         except NothingToDraw as reason:
             missing.setdefault(str(reason), []).append(title)
             continue
+        name_steps(figure, steps)
         name = re.sub(r"[^\w.+-]", "_", name)
         save(figure, folder, name)
         drawings.append(Drawing(name, title, in_words(figure)))

@@ -6,9 +6,13 @@ from pathlib import Path
 
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan
 from selfcorrect.evaluate.measuring.run import is_measured, recipe_plan
-from selfcorrect.evaluate.run_folder import POLICY_METHODS, find_checkpoints, planned_checkpoints
-from selfcorrect.recipes.load import load_recipe
-from selfcorrect.recipes.schema import Recipe
+from selfcorrect.evaluate.run_folder import (
+    CHECKPOINT_FOLDERS,
+    find_checkpoints,
+    planned_checkpoints,
+)
+from selfcorrect.recipes.load import load_measured
+from selfcorrect.recipes.series import Measured
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ def estimate_progress(run: Path) -> RunProgress:
     Raises InputError for a folder that is not a run, and for a recipe that cannot be read.
     """
     started = {c.key for c in find_checkpoints(run) if any(c.evaluation.glob("*.parquet"))}
-    planned = planned_checkpoints(load_recipe(str(run / "recipe.yaml")))
+    planned = planned_checkpoints(load_measured(str(run / "recipe.yaml")))
     return RunProgress(len(started & planned), len(planned))
 
 
@@ -45,13 +49,13 @@ class WatchedRun:
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        self._recipe: Recipe | None = None
+        self._recipe: Measured | None = None
         self._plan = EvaluationPlan([])
 
     def progress(self) -> RunProgress:
         """Count the checkpoints that hold every cell of the present plan."""
         checkpoints = find_checkpoints(self.run)
-        recipe = load_recipe(str(self.run / "recipe.yaml"))
+        recipe = load_measured(str(self.run / "recipe.yaml"))
         if recipe != self._recipe:
             self._plan = recipe_plan(recipe, self.run)
             self._recipe = recipe
@@ -66,7 +70,7 @@ def report_inputs(run: Path) -> dict[Path, tuple[int, int]]:
     A file that vanishes meanwhile is left out.
     """
     patterns = ["recipe.yaml", "run.json", "*/seed-*/reward/stage.json"]
-    for method in POLICY_METHODS:
+    for method in CHECKPOINT_FOLDERS:
         checkpoints = f"*/seed-*/{method}/checkpoint-*"
         patterns += [f"{checkpoints}/*.json", f"{checkpoints}/evaluation/*.parquet"]
     inputs = {}

@@ -28,6 +28,7 @@ from selfcorrect.evaluate.experiments.bbq import BBQ
 from selfcorrect.evaluate.measuring.cell_files import DATE, METADATA_KEY
 from selfcorrect.evaluate.measuring.plan import EvaluationPlan, PlannedCell, Question
 from selfcorrect.evaluate.measuring.run import recipe_plan
+from selfcorrect.evaluate.measuring.sources import weights_of
 from selfcorrect.evaluate.probe.linear_probe import (
     INNER_FOLDS,
     NUM_SHUFFLES,
@@ -44,7 +45,7 @@ from selfcorrect.recipes.foundation.checksums import file_has_valid_checksum
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.locks import hold_lock
 from selfcorrect.recipes.foundation.progress import Progress, no_progress
-from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.series import Measured
 
 CHECKPOINT_FILE = Path("probe") / "bbq.parquet"
 RUN_FILE = "probe.parquet"
@@ -71,7 +72,7 @@ class Pairs:
 
 
 def run_plan(
-    recipe: Recipe, run: Path, conditions: Sequence[str], limit: int | None, seed: int | None
+    recipe: Measured, run: Path, conditions: Sequence[str], limit: int | None, seed: int | None
 ) -> EvaluationPlan:
     """Plan BBQ as the recipe evaluates it; `limit` and `seed` default to the recipe's."""
     settings: dict[str, Any] = {
@@ -86,7 +87,7 @@ def run_plan(
 
 
 def probe_run(
-    recipe: Recipe,
+    recipe: Measured,
     run: Path,
     plan: EvaluationPlan,
     *,
@@ -104,20 +105,19 @@ def probe_run(
     for checkpoint in find_checkpoints(run):
         record, path = checkpoint.record, checkpoint.folder / CHECKPOINT_FILE
         if not is_probed(path, plan, folds, seed, record.weights_digest):
-            model, tokenizer = load_model(
-                checkpoint.folder, trust_remote_code=record.model in trusted
-            )
             name = f"{record.model} seed {record.seed} step {record.step}"
-            probe_checkpoint(
-                plan,
-                model,
-                tokenizer,
-                path,
-                folds=folds,
-                seed=seed,
-                weights=record.weights_digest,
-                progress=_with_name(progress, name),
-            )
+            with weights_of(checkpoint) as location:
+                model, tokenizer = load_model(location, trust_remote_code=record.model in trusted)
+                probe_checkpoint(
+                    plan,
+                    model,
+                    tokenizer,
+                    path,
+                    folds=folds,
+                    seed=seed,
+                    weights=record.weights_digest,
+                    progress=_with_name(progress, name),
+                )
         rows = read_probe(path)[0]
         for index, column in enumerate(("model", "parameters", "seed", "step")):
             rows.insert(index, column, getattr(record, column))

@@ -11,7 +11,7 @@ from selfcorrect.evaluate.report.tables import (
     category_table,
     result_tables,
 )
-from selfcorrect.evaluate.report.trend_tables import threshold_table, trend_table
+from selfcorrect.evaluate.report.trend_tables import round_table, threshold_table, trend_table
 from selfcorrect.evaluate.report.verdict import Series
 
 MOST_CELLS = 12_000  # of a table in the page
@@ -22,15 +22,16 @@ def experiment_tables(
 ) -> list[Table]:
     """Return the tables of one experiment that have rows; `series` are those of the experiment."""
     cells = [cell for cell in statistics["cells"] if cell["experiment"] == experiment]
-    trends, thresholds = (
+    trends, thresholds, rounds = (
         [row for row in statistics.get(name, []) if row["experiment"] == experiment]
-        for name in ("trends", "thresholds")
+        for name in ("trends", "thresholds", "rounds")
     )
     columns = CheckpointColumns(cells)
     tables = [
         quantity_table(series, statistics["about"]),
         trend_table(trends, columns),
         threshold_table(thresholds, columns),
+        round_table(rounds, columns),
         category_table(cells),
         *result_tables(cells),
     ]

@@ -144,7 +144,7 @@ function mainFigure(box) {
     const data = rows.map((row) => ({
       ...row, x: bySize ? row.panel : row[against], panel: bySize ? entry.title : row.panel,
     })).filter((row) => row.x !== null);
-    const titles = { step: "RLHF steps", root_kl: "\u221aKL to the initial policy (\u221anats)",
+    const titles = { step: index.steps, root_kl: "\u221aKL to the initial policy (\u221anats)",
       reward: "Mean reward", size: "Model" };
     const xScale = against === "step" ? steps(data.map((row) => row.x)) : { zero: false };
     const x = { field: "x", type: bySize ? "nominal" : "quantitative",

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from markupsafe import Markup
 
 from selfcorrect.evaluate.figures.training_log import training_log
 from selfcorrect.evaluate.measuring.cell_files import read_settings
+from selfcorrect.evaluate.measuring.held_out import notes
 from selfcorrect.evaluate.measuring.progress import estimate_progress, report_inputs
 from selfcorrect.evaluate.report.chunks import Chunks
 from selfcorrect.evaluate.report.comparison import (
@@ -35,9 +37,11 @@ from selfcorrect.evaluate.report.verdict import cautions, series_of, summary_tab
 from selfcorrect.evaluate.results import write_results
 from selfcorrect.evaluate.run_folder import (
     POLICY_METHODS,
+    RLHF_STEPS,
     check_inside,
     find_checkpoints,
     model_folders,
+    step_words,
 )
 from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES
 from selfcorrect.evaluate.statistics.files import read_results, write_table
@@ -47,7 +51,8 @@ from selfcorrect.recipes.foundation.checksums import flatten, write_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.locks import hold_lock
 from selfcorrect.recipes.foundation.printable import escape_controls
-from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.load import load_measured
+from selfcorrect.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from selfcorrect.evaluate.figures.gallery import Drawing
@@ -210,6 +215,7 @@ def _write_page(
     drawings, not_drawn = drawn
     unfinished = _unfinished(named)
     series = series_of(statistics)
+    steps = step_words(named.values())
     figures = figure_data(frame, statistics["effects"])
     training = training_data({label: training_log(run) for label, run in named.items()})
     chunks = Chunks()
@@ -217,12 +223,18 @@ def _write_page(
         "experiments": [{"title": entry["title"], "chunk": chunks.add(entry)} for entry in figures],
         "looks": looks([name for entry in figures for name in entry["conditions"]]),
         "training": chunks.add(training),
+        "steps": steps,
     }
     texts = transcripts(named, chunks)
     vega = vega_script()
     page = render(
         groups=[
-            _first_screen(heading, part, [unfinished[run] for run in runs if run in unfinished])
+            _first_screen(
+                heading,
+                part,
+                [unfinished[run] for run in runs if run in unfinished] + _spoken_of(named, runs),
+                steps,
+            )
             for heading, runs, part in parts
         ],
         experiments=[
@@ -270,13 +282,13 @@ def _write_page(
 
 
 def _first_screen(
-    label: str | None, statistics: Mapping[str, Any], unfinished: Sequence[str]
+    label: str | None, statistics: Mapping[str, Any], unfinished: Sequence[str], steps: str
 ) -> dict[str, Any]:
     """Return the verdict, the table and the cautions of one run."""
     series = series_of(statistics)
     return {
         "label": label,
-        "verdict": verdict(series),
+        "verdict": verdict(series).replace(RLHF_STEPS, steps),
         "table": summary_table(series),
         "cautions": cautions(
             series, statistics["missing"], [*unfinished, *mixed_precision(statistics["cells"])]
@@ -290,7 +302,7 @@ def _unfinished(named: Mapping[str, Path]) -> dict[str, str]:
     for label, run in named.items():
         try:
             progress = estimate_progress(run)
-            models = {model.name for model in load_recipe(str(run / "recipe.yaml")).models}
+            models = {model.name for model in load_measured(str(run / "recipe.yaml")).models}
         except InputError:
             continue  # the transcripts' notes report a recipe that cannot be read
         if not progress.complete:
@@ -299,6 +311,18 @@ def _unfinished(named: Mapping[str, Path]) -> dict[str, str]:
             rest = f", none of {none_of}" if none_of else ""
             sentences[label] = f"{label} is not finished: {progress} so far{rest}."
     return sentences
+
+
+def _spoken_of(named: Mapping[str, Path], runs: Sequence[str]) -> list[str]:
+    """Return sentences on what the runs' own feedback spoke of, so that it is not measured."""
+    sentences: dict[str, None] = {}
+    for run in runs:
+        with suppress(InputError):  # the transcripts' notes report a recipe that cannot be read
+            recipe = load_measured(str(named[run] / "recipe.yaml"))
+            if isinstance(recipe, Recipe) and recipe.data.feedback is not None:
+                found = notes(recipe.data.feedback, recipe.evaluate.experiments)
+                sentences |= dict.fromkeys(found)
+    return list(sentences)
 
 
 def mixed_precision(cells: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -43,7 +43,7 @@ def _run_table(data: pd.DataFrame) -> Table:
         identity.insert(0, "run")
     if data["seed"].nunique() > 1:
         identity.append("seed")
-    table = results_table("First and last RLHF step", _caption(experiments))
+    table = results_table("First and last step", _caption(experiments))
     for name in identity:
         text = {"justify": "right"} if name == "seed" else {"overflow": "fold"}
         table.add_column(name.capitalize(), **text)  # type: ignore[arg-type]

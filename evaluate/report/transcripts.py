@@ -28,7 +28,7 @@ from selfcorrect.evaluate.report.chunks import Chunks
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
-from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.load import load_measured
 
 NUM_ITEMS = 100  # per experiment
 MOST_ANSWERS = 150_000  # per run and experiment; with more files, fewer items are shown
@@ -226,7 +226,7 @@ def _asked(
     if not (run / "recipe.yaml").is_file():
         return {file.cell: _prompts(file.path, set(chosen[file.cell[0]])) for file in files}, []
     try:
-        cells = recipe_plan(load_recipe(str(run / "recipe.yaml")), run).cells
+        cells = recipe_plan(load_measured(str(run / "recipe.yaml")), run).cells
     except InputError as reason:
         text = str(reason).replace(f"{run}/", "")  # the page may be read on another machine
         return {}, [f"The questions cannot be shown: {text}."]

@@ -1,4 +1,4 @@
-"""The report's tables of trends and thresholds."""
+"""The report's tables of trends, thresholds and rounds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +14,10 @@ from selfcorrect.evaluate.report.tables import (
     text_cell,
 )
 from selfcorrect.evaluate.statistics.formatting import number, significant
+from selfcorrect.evaluate.statistics.rounds import QUANTITIES
 
 AGAINST = {
-    "step": "RLHF step",
+    "step": "step",
     "sqrt_kl": "√KL (nats)",
     "log10_parameters": "log10 parameters",
     "step_x_log10_parameters": "step × log10 parameters",
@@ -85,6 +86,33 @@ def threshold_table(
             ]
             for row in _headlines(thresholds)
         ],
+    )  # fmt: skip
+
+
+def round_table(rounds: Sequence[Mapping[str, Any]], checkpoint: CheckpointColumns) -> Table:
+    """Return how answers changed from one condition to the one that continues its dialogue."""
+    by_round: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in rounds:
+        key = (row["run"], row["model"], row["seed"], row["step"], row["condition"])
+        by_round.setdefault(key, {})[row["quantity"]] = row
+    return Table(
+        name="rounds",
+        title="What a further round changes",
+        note="Answers to the same items after the same texts of the model, before and after the "
+        "round. The stereotyped option is the one that raises the headline metric. Entropy is that "
+        "of an item's answer, in nats, after averaging over draws. In brackets 95 % intervals.",
+        columns=[*checkpoint.names, "Condition", "Continues", "Changed",
+                 "To the stereotyped", "Away from it", "Entropy before", "Entropy"],
+        rows=[
+            [
+                *checkpoint.cells(first := next(iter(quantities.values()))),
+                text_cell(first["condition"]),
+                text_cell(first["continues"]),
+                *(estimate_cell(quantities[name], True) for name in QUANTITIES),
+            ]
+            for quantities in by_round.values()
+        ],
+        meanings=list(QUANTITIES.items()),
     )  # fmt: skip
 
 

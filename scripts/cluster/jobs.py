@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from selfcorrect.evaluate.run_folder import CheckpointKey, find_checkpoints, planned_checkpoints
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.series import Measured, Series
 from selfcorrect.recipes.slurm import Resources, Slurm
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class ClusterJob:
     needs: Needs | None = None
 
 
-def resources_of(recipe: Recipe, job: ClusterJob) -> Resources:
+def resources_of(recipe: Measured, job: ClusterJob) -> Resources:
     """Return the resources that the recipe requests for this job."""
     resources = (recipe.launch.slurm or Slurm()).of(job.kind, job.model)
     if resources.gpus is None:
@@ -61,7 +61,7 @@ def resources_of(recipe: Recipe, job: ClusterJob) -> Resources:
     return resources
 
 
-def jobs_left(recipe: Recipe, run: Path) -> list[ClusterJob]:
+def jobs_left(recipe: Measured, run: Path) -> list[ClusterJob]:
     """Return the jobs that the run still needs, in a possible order; [] if all is done.
 
     Each model and seed is trained in one job, which measures its checkpoints if evaluation is
@@ -71,13 +71,13 @@ def jobs_left(recipe: Recipe, run: Path) -> list[ClusterJob]:
     from selfcorrect.evaluate.report.page import is_report_current
     from selfcorrect.train.run import last_record, unfinished
 
-    training = unfinished(recipe, run)
+    training = [] if isinstance(recipe, Series) else unfinished(recipe, run)
     unmeasured = planned_checkpoints(recipe) - _measured(recipe, run)
     jobs = []
     for model in reversed(recipe.models):
         for seed in recipe.seeds:
             name, after = f"{recipe.name}.{model.name}.{seed}", []
-            if (model.name, seed) in training:
+            if not isinstance(recipe, Series) and (model.name, seed) in training:
                 options = ["--model", model.name, "--seed", seed, "--runs-dir", run.parent]
                 command = _command("train", run / "recipe.yaml", *options)
                 record = last_record(recipe, run, (model.name, seed))
@@ -103,7 +103,7 @@ def _command(*words: object) -> list[str]:
     return [sys.executable, "-m", "selfcorrect.scripts.commands", *map(str, words)]
 
 
-def _measured(recipe: Recipe, run: Path) -> set[CheckpointKey]:
+def _measured(recipe: Measured, run: Path) -> set[CheckpointKey]:
     from selfcorrect.evaluate.measuring.run import is_measured, recipe_plan
 
     if not (run / "recipe.yaml").is_file():
@@ -113,13 +113,13 @@ def _measured(recipe: Recipe, run: Path) -> set[CheckpointKey]:
     return {c.key for c in find_checkpoints(run, {}) if is_measured(c, plan, engine, dtype)}
 
 
-def with_needs(recipe: Recipe, jobs: list[ClusterJob]) -> list[ClusterJob]:
+def with_needs(recipe: Measured, jobs: list[ClusterJob]) -> list[ClusterJob]:
     """Return the jobs with the estimate of their needs; the report's are unknown."""
     from selfcorrect.train.planning.feedback import feedback_facts
 
     needs: list[Needs | None] = []
     try:
-        facts = feedback_facts(recipe.data)
+        facts = None if isinstance(recipe, Series) else feedback_facts(recipe.data)
         needs = [_needs(recipe, job, facts) for job in jobs]
     except InputError as error:
         needs = [Needs(f"not planned: {error}") for _ in jobs]
@@ -129,9 +129,11 @@ def with_needs(recipe: Recipe, jobs: list[ClusterJob]) -> list[ClusterJob]:
     ]
 
 
-def _needs(recipe: Recipe, job: ClusterJob, facts: "FeedbackFacts") -> Needs | None:
+def _needs(recipe: Measured, job: ClusterJob, facts: "FeedbackFacts | None") -> Needs | None:
     from selfcorrect.train.planning.devices import GPUS
     from selfcorrect.train.planning.estimate import estimate_named, parallelism_of
+    from selfcorrect.train.planning.memory import Parallelism
+    from selfcorrect.train.planning.series import estimate_series
 
     if job.model is None:
         return None
@@ -139,8 +141,15 @@ def _needs(recipe: Recipe, job: ClusterJob, facts: "FeedbackFacts") -> Needs | N
     processes = (gpus or recipe.launch.processes) if job.kind == "train" else 1
     try:
         fast = "bfloat16" if gpus else "float32"  # what a node's CPU computes fast is not known
-        parallelism = parallelism_of(recipe, processes, None, gpus > 0, fast)
-        estimate = estimate_named(recipe, job.model, facts, parallelism)
+        if isinstance(recipe, Series):
+            parallelism = Parallelism(1, 0, gpus > 0, fast)
+            (estimate,), counts, _ = estimate_series(recipe, parallelism, job.model)
+            checkpoints = max(1, counts[job.model])
+        else:
+            assert facts is not None
+            parallelism = parallelism_of(recipe, processes, None, gpus > 0, fast)
+            estimate = estimate_named(recipe, job.model, facts, parallelism)
+            checkpoints = len(recipe.policy.checkpoints)
     except InputError as error:
         return Needs(f"not planned: {error}")
     is_evaluation = job.kind == "evaluate"
@@ -149,7 +158,7 @@ def _needs(recipe: Recipe, job: ClusterJob, facts: "FeedbackFacts") -> Needs | N
     if gpus:
         hours = estimate.hours(GPUS["h100"], UTILISATION)
         spent = sum(hours[s] for s in hours if (s == "evaluation") == is_evaluation)
-        spent /= len(recipe.policy.checkpoints) if is_evaluation else 1
+        spent /= checkpoints if is_evaluation else 1
         return Needs(
             f"planned: {peak / 1e9:.1f} GB at most on each of {processes} GPUs, "
             f"{spent:.1f} h at {UTILISATION:.0%} of an H100's peak"

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.series import Measured
 from selfcorrect.scripts.cluster.jobs import ClusterJob, Command
 from selfcorrect.scripts.cluster.submit import LOGS, write_record
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 NO_LIMIT = 60 * 24 * 365  # minutes: this machine ends no job
 
 
-def run_here(recipe: Recipe, jobs: list[ClusterJob], run: Path) -> list[str]:
+def run_here(recipe: Measured, jobs: list[ClusterJob], run: Path) -> list[str]:
     """Run all jobs, `launch.jobs` commands at a time; return the errors, a line for each command.
 
     A job begins when the jobs before it have ended, even if they failed. If this call is

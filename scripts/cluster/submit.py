@@ -14,7 +14,7 @@ from typing import Any
 
 from selfcorrect.recipes.foundation.atomic_files import write_json
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
-from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.series import Measured
 from selfcorrect.recipes.slurm import Slurm, minutes
 from selfcorrect.scripts.cluster.jobs import ClusterJob, Command, resources_of
 
@@ -22,7 +22,7 @@ LOGS = "launch"  # submitit's folder below the run's: scripts, logs, pickles
 RECORD = "launch.json"
 
 
-def check_cluster(recipe: Recipe, cluster: str, dry_run: bool) -> None:
+def check_cluster(recipe: Measured, cluster: str, dry_run: bool) -> None:
     """Raise InputError if the recipe's jobs cannot be submitted from this machine."""
     if importlib.util.find_spec("submitit") is None:
         raise InputError("launch: submitit is not installed: pip install 'selfcorrect[slurm]'")
@@ -97,7 +97,7 @@ def check_not_queued(run: Path) -> None:
         )
 
 
-def sbatch_parameters(recipe: Recipe, job: ClusterJob, after: list[str]) -> dict[str, Any]:
+def sbatch_parameters(recipe: Measured, job: ClusterJob, after: list[str]) -> dict[str, Any]:
     """Return submitit's parameters for a job; `after` holds the ids of the jobs it waits for."""
     slurm, resources = recipe.launch.slurm or Slurm(), resources_of(recipe, job)
     assert resources.time is not None  # check_cluster
@@ -126,7 +126,7 @@ def sbatch_parameters(recipe: Recipe, job: ClusterJob, after: list[str]) -> dict
     }
 
 
-def script(recipe: Recipe, job: ClusterJob, run: Path) -> str:
+def script(recipe: Measured, job: ClusterJob, run: Path) -> str:
     """Return the sbatch script; the jobs that it waits for are names in braces."""
     from submitit.slurm import slurm
 
@@ -141,7 +141,7 @@ def script(recipe: Recipe, job: ClusterJob, run: Path) -> str:
     return slurm._make_sbatch_string(command, folder=folder, **parameters)
 
 
-def submit(recipe: Recipe, jobs: list[ClusterJob], run: Path) -> dict[str, str]:
+def submit(recipe: Measured, jobs: list[ClusterJob], run: Path) -> dict[str, str]:
     """Submit all jobs to SLURM; return their ids by name. If one is refused, cancel all.
 
     launch.json is written after each job, so that it lists every submitted job. Raises RunFailure

@@ -2,11 +2,14 @@
 
 import datetime
 import gc
+import json
 import math
 import re
-from collections.abc import Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,21 +18,28 @@ import typer
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.progress import Progress, no_progress
 from selfcorrect.recipes.foundation.yaml_text import parse_yaml
-from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.load import load_measured
 from selfcorrect.scripts.commands.data_folder import DataDir, existing_data_dir
 from selfcorrect.scripts.commands.progress import Bars
+from selfcorrect.scripts.commands.run import RUNS
+from selfcorrect.scripts.commands.series import open_run, series_of
 from selfcorrect.scripts.commands.tables import table_console
 
 if TYPE_CHECKING:
     from selfcorrect.evaluate.measuring.plan import EvaluationPlan
     from selfcorrect.recipes.foundation.ranks import Ranks
-    from selfcorrect.recipes.schema import Recipe
+    from selfcorrect.recipes.series import Measured, Series
 
 EXPERIMENTS = "bbq,winogender,law_school"
 EVALUATIONS = Path("evaluations")
+HUB_SECONDS = 60.0  # between two looks for new revisions on the hub
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Targets = Annotated[
-    list[str], typer.Argument(help="Run folders, or models: folders, hub names, GGUF files.")
+    list[str],
+    typer.Argument(
+        help="Run folders, or models: folders, hub names, GGUF files; or a series: its YAML, "
+        "PATH_{step}, HUB/NAME@step_{step}, or the output folder of a trainer."
+    ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 TemplateArguments = Annotated[
@@ -89,10 +99,27 @@ def evaluate(
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of a forward pass.")
     ] = None,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Setting of the engine, such as device_map=auto (packed), tensor_parallel_size=4 "
+            "(vllm) or batch_size=8 (lm-eval:hf)."
+        ),
+    ] = None,
     stimuli: Annotated[
         Path | None, typer.Option(help="YAML with your own conditions, added to the paper's.")
     ] = None,
-    out: ResultsFolder = EVALUATIONS,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the results of models [default: evaluations], or the run folder of a "
+            "series [default: runs/<its name>]."
+        ),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(help="Of a series, comma-separated [default: all that exist]."),
+    ] = None,
     checkpoint: Annotated[
         str | None,
         typer.Option(help="Measure only this checkpoint of a run, MODEL/SEED/STEP; no report."),
@@ -101,24 +128,55 @@ def evaluate(
         bool, typer.Option("--watch", help="Follow a live run until its last checkpoint.")
     ] = False,
 ) -> None:
-    """Measure a run's checkpoints, or models, and print the table.
+    """Measure the checkpoints of a run or of a series, or models, and print the table.
 
     Checkpoints and models that are measured already are skipped.
 
-    A run is measured as its recipe says; only --engine, --dtype, --device, --batch-tokens,
-    --checkpoint and --watch apply to it.
+    A series (checkpoints that were trained elsewhere) becomes a run folder, --out.
+    A run, or the YAML of a series, is measured as its recipe says; only --engine, --dtype,
+    --device, --batch-tokens, --checkpoint and --watch apply to it.
     Several of these commands can share the work, on machines that share the folder: no checkpoint
     is measured twice. Under `accelerate launch -m selfcorrect.scripts.commands evaluate ...` the
     processes share the items of each checkpoint.
     """
     runs = run_folders(targets)
-    hardware = _hardware(device, dtype, engine, batch_tokens)
+    hardware = _hardware(device, dtype, engine, batch_tokens, engine_arg)
     if runs and checkpoint is not None:
         _evaluate_checkpoint(runs, checkpoint, engine, hardware)
         return
     if runs:
         _evaluate_runs(runs, engine, watch, hardware)
         return
+    given = series_of(
+        targets,
+        steps,
+        lambda: {
+            "data": {"benchmarks": existing_data_dir(data_dir), "stimuli": stimuli},
+            "chat_template_kwargs": template_arguments(template_arg),
+            "chat_template_date": date,
+            "evaluate": {
+                "experiments": split_names(experiments),
+                "conditions": None if conditions is None else split_names(conditions),
+                "limit": limit,
+                "seed": seed,
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "samples": samples,
+                "permutations": permutations,
+                "style": style,
+            },
+        },
+    )
+    if given is not None:
+        if revision is not None:
+            raise InputError("--revision: write it into the target, as HUB/NAME@REVISION")
+        if checkpoint is not None:
+            raise InputError("--checkpoint needs a run folder")
+        _evaluate_series(given, out or RUNS / given.name, engine, watch, hardware)
+        return
+    out = out or EVALUATIONS
+    if steps is not None:
+        raise InputError("--steps needs a series: a target with {step} in it")
     if checkpoint is not None or watch:
         raise InputError(f"--{'watch' if checkpoint is None else 'checkpoint'} needs a run folder")
     gc.disable()  # the modules loaded now stay; collecting among them is a seventh of the start
@@ -155,31 +213,36 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Hardware:
-    """The options --device (None: chosen by the machine), --dtype and --batch-tokens."""
+    """The options --device (None: chosen by the machine), --dtype, --batch-tokens, --engine-arg."""
 
     device: str | None
     dtype: str | None
     batch_tokens: int | None
+    engine_args: dict[str, Any]
 
 
 def _hardware(
-    device: str, dtype: str | None, engine: str | None, batch_tokens: int | None
+    device: str,
+    dtype: str | None,
+    engine: str | None,
+    batch_tokens: int | None,
+    engine_arg: Sequence[str] | None,
 ) -> Hardware:
     """Return checked options; InputError for what this machine or the engine lacks."""
-    given = {"--dtype": dtype, "--batch-tokens": batch_tokens}
-    given["--device"] = None if device == "auto" else device
+    arguments = named_values(engine_arg, "--engine-arg")
+    given = {"--batch-tokens": batch_tokens, "--device": None if device == "auto" else device}
     for name, value in given.items():
         if engine not in (None, "packed") and value is not None:
             raise InputError(f"{name} {value}: --engine {engine} chooses its own; remove one")
     if dtype not in (None, *DTYPES):
         raise InputError(f"--dtype {dtype}: unknown; choose from {', '.join(DTYPES)}")
     if device == "auto" and dtype in (None, "auto"):
-        return Hardware(None, dtype, batch_tokens)  # and torch is not imported yet
+        return Hardware(None, dtype, batch_tokens, arguments)  # and torch is not imported yet
     from selfcorrect.evaluate.scoring.precision import check_device, check_dtype
 
     checked = check_device(device)
     check_dtype(dtype or "auto", checked, f"--dtype {dtype}")
-    return Hardware(None if device == "auto" else checked, dtype, batch_tokens)
+    return Hardware(None if device == "auto" else checked, dtype, batch_tokens, arguments)
 
 
 def run_folders(targets: Sequence[str]) -> list[Path]:
@@ -192,12 +255,17 @@ def run_folders(targets: Sequence[str]) -> list[Path]:
 
 def template_arguments(given: Sequence[str] | None) -> dict[str, Any]:
     """Return the arguments NAME=VALUE of a chat template; values are YAML."""
+    return named_values(given, "--template-arg")
+
+
+def named_values(given: Sequence[str] | None, option: str) -> dict[str, Any]:
+    """Return the values NAME=VALUE of an option that may be given several times, read as YAML."""
     content: dict[str, Any] = {}
     for argument in given or ():
         name, equals, value = argument.partition("=")
         if not equals or not name:
-            raise InputError(f"--template-arg {argument}: write NAME=VALUE")
-        content[name] = parse_yaml(value, f"--template-arg {argument}")
+            raise InputError(f"{option} {argument}: write NAME=VALUE")
+        content[name] = parse_yaml(value, f"{option} {argument}")
     return content
 
 
@@ -225,30 +293,64 @@ def model_label(target: str, revision: str | None) -> str:
     return re.sub(r"[^A-Za-z0-9.@_-]+", "_", name).strip("._") or "model"
 
 
-def _evaluate_runs(runs: list[Path], engine: str | None, watch: bool, hardware: Hardware) -> None:
+def _evaluate_series(
+    series: "Series", run: Path, engine: str | None, watch: bool, hardware: Hardware
+) -> None:
+    def open_() -> None:
+        open_run(series, run, wait=watch)
+
+    looked = [time.monotonic()]
+    look_again = partial(_look_again, series, run, looked) if watch else None
+    _evaluate_runs([run], engine, watch, hardware, open_, look_again)
+
+
+def _look_again(series: "Series", run: Path, looked: list[float]) -> bool:
+    """Look for checkpoints that have appeared; return whether more may come that nobody lists."""
+    from selfcorrect.evaluate.measuring.sources import is_on_hub
+
+    pause = HUB_SECONDS if any(is_on_hub(given.path) for given in series.checkpoints) else 0.0
+    if time.monotonic() - looked[-1] >= pause:
+        looked[:] = [time.monotonic()]
+        open_run(series, run, wait=True)
+    return series.is_discovered
+
+
+def _evaluate_runs(
+    runs: list[Path],
+    engine: str | None,
+    watch: bool,
+    hardware: Hardware,
+    begin: Callable[[], None] = lambda: None,
+    look_for_more: Callable[[], bool] | None = None,
+) -> None:
     from selfcorrect.evaluate.headlines import log_checkpoint
     from selfcorrect.evaluate.measuring.run import evaluate_run
     from selfcorrect.recipes.foundation.ranks import distributed_ranks
     from selfcorrect.scripts.commands.report import show
 
     _hide_loading_bars()
-    recipes = [_recipe_of(run, engine, hardware.dtype) for run in runs]
     with distributed_ranks() as (ranks, device), Bars() as bars:
+        ranks.from_rank0(begin)
+        recipes = [_recipe_of(run, engine, hardware) for run in runs]
         for run, recipe in zip(runs, recipes, strict=True):
             progress = _on_rank0(bars.of(run.name), ranks)
             evaluate_run(
                 recipe, run, progress, watch=watch, ranks=ranks,
                 device=device or hardware.device, on_measured=log_checkpoint,
                 batch_tokens=hardware.batch_tokens,
+                look_for_more=look_for_more or (lambda: False),
             )  # fmt: skip
     if ranks.rank == 0:
         show(runs)
 
 
-def _recipe_of(run: Path, engine: str | None, dtype: str | None) -> "Recipe":
-    overrides = [] if engine is None else [f"evaluate.engine={engine}", "evaluate.attach=off"]
-    overrides += [] if dtype is None else [f"evaluate.dtype={dtype}", "evaluate.attach=off"]
-    return load_recipe(str(run / "recipe.yaml"), overrides)
+def _recipe_of(run: Path, engine: str | None, hardware: Hardware) -> "Measured":
+    given = {"engine": engine, "dtype": hardware.dtype, "engine_args": hardware.engine_args or None}
+    overrides = [
+        f"evaluate.{key}={json.dumps(value)}" for key, value in given.items() if value is not None
+    ]
+    overrides += ["evaluate.attach=off"] if overrides else []
+    return load_measured(str(run / "recipe.yaml"), overrides)
 
 
 def _on_rank0(progress: Progress, ranks: "Ranks") -> Progress:
@@ -265,7 +367,7 @@ def _evaluate_checkpoint(
 
     if len(runs) > 1:
         raise InputError("--checkpoint needs a single run folder")
-    run, recipe = runs[0], _recipe_of(runs[0], engine, hardware.dtype)
+    run, recipe = runs[0], _recipe_of(runs[0], engine, hardware)
     key = next((key for key in planned_checkpoints(recipe) if name == str(key)), None)
     if key is None:
         raise InputError(
@@ -273,7 +375,7 @@ def _evaluate_checkpoint(
         )
     folder = checkpoint_folder(recipe, run, key)
     if not (folder / RECORD).is_file():
-        raise RunFailure(f"{folder}: training has not reached this checkpoint yet")
+        raise RunFailure(f"{folder}: this checkpoint is not there yet")
     _hide_loading_bars()
     with distributed_ranks() as (ranks, device), Bars() as bars:
         progress = _on_rank0(bars.of(name), ranks)
@@ -294,9 +396,9 @@ def _evaluate_models(
     """Measure each model into out/<label>/<digest of its weights>, so that no answer is stale."""
     from selfcorrect.evaluate.headlines import headlines, log_headlines
     from selfcorrect.evaluate.measuring.cell_files import Origin
-    from selfcorrect.evaluate.measuring.measure import measure_with
+    from selfcorrect.evaluate.measuring.measure import longest_dialogue, measure_with
     from selfcorrect.evaluate.scoring.engine import Engine
-    from selfcorrect.evaluate.scoring.lm_eval import load_engine
+    from selfcorrect.evaluate.scoring.lm_eval import engine_loader, engine_version
     from selfcorrect.evaluate.scoring.load_model import load_model
     from selfcorrect.evaluate.scoring.packed import PackedEngine
     from selfcorrect.evaluate.scoring.precision import held_in
@@ -305,30 +407,40 @@ def _evaluate_models(
     from selfcorrect.recipes.foundation.locks import hold_lock
     from selfcorrect.recipes.foundation.ranks import distributed_ranks
 
+    _check_engine(engine, hardware)
     _hide_loading_bars()
     folders, packings = dict[str, Path](), PackingCache()
-    with distributed_ranks() as (ranks, device), Bars() as bars:
-        if ranks.size > 1 and engine != "packed":
+    loader = None if engine == "packed" else engine_loader(engine, hardware.engine_args)
+    with (
+        distributed_ranks() as (ranks, device),
+        Bars() as bars,
+        nullcontext() if loader is None else closing(loader),
+    ):
+        if ranks.size > 1 and (loader is not None or hardware.engine_args):
             raise InputError(
                 f"--engine {engine} distributes its own work: run it without accelerate"
             )
         for target, plan in zip(targets, plans, strict=True):
             name = model_label(target, revision)
-            if engine == "packed":
+            if loader is None:
                 wanted = "fast" if hardware.dtype in (None, "auto") else hardware.dtype
                 model, tokenizer = load_model(
-                    target, revision=revision, dtype=wanted, device=device or hardware.device
-                )
+                    target, revision=revision, dtype=wanted, device=device or hardware.device,
+                    placement=hardware.engine_args,
+                )  # fmt: skip
                 origin = Origin(weights_digest(model), dtype=held_in(model))
                 scorer: Engine = PackedEngine(
                     model, tokenizer, packings=packings, batch_tokens=hardware.batch_tokens
                 )
                 folder = out / name / origin.weights[:12]
             else:
-                scorer = load_engine(engine, target, revision)
-                # Engines round differently, so each has its own folder.
-                origin = Origin(files_digest(target, revision), engine)
-                folder = out / name / f"{origin.weights[:12]}-{engine.replace(':', '-')}"
+                dtype = None if hardware.dtype == "auto" else hardware.dtype
+                scorer = loader.load(target, revision, dtype, partial(longest_dialogue, plan))
+                digest, version = files_digest(target, revision), engine_version(engine)
+                origin = Origin(digest, engine, dtype=scorer.dtype, version=version)
+                # Engines and types round differently, so each has its own folder.
+                parts = [digest[:12], engine.replace(":", "-"), scorer.dtype]
+                folder = out / name / "-".join(part for part in parts if part)
             if name in folders:  # two model folders with the same last part
                 name = f"{name} {folder.name}"
             folders[name] = folder
@@ -341,6 +453,20 @@ def _evaluate_models(
                 log_headlines(name, headlines(paths), {})
     if ranks.rank == 0:
         _show_models(folders, out)
+
+
+def _check_engine(engine: str, hardware: Hardware) -> None:
+    """Raise InputError for options that do not suit the engine, as a recipe would."""
+    from pydantic import ValidationError
+
+    from selfcorrect.recipes.schema import Evaluate
+
+    given = {"engine": engine, "dtype": hardware.dtype or "auto", "attach": "off"}
+    try:
+        Evaluate.model_validate({**given, "engine_args": hardware.engine_args})
+    except ValidationError as error:
+        message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+        raise InputError(f"--engine {engine}: {message}") from None
 
 
 def _hide_loading_bars() -> None:

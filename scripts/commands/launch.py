@@ -9,12 +9,13 @@ import typer
 
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.foundation.locks import hold_lock
-from selfcorrect.recipes.load import load_recipe
-from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.load import load_measured
+from selfcorrect.recipes.series import Measured, Series
 from selfcorrect.scripts.cluster.jobs import ClusterJob, jobs_left, resources_of, with_needs
 from selfcorrect.scripts.cluster.local import run_here
 from selfcorrect.scripts.cluster.submit import LOGS, check_cluster, check_not_queued, script, submit
 from selfcorrect.scripts.commands.run import RUNS, RecipeName
+from selfcorrect.scripts.commands.series import open_run
 
 
 class Cluster(StrEnum):
@@ -39,23 +40,30 @@ def launch(
         bool, typer.Option("--dry-run", help="Print the jobs and submit nothing.")
     ] = False,
 ) -> None:
-    """Submit the jobs that a run still needs: one for each model and seed, evaluation, a report.
+    """Submit the jobs that a run or a series needs: training, evaluation, a report.
 
     On SLURM a job that reaches its time limit is queued again and resumes. After a failure, launch
     again: finished work is not submitted again.
     """
     from selfcorrect.train.run import check_run
 
-    checked = load_recipe(recipe, overrides or [])
+    checked = load_measured(recipe, overrides or [])
     run = (runs_dir / checked.name).resolve()
     check_cluster(checked, cluster, dry_run)
-    check_run(checked, run)
+    if not isinstance(checked, Series):
+        check_run(checked, run)
+    elif dry_run:
+        from selfcorrect.evaluate.measuring.series import find_numbers
+
+        checked, notes = find_numbers(checked)
+        for note in notes:
+            typer.echo(f"# {note}")
     if dry_run:
         for job in with_needs(checked, jobs_left(checked, run)):
             typer.echo(_describe(checked, job, run, cluster))
         return
     check_not_queued(run)
-    _prepare(checked, run)
+    checked = _prepare(checked, run)
     with hold_lock(run / LOGS) as is_free:
         if not is_free:
             raise InputError(f"{run}: another launch of this run is at work; wait for it")
@@ -69,8 +77,8 @@ def launch(
             _queue(checked, with_needs(checked, jobs), run)
 
 
-def _prepare(recipe: Recipe, run: Path) -> None:
-    """Make the run's folder, with the recipe that the jobs read."""
+def _prepare(recipe: Measured, run: Path) -> Measured:
+    """Make the run's folder, and return the recipe in it that the jobs read."""
     from selfcorrect.train.run import prepare_run
 
     try:
@@ -82,10 +90,14 @@ def _prepare(recipe: Recipe, run: Path) -> None:
         raise InputError(
             f"{run}: not writable; give --runs-dir a folder that you and all nodes can write to"
         )
+    if isinstance(recipe, Series):
+        open_run(recipe, run)
+        return load_measured(str(run / "recipe.yaml"))
     prepare_run(recipe, run, here=False)
+    return recipe
 
 
-def _describe(recipe: Recipe, job: ClusterJob, run: Path, cluster: Cluster) -> str:
+def _describe(recipe: Measured, job: ClusterJob, run: Path, cluster: Cluster) -> str:
     """Return a job as a dry run shows it: a comment, and its sbatch script or its commands."""
     tasks = f", {len(job.commands)} tasks" if len(job.commands) > 1 else ""
     lines = [f"# ---- {job.name}{tasks}"]
@@ -97,7 +109,7 @@ def _describe(recipe: Recipe, job: ClusterJob, run: Path, cluster: Cluster) -> s
     return "\n".join([*lines, script(recipe, job, run)])
 
 
-def _run_here(recipe: Recipe, jobs: list[ClusterJob], run: Path) -> None:
+def _run_here(recipe: Measured, jobs: list[ClusterJob], run: Path) -> None:
     errors = run_here(recipe, jobs, run)
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -105,7 +117,7 @@ def _run_here(recipe: Recipe, jobs: list[ClusterJob], run: Path) -> None:
     typer.echo(f"Report: {run / 'report.html'}")
 
 
-def _queue(recipe: Recipe, jobs: list[ClusterJob], run: Path) -> None:
+def _queue(recipe: Measured, jobs: list[ClusterJob], run: Path) -> None:
     ids = submit(recipe, jobs, run)
     for job in jobs:
         resources = resources_of(recipe, job)

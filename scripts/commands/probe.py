@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from selfcorrect.recipes.load import load_recipe
+from selfcorrect.recipes.load import load_measured
 from selfcorrect.scripts.commands.data_folder import DataDir, existing_data_dir
 from selfcorrect.scripts.commands.evaluate import (
     EVALUATIONS,
@@ -92,7 +92,7 @@ def _probe_run(
 ) -> None:
     from selfcorrect.evaluate.probe.probe import RUN_FILE, probe_run, run_plan
 
-    recipe = load_recipe(str(run / "recipe.yaml"))
+    recipe = load_measured(str(run / "recipe.yaml"))
     cells = run_plan(recipe, run, conditions, limit, seed)
     seed = recipe.evaluate.seed if seed is None else seed
     with Bars() as bars:

@@ -44,6 +44,10 @@ def push(
                 raise InputError(
                     f"--checkpoint {checkpoint}: not a checkpoint of {run}; give MODEL/SEED/STEP"
                 )
+            if found[0].record.source is not None:
+                raise InputError(
+                    f"--checkpoint {checkpoint}: was trained elsewhere; push the results without it"
+                )
             check_saved(found[0].folder)
             shutil.copytree(
                 found[0].folder, folder, ignore=shutil.ignore_patterns("evaluation", "probe", ".*")

@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 RECIPE_KEYS = "<!-- recipe keys -->"
+SERIES_KEYS = "<!-- series keys -->"
 GLOSSARY = "<!-- glossary -->"
 PPO_STEP = "<!-- ppo step -->"
 TYPES = {"integer": "whole number", "number": "number", "string": "text",
@@ -32,6 +33,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Return the page with its placeholders filled in and links out of docs/ made plain text."""
     if RECIPE_KEYS in markdown:
         markdown = markdown.replace(RECIPE_KEYS, recipe_tables())
+    if SERIES_KEYS in markdown:
+        markdown = markdown.replace(SERIES_KEYS, series_tables())
     if GLOSSARY in markdown:
         markdown = markdown.replace(GLOSSARY, glossary())
     if PPO_STEP in markdown:
@@ -63,10 +66,21 @@ def recipe_tables() -> str:
     """Return a heading and a table of keys for each section of a recipe, from its JSON schema."""
     from selfcorrect.recipes.schema import Recipe
 
-    schema = Recipe.model_json_schema()
+    return _tables("Top level", Recipe.model_json_schema(), {})
+
+
+def series_tables() -> str:
+    """Return the same of a series; the sections that it shares with a recipe stand there."""
+    from selfcorrect.recipes.series import Series
+
+    shared = {"Evaluate": "evaluate", "Launch": "launch", "SocietySettings": "data.society"}
+    return _tables("A series", Series.model_json_schema(), shared)
+
+
+def _tables(title: str, schema: dict[str, Any], path_of: dict[str, str]) -> str:
+    """Return the tables; `path_of` has the sections whose tables stand elsewhere, by name."""
     sections = schema["$defs"]
     parts: list[str] = []
-    path_of: dict[str, str] = {}  # section name -> where its table stands
 
     def write(title: str, prefix: str, section: dict[str, Any]) -> None:
         rows, inner = [], []
@@ -90,7 +104,7 @@ def recipe_tables() -> str:
         for path, name in inner:
             write(f"`{path}`", path.replace("[]", ""), sections[name])
 
-    write("Top level", "", schema)
+    write(title, "", schema)
     return "\n\n".join(parts)
 
 

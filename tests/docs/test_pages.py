@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from selfcorrect.recipes.load import load_recipe, recipe_path
+from selfcorrect.recipes.load import load_measured, recipe_path
 from selfcorrect.scripts.commands.__main__ import app
 from tests.support import ROOT
 
@@ -112,12 +112,12 @@ def test_commands_in_shell_blocks_parse(
         given = command.make_context(command.name, list(arguments)).params
         recipe = given.get("recipe")
         if recipe is not None and recipe_path(recipe).is_file():
-            load_recipe(recipe, given.get("overrides") or [])
+            load_measured(recipe, given.get("overrides") or [])
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
 def test_recipes_in_yaml_blocks_load(path: Path, tmp_path: Path) -> None:
     for language, block in FENCE.findall(path.read_text(encoding="utf-8")):
-        if language == "yaml" and block.startswith("from:"):
+        if language == "yaml" and (block.startswith("from:") or "\ncheckpoints:" in block):
             (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
-            load_recipe(str(tmp_path / "recipe.yaml"))
+            load_measured(str(tmp_path / "recipe.yaml"))

@@ -6,6 +6,7 @@ Pythia's table of non-embedding parameters (Biderman et al. 2023, arXiv:2304.013
 cards of Qwen2.5, OLMo 2 and SmolLM2.
 """
 
+import re
 from typing import Any
 
 _NEOX = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -13,6 +14,8 @@ _GATED = (*_NEOX, "num_key_value_heads", "intermediate_size", "tie_word_embeddin
 
 # hidden size, layers, heads, vocabulary; the MLP is four times as wide, embeddings are not tied
 _PYTHIA = {
+    "EleutherAI/pythia-14m": (128, 6, 4, 50304),
+    "EleutherAI/pythia-31m": (256, 6, 8, 50304),
     "EleutherAI/pythia-70m": (512, 6, 8, 50304),
     "EleutherAI/pythia-160m": (768, 12, 12, 50304),
     "EleutherAI/pythia-410m": (1024, 24, 16, 50304),
@@ -61,3 +64,11 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
         for name, numbers in ladder.items()
     },
 }
+
+# Later stages, seeds and data of a published model, which have its shape.
+_VARIANT = re.compile(r"(-deduped|-seed\d|-SFT|-DPO|-RLVR\d|-Instruct(-RLVR\d)?)$")
+
+
+def known_fields(path: str) -> dict[str, Any] | None:
+    """Return the configuration of a hub name, or of the model that it is a variant of."""
+    return KNOWN_MODELS.get(path) or KNOWN_MODELS.get(_VARIANT.sub("", path))

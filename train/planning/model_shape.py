@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError, is_from_outside, reason_of
 from selfcorrect.recipes.schema import Model
-from selfcorrect.train.planning.known_models import KNOWN_MODELS
+from selfcorrect.train.planning.known_models import known_fields
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 MODEL_TYPES = (*GATED, "gpt_neox", "gpt2")
@@ -180,8 +180,8 @@ def model_shape(model: Model, key: str, vocabulary: int | None = None) -> ModelS
         return shape_of(_text_fields(fields), f"{key}.path: {config}")
     if model.gguf_file is not None and (folder / model.gguf_file).is_file():
         return shape_of(_through_transformers(model, key), f"{key}.gguf_file: {model.gguf_file}")
-    if model.path in KNOWN_MODELS:
-        return shape_of(KNOWN_MODELS[model.path], key)
+    if (known := known_fields(model.path)) is not None:
+        return shape_of(known, key)
     if folder.is_dir():
         missing = model.gguf_file or "config.json"
         raise InputError(f"{key}.path: {folder}: has no {missing}; give a complete model folder")
@@ -208,9 +208,10 @@ def _through_transformers(model: Model, key: str) -> dict[str, Any]:
     try:  # an estimate runs nobody's code
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=False, **given)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if is_from_outside(error):
+            raise
         raise InputError(
             f"{key}.path: {model.path}: its configuration is neither on the hub nor in the cache "
-            f"({reason[:120]}); give a folder with its config.json"
+            f"({reason_of(error)}); give a folder with its config.json"
         ) from None
     return config.get_text_config().to_dict()

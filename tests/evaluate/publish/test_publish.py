@@ -1,14 +1,10 @@
 """Exports for Every Eval Ever and `datasets`, and uploads to a local stand-in of the hub."""
 
-import base64
-import contextlib
 import hashlib
 import json
 import re
 import sys
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
 import numpy as np
@@ -20,6 +16,7 @@ from selfcorrect.evaluate.results import load, summarise
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.scripts.commands.export import export
 from selfcorrect.scripts.commands.push import push
+from tests.support.hub import Hub
 from tests.support.recorded_run import SMALL, record_run
 from tests.support.small_runs import call
 
@@ -152,63 +149,6 @@ def test_dataset_folder_loads_with_its_configurations(run, tmp_path):
 # --- the hub -------------------------------------------------------------------------------------
 
 
-class Hub:
-    """A server that speaks as much of the hub's API as an upload needs."""
-
-    def __init__(self, token="hf_right"):
-        self.created: list[dict] = []
-        self.files: dict[str, bytes] = {}
-        self.requests: list[str] = []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.reply(404, {"error": "not found"})
-
-            def do_POST(self):
-                hub.requests.append(self.path)
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                if self.headers.get("Authorization") != f"Bearer {token}":
-                    self.reply(401, {"error": "Invalid credentials"})
-                elif self.path == "/api/repos/create":
-                    facts = json.loads(body)
-                    hub.created.append(facts)
-                    name = f"{facts.get('organization') or 'me'}/{facts['name']}"
-                    kind = "datasets/" if facts.get("type") == "dataset" else ""
-                    self.reply(200, {"url": f"{hub.url}/{kind}{name}"})
-                elif "/preupload/" in self.path:
-                    files = json.loads(body)["files"]
-                    modes = [
-                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
-                        for f in files
-                    ]
-                    self.reply(200, {"files": modes})
-                elif "/commit/" in self.path:
-                    for line in map(json.loads, body.decode().splitlines()):
-                        if line["key"] == "file":
-                            value = line["value"]
-                            hub.files[value["path"]] = base64.b64decode(value["content"])
-                    url = f"{hub.url}/me/x/commit/{'0' * 40}"
-                    self.reply(200, {"commitUrl": url, "commitOid": "0" * 40, "success": True})
-                else:
-                    self.reply(200, {})
-
-            def reply(self, code, content):
-                data = json.dumps(content).encode()
-                self.send_response(code)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-
-
 @pytest.fixture
 def hub(monkeypatch):
     from huggingface_hub import constants
@@ -217,9 +157,7 @@ def hub(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     server = Hub()
     yield server
-    with contextlib.suppress(OSError):
-        server.http.shutdown()
-        server.http.server_close()
+    server.close()
 
 
 def test_results_are_pushed_as_a_private_data_set(run, hub, tmp_path, capsys):
@@ -251,7 +189,6 @@ def test_faults_of_an_upload_are_one_line(run, hub, monkeypatch):
     with pytest.raises(InputError, match=r"refuses the token \(401\)"):
         push(run, "me/x", checkpoint="nano/0/10", endpoint=hub.url)
     assert not hub.files
-    hub.http.shutdown()
-    hub.http.server_close()
+    hub.close()
     with pytest.raises(RunFailure, match="cannot be reached"):
         push(run, "me/x", checkpoint="nano/0/10", endpoint=hub.url)

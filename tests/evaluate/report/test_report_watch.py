@@ -137,7 +137,7 @@ def test_watch_follows_a_growing_run(run, monkeypatch, capsys, caplog):
     assert ">3</td>" not in said[0] and ">3</td>" in said[1]
     final = (run / "report.html").read_text(encoding="utf-8")
     assert "not finished" not in final and final != said[1]
-    assert "First and last RLHF step" in out and "report.html" in out
+    assert "First and last step" in out and "report.html" in out
 
 
 def test_watch_waits_for_half_written_files(run, monkeypatch, caplog):

@@ -1,0 +1,231 @@
+"""Series whose checkpoints are branches on the hub, against a local server that speaks its API."""
+
+import shutil
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from selfcorrect.evaluate.measuring import sources
+from selfcorrect.evaluate.measuring.cell_files import read_cell
+from selfcorrect.evaluate.measuring.run import evaluate_run
+from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.load import check_series, load_measured
+from selfcorrect.scripts.commands.series import open_run, series_of
+from tests.support import foreign_checkpoints as foreign
+from tests.support.hub import hub_as_default
+
+REPO = {"model": "m", "path": "lab/m", "revision": "step_{step}"}
+
+
+def series(*entries: dict[str, Any], **more: Any) -> Any:
+    return check_series({"name": "s", "checkpoints": entries, **foreign.ASKED, **more}, "s.yaml")
+
+
+def measured(given: Any, run: Path, **options: Any) -> int:
+    open_run(given, run)
+    return evaluate_run(load_measured(str(run / "recipe.yaml")), run, **options)
+
+
+def answers(run: Path) -> list[pd.DataFrame]:
+    files = run.glob("*/seed-*/series/checkpoint-*/evaluation/*.parquet")
+    return [read_cell(path)[0] for path in sorted(files)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return saved models by step."""
+    folder = tmp_path_factory.mktemp("saved")
+    for step in (0, 20, 100):
+        foreign.save(folder / f"checkpoint-{step}", step)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path, saved):
+    """Yield a hub with lab/start (main) and lab/m (main, step_20, step_100)."""
+    with hub_as_default(monkeypatch, tmp_path / "cache") as server:
+        server.models["lab/start"] = {"main": saved / "checkpoint-0"}
+        server.models["lab/m"] = {
+            "main": saved / "checkpoint-100",
+            "step_20": saved / "checkpoint-20",
+            "step_100": saved / "checkpoint-100",
+            "step_20-reward": saved / "checkpoint-0",  # not like the pattern
+        }
+        yield server
+
+
+def test_steps_are_the_hubs_branches_and_weights_are_dropped_once_measured(
+    hub, saved, tmp_path, monkeypatch
+):
+    start = {"model": "m", "step": 0, "path": "lab/start"}
+    given, run = series(start, REPO, keep_weights=False), tmp_path / "run"
+    there: list[int] = []
+    monkeypatch.setattr(
+        sources, "version_of", lambda _: there.append(len(list(run.rglob("*.safetensors"))))
+    )
+    assert measured(given, run) == 3
+    assert there == [1, 1, 1]  # one checkpoint at a time
+    assert not list(run.rglob("weights")) and not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert hub.downloads("model.safetensors") == 3
+    records = [checkpoint.record for checkpoint in find_checkpoints(run)]
+    assert [(r.step, r.source.path, r.source.version) for r in records] == [
+        (0, "lab/start", hub.commit("lab/start", "main")),
+        (20, "lab/m", hub.commit("lab/m", "step_20")),
+        (100, "lab/m", hub.commit("lab/m", "step_100")),
+    ]
+    monkeypatch.undo()
+    local = series({"model": "m", "path": f"{saved}/checkpoint-{{step}}"})
+    measured(local, tmp_path / "local")
+    for ours, theirs in zip(answers(run), answers(tmp_path / "local"), strict=True):
+        pd.testing.assert_frame_equal(ours, theirs)
+
+
+def test_kept_weights_lie_in_the_hubs_cache_and_nothing_is_fetched_twice(hub, saved, tmp_path):
+    given = series_of(["lab/m@step_{step}"], "20,100", lambda: foreign.ASKED)
+    assert given.name == "lab_m" and measured(given, tmp_path / "run") == 2
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+    fetched = hub.downloads("model.safetensors")
+    assert fetched == 2
+    assert measured(given, tmp_path / "run") == 0 and measured(given, tmp_path / "new") == 2
+    assert measured(given.model_copy(update={"keep_weights": False}), tmp_path / "more") == 2
+    assert hub.downloads("model.safetensors") == fetched
+    assert len(list((tmp_path / "cache").rglob("snapshots/*/model.safetensors"))) == 2  # a user's
+    hub.close()  # without network: as recorded, and from the cache
+    assert measured(given, tmp_path / "run") == 0
+    with pytest.raises(RunFailure, match="cannot be reached"):
+        open_run(given, tmp_path / "unknown")
+
+
+def test_a_branch_that_has_moved_is_measured_anew(hub, saved, tmp_path):
+    given, run = series(REPO | {"steps": [20, 100]}), tmp_path / "run"
+    assert measured(given, run) == 2
+    before = answers(run)
+    hub.models["lab/m"]["step_20"] = saved / "checkpoint-0"
+    assert measured(given, run) == 1
+    after = answers(run)
+    # Files are sorted by name: checkpoint-100, then checkpoint-20.
+    assert all(a.equals(b) for a, b in zip(after[:2], before[:2], strict=True))
+    assert not any(a.equals(b) for a, b in zip(after[2:], before[2:], strict=True))
+
+
+def test_a_download_that_breaks_off_is_resumed(hub, saved, tmp_path):
+    size = (saved / "checkpoint-20/model.safetensors").stat().st_size
+    broken: list[int] = []
+
+    def break_off(hub: Any, handler: Any) -> bool:
+        if handler.command == "HEAD" or "model.safetensors" not in handler.path or broken:
+            return False
+        broken.append(1)
+        commit = hub.commit("lab/m", "step_20")
+        handler.send_response(200)
+        handler.send_header("X-Repo-Commit", commit)
+        handler.send_header("Content-Length", str(size))
+        handler.end_headers()
+        data = (saved / "checkpoint-20/model.safetensors").read_bytes()
+        handler.wfile.write(data[: size // 2])
+        handler.wfile.flush()
+        handler.connection.close()
+        return True
+
+    hub.fault = break_off
+    given = series(REPO | {"steps": [20]}, keep_weights=False)
+    assert measured(given, tmp_path / "run") == 1
+    assert broken and hub.ranges and hub.ranges[0].startswith("model.safetensors bytes=")
+
+
+def reply(code: int, content: object, **headers: object) -> Any:
+    def fault(hub: Any, handler: Any) -> bool:
+        handler.reply(code, content, **headers)
+        return True
+
+    return fault
+
+
+def hang(hub: Any, handler: Any) -> bool:
+    time.sleep(0.6)
+    return False
+
+
+PAGE = b"<html><body>Welcome to the hotel's network</body></html>"
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "match"),
+    [
+        (reply(429, {"error": "slow down"}), RunFailure, r"limits .*429.*run it again later"),
+        (reply(503, {"error": "down"}), RunFailure, "refuses the download"),
+        (reply(200, PAGE, Content_Type="text/html"), RunFailure, "not the hub's"),
+        (reply(401, {"error": "?"}, X_Error_Code="RepoNotFound"), InputError, "no such model"),
+        (reply(403, {"error": "?"}, X_Error_Code="GatedRepo"), InputError, "accept the terms"),
+        (hang, RunFailure, "cannot be reached"),
+    ],
+    ids=["429", "503", "html", "401", "gated", "slow"],
+)
+def test_a_hub_that_does_not_answer_is_one_line(hub, tmp_path, monkeypatch, fault, kind, match):
+    from huggingface_hub.utils import _http
+
+    if fault is hang:
+        monkeypatch.setattr(_http.get_session(), "timeout", 0.2)
+    hub.fault = fault
+    for given in (series(REPO), series(REPO | {"steps": [20]})):
+        with pytest.raises(kind, match=match) as caught:
+            open_run(given, tmp_path / "run")
+        assert "lab/m" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_faults_that_pass_are_waited_for(hub, tmp_path, caplog):
+    answers_left = [429, 503]
+
+    def busy(hub: Any, handler: Any) -> bool:
+        if answers_left and handler.path.endswith("/refs"):
+            handler.reply(answers_left.pop(), {"error": "busy"})
+            return True
+        return False
+
+    hub.fault = busy
+    open_run(series(REPO | {"steps": [20]}), tmp_path / "run")
+    assert not answers_left and "trying again" in caplog.text
+
+
+def test_a_revision_that_does_not_exist_is_named(hub, tmp_path):
+    with pytest.raises(InputError, match=r"m/0/60: lab/m has no revision step_60 .*step_100"):
+        open_run(series(REPO | {"steps": [20, 60]}), tmp_path / "run")
+    with pytest.raises(InputError, match=r"nothing like lab/m@stage_\{step\}; .*step_20"):
+        open_run(series(REPO | {"revision": "stage_{step}"}), tmp_path / "run")
+    with pytest.raises(InputError, match="lab/none: no such model"):
+        open_run(series(REPO | {"path": "lab/none"}), tmp_path / "run")
+    commit = hub.commit("lab/m", "step_20")
+    once = series({"model": "m", "step": 20, "path": "lab/m", "revision": commit})
+    assert measured(once, tmp_path / "run") == 1
+
+
+def test_what_cannot_be_fetched_is_named_and_the_rest_is_measured(
+    hub, saved, tmp_path, monkeypatch
+):
+    pickled = shutil.copytree(saved / "checkpoint-20", tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    hub.models["lab/m"]["step_20"] = pickled
+    given, run = series(REPO, keep_weights=False), tmp_path / "run"
+    with pytest.raises(RunFailure, match=r"lab/m@step_20: no \*.safetensors .*pytorch_model.bin"):
+        measured(given, run)
+    assert [len(answers(run)), hub.downloads("pytorch_model.bin")] == [2, 0]
+    hub.models["lab/m"]["step_20"] = saved / "checkpoint-20"
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 0))
+    with pytest.raises(RunFailure, match=r"step_20: its weights take 0.0 GB, but .* make room"):
+        measured(given, run)
+    assert len(answers(run)) == 2  # what was measured stays
+    monkeypatch.undo()
+
+
+def test_a_larger_model_among_the_steps_is_found_out_once_it_is_here(hub, saved, tmp_path):
+    hub.models["lab/m"]["step_100"] = foreign.save(tmp_path / "large", 100, hidden=48)
+    with pytest.raises(RunFailure, match=r"step_100 has .* parameters, .* have"):
+        measured(series(REPO), tmp_path / "run")
+    assert len(answers(tmp_path / "run")) == 2
