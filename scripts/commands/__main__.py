@@ -6,7 +6,7 @@ from typing import NoReturn
 import typer
 
 from selfcorrect.recipes.foundation import signals
-from selfcorrect.recipes.foundation.errors import InputError, RunFailure, machine_fault
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure, outside_cause
 from selfcorrect.recipes.foundation.messages import log_to_stderr
 from selfcorrect.recipes.foundation.printable import escape_controls
 from selfcorrect.scripts.commands import (
@@ -63,12 +63,11 @@ def main() -> None:
         if error.code == 130:  # typer turns Ctrl-C into this
             _stop("stopped; run the same command to resume", 130)
         raise
-    except Exception as error:  # a full disk, a folder that is not writable, too little memory
-        fault = machine_fault(error)
-        if fault is None and not isinstance(error, OSError):
+    except Exception as error:  # a full disk, a folder that is not writable, a lost connection
+        line = outside_cause(error)
+        if line is None:
             raise
-        where = getattr(error, "filename", None) or ("the machine" if fault else "file system")
-        _stop(f"{where}: {fault or getattr(error, 'strerror', None) or error}", 1)
+        _stop(line, 1)
 
 
 def _stop(message: str, code: int) -> NoReturn:

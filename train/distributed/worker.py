@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from selfcorrect.recipes.foundation import signals
-from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import (
+    InputError,
+    RunFailure,
+    outside_cause,
+    reason_of,
+)
 from selfcorrect.recipes.foundation.messages import log_to_stderr
 from selfcorrect.recipes.load import load_recipe
 
@@ -50,8 +55,8 @@ def main() -> None:
         send(pid=os.getpid(), ended=type(error).__name__, message=str(error))
     except Exception as error:
         traceback.print_exc()
-        lines = str(error).strip().splitlines() or [""]
-        send(pid=os.getpid(), ended="Exception", message=f"{type(error).__name__}: {lines[0]}")
+        message = outside_cause(error) or f"{type(error).__name__}: {reason_of(error)}"
+        send(pid=os.getpid(), ended="Exception", message=message)
     else:
         send(pid=os.getpid(), ended="done")
         return

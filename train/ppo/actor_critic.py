@@ -22,7 +22,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from selfcorrect.evaluate.prompts.dialogue import Style, read_style
 from selfcorrect.evaluate.scoring.load_model import refuse_pickles
-from selfcorrect.recipes.foundation.errors import InputError, first_line
+from selfcorrect.recipes.foundation.errors import InputError, reason_of
 from selfcorrect.train.ppo import resume
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.critic import build_critic, critic_kind
@@ -60,7 +60,7 @@ class ActorCriticTrainer(OnPolicyTrainer):
             with refuse_pickles(path):
                 super().__init__(model, [guarded(reward) for reward in rewards], args, **kwargs)
         except ValueError as error:
-            raise InputError(f"ppo: {first_line(error)}") from error
+            raise InputError(f"ppo: {reason_of(error)}") from error
         self._check_inputs()
         self._place_reward_models(rewards)
 

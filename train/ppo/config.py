@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from trl import GRPOConfig
 
-from selfcorrect.recipes.foundation.errors import InputError, first_line
+from selfcorrect.recipes.foundation.errors import InputError, reason_of
 
 CriticKind = Literal["auto", "shared", "separate", "lora"]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -147,7 +147,7 @@ class PPOConfig(GRPOConfig):
         try:
             super().__post_init__()
         except ValueError as error:
-            raise InputError(f"ppo: {first_line(error)}") from None
+            raise InputError(f"ppo: {reason_of(error)}") from None
         self.num_generations = num_generations
         self._check()
 

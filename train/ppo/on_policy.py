@@ -21,7 +21,7 @@ from trl.trainer.utils import pad
 
 from selfcorrect.evaluate.callback import temporary_eval_mode
 from selfcorrect.evaluate.scoring.sampling import only_settings
-from selfcorrect.recipes.foundation.errors import InputError, RunFailure, first_line
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure, is_from_network, reason_of
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.critic import Critic, language_model_of
 from selfcorrect.train.ppo.forward import CompletionPass, TokenOutputs, patch_forward
@@ -48,7 +48,8 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
 
     def __init__(self, model: Any, reward_funcs: Any, args: PPOConfig, **kwargs: Any) -> None:
         self._given_settings = _generation_settings(model, args.trust_remote_code)
-        super().__init__(model, reward_funcs, args, **kwargs)
+        with _server_errors(args):
+            super().__init__(model, reward_funcs, args, **kwargs)
         self.language_model = language_model_of(self.accelerator.unwrap_model(self.model))
         self._num_weights = self.language_model.num_parameters(exclude_embeddings=True)
         tuner_layers = (m for m in self.language_model.modules() if isinstance(m, BaseTunerLayer))
@@ -74,7 +75,7 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
         """
         own = None if self.use_vllm else self.generation_config
         settings = only_settings(self.language_model, own) if own else nullcontext()
-        with settings, eval_below(self.language_model):
+        with settings, eval_below(self.language_model), _server_errors(self.args):
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if self._pass_options is None:
             self._settle_passes(prompt_ids, completion_ids)
@@ -171,7 +172,7 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
         except UNSUPPORTED as error:
             raise InputError(
                 f"{self.stage}: a model of type {self._family} cannot be trained: "
-                f"{first_line(error)}"
+                f"{reason_of(error)}"
             ) from error
         if self._is_noisy and self.args.disable_dropout:
             hold_in_eval(self.language_model)
@@ -225,7 +226,7 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
         try:
             log_probs = forward()
         except UNSUPPORTED as error:
-            return first_line(error)
+            return reason_of(error)
         difference = self._mean_difference(log_probs, expected, mask)
         return f"{difference:.2g} nats a token off" if difference > self._tolerance else None
 
@@ -317,6 +318,19 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with self.given_settings():
             super()._save(output_dir, state_dict)
+
+
+@contextmanager
+def _server_errors(args: Any) -> Iterator[None]:
+    """Raise RunFailure, in one line, in place of errors about a connection to vLLM's server."""
+    try:
+        yield
+    except Exception as error:
+        has_server = args.use_vllm and args.vllm_mode == "server"
+        # TRL's client raises a plain Exception for an answer that is not "OK".
+        if not has_server or not (is_from_network(error) or type(error) is Exception):
+            raise
+        raise RunFailure(f"policy.trainer.use_vllm: vLLM's server: {reason_of(error)}") from error
 
 
 def _generation_settings(model: Any, trust_remote_code: bool) -> GenerationConfig:

@@ -6,7 +6,7 @@ import os
 import warnings
 from typing import Any
 
-from selfcorrect.recipes.foundation.errors import InputError, first_line
+from selfcorrect.recipes.foundation.errors import InputError, reason_of
 from selfcorrect.recipes.foundation.ranks import best_device
 
 # Defaults of every stage.
@@ -86,7 +86,7 @@ def build(
             warnings.simplefilter("ignore", FutureWarning)
             return kind(**{**defaults, **given, **fixed})
     except Exception as error:  # a value of the wrong type may fail anywhere in the libraries
-        raise InputError(f"{section}: {first_line(error)}") from None
+        raise InputError(f"{section}: {reason_of(error)}") from None
 
 
 def _is_deepspeed_on_cpu() -> bool:

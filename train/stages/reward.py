@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import (
 )
 from trl import RewardConfig, RewardTrainer
 
-from selfcorrect.recipes.foundation.errors import InputError, RunFailure, first_line
+from selfcorrect.recipes.foundation.errors import InputError, RunFailure, is_from_outside, reason_of
 from selfcorrect.recipes.schema import Reward
 from selfcorrect.train.feedback.feedback import Feedback, pair_ids
 from selfcorrect.train.feedback.kept_rows import NOT_REACHED, keep_rows, too_long
@@ -121,7 +121,7 @@ def train_reward(
             callbacks=[StageCallback("reward", job.progress)],
         )
     except ValueError as error:  # LoRA targets that match nothing
-        raise InputError(f"reward: {first_line(error)}") from None
+        raise InputError(f"reward: {reason_of(error)}") from None
     train_or_resume(trainer, work)
     num_pairs = rows_drawn(trainer)
     if num_pairs < len(pairs) - num_held_out:
@@ -177,8 +177,10 @@ def load_given_model(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     try:
         return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if is_from_outside(error):
+            raise
         raise InputError(
-            f"reward.path: {path} has no tokenizer beside it ({first_line(error)})"
+            f"reward.path: {path} has no tokenizer beside it ({reason_of(error)})"
         ) from None
 
 
