@@ -38,7 +38,7 @@ from selfcorrect.evaluate.scoring.load_model import (
 )
 from selfcorrect.evaluate.scoring.packed import context_length
 from selfcorrect.evaluate.scoring.precision import loading_options
-from selfcorrect.recipes.foundation.errors import InputError, first_line
+from selfcorrect.recipes.foundation.errors import InputError, is_from_outside, reason_of
 from selfcorrect.recipes.foundation.ranks import best_device
 from selfcorrect.train.ppo.sparse_modules import only_positions
 
@@ -132,7 +132,7 @@ def check_family(config: Any) -> None:
                 kind(text_config)
     except Exception as error:  # models raise errors of many kinds
         raise InputError(
-            f"no reward model can be made of the type {config.model_type} ({first_line(error)})"
+            f"no reward model can be made of the type {config.model_type} ({reason_of(error)})"
         ) from None
     if found is None:
         raise InputError(f"no causal language model of the type {config.model_type} is known")
@@ -170,8 +170,10 @@ def load_reward_model(
                 return load_adapter(model, str(path)).merge_and_unload()
             model, missing = _load(path, dtype, trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if is_from_outside(error):
+            raise
         raise InputError(
-            f"{path}: not a reward model ({first_line(error)}); give the folder of a sequence "
+            f"{path}: not a reward model ({reason_of(error)}); give the folder of a sequence "
             "classifier"
         ) from None
     if missing:
@@ -214,6 +216,8 @@ def _load_scored(path: str | Path, dtype: str, trust_remote_code: bool) -> Loade
     model, report = kind.from_pretrained(
         path, config=config, use_safetensors=True, output_loading_info=True, **held, **trust
     )
+    if dtype != "float32":  # the head keeps its type: a view that holds the whole file in memory
+        model.score.weight.data = model.score.weight.data.clone()
     return model, sorted(report["missing_keys"])
 
 

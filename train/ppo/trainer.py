@@ -128,7 +128,8 @@ class PPOTrainer(ActorCriticTrainer):
             self._add_to_completions(batch["scores"], kl)
             if self._mode == "train":
                 self._control_kl(mean_kl, episodes)
-            advantages, returns = self._advantages(rewards, batch["old_values"], mask)
+            trusted = _trusted_mask(batch, mask)
+            advantages, returns = self._advantages(rewards, batch["old_values"], mask, trusted)
             kept = {name: batch[name] for name in KEPT_COLUMNS if name in batch}
             return {**kept, "advantages": advantages, "returns": returns}
 
@@ -207,8 +208,13 @@ class PPOTrainer(ActorCriticTrainer):
                 self.kl_coef, kl, self.args.kl_target, episodes, self.args.kl_horizon
             )
 
-    def _advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return advantages and returns (rows, tokens), whitened as the settings say."""
+    def _advantages(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, trusted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return advantages and returns (rows, tokens), whitened as the settings say.
+
+        Advantages are whitened over the tokens that are learned from, `trusted`.
+        """
         args = self.args
         if args.whiten_rewards:
             rewards = losses.whiten(rewards, mask, self._sum, keep_mean=True)
@@ -218,7 +224,7 @@ class PPOTrainer(ActorCriticTrainer):
         explained = losses.explained_variance(values, returns, mask, self._sum)
         self._record({"value/explained_variance": explained})
         if args.whiten_advantages:
-            advantages = losses.whiten(advantages, mask, self._sum)
+            advantages = losses.whiten(advantages, trusted, self._sum)
         return advantages, returns
 
     # ---- 2. learn from minibatches ---------------------------------------------------------------
@@ -246,9 +252,11 @@ class PPOTrainer(ActorCriticTrainer):
             outputs.log_probs, inputs["old_per_token_logps"], inputs["advantages"], mask,
             self.epsilon_low, self.epsilon_high, self.args.delta,
         )  # fmt: skip
+        trusted = _trusted_mask(inputs, mask)
         value_errors, clipped_values = losses.clipped_value_loss(
-            outputs.values, inputs["old_values"], inputs["returns"], mask, self.args.cliprange_value
-        )
+            outputs.values, inputs["old_values"], inputs["returns"], trusted,
+            self.args.cliprange_value,
+        )  # fmt: skip
         active, weights = self._policy_weights(inputs, outputs, mask)
         tokens = self._tokens_per_update(inputs)
         policy_loss = (policy_errors * weights).sum() / tokens
@@ -408,6 +416,17 @@ def _sampled_mask(batch: dict[str, Any]) -> Tensor:
     """Return 1.0 on completion tokens that the policy sampled, else 0.0."""
     mask = batch["completion_mask"]
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).float()
+
+
+def _trusted_mask(batch: dict[str, Any], mask: Tensor) -> Tensor:
+    """Return `mask` without the tokens that TRL's importance sampling drops (ratio 0).
+
+    vLLM drew them from another distribution than the policy's: what came of them says nothing of
+    the policy's returns, so the critic does not learn from them either.
+    """
+    if "importance_sampling_ratio" not in batch:
+        return mask
+    return mask * (batch["importance_sampling_ratio"] > 0)
 
 
 def _reshuffled(
