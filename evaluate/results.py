@@ -19,6 +19,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from selfcorrect.evaluate.experiments.reading import garbage_collection_off
+from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.measuring.cell_files import read_settings
 from selfcorrect.evaluate.run_folder import find_checkpoints, model_folders
 from selfcorrect.evaluate.statistics.bootstrap import NUM_RESAMPLES, Draws, Estimate
@@ -57,7 +59,8 @@ def load(*runs: Path, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> pd.D
     """
     _check_names(runs)
     draws = Draws(num_resamples, seed)
-    return tidy([cell for run in runs for cell in measure_run(run, draws)])
+    with garbage_collection_off():
+        return tidy([cell for run in runs for cell in measure_run(run, draws)])
 
 
 def summarise(
@@ -88,15 +91,17 @@ def results_of(
     draws = Draws(num_resamples, seed)
     cells: list[MeasuredCell] = []
     joined: dict[str, Any] = {}
-    for run in runs:
-        of_run = evaluated_cells(run, draws)
-        cells += of_run
-        statistics = statistics_of(of_run, find_checkpoints(run), num_resamples, seed, thresholds)
-        for name, content in statistics.items():
-            if isinstance(content, list):
-                content = [*joined.get(name, []), *content]
-            joined[name] = content
-    return tidy(cells), joined
+    with garbage_collection_off():
+        for run in runs:
+            of_run = evaluated_cells(run, draws)
+            cells += of_run
+            checkpoints = find_checkpoints(run)
+            statistics = statistics_of(of_run, checkpoints, num_resamples, seed, thresholds)
+            for name, content in statistics.items():
+                if isinstance(content, list):
+                    content = [*joined.get(name, []), *content]
+                joined[name] = content
+        return tidy(cells), joined
 
 
 def _check_names(runs: Sequence[Path]) -> None:
@@ -258,6 +263,14 @@ def tidy(cells: Sequence[MeasuredCell]) -> pd.DataFrame:
                 lengths.append(len(of_category))
                 metrics += of_category
                 estimates += of_category.values()
+        if cell.rounds:
+            counts_of_all = cell.counts[OVERALL]
+            blocks.append(
+                [*facts, cell.experiment, cell.condition, OVERALL, ALL_ORDERS, *counts_of_all]
+            )
+            lengths.append(len(cell.rounds))
+            metrics += cell.rounds
+            estimates += cell.rounds.values()
     numbers = np.array(estimates, dtype=float).reshape(-1, 3)
     own: dict[str, Any] = {
         "metric": metrics,

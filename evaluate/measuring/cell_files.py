@@ -25,6 +25,7 @@ from selfcorrect.recipes.foundation.checksums import (
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 METADATA_KEY = b"selfcorrect"  # of a file's schema; holds the settings as JSON
+THINKING = "thinking"  # in the settings of a cell whose template has a block for thoughts
 DATE = "chat_template_date"  # in the settings of a cell whose template asks for today's date
 _COLUMNS = pa.schema(
     [
@@ -51,8 +52,8 @@ _UNJUDGED = "Match stats"
 
 Row = dict[str, Any]
 
-_verified: set[tuple[str, int, int, int]] = set()
-"""(path, mtime, size, inode) of the files whose checksum has been checked."""
+_verified: set[tuple[int, int, int, int]] = set()
+"""(device, inode, mtime, size) of the files whose checksum has been checked."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Origin:
 
     `tokenizer` is its `tokenizer_digest`; None where it is not known yet. `draws` is the version
     of the packed engine's random draws; None for a cell without any. `dtype` is the type in which
-    weights were held; None where it is not known yet, or the engine's own.
+    weights were held; None where it is not known yet. `version` is that of another engine's
+    library; None for the packed engine, and where the library is not installed.
     """
 
     weights: str
@@ -69,6 +71,7 @@ class Origin:
     tokenizer: str | None = None
     draws: int | None = None
     dtype: str | None = None
+    version: str | None = None
 
     def of(self, cell: PlannedCell) -> "Origin":
         """Return the origin of one cell."""
@@ -83,7 +86,9 @@ class Origin:
         if not isinstance(recorded, dict):
             return False
         of_old = "float32" if self.engine == "packed" else None
-        known = {**asdict(self), "draws": None, "dtype": of_old, **recorded}
+        known = {**asdict(self), "draws": None, "dtype": of_old, "version": None, **recorded}
+        if self.version is None:
+            known["version"] = None
         if None in (self.dtype, known["dtype"]):
             known["dtype"] = self.dtype
         if None in (self.tokenizer, known["tokenizer"]):
@@ -116,6 +121,10 @@ class CellWriter:
             metadata["chat_template_kwargs"] = dict(cell.style.arguments)
         if cell.style.date is not None:
             metadata[DATE] = cell.style.date
+        if (continues := cell.section.continued(cell.condition)) is not None:
+            metadata["continues"] = continues
+        if cell.style.thinking is not None:
+            metadata[THINKING] = asdict(cell.style.thinking)
         facts = cell.loaded.fact_types
         if clash := set(facts) & set(_COLUMNS.names):
             raise ValueError(f"{cell.name}: facts named like columns: {sorted(clash)}")
@@ -286,6 +295,7 @@ def is_cell_measured(path: Path, cell: PlannedCell, origin: Origin | None = None
     return (
         metadata.get("settings_digest") == cell.settings_digest
         and metadata.get(DATE) in (None, cell.style.date)
+        and (cell.style.thinking is None or metadata.get(THINKING) == asdict(cell.style.thinking))
         and metadata["judged"] == cell.section.condition(cell.condition).judged
         and (origin is None or origin.of(cell).made(metadata.get("origin")))
     )
@@ -310,7 +320,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         _verify_checksum(path)
-        settings = _metadata(pq.read_schema(path))
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError, ValueError):
+        raise damaged_cell(path) from None
+    return _settings(path, schema)
+
+
+def _settings(path: Path, schema: pa.Schema) -> dict[str, Any]:
+    try:
+        settings = _metadata(schema)
         settings.setdefault("judged", settings["condition"] != _UNJUDGED)
         file_name = cell_file_name(settings["experiment"], settings["condition"])
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RecursionError):
@@ -325,7 +343,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def _verify_checksum(path: Path) -> None:
     facts = path.stat()
-    key = (str(path.resolve()), facts.st_mtime_ns, facts.st_size, facts.st_ino)
+    key = (facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_size)
     if key not in _verified:
         if not file_has_valid_checksum(path):
             raise ValueError("checksum mismatch")
@@ -340,7 +358,8 @@ def read_table(
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             present = [name for name in file.schema_arrow.names if name not in leave_out]
             wanted = present if columns is None else [name for name in columns if name in present]
-            return file.read(wanted)
+            # For most cells, threads cost more than they save.
+            return file.read(wanted, use_threads=False)
     except (pa.ArrowException, OSError, ValueError):
         raise damaged_cell(path) from None
 
@@ -366,9 +385,19 @@ def damaged_cell(path: Path) -> InputError:
 
 
 def read_cell(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Return the rows of an evaluation file, and its metadata.
+    """Return the rows of an evaluation file, and its metadata; InputError as `read_cell_table`."""
+    table, metadata = read_cell_table(path)
+    return table.to_pandas(), metadata
+
+
+def read_cell_table(path: Path, leave_out: Sequence[str] = ()) -> tuple[pa.Table, dict[str, Any]]:
+    """Return the rows of an evaluation file without some columns, and its metadata.
 
     Raises InputError if the file is missing, damaged, or not an evaluation file.
     """
-    metadata = read_settings(path)
-    return read_table(path, None).to_pandas(), metadata
+    try:
+        _verify_checksum(path)
+    except (OSError, ValueError):
+        raise damaged_cell(path) from None
+    table = read_table(path, None, leave_out)
+    return table, _settings(path, table.schema)

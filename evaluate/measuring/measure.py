@@ -26,13 +26,16 @@ from selfcorrect.evaluate.measuring.plan import EvaluationPlan, PlannedCell, Que
 from selfcorrect.evaluate.measuring.prompt_files import prompts_file_name, write_prompts
 from selfcorrect.evaluate.prompts.dialogue import (
     before_sample,
+    is_thinking,
     reads_clock,
     render,
     stop_text,
+    unsampled,
     with_sample,
 )
 from selfcorrect.evaluate.prompts.items import Item
-from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn
+from selfcorrect.evaluate.prompts.stimuli import Turn
+from selfcorrect.evaluate.prompts.thinking import with_thinking
 from selfcorrect.evaluate.prompts.tokenized import (
     PromptTooLong,
     Request,
@@ -108,7 +111,7 @@ def measure_with(
     Raises InputError for prompts that do not fit the model's context, RunFailure for NaN logits.
     """
     progress = (progress if ranks.rank == 0 else None) or no_progress
-    cells = [_dated(cell, engine.tokenizer) for cell in plan.cells]
+    cells = [for_tokenizer(cell, engine.tokenizer) for cell in plan.cells]
     origin = replace(origin, tokenizer=tokenizer_digest(engine.tokenizer))
     work = _Work(engine, folder, origin, progress, ranks)
     missing_names = ranks.from_rank0(
@@ -148,11 +151,10 @@ def share_of_plan(plan: EvaluationPlan, report: Callable[[float], None]) -> Prog
     return progress
 
 
-def _dated(cell: PlannedCell, tokenizer: Any) -> PlannedCell:
-    """Return the cell, with a date only if the chat template writes one."""
-    if reads_clock(tokenizer, cell.style):
-        return cell
-    return replace(cell, style=replace(cell.style, date=None))
+def for_tokenizer(cell: PlannedCell, tokenizer: Any) -> PlannedCell:
+    """Return the cell with what depends on the chat template: its date, its block for thoughts."""
+    date = cell.style.date if reads_clock(tokenizer, cell.style) else None
+    return replace(cell, style=with_thinking(tokenizer, replace(cell.style, date=date)))
 
 
 def cost_message(seconds: float, training_seconds: float, name: str = "training") -> str:
@@ -296,7 +298,10 @@ class _Draw:
     prompt: str | None = None  # before the options, if it holds samples
 
     def add(self, engine: Engine, sample: Sample) -> None:
-        """Put a sample into the dialogue."""
+        """Put a sample into the dialogue; thoughts without an end count as cut off."""
+        thinks = is_thinking(before_sample(self.turns)[-1])
+        if thinks and not sample.stopped:
+            sample = replace(sample, truncated=True)
         self.turns = with_sample(engine.tokenizer, self.turns, sample.text)
         self.samples.append(sample)
 
@@ -367,8 +372,15 @@ def _sample_arguments(
             for draw in draws
         ],
         "sampling": cell.sampling,
-        "stop": stop_text(engine.tokenizer, cell.style),
+        "stop": _stop(cell, draws, engine.tokenizer),
     }
+
+
+def _stop(cell: PlannedCell, draws: Sequence[_Draw], tokenizer: Any) -> str | None:
+    """Return the string that ends the next sample: the end of thoughts, or of an answer."""
+    if cell.style.thinking is not None and is_thinking(before_sample(draws[0].turns)[-1]):
+        return cell.style.thinking.end
+    return stop_text(tokenizer, cell.style)
 
 
 def _prompt(cell: PlannedCell, engine: Engine, turns: Sequence[Turn]) -> str:
@@ -380,27 +392,46 @@ def _check_room(cell: PlannedCell, engine: Engine) -> None:
     assert cell.sampling is not None
     room = cell.sampling.max_new_tokens * cell.section.num_samples(cell.condition)
 
-    def longest() -> tuple[Item, str]:
-        """Return the item with the longest prompt, without samples, and that prompt."""
-        found: list[tuple[int, Item, str]] = []
-        for first in range(0, len(cell.items), _PART_ITEMS):
-            questions = list(cell.questions(slice(first, first + _PART_ITEMS)))
-            with _error_context([(cell, question.item) for question in questions]):
-                unsampled = [
-                    [Turn(turn.role, turn.text.removesuffix(SAMPLE)) for turn in question.turns]
-                    for question in questions
-                ]
-                prompts = [_prompt(cell, engine, turns) for turns in unsampled]
-            lengths = [len(tokens) for tokens in token_ids(engine.tokenizer, prompts)]
-            index = max(range(len(lengths)), key=lengths.__getitem__)
-            found.append((lengths[index], questions[index].item, prompts[index]))
-        return max(found, key=lambda row: row[0])[1:]
-
     if cell.items:
         key = f"longest|{cell.style.date}|{cell.settings_digest}"
-        item, prompt = engine.kept(key, longest)
+        _, item, prompt = engine.kept(key, lambda: _longest_prompt(cell, engine.tokenizer))
         with _error_context([(cell, item)]):
             engine.check_room([prompt], room)
+
+
+def _longest_prompt(cell: PlannedCell, tokenizer: Any) -> tuple[int, Item, str]:
+    """Return the length and item of the longest prompt, without samples, and that prompt."""
+    found: list[tuple[int, Item, str]] = []
+    for first in range(0, len(cell.items), _PART_ITEMS):
+        questions = list(cell.questions(slice(first, first + _PART_ITEMS)))
+        with _error_context([(cell, question.item) for question in questions]):
+            prompts = [
+                render(tokenizer, unsampled(question.turns), cell.style) for question in questions
+            ]
+        lengths = [len(tokens) for tokens in token_ids(tokenizer, prompts)]
+        index = max(range(len(lengths)), key=lengths.__getitem__)
+        found.append((lengths[index], questions[index].item, prompts[index]))
+    return max(found, key=lambda row: row[0])
+
+
+def longest_dialogue(plan: EvaluationPlan, tokenizer: Any) -> int:
+    """Return the tokens that the plan's longest dialogue may need, with the texts it samples.
+
+    A sampled text counts twice: read as a part of a dialogue, it may have more tokens.
+    """
+    longest = 0
+    for planned in plan.cells:
+        cell = for_tokenizer(planned, tokenizer)
+        if not cell.items:
+            continue
+        options = {option for question in cell.questions() for option in question.options}
+        tokens = _longest_prompt(cell, tokenizer)[0]
+        tokens += max(map(len, token_ids(tokenizer, sorted(options))))
+        if cell.sampling is not None:
+            texts = cell.section.num_samples(cell.condition)
+            tokens += 2 * cell.sampling.max_new_tokens * texts
+        longest = max(longest, tokens)
+    return longest
 
 
 def _row(draw: _Draw, logprobs: list[float]) -> Row:

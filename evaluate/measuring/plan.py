@@ -13,7 +13,7 @@ from typing import Any
 from selfcorrect.evaluate.experiments.wording import Stimuli
 from selfcorrect.evaluate.prompts.dialogue import Style, read_style, with_thoughts
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems
-from selfcorrect.evaluate.prompts.stimuli import Section, Turn, option_orders
+from selfcorrect.evaluate.prompts.stimuli import Section, Turn, option_orders, spelled
 from selfcorrect.evaluate.scoring.engine import Sampling
 from selfcorrect.recipes.foundation.errors import InputError
 
@@ -70,7 +70,7 @@ class PlannedCell:
                 turns = self.section.turns(self.condition, item, order)
                 yield Question(
                     item,
-                    ("" if len(order) <= 10 else ",").join(str(index) for index in order),
+                    spelled(order),
                     self.section.continuations(self.condition, item, order),
                     with_thoughts(turns) if thinks else turns,
                 )
@@ -90,7 +90,7 @@ class PlannedCell:
                 exclude={"judged"},  # affects statistics, not the rows
             ),
             "section": self.section.model_dump(
-                mode="json", exclude={"texts", "conditions", "controls"}
+                mode="json", exclude={"texts", "conditions", "controls", "critiques"}
             ),
             "permutations": self.permutations if self.section.shows_options else 1,
             "style": self.style.template,
@@ -151,6 +151,7 @@ def plan_evaluation(
     unusable data.
     """
     from selfcorrect.evaluate.experiments import EXPERIMENTS
+    from selfcorrect.evaluate.measuring.critiques import with_critiques
 
     sections = {name: stimuli.section(name) for name in experiments}
     elsewhere = {
@@ -171,12 +172,16 @@ def plan_evaluation(
                 f"(published files: `selfcorrect data fetch {name}`)"
             )
         loaded = EXPERIMENTS[name].without(spoken_of).load(data_dir, section, limit, seed)
+        criticised = loaded
+        if section.critiques is not None and any(map(section.uses_critiques, chosen[name])):
+            orders = permutations if section.shows_options else 1
+            criticised = with_critiques(loaded, section.critiques, orders)
         cells += [
             PlannedCell(
                 name,
                 condition,
                 section,
-                loaded,
+                criticised if section.uses_critiques(condition) else loaded,
                 permutations,
                 written,
                 sampling if section.num_samples(condition) else None,

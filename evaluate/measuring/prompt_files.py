@@ -9,6 +9,7 @@ scored.
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def _facts(cell: PlannedCell, tokenizer: Any) -> dict[str, Any]:
         "style": style_of(tokenizer, cell.style),
         "arguments": dict(cell.style.arguments),
         "date": cell.style.date,
+        **({} if cell.style.thinking is None else {"thinking": asdict(cell.style.thinking)}),
     }
 
 

@@ -5,13 +5,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from selfcorrect.evaluate.prompts.stimuli import SAMPLE, Turn
+from selfcorrect.evaluate.prompts.stimuli import SAMPLE, ThoughtfulTurn, Turn
 from selfcorrect.recipes.foundation.atomic_files import read_text
 from selfcorrect.recipes.foundation.errors import InputError
 
@@ -24,6 +24,14 @@ LONGEST_PROMPT = 4_000_000  # characters; no context holds a tenth of it
 TEMPLATE_SECONDS = 10.0
 CLOCK = "strftime_now"  # the only way of a template to the time
 _MARK = "\ue000open\ue000"  # replaces the open text; occurs in no template and no item
+# Tags around a model's thoughts, in templates and in its own text.
+THOUGHT_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<seed:think>", "</seed:think>"),
+)
 # Stands for first tokens that the tokenizer adds but does not read from a text.
 BEGINNING = "\ue000beginning\ue000"
 
@@ -37,18 +45,37 @@ NOT_ARGUMENTS = frozenset(
 
 
 @dataclass(frozen=True)
+class Thinking:
+    """How a template with a block for thoughts is asked to think, and not to (thinking.py).
+
+    `off` are its arguments for an answer at once, after whose prompt `empty` is written; `on` those
+    for thoughts, which `opening` and `closing` surround (None: the style's arguments forbid them).
+    `end` is the tag that ends thoughts.
+    """
+
+    on: Mapping[str, Any] | None
+    off: Mapping[str, Any]
+    opening: str
+    closing: str
+    empty: str
+    end: str
+
+
+@dataclass(frozen=True)
 class Style:
     """How dialogues are written, in training as in evaluation.
 
     `template` is "chat" (the tokenizer's chat template), "plain" (the paper's `Human:` and
     `Assistant:`), "auto" (the template if there is one, else plain), or the text of a template.
     `arguments` are passed to the template. `date` (ISO) is the day that a template gets if it asks
-    for the time; None: the present moment.
+    for the time; None: the present moment. `thinking` is set in evaluation alone: training leaves
+    it to the template and its arguments.
     """
 
     template: str = "auto"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
+    thinking: Thinking | None = None
 
 
 AUTO = Style()
@@ -92,14 +119,38 @@ def render(tokenizer: Any, turns: Sequence[Turn], style: Style | str = AUTO) -> 
     closed, opened = turns[:-1], turns[-1].text.removesuffix(SAMPLE)
     if style_of(tokenizer, style) == "plain":
         return _render_plain(tokenizer, closed, opened)
+    if style.thinking is not None:
+        return _render_thinking(tokenizer, closed, turns[-1], style, style.thinking)
     prompt = _apply(tokenizer, closed, style, add_generation_prompt=True)
     if not opened and turns[-1].text == SAMPLE:
         return prompt
-    before, _ = _around_content(tokenizer, closed, style)
+    before, _ = around_content(tokenizer, closed, style)
     # Templates end their prompt with or without the white space that precedes a turn's content. If
-    # one adds more to the prompt than to a finished turn (a reasoning tag), the addition is kept.
-    lead = before[len(prompt) :] if before.startswith(prompt) else ""
+    # one adds more to the prompt than to a finished turn, the addition is kept, and closed if it
+    # opens a block for thoughts (DeepSeek-R1): an answer stands behind it.
+    lead = before[len(prompt) :] if before.startswith(prompt) else _closing(prompt)
     return prompt + (lead if opened or lead.strip() else "") + opened
+
+
+def _closing(prompt: str) -> str:
+    """Return what closes the block for thoughts that a prompt opens, "" if it opens none."""
+    ends = (end for start, end in THOUGHT_TAGS if prompt.rstrip().endswith(start))
+    return next((f"\n{end}\n\n" for end in ends), "")
+
+
+def _render_thinking(
+    tokenizer: Any, closed: Sequence[Turn], last: Turn, style: Style, thinking: Thinking
+) -> str:
+    """Return a dialogue whose open turn is answered at once, or holds thoughts."""
+    thought = last.thought if isinstance(last, ThoughtfulTurn) else None
+    arguments = thinking.off if thought is None or thinking.on is None else thinking.on
+    style = replace(style, arguments=arguments)
+    prompt = _apply(tokenizer, closed, style, add_generation_prompt=True)
+    if thought is None:
+        return prompt + thinking.empty + last.text.removesuffix(SAMPLE)
+    if thought.endswith(SAMPLE):
+        return prompt + thinking.opening + thought.removesuffix(SAMPLE)
+    return prompt + thinking.opening + thought + thinking.closing + last.text
 
 
 def render_answer(
@@ -127,7 +178,7 @@ def text_after_answer(tokenizer: Any, style: Style) -> str:
     """Return what the chat template writes after an answer's last word; "" in plain style."""
     if style_of(tokenizer, style) == "plain":
         return ""
-    return _around_content(tokenizer, [Turn("human", "a")], style)[1]
+    return around_content(tokenizer, [Turn("human", "a")], style)[1]
 
 
 def style_of(tokenizer: Any, style: Style | str = AUTO) -> str:
@@ -144,22 +195,63 @@ def style_of(tokenizer: Any, style: Style | str = AUTO) -> str:
 
 def reads_clock(tokenizer: Any, style: Style) -> bool:
     """Return whether dialogues of this style depend on the date."""
+    return CLOCK in template_text(tokenizer, style)
+
+
+def template_text(tokenizer: Any, style: Style) -> str:
+    """Return the text of the chat template that the style means, "None" if there is none."""
     uses_own = style.template in ("auto", "chat")
-    template = getattr(tokenizer, "chat_template", None) if uses_own else style.template
-    return CLOCK in str(template)
+    return str(getattr(tokenizer, "chat_template", None) if uses_own else style.template)
 
 
 def stop_text(tokenizer: Any, style: Style | str = AUTO) -> str | None:
-    """Return the string that ends a sample: in plain style, the start of the human's next turn."""
+    """Return the string that ends an answer: in plain style, the start of the human's next turn."""
     return _HUMAN_AGAIN if style_of(tokenizer, style) == "plain" else None
 
 
 def before_sample(turns: Sequence[Turn]) -> list[Turn]:
     """Return the dialogue up to the next text that the model samples, or all of it."""
     for index, turn in enumerate(turns):
-        if turn.text.endswith(SAMPLE):
+        if _is_sampled(turn):
             return list(turns[: index + 1])
     return list(turns)
+
+
+def _is_sampled(turn: Turn) -> bool:
+    return turn.text.endswith(SAMPLE) or is_thinking(turn)
+
+
+def is_thinking(turn: Turn) -> bool:
+    """Return whether the model is to write thoughts in this turn."""
+    return isinstance(turn, ThoughtfulTurn) and turn.thought.endswith(SAMPLE)
+
+
+def with_thoughts(turns: Sequence[Turn]) -> list[Turn]:
+    """Return the dialogue with its last turn of reasoning as the thoughts of the answer.
+
+    That is a sampled turn that begins with words of its own, right before the final question, which
+    is left out: a template forgets the thoughts of earlier turns. A sampled turn without such words
+    is an answer, and stays.
+    """
+    if len(turns) < 3 or not turns[-3].text.endswith(SAMPLE) or turns[-3].text == SAMPLE:
+        return list(turns)
+    return [*turns[:-3], ThoughtfulTurn("assistant", turns[-1].text, turns[-3].text)]
+
+
+def unsampled(turns: Sequence[Turn]) -> list[Turn]:
+    """Return the dialogue as if the model wrote nothing where it samples."""
+    return [_filled(turn, "") for turn in turns]
+
+
+def _filled(turn: Turn, sample: str) -> Turn:
+    """Return the turn with a sample at its marker, if it has one."""
+    if isinstance(turn, ThoughtfulTurn):
+        return replace(turn, thought=_with_text(turn.thought, sample))
+    return Turn(turn.role, _with_text(turn.text, sample))
+
+
+def _with_text(text: str, sample: str) -> str:
+    return (text.removesuffix(SAMPLE) + sample).rstrip() if text.endswith(SAMPLE) else text
 
 
 def with_sample(tokenizer: Any, turns: Sequence[Turn], sample: str) -> list[Turn]:
@@ -175,8 +267,8 @@ def with_sample(tokenizer: Any, turns: Sequence[Turn], sample: str) -> list[Turn
             sample = sample.replace(token, "")
     filled = list(turns)
     for index, turn in enumerate(turns):
-        if turn.text.endswith(SAMPLE):
-            filled[index] = Turn(turn.role, (turn.text.removesuffix(SAMPLE) + sample).rstrip())
+        if _is_sampled(turn):
+            filled[index] = _filled(turn, sample)
             break
     return filled
 
@@ -187,12 +279,18 @@ def special_tokens(tokenizer: Any) -> set[str]:
     return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
 
 
-def _around_content(tokenizer: Any, closed: Sequence[Turn], style: Style) -> tuple[str, str]:
+def around_content(tokenizer: Any, closed: Sequence[Turn], style: Style) -> tuple[str, str]:
     """Return what the template writes before and after the content of a finished last turn."""
     marked = [*closed, Turn("assistant", _MARK)]
     finished = _apply(tokenizer, marked, style, add_generation_prompt=False)
     before, mark, after = finished.partition(_MARK)
-    return (before, after) if mark else ("", "")
+    if not mark:
+        name = getattr(tokenizer, "name_or_path", "") or "the model"
+        raise InputError(
+            f"{name}: the chat template drops what the assistant's turn begins with, so no answer "
+            "can be prefilled; use another template, or --style plain"
+        )
+    return before, after
 
 
 def _apply(

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -18,6 +19,7 @@ from selfcorrect.evaluate.prompts.items import Item
 from selfcorrect.recipes.foundation.errors import InputError
 
 SAMPLE = "{sample}"
+CRITIQUE = "critique"
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
@@ -30,6 +32,16 @@ class Turn:
 
     role: Literal["system", "human", "assistant"]
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ThoughtfulTurn(Turn):
+    """An open turn whose `text` follows the model's thoughts in a block of their own.
+
+    If `thought` ends in `SAMPLE`, the model samples the rest of it.
+    """
+
+    thought: str = ""
 
 
 def _read_turn(value: Any) -> Any:
@@ -87,26 +99,36 @@ class Section(BaseModel, extra="forbid", frozen=True):
     """The keys that the stimuli of all experiments share; each experiment has a subclass.
 
     `texts` are named pieces of wording, for use as placeholders in dialogues and later texts.
-    `controls` are conditions that are asked only when they are named.
+    `controls` are conditions that are asked only when they are named. `critiques` is an evaluation
+    file whose sampled texts replace the text `critique`, item by item.
     """
 
     placeholders: ClassVar[frozenset[str]]  # filled from an item's fields
     shows_options: ClassVar[bool] = False  # whether prompts list the options, so that order matters
 
+    critiques: Path | None = None  # before `texts`, whose meaning depends on it
     texts: dict[Word, str] = Field(default_factory=dict)
     conditions: Annotated[Conditions, Field(min_length=1)]
     controls: Conditions = Field(default_factory=dict)
 
     @field_validator("texts")
     @classmethod
-    def _expand_texts(cls, texts: dict[str, str]) -> dict[str, str]:
+    def _expand_texts(cls, texts: dict[str, str], info: ValidationInfo) -> dict[str, str]:
         expanded: dict[str, str] = {}
+        fields = cls._fields(info)
         for name, text in texts.items():
             if name in cls.placeholders:
                 raise ValueError(f"{name}: items have a placeholder of this name; choose another")
-            _check_placeholders(name, text, {*cls.placeholders, *expanded})
-            expanded[name] = _fill(text, expanded)
+            if name not in fields:
+                _check_placeholders(name, text, {*fields, *expanded})
+                expanded[name] = _fill(text, expanded)
         return expanded
+
+    @classmethod
+    def _fields(cls, info: ValidationInfo) -> frozenset[str]:
+        """Return the placeholders that are filled from an item's fields."""
+        has_critiques = info.data.get("critiques") is not None
+        return cls.placeholders | ({CRITIQUE} if has_critiques else frozenset())
 
     @field_validator("conditions", "controls")
     @classmethod
@@ -117,7 +139,7 @@ class Section(BaseModel, extra="forbid", frozen=True):
         expanded = {}
         for name, condition in given.items():
             dialogue = [Turn(turn.role, _fill(turn.text, texts)) for turn in condition.dialogue]
-            _check_dialogue(name, dialogue, cls.placeholders)
+            _check_dialogue(name, dialogue, cls._fields(info))
             if condition.answer is not None and not cls.shows_options:
                 raise ValueError(
                     f"{name}: remove `answer`: the prompts of this experiment show no options"
@@ -148,6 +170,9 @@ class Section(BaseModel, extra="forbid", frozen=True):
         """
         dialogue = self.condition(condition).dialogue
         values = self._values(item, order)
+        if self.critiques is not None:
+            field = critique_field(range(len(item.options)) if order is None else order)
+            values = {**values, CRITIQUE: item.fields.get(field, f"{{{CRITIQUE}}}")}
         if any(SAMPLE in value for value in values.values()):
             raise InputError(
                 f"item {item.id}: its text contains {SAMPLE}, which marks sampled text; reword it"
@@ -163,6 +188,29 @@ class Section(BaseModel, extra="forbid", frozen=True):
     def num_samples(self, condition: str) -> int:
         """Return the number of turns that the model samples under `condition`."""
         return sum(SAMPLE in turn.text for turn in self.condition(condition).dialogue)
+
+    def uses_critiques(self, condition: str) -> bool:
+        """Return whether a condition's dialogue holds the critiques of another model."""
+        if self.critiques is None:
+            return False
+        return any(f"{{{CRITIQUE}}}" in turn.text for turn in self.condition(condition).dialogue)
+
+    def continued(self, condition: str) -> str | None:
+        """Return the condition that this one continues after the last text it samples, if any.
+
+        Both have the same dialogue up to there; then this one samples further texts.
+        """
+        dialogue = self.condition(condition).dialogue[:-2]
+        starts = {n: c.dialogue[:-2] for n, c in {**self.conditions, **self.controls}.items()}
+        shorter = {
+            name: start
+            for name, start in starts.items()
+            if start
+            and start[-1].text.endswith(SAMPLE)
+            and len(start) < len(dialogue)
+            and dialogue[: len(start)] == start
+        }
+        return max(shorter, key=lambda name: len(shorter[name]), default=None)
 
     def _values(self, item: Item, order: Sequence[int] | None) -> Mapping[str, str]:
         return item.fields
@@ -245,6 +293,16 @@ def usual_dialogues(between: str = "\n\n") -> dict[str, dict[str, list[dict[str,
             "system IF": [{"system": "{instruction}"}, human("task"), opened],
         },
     }
+
+
+def spelled(order: Sequence[int]) -> str:
+    """Return how results spell an order of options: "120", or "10,0,..." past ten options."""
+    return ("" if len(order) <= 10 else ",").join(str(index) for index in order)
+
+
+def critique_field(order: Sequence[int]) -> str:
+    """Return the name of an item's field with the critique of its options in this order."""
+    return f"{CRITIQUE} {spelled(order)}"
 
 
 def option_orders(num_options: int, permutations: int) -> list[tuple[int, ...]]:

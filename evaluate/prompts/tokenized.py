@@ -122,6 +122,14 @@ def turn_end(tokenizer: Any, style: Style = AUTO) -> TurnEnd:
     return TurnEnd(text, ids[: ends[0] + 1], ids[ends[0] + 1 :])
 
 
+def stop_tokens(tokenizer: Any, stop: str | None) -> set[int]:
+    """Return the id of a stop string that is a token of its own, which decoded text may lack."""
+    if stop is None:
+        return set()
+    known = getattr(tokenizer, "added_tokens_decoder", {})
+    return {index for index, token in known.items() if token.content == stop}
+
+
 def answer_ids(
     tokenizer: Any, turns: Sequence[Turn], answer: str, style: Style, end: TurnEnd
 ) -> tuple[list[int], list[int]]:

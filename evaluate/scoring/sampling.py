@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from selfcorrect.evaluate.prompts.tokenized import turn_end
+from selfcorrect.evaluate.prompts.tokenized import stop_tokens, turn_end
 from selfcorrect.evaluate.scoring.draws import draw, noise_keys
 from selfcorrect.evaluate.scoring.engine import Sample, Sampling
 from selfcorrect.evaluate.scoring.forwards import Forwards
+from selfcorrect.evaluate.scoring.precision import device_of
 from selfcorrect.evaluate.scoring.slots import Row, Slots, sample_in_slots
 from selfcorrect.recipes.foundation.errors import InputError
 
@@ -54,8 +55,8 @@ def sample_batch(
 
     Raises RunFailure if the model's logits are NaN.
     """
-    device = next(model.parameters()).device
-    ends = end_tokens(model, tokenizer)
+    device = device_of(model)
+    ends = end_tokens(model, tokenizer) | stop_tokens(tokenizer, stop)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     settings = GenerationConfig(
         do_sample=False,
@@ -109,7 +110,7 @@ def sample_slots(
     The samples are those of `sample_batch`, without log-probabilities, of a model that takes
     positions and a mask (`slots.error_of_slots`). Prompts are taken in their order.
     """
-    ends = end_tokens(forwards.model, tokenizer)
+    ends = end_tokens(forwards.model, tokenizer) | stop_tokens(tokenizer, stop)
     text = StopText(tokenizer, stop, 0) if stop else None
 
     def has_ended(row: Row) -> bool:
@@ -144,7 +145,7 @@ def sample_alone(
 
     For models whose cache or batches give other log-probabilities. The noise is `sample_batch`'s.
     """
-    ends = end_tokens(forwards.model, tokenizer)
+    ends = end_tokens(forwards.model, tokenizer) | stop_tokens(tokenizer, stop)
     noise = Noise([key], sampling, forwards.device)
     row = list(prompt)
     text = StopText(tokenizer, stop, len(row)) if stop else None
@@ -243,11 +244,13 @@ def _cut(tokenizer: Any, row: list[int], ends: set[int], stop: str | None) -> Sa
     """Return the sample in a generated row, which ends at the first end token or stop string."""
     count = next((i for i, token in enumerate(row) if token in ends), None)
     kept = row if count is None else row[:count]
+    if count is not None and row[count] in stop_tokens(tokenizer, stop):
+        return Sample(_text(tokenizer, kept), False, count + 1, stopped=True)
     text = _text(tokenizer, kept)
     if stop and stop in text:
         lengths = range(len(kept) + 1)
         used = bisect_left(lengths, True, key=lambda n: stop in _text(tokenizer, kept[:n]))
-        return Sample(text.split(stop)[0], False, used)
+        return Sample(text.split(stop)[0], False, used, stopped=True)
     return Sample(text, count is None, len(kept) + (count is not None))
 
 

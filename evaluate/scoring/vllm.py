@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -309,6 +309,14 @@ class VllmLoader(EngineLoader):
         return digests
 
 
+def known_arguments() -> set[str]:
+    """Return the names of the settings of a vLLM engine."""
+    _check_installed()
+    from vllm.engine.arg_utils import EngineArgs
+
+    return {field.name for field in fields(EngineArgs)}
+
+
 def problem_of_adapter(settings: Mapping[str, Any], dtype: str | None = None) -> str | None:
     """Return why vLLM cannot apply an adapter with these settings (peft's LoraConfig), or None.
 
@@ -367,10 +375,14 @@ def request_seed(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}|{key}".encode()).digest()[:8]) >> 1
 
 
-def _check_installed() -> None:
-    # vLLM logs some 60 lines a start, and reports each start over the network.
+def quiet_vllm() -> None:
+    """Keep vLLM, not imported yet, from logging 60 lines a start and from reporting each start."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def _check_installed() -> None:
+    quiet_vllm()
     try:
         import vllm  # noqa: F401
     except ImportError:

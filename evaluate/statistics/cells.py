@@ -1,7 +1,8 @@
 """Load evaluation files as measured cells: one checkpoint x experiment x condition each."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import pyarrow.compute as pc
 from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
 from selfcorrect.evaluate.experiments.base import Experiment, condition_rank
 from selfcorrect.evaluate.experiments.tally import OVERALL, Tally
-from selfcorrect.evaluate.measuring.cell_files import damaged_cell, read_settings, read_table
+from selfcorrect.evaluate.measuring.cell_files import damaged_cell, read_cell_table
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints, model_folders
 from selfcorrect.evaluate.statistics.bootstrap import Bootstrap, Draws, Estimate, bootstrap_together
+from selfcorrect.evaluate.statistics.rounds import round_answers, round_estimates
 from selfcorrect.recipes.foundation.errors import InputError
 
 ALL_ORDERS = "all"  # all orders of the options together
 
-_TEXTS = ("options", "samples", "prompt")  # most of a file, and no metric needs them
+# Most of a file, and no metric needs them.
+_UNUSED = ("options", "samples", "prompt", "probabilities")
 Counts = dict[str, tuple[int, int]]  # category -> (items, clusters)
 
 
@@ -45,6 +48,8 @@ class MeasuredCell:
     num_texts: int
     num_truncated: int
     by_order: dict[str, tuple[dict[str, dict[str, Estimate]], Counts]]
+    continues: str | None = None  # the condition of the round before, if it is measured
+    rounds: dict[str, Estimate] = field(default_factory=dict)  # see rounds.py; empty without it
     dtype: str | None = None  # of the weights while they were measured, if the file says so
 
 
@@ -91,6 +96,14 @@ class _Answers:
     parts: dict[str, tuple[Tally, list[str], Counts]]
     num_texts: int
     num_truncated: int
+    path: Path
+
+    @property
+    def checkpoint(self) -> tuple[Any, ...]:
+        """What the cells of one checkpoint and experiment share."""
+        record = self.record
+        trained = None if record is None else (record.seed, record.step)
+        return self.run, self.model, trained, self.settings["experiment"]
 
 
 def _read_folder(
@@ -109,13 +122,12 @@ def _read_folder(
 
 
 def _read(path: Path, run: str, model: str, record: CheckpointRecord | None) -> _Answers:
-    settings = read_settings(path)
+    table, settings = read_cell_table(path, leave_out=_UNUSED)
     _check_origin(path, settings, record)
     experiment = get_experiment(settings["experiment"])
-    table = read_table(path, None, leave_out=_TEXTS)
-    frame = table.to_pandas()
     try:
         truncated = table["truncated"]
+        frame = table.drop_columns("truncated").to_pandas(use_threads=False)
         parts = {ALL_ORDERS: _add_up(experiment, frame)}
         for order in _orders(frame):
             parts[order] = _add_up(experiment, frame[frame["order"] == order])
@@ -130,6 +142,7 @@ def _read(path: Path, run: str, model: str, record: CheckpointRecord | None) -> 
         parts,
         num_texts=len(truncated) - truncated.null_count,
         num_truncated=num_truncated or 0,
+        path=path,
     )
 
 
@@ -147,6 +160,7 @@ def _measure(answers: Sequence[_Answers], draws: Draws) -> list[MeasuredCell]:
         compute = get_experiment(name).compute
         resampled = bootstrap_together(tallies, compute, pooled, draws)
         bootstraps.update(zip(parts, resampled, strict=True))
+    rounds = _round_estimates(answers, draws)
     return [
         MeasuredCell(
             run=cell.run,
@@ -161,6 +175,8 @@ def _measure(answers: Sequence[_Answers], draws: Draws) -> list[MeasuredCell]:
             dtype=_dtype_of(cell.settings.get("origin")),
             num_texts=cell.num_texts,
             num_truncated=cell.num_truncated,
+            continues=cell.settings["continues"] if index in rounds else None,
+            rounds=rounds.get(index, {}),
             by_order={
                 order: (bootstraps[index, order].estimates, counts)
                 for order, (_, _, counts) in cell.parts.items()
@@ -169,6 +185,24 @@ def _measure(answers: Sequence[_Answers], draws: Draws) -> list[MeasuredCell]:
         )
         for index, cell in enumerate(answers)
     ]
+
+
+def _round_estimates(answers: Sequence[_Answers], draws: Draws) -> dict[int, dict[str, Estimate]]:
+    """Return the quantities of rounds.py by the index of the cell that continues another."""
+    cells = {(*cell.checkpoint, cell.settings["condition"]): cell for cell in answers}
+    rows: dict[Path, pd.DataFrame] = {}
+    estimates = {}
+    for index, cell in enumerate(answers):
+        before = cells.get((*cell.checkpoint, cell.settings.get("continues")))
+        if before is None:
+            continue
+        experiment = get_experiment(cell.settings["experiment"])
+        for path in (before.path, cell.path):
+            if path not in rows:
+                frame = read_cell_table(path, leave_out=_UNUSED)[0].to_pandas()
+                rows[path] = round_answers(experiment, frame)
+        estimates[index] = round_estimates(experiment, rows[before.path], rows[cell.path], draws)
+    return estimates
 
 
 def _dtype_of(origin: Any) -> str | None:
@@ -196,10 +230,10 @@ def _add_up(experiment: Experiment, frame: pd.DataFrame) -> tuple[Tally, list[st
     category = frame["category"]
     if not frame["item"].is_unique:
         category = category[~frame["item"].duplicated()]
-    items = category.value_counts().to_dict()
+    items = Counter(category.to_numpy())
     clusters = np.bincount(tally.strata, minlength=len(tally.categories))
     counts = {
-        category: (int(items.get(category, 0)), int(clusters[index]))
+        category: (items[category], int(clusters[index]))
         for index, category in enumerate(tally.categories)
     }
     parts = [counts[category] for category in pooled if category in counts]
@@ -209,7 +243,7 @@ def _add_up(experiment: Experiment, frame: pd.DataFrame) -> tuple[Tally, list[st
 
 def _orders(frame: pd.DataFrame) -> list[str]:
     """Return the sorted orders of the options where an item was asked in several, else []."""
-    orders = sorted(frame["order"].unique())
+    orders = sorted(set(frame["order"].to_numpy()))
     if len(orders) < 2 or (frame.groupby("item")["order"].nunique() < 2).all():
         return []
     return orders

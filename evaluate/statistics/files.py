@@ -12,11 +12,10 @@ import pyarrow.parquet as pq
 
 from selfcorrect.evaluate.measuring.cell_files import METADATA_KEY
 from selfcorrect.evaluate.run_folder import find_checkpoints
-from selfcorrect.recipes.foundation.atomic_files import atomic_file, write_text
+from selfcorrect.recipes.foundation.atomic_files import atomic_file
 from selfcorrect.recipes.foundation.checksums import (
     CHECKSUM_PLACEHOLDER,
     file_has_valid_checksum,
-    insert_checksum,
     insert_file_checksum,
     read_record,
 )
@@ -36,7 +35,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "condition": ("str", "name of the condition, such as Q+IF"),
     "category": ("str", "a category of the benchmark, or 'overall'"),
     "order": ("str", "order of the options, such as '120'; 'all' for all orders together"),
-    "metric": ("str", "see `metrics` of the experiment's class"),
+    "metric": (
+        "str",
+        "see `metrics` of the experiment's class; over rounds, see QUANTITIES of rounds.py",
+    ),
     "value": ("float64", "the metric over all items of the cell"),
     "low": ("float64", "lower end of the 95 % interval"),
     "high": ("float64", "upper end of the 95 % interval"),
@@ -89,15 +91,20 @@ def write_statistics(path: Path, statistics: Mapping[str, Any]) -> None:
     A large run has a million numbers, and Python's encoder is slow where every value has a line.
     """
     encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
-    parts = []
-    for key, value in {"checksum": CHECKSUM_PLACEHOLDER, **statistics}.items():
-        if isinstance(value, list) and value:
-            text = "[\n    " + ",\n    ".join(encode(row) for row in value) + "\n  ]"
-        else:
-            text = encode(value)
-        parts.append(f"  {encode(key)}: {text}")
-    text = "{\n" + ",\n".join(parts) + "\n}\n"
-    write_text(path, insert_checksum(text.encode()).decode())
+    with atomic_file(path) as temporary:
+        with temporary.open("w", encoding="utf-8") as file:
+            separator = "{\n"
+            for key, value in {"checksum": CHECKSUM_PLACEHOLDER, **statistics}.items():
+                file.write(f"{separator}  {encode(key)}: ")
+                if isinstance(value, list) and value:
+                    file.write("[\n    " + encode(value[0]))
+                    file.writelines(",\n    " + encode(row) for row in value[1:])
+                    file.write("\n  ]")
+                else:
+                    file.write(encode(value))
+                separator = ",\n"
+            file.write("\n}\n")
+        insert_file_checksum(temporary)
 
 
 def _remedy(path: Path) -> str:

@@ -80,6 +80,7 @@ def statistics_of(
         "over_seeds": over_seeds,
         "trends": all_trends,
         "thresholds": threshold_steps(checkpoint_cells, thresholds),
+        "rounds": [row for cell in cells for row in _rounds_json(cell)],
         "side_by_side": _side_by_side(compared["changes"], compared["growth"], all_trends),
         "missing": _missing(cells, checkpoints),
     }
@@ -120,6 +121,23 @@ def _cell_json(cell: MeasuredCell) -> dict[str, Any]:
             for category, estimates in cell.bootstrap.estimates.items()
         },
     }
+
+
+def _rounds_json(cell: MeasuredCell) -> list[dict[str, Any]]:
+    """Return a row for each quantity of a condition that continues another (rounds.py)."""
+    return [
+        {
+            "run": cell.run,
+            "model": cell.model,
+            **record_facts(cell.record),
+            "experiment": cell.experiment,
+            "condition": cell.condition,
+            "continues": cell.continues,
+            "quantity": name,
+            **_estimate_json(value),
+        }
+        for name, value in cell.rounds.items()
+    ]
 
 
 def _estimate_json(estimate: Estimate) -> dict[str, float | None]:

@@ -137,6 +137,7 @@ def tiny_stimuli() -> Stimuli:
             "Match stats": [{"human": "{percent_female} . {sentence}"}, opened],
         },
         "controls": {
+            "reviews 1": [human, {"assistant": "{sample}"}, human, opened],
             "reviews 2": [
                 *(human, {"assistant": "{sample}"}),
                 *({"human": "who ?"}, {"assistant": "because{sample}"}, human, opened),
