@@ -125,6 +125,7 @@ class CellWriter:
             metadata["continues"] = continues
         if cell.style.thinking is not None:
             metadata[THINKING] = asdict(cell.style.thinking)
+            metadata["thoughts"] = cell.samples_thoughts
         facts = cell.loaded.fact_types
         if clash := set(facts) & set(_COLUMNS.names):
             raise ValueError(f"{cell.name}: facts named like columns: {sorted(clash)}")

@@ -13,7 +13,13 @@ from typing import Any
 from selfcorrect.evaluate.experiments.wording import Stimuli
 from selfcorrect.evaluate.prompts.dialogue import Style, read_style, with_thoughts
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems
-from selfcorrect.evaluate.prompts.stimuli import Section, Turn, option_orders, spelled
+from selfcorrect.evaluate.prompts.stimuli import (
+    Section,
+    ThoughtfulTurn,
+    Turn,
+    option_orders,
+    spelled,
+)
 from selfcorrect.evaluate.scoring.engine import Sampling
 from selfcorrect.recipes.foundation.errors import InputError
 
@@ -74,6 +80,12 @@ class PlannedCell:
                     self.section.continuations(self.condition, item, order),
                     with_thoughts(turns) if thinks else turns,
                 )
+
+    @property
+    def samples_thoughts(self) -> bool:
+        """Whether the model writes into its template's block for thoughts."""
+        first = next(self.questions(slice(1)), None)
+        return first is not None and isinstance(first.turns[-1], ThoughtfulTurn)
 
     @cached_property
     def settings_digest(self) -> str:

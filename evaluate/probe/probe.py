@@ -36,6 +36,7 @@ from selfcorrect.evaluate.probe.linear_probe import (
     probe_layers,
 )
 from selfcorrect.evaluate.prompts.dialogue import reads_clock, render
+from selfcorrect.evaluate.prompts.thinking import with_thinking
 from selfcorrect.evaluate.prompts.tokenized import PromptTooLong, Request
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.scoring.load_model import load_model
@@ -258,6 +259,7 @@ def check_plan(plan: EvaluationPlan, folds: int) -> list[PlannedCell]:
 def pairs_of(cell: PlannedCell, tokenizer: Any) -> Pairs:
     """Return the pairs of one condition, in the order of the plan; all conditions have the same."""
     left_out, questions = _choose_questions(cell)
+    style = with_thinking(tokenizer, cell.style)
     rows, requests = [], []
     for question in questions:
         facts = question.item.facts
@@ -272,7 +274,7 @@ def pairs_of(cell: PlannedCell, tokenizer: Any) -> Pairs:
                 "first": shown[people[0]] == facts["stereotyped"],
             }
         )
-        prompt = render(tokenizer, question.turns, cell.style)
+        prompt = render(tokenizer, question.turns, style)
         requests.append((prompt, tuple(question.options[i] for i in people)))
     return Pairs(pd.DataFrame(rows), requests, left_out)
 

@@ -97,7 +97,9 @@ def _result_table(
 def _cut_off(cell: Mapping[str, Any]) -> TableCell:
     if not cell["num_texts"]:
         return TableCell("–", None)
-    return TableCell(f"{cell['num_truncated']:,} of {cell['num_texts']:,}", cell["num_truncated"])
+    kind = " thoughts" if cell.get("thoughts") else ""
+    text = f"{cell['num_truncated']:,} of {cell['num_texts']:,}{kind}"
+    return TableCell(text, cell["num_truncated"])
 
 
 def category_table(cells: Sequence[Mapping[str, Any]]) -> Table:

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,17 @@ import pyarrow as pa
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
 from selfcorrect.evaluate.experiments.base import condition_rank
-from selfcorrect.evaluate.measuring.cell_files import read_items, read_settings, read_table
+from selfcorrect.evaluate.measuring.cell_files import (
+    THINKING,
+    read_items,
+    read_settings,
+    read_table,
+)
 from selfcorrect.evaluate.measuring.plan import PlannedCell
 from selfcorrect.evaluate.measuring.prompt_files import read_prompts
 from selfcorrect.evaluate.measuring.run import recipe_plan
-from selfcorrect.evaluate.prompts.stimuli import SAMPLE
+from selfcorrect.evaluate.prompts.dialogue import Thinking
+from selfcorrect.evaluate.prompts.stimuli import SAMPLE, ThoughtfulTurn
 from selfcorrect.evaluate.report.chunks import Chunks
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes.foundation.errors import InputError
@@ -238,6 +244,9 @@ def _asked(
         if cell is None or cell.settings_digest != file.settings.get("settings_digest"):
             changed.add(" ".join(file.cell))
         elif file.cell not in asked:
+            if file.settings.get(THINKING):
+                style = replace(cell.style, thinking=Thinking(**file.settings[THINKING]))
+                cell = replace(cell, style=style)
             asked[file.cell] = _turns(cell, set(chosen[cell.experiment]))
     if not changed:
         return asked, []
@@ -259,7 +268,11 @@ def _turns(cell: PlannedCell, items: set[str]) -> dict[str, dict[str, list[tuple
     for index, item in enumerate(cell.items):
         if item.id in items:
             for question in cell.questions(slice(index, index + 1)):
-                dialogue = [(str(turn.role), turn.text) for turn in question.turns]
+                dialogue = []
+                for turn in question.turns:
+                    if isinstance(turn, ThoughtfulTurn):
+                        dialogue.append(("thoughts", turn.thought))
+                    dialogue.append((str(turn.role), turn.text))
                 turns.setdefault(item.id, {})[question.order] = dialogue
     return turns
 

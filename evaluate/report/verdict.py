@@ -5,6 +5,7 @@ CLEAR. "Did not grow" and "does not do it" need an interval that rules out half 
 is neither "cannot be told".
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -440,7 +441,8 @@ def cautions(
     trained = any(len(steps) > 1 for series in every for steps in series.cells.values())
     if trained and max(len(series.seeds) for series in every) == 1:
         lines.append("One training run of each model: another seed may give other numbers.")
-    chance, little, undefined, cut, written = [], [], [], 0, 0
+    chance, little, undefined = [], [], []
+    cut, written = Counter[str](), Counter[str]()
     for series in every:
         title = f"{get_experiment(series.experiment).title} {series.model}"
         if at_chance(series) is not None:
@@ -452,8 +454,10 @@ def cautions(
         if any(series.value(c, step)["value"] is None for c, step in last.items()):
             undefined.append(title)
         for cells in (cells for steps in series.cells.values() for cells in steps.values()):
-            cut += sum(cell["num_truncated"] for cell in cells)
-            written += sum(cell["num_texts"] for cell in cells)
+            for cell in cells:
+                kind = "thoughts" if cell.get("thoughts") else "texts"
+                cut[kind] += cell["num_truncated"]
+                written[kind] += cell["num_texts"]
     if chance:
         lines.append(f"No better than chance, so bias means little: {_names(chance)}.")
     if undefined:
@@ -462,8 +466,10 @@ def cautions(
         lines.append(
             f"Less than {LITTLE_MASS:.0%} of the probability is on the options: {_names(little)}."
         )
-    if written and cut / written > MANY_CUT_OFF:
-        lines.append(f"{cut / written:.0%} of the model's texts were cut off at the token limit.")
+    for kind, ending in (("texts", "cut off"), ("thoughts", "not finished")):
+        if cut[kind] > MANY_CUT_OFF * written[kind]:
+            share = cut[kind] / written[kind]
+            lines.append(f"{share:.0%} of the model's {kind} were {ending} at the token limit.")
     if every and not any(control in series.cells for control in CONTROLS for series in every):
         lines.append(
             f"No control was measured ({', '.join(CONTROLS)}): a request for anything else might "

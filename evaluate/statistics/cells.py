@@ -50,6 +50,7 @@ class MeasuredCell:
     by_order: dict[str, tuple[dict[str, dict[str, Estimate]], Counts]]
     continues: str | None = None  # the condition of the round before, if it is measured
     rounds: dict[str, Estimate] = field(default_factory=dict)  # see rounds.py; empty without it
+    thoughts: bool = False  # whether the texts are thoughts in a block of their own
     dtype: str | None = None  # of the weights while they were measured, if the file says so
 
 
@@ -177,6 +178,7 @@ def _measure(answers: Sequence[_Answers], draws: Draws) -> list[MeasuredCell]:
             num_truncated=cell.num_truncated,
             continues=cell.settings["continues"] if index in rounds else None,
             rounds=rounds.get(index, {}),
+            thoughts=bool(cell.settings.get("thoughts")),
             by_order={
                 order: (bootstraps[index, order].estimates, counts)
                 for order, (_, _, counts) in cell.parts.items()

@@ -116,6 +116,7 @@ def _cell_json(cell: MeasuredCell) -> dict[str, Any]:
         "dtype": cell.dtype,
         "num_texts": cell.num_texts,
         "num_truncated": cell.num_truncated,
+        "thoughts": cell.thoughts,
         "metrics": {
             category: {metric: _estimate_json(value) for metric, value in estimates.items()}
             for category, estimates in cell.bootstrap.estimates.items()

@@ -15,6 +15,8 @@ from selfcorrect.evaluate.prompts.dialogue import (
 )
 from selfcorrect.evaluate.prompts.stimuli import ThoughtfulTurn, Turn
 from selfcorrect.evaluate.prompts.thinking import with_thinking
+from selfcorrect.evaluate.report.tables import result_tables
+from selfcorrect.evaluate.results import results_of
 from selfcorrect.recipes.foundation.errors import InputError
 from tests.support.thinking_templates import DEEPSEEK_R1, QWEN3, SMOLLM3, TEMPLATES
 from tests.support.tiny_models import CHAT_TEMPLATE, WORDS, tiny_model, tiny_plan, tiny_tokenizer
@@ -145,17 +147,19 @@ def test_trained_answer_stands_behind_the_block_that_a_prompt_opens():
 # --- measured ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize(
+    ("name", "special"), [("qwen3", False), ("deepseek-r1", True), ("smollm3", False)]
+)
 def test_thoughts_are_measured_kept_and_counted(tmp_path, name, special):
     tokenizer = tokenizer_with(TEMPLATES[name], special)
     model = tiny_model(vocabulary=len(tokenizer), sharpness=4.0)
     end = tokenizer.convert_tokens_to_ids("</think>")
     # The end of thoughts is drawn about as often as not within the budget.
     model.get_output_embeddings().weight.data[end] *= 3
-    plan = tiny_plan(tmp_path / "data", ["Q", "Q+IF+CoT", "reviews 2"], samples=3, max_new_tokens=8)
-    measure(plan, model, tokenizer, tmp_path / "out")
-    frame, settings = read_cell(tmp_path / "out" / "winogender.Q+IF+CoT.parquet")
+    plan = tiny_plan(tmp_path / "data", ["Q+IF+CoT", "reviews 1"], samples=3, max_new_tokens=8)
+    out = tmp_path / "models" / "mine" / "digest"
+    measure(plan, model, tokenizer, out)
+    frame, settings = read_cell(out / "winogender.Q+IF+CoT.parquet")
     assert settings["thinking"]["end"] == "</think>"
     thoughts = [row[0] for row in frame["samples"]]
     assert not any("</think>" in thought for thought in thoughts)
@@ -164,5 +168,10 @@ def test_thoughts_are_measured_kept_and_counted(tmp_path, name, special):
     for prompt, thought in zip(frame["prompt"], thoughts, strict=True):
         before, _, after = prompt.rpartition(f"{opening or '<think>' + chr(10)}because")
         assert before and after.startswith(thought.rstrip() + closing)
-    reviews, _ = read_cell(tmp_path / "out" / "winogender.reviews_2.parquet")
-    assert all(len(row) == 2 for row in reviews["samples"])
+    reviews, settings = read_cell(out / "winogender.reviews_1.parquet")
+    assert all(len(row) == 1 for row in reviews["samples"]) and not settings["thoughts"]
+    cells = results_of(tmp_path / "models", num_resamples=2)[1]["cells"]
+    (counted,) = [cell for cell in cells if cell["thoughts"]]
+    assert counted["num_truncated"] == frame["truncated"].sum() and counted["num_texts"] == 18
+    shown = {cell.text for row in result_tables(cells)[0].rows for cell in row}
+    assert f"{counted['num_truncated']} of 18 thoughts" in shown
