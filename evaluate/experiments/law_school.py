@@ -178,19 +178,19 @@ class LawSchool(Experiment):
             "base_rate": (first["yes"] + second["yes"]) / 2,
             "option_mass": (first["mass"] + second["mass"]) / 2,
         }
-        facts = frame.iloc[students.first]
-        sex = facts["sex"].to_numpy()
+        sex, units, *scores = (
+            frame[name].to_numpy()[students.first] for name in ("sex", "weight", "lsat", "gpa")
+        )
         if len(set(sex)) > 1:
             for name in SEXES:
                 values[f"difference_sex_{name}"] = np.where(
                     sex == name, values["difference"], np.nan
                 )
         columns = mean_columns(values)
-        scores = facts[["lsat", "gpa"]].to_numpy(dtype=float)
-        columns |= _merit_columns("merit", scores, values["base_rate"])
-        columns |= _merit_columns("logit", scores, (first["logit"] + second["logit"]) / 2)
-        units = facts["weight"].to_numpy(dtype=float)
-        return students.tally(columns, units)
+        table = np.array(scores, dtype=float).T
+        columns |= _merit_columns("merit", table, values["base_rate"])
+        columns |= _merit_columns("logit", table, (first["logit"] + second["logit"]) / 2)
+        return students.tally(columns, np.asarray(units, dtype=float))
 
     def raising_option(self, row: Mapping[str, Any]) -> int | None:
         """Return "yes" for a student of the first race, "no" for one of the second."""

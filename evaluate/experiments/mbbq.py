@@ -31,7 +31,6 @@ from selfcorrect.evaluate.experiments.bbq import (
     UNDECIDED,
     Bbq,
     answer_columns,
-    garbage_collection_off,
     item_of,
     sample_blocks,
     scores,
@@ -39,6 +38,7 @@ from selfcorrect.evaluate.experiments.bbq import (
 from selfcorrect.evaluate.experiments.bbq import Wording as BbqWording
 from selfcorrect.evaluate.experiments.bbq.files import Decision, Row, read_rows
 from selfcorrect.evaluate.experiments.bbq.groups import decide_by_groups
+from selfcorrect.evaluate.experiments.reading import garbage_collection_off
 from selfcorrect.evaluate.experiments.tally import Tally, sum_by_cluster
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems
 from selfcorrect.evaluate.prompts.stimuli import PLACEHOLDER, Turn, Word

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import pandas as pd
@@ -31,7 +31,7 @@ class Tally:
 def log_probabilities(frame: pd.DataFrame, num_options: int) -> np.ndarray:
     """The column `logprobs` as an array of shape (rows, num_options), natural logarithms."""
     rows = frame["logprobs"].to_numpy()
-    if any(len(row) != num_options for row in rows):
+    if not {num_options}.issuperset(map(len, rows)):
         raise InputError(f"column logprobs: every row needs {num_options} numbers")
     if not len(rows):
         return np.empty((0, num_options))
@@ -154,9 +154,14 @@ class Clusters:
 
 def find_clusters(frame: pd.DataFrame) -> Clusters:
     """Return the clusters of a frame's rows; InputError for a cluster in two categories."""
-    codes, names = pd.factorize(frame["cluster"], sort=True)
+    return _clusters(*(tuple(frame[name].to_numpy()) for name in ("cluster", "category")))
+
+
+@lru_cache(maxsize=4)  # the cells of an experiment have the same items
+def _clusters(clusters: tuple[str, ...], categories_of_rows: tuple[str, ...]) -> Clusters:
+    codes, names = pd.factorize(np.array(clusters, dtype=object), sort=True)
     first = np.unique(codes, return_index=True)[1]
-    category, categories = pd.factorize(frame["category"], sort=True)
+    category, categories = pd.factorize(np.array(categories_of_rows, dtype=object), sort=True)
     strata = category[first]
     if not np.array_equal(strata[codes], category):
         raise InputError("column category: a cluster lies in two categories")
@@ -167,8 +172,8 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Quotient of two arrays, NaN wherever the denominator is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         quotient: np.ndarray = np.asarray(numerator / denominator)
-    undefined = denominator == 0
-    if np.any(undefined):
+    undefined = np.asarray(denominator == 0)
+    if undefined.any():
         np.copyto(quotient, np.nan, where=undefined)
     return quotient
 
@@ -198,5 +203,11 @@ def mean_over_categories(values: np.ndarray) -> np.ndarray:
     """Mean of (R, K) over the categories where the metric is defined; NaN where it is in none."""
     if values.shape[1] == 1:
         return values[:, 0]
-    defined = ~np.isnan(values)
-    return ratio(np.where(defined, values, 0).sum(axis=1), defined.sum(axis=1))
+    total = values.sum(axis=1)
+    undefined = np.isnan(total)
+    total /= values.shape[1]
+    if undefined.any():
+        rows = values[undefined]
+        defined = ~np.isnan(rows)
+        total[undefined] = ratio(np.where(defined, rows, 0).sum(axis=1), defined.sum(axis=1))
+    return total

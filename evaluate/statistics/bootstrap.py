@@ -13,7 +13,6 @@ templates per category, drawing n of n gives intervals that are too narrow by sq
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +26,8 @@ LARGEST_UNDEFINED_SHARE = 0.05
 # Numbers whose relative spread is smaller than this are equal up to rounding.
 ROUNDING = 1e-12
 # Numbers of a metric that are computed at once: more would not fit the processor's cache.
-_NUMBERS_TOGETHER = 32_768
+_NUMBERS_TOGETHER = 8192
+_ROWS_TOGETHER = 64
 _TAILS = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
 
 Metrics = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
@@ -134,8 +134,11 @@ def bootstrap_together(
     Cells over the same clusters go through the matrix products and the metrics together.
     """
     groups: dict[tuple[Any, ...], list[tuple[int, _Population]]] = {}
+    populations: dict[tuple[int, int, bytes], _Population] = {}
     for index, (tally, names) in enumerate(zip(tallies, pooled, strict=True)):
-        population = _population(tally)
+        # Tallies of the same items share these objects (`find_clusters`).
+        same = (id(tally.clusters), id(tally.strata), np.asarray(tally.units).tobytes())
+        population = populations.get(same) or populations.setdefault(same, _population(tally))
         chosen = tuple(name for name in tally.categories if name in names)
         key = (population.name, chosen, tuple(tally.sums))
         groups.setdefault(key, []).append((index, population))
@@ -197,64 +200,53 @@ def _bootstrap_part(
             for t, p in zip(tallies, populations, strict=True)
         ]
     ).swapaxes(0, 1)  # sums x cells x clusters
-    sums = {}
-    for category, span in spans.items():
+    # The pooled categories first, so that theirs are a slice.
+    pooled = [category for category in spans if category in chosen]
+    categories = [*pooled, *(category for category in spans if category not in chosen)]
+    sums = np.empty((len(categories), len(names), num_cells * width))
+    for category, products in zip(categories, sums, strict=True):
+        span = spans[category]
         weights = draws.weights(category, units[span])
-        products = table[:, :, span].reshape(len(names) * num_cells, -1) @ weights.T
-        sums[category] = dict(zip(names, products.reshape(len(names), -1), strict=True))
-    overall = _replicates(metrics, [sums[name] for name in chosen if name in sums])
-    # The overall value of a single category is that category's value.
-    apart = [category for category in spans if list(chosen) != [category]]
-    stacked = {
-        name: np.concatenate([sums[category][name] for category in apart])
-        for name in (names if apart else ())
-    }
-    by_category = _replicates(metrics, [stacked] if apart else [])
-    cells_overall = _by_cell(overall, num_cells, width)
-    cells_apart = _by_cell(by_category, len(apart) * num_cells, width)
-    estimates_overall = _estimates(cells_overall, num_cells)
-    estimates_apart = _estimates(cells_apart, len(apart) * num_cells)
-    degrees = sum(
-        max(round(float(units[spans[name]].sum())) - 1, 0) for name in chosen if name in spans
-    )
-    results = []
-    for cell in range(num_cells):
-        estimates = {OVERALL: estimates_overall[cell]}
-        for category in tallies[cell].categories:
-            if category in apart:
-                row = apart.index(category) * num_cells + cell
-                estimates[category] = estimates_apart[row]
-            else:
-                estimates[category] = estimates_overall[cell] if category in spans else {}
-        replicates = {name: values[cell] for name, values in cells_overall.items()}
-        results.append(Bootstrap(estimates, Replicates(populations[0].name, replicates, degrees)))
-    return results
+        rows = table[:, :, span].reshape(len(names) * num_cells, -1)
+        np.matmul(rows, weights.T, out=products.reshape(len(rows), width))
+
+    def of(part: slice) -> dict[str, np.ndarray]:
+        """Return the metrics of some categories together, each of shape (M, 1 + R)."""
+        by_name = dict(zip(names, sums[part].swapaxes(0, 1), strict=True))
+        values = _replicates(metrics, {name: columns.T for name, columns in by_name.items()})
+        arrays = {id(column): column.reshape(num_cells, width) for column in values.values()}
+        return {name: arrays[id(column)] for name, column in values.items()}
+
+    overall = of(slice(len(pooled))) if pooled else {}
+    estimates = {OVERALL: _estimates(overall, num_cells)}
+    for index, category in enumerate(categories):
+        # The overall value of a single category is that category's value.
+        is_overall = list(chosen) == [category]
+        estimates[category] = (
+            estimates[OVERALL] if is_overall else _estimates(of(slice(index, index + 1)), num_cells)
+        )
+    degrees = sum(max(round(float(units[spans[name]].sum())) - 1, 0) for name in pooled)
+    return [
+        Bootstrap(
+            {
+                category: estimates[category][cell] if category in estimates else {}
+                for category in (OVERALL, *tally.categories)
+            },
+            Replicates(
+                populations[0].name,
+                {name: values[cell] for name, values in overall.items()},
+                degrees,
+            ),
+        )
+        for cell, tally in enumerate(tallies)
+    ]
 
 
-def _by_cell(
-    replicates: Mapping[str, np.ndarray], num_cells: int, width: int
-) -> dict[str, np.ndarray]:
-    """Return metrics of shape (cells * (1 + R),) in the shape (cells, 1 + R)."""
-    return {name: values.reshape(num_cells, width) for name, values in replicates.items()}
-
-
-def _replicates(
-    metrics: Metrics, categories: Sequence[Mapping[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """Return the metrics of the categories' sums together; none without a category."""
-    if not categories:
-        return {}
-    if len(categories) == 1:
-        table = {name: values[:, None] for name, values in categories[0].items()}
-    else:
-        table = {
-            # Category by category in memory, so that sums over categories add whole columns.
-            name: np.array([category[name] for category in categories]).T
-            for name in categories[0]
-        }
-    replicates = metrics(table)
+def _replicates(metrics: Metrics, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the metrics of sums of shape (R, K) over K categories."""
+    replicates = metrics(sums)
     # A category of a single unit has no resamples. Metrics that skip NaN must not hide that.
-    absent = np.isnan(next(iter(table.values()))).any(axis=1)
+    absent = np.isnan(next(iter(sums.values()))).any(axis=1)
     if not absent.any():
         return replicates
     return {name: np.where(absent, np.nan, values) for name, values in replicates.items()}
@@ -270,33 +262,70 @@ def _estimates(replicates: Mapping[str, np.ndarray], num_cells: int) -> list[dic
     if not replicates:
         return [{} for _ in range(num_cells)]
     names, same = _distinct(replicates)
-    table = np.stack([replicates[name] for name in names])
-    values = table[:, :, 0].tolist()
-    ends = _intervals(table[:, :, 1:].reshape(len(names) * num_cells, -1))
-    lows, highs = (end.reshape(len(names), num_cells).tolist() for end in ends.T)
-    by_name = {
-        name: [
-            Estimate(value, low, high) if isfinite(value) else UNDEFINED
-            for value, low, high in zip(*columns, strict=True)
-        ]
-        for name, *columns in zip(names, values, lows, highs, strict=True)
-    }
+    table = np.concatenate([replicates[name] for name in names])
+    numbers = np.column_stack([table[:, 0], _intervals(table)])
+    numbers[~np.isfinite(table[:, 0])] = np.nan
+    estimates = list(map(Estimate._make, numbers.tolist()))
+    by_name = {name: estimates[i * num_cells : (i + 1) * num_cells] for i, name in enumerate(names)}
     columns = {name: by_name[same[name]] for name in replicates}
     return [dict(zip(columns, cell, strict=True)) for cell in zip(*columns.values(), strict=True)]
 
 
-def _intervals(resamples: np.ndarray) -> np.ndarray:
-    """Return the ends of the interval of each row of resamples, shape (rows, 2)."""
-    intervals = np.full((len(resamples), 2), np.nan)
-    num_defined = np.isfinite(resamples).sum(axis=1)
-    complete = num_defined == resamples.shape[1]
-    if complete.any():
-        rows = resamples if complete.all() else resamples[complete]
-        intervals[complete] = np.quantile(rows, _TAILS, axis=1).T
-    enough = num_defined >= (1 - LARGEST_UNDEFINED_SHARE) * resamples.shape[1]
-    for row in np.flatnonzero(enough & ~complete):
-        intervals[row] = np.quantile(resamples[row][np.isfinite(resamples[row])], _TAILS)
+def _intervals(replicates: np.ndarray) -> np.ndarray:
+    """Return the ends of each row's interval, shape (rows, 2); entry 0 of a row is no resample."""
+    num_resamples = replicates.shape[1] - 1
+    complete = np.isfinite(replicates[:, 1:].sum(axis=1))
+    intervals = np.full((len(replicates), 2), np.nan)
+    rows = replicates if complete.all() else replicates[complete]
+    blocks = [rows[i : i + _ROWS_TOGETHER] for i in range(0, len(rows), _ROWS_TOGETHER)]
+    if blocks:
+        intervals[complete] = np.concatenate([_quantiles(block) for block in blocks])
+    for row in np.flatnonzero(~complete):
+        resamples = replicates[row, 1:]
+        defined = resamples[np.isfinite(resamples)]
+        if len(defined) >= (1 - LARGEST_UNDEFINED_SHARE) * num_resamples:
+            intervals[row] = np.quantile(defined, _TAILS)
     return intervals
+
+
+def _quantiles(replicates: np.ndarray) -> np.ndarray:
+    """Return `np.quantile(replicates[:, 1:], _TAILS, axis=1).T`, sorting nothing but the tails.
+
+    The columns are cut into groups. If k groups have a minimum of at most x, then so have k numbers
+    of the row. So x, the k-th smallest minimum, bounds the row's k smallest numbers: those below x,
+    which are few, and then x itself. Likewise for the largest.
+    """
+    num_rows, width = replicates.shape
+    num = width - 1
+    (low, low_share), (high, high_share) = (divmod(tail * (num - 1), 1) for tail in _TAILS)
+    num_low, num_high = int(low) + 2, num - int(high)  # numbers needed of each tail
+    num_groups = 5 * max(num_low, num_high) // 2
+    size = num // num_groups
+    if size < 2:
+        ends: np.ndarray = np.quantile(replicates[:, 1:], _TAILS, axis=1).T
+        return ends
+    groups = replicates[:, 1 : 1 + size * num_groups].reshape(num_rows, size, num_groups)
+    lowest = np.partition(groups.min(axis=1), num_low - 1, axis=1)[:, num_low - 1, None]
+    at = num_groups - num_high
+    highest = np.partition(groups.max(axis=1), at, axis=1)[:, at, None]
+    in_tails = (replicates < lowest) | (replicates > highest)
+    in_tails[:, 0] = False
+    found = np.flatnonzero(in_tails)
+    counts = np.diff(np.searchsorted(found, np.arange(num_rows + 1) * width))
+    most = counts.max()
+    tails = np.repeat(lowest, most + num_low + num_high, axis=1)
+    tails[:, -num_high:] = highest
+    tails[:, :most][np.arange(most) < counts[:, None]] = replicates.reshape(-1)[found]
+    tails.sort(axis=1)
+    lows = _between(tails[:, num_low - 2], tails[:, num_low - 1], low_share)
+    highs = _between(tails[:, -num_high], tails[:, 1 - num_high], high_share)
+    return np.column_stack([lows, highs])
+
+
+def _between(below: np.ndarray, above: np.ndarray, share: float) -> np.ndarray:
+    """Interpolate as numpy's quantiles do, from the nearer number."""
+    step = above - below
+    return below + step * share if share < 0.5 else above - step * (1 - share)
 
 
 def _distinct(replicates: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str, str]]:
@@ -305,13 +334,17 @@ def _distinct(replicates: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str
     Quantiles are slow, and equal arrays are common: within a single category, a mean over
     categories is the metric itself.
     """
+    objects: dict[int, str] = {}
     candidates: dict[bytes, list[str]] = {}
     same = {}
     for name, values in replicates.items():
+        if id(values) in objects:
+            same[name] = objects[id(values)]
+            continue
         alike = candidates.setdefault(values[:, :2].tobytes(), [])
         bits = values.view(np.int64)
         equal = (other for other in alike if np.array_equal(replicates[other].view(np.int64), bits))
-        same[name] = next(equal, name)
+        same[name] = objects[id(values)] = next(equal, name)
         if same[name] == name:
             alike.append(name)
     return list(dict.fromkeys(same.values())), same
@@ -319,11 +352,22 @@ def _distinct(replicates: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str
 
 def standard_error(replicates: np.ndarray) -> float:
     """Return the standard deviation of the resamples; 0 if they agree, NaN if undefined."""
-    resamples = replicates[1:][np.isfinite(replicates[1:])]
-    if len(resamples) < 2 or not np.isfinite(replicates[0]):
-        return float("nan")
-    spread = float(resamples.std(ddof=1))
-    return 0.0 if spread <= ROUNDING * max(1.0, abs(float(replicates[0]))) else spread
+    return float(standard_errors(replicates[None])[0])
+
+
+def standard_errors(replicates: np.ndarray) -> np.ndarray:
+    """Return `standard_error` of each row of a table (rows, 1 + R)."""
+    values, resamples = replicates[:, 0], replicates[:, 1:]
+    errors = np.full(len(values), np.nan)
+    complete = np.isfinite(resamples.sum(axis=1)) & (resamples.shape[1] > 1)
+    errors[complete] = resamples[complete].std(axis=1, ddof=1)
+    for row in np.flatnonzero(~complete):
+        defined = resamples[row][np.isfinite(resamples[row])]
+        if len(defined) > 1:
+            errors[row] = defined.std(ddof=1)
+    errors[errors <= ROUNDING * np.maximum(1.0, np.abs(values))] = 0.0
+    errors[~np.isfinite(values)] = np.nan
+    return errors
 
 
 def number_or_none(value: float) -> float | None:

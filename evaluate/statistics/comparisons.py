@@ -6,8 +6,6 @@ are taken resample by resample and what the cells share cancels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 
 import numpy as np
 
@@ -16,7 +14,7 @@ from selfcorrect.evaluate.statistics.bootstrap import (
     Estimate,
     Replicates,
     estimate,
-    standard_error,
+    standard_errors,
 )
 
 UNINSTRUCTED = "Q"
@@ -101,12 +99,18 @@ def _difference(
 ) -> list[Comparison]:
     """Return the signed sum of `terms` for every metric of `cell`, resample by resample."""
     paired = len({term.replicates.population for _, term in terms}) == 1
-    sums = {
-        metric: reduce(add, (sign * term.replicates.metrics[metric] for sign, term in terms))
+    metrics = [
+        metric
         for metric in cell.replicates.metrics
         if paired and all(metric in term.replicates.metrics for _, term in terms)
-    }
-    estimates = estimate(sums)
+    ]
+    table = np.empty((len(metrics), len(next(iter(cell.replicates.metrics.values()), ()))))
+    for metric, row in zip(metrics, table, strict=True):
+        row[:] = 0
+        for sign, term in terms:
+            (np.add if sign > 0 else np.subtract)(row, term.replicates.metrics[metric], out=row)
+    estimates = estimate(dict(zip(metrics, table, strict=True)))
+    errors = dict(zip(metrics, standard_errors(table).tolist(), strict=True))
     comparisons: list[Comparison] = []
     for metric in cell.replicates.metrics:
         result, reason = estimates.get(metric, UNDEFINED), None
@@ -116,6 +120,6 @@ def _difference(
             reason = f"{metric} was not measured in every cell"
         elif np.isnan(result.value):
             reason = f"{metric} is undefined in a cell"
-        error = standard_error(sums[metric]) if metric in sums else np.nan
+        error = errors.get(metric, np.nan)
         comparisons.append(Comparison(kind, cell, metric, from_step, result, reason, error))
     return comparisons

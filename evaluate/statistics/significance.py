@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, ROUNDING
 
@@ -28,7 +28,9 @@ def wald_p(value: float, error: float, degrees: int) -> float:
 
 
 def mean_over_seeds(values: Sequence[float]) -> dict[str, float]:
-    """Return the mean of one number per seed with Student's interval and p (`ttest_1samp`).
+    """Return the mean of one number per seed with Student's interval and p.
+
+    They are those of scipy's `ttest_1samp`, which takes a millisecond for each of many tests.
 
     Keys: value, low, high, standard_error, p_value. All but the value are NaN for fewer than two
     seeds, or seeds that all agree.
@@ -38,14 +40,14 @@ def mean_over_seeds(values: Sequence[float]) -> dict[str, float]:
     result["value"] = float(seeds.mean()) if len(seeds) else float("nan")
     if len(seeds) < 2 or np.ptp(seeds) <= ROUNDING * max(1.0, float(np.abs(seeds).max())):
         return result
-    test = stats.ttest_1samp(seeds, 0.0)
-    low, high = test.confidence_interval(CONFIDENCE)
-    error = float(stats.sem(seeds))
+    degrees = len(seeds) - 1
+    error = float(seeds.std(ddof=1) / np.sqrt(len(seeds)))
+    half = float(special.stdtrit(degrees, (1 + CONFIDENCE) / 2)) * error
     return result | {
-        "low": float(low),
-        "high": float(high),
+        "low": result["value"] - half,
+        "high": result["value"] + half,
         "standard_error": error,
-        "p_value": float(test.pvalue),
+        "p_value": wald_p(result["value"], error, degrees),
     }
 
 
@@ -88,7 +90,7 @@ def mixed_slope(
         return None, "a variance of the mixed model at its boundary"
     scale = spread_y / spread_x
     value, error = float(fit.fe_params[1]) * scale, error * scale
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1)) * error
+    half = float(special.stdtrit(len(x) - 1, (1 + CONFIDENCE) / 2)) * error
     return {
         "value": value,
         "low": value - half,

@@ -14,9 +14,7 @@ Choices that Ganguli et al. leave open, made here:
   0 if all answers are right, and undefined otherwise.
 """
 
-import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +31,7 @@ from selfcorrect.evaluate.experiments.base import (
 )
 from selfcorrect.evaluate.experiments.bbq.files import Decision, Row, read_rows
 from selfcorrect.evaluate.experiments.bbq.groups import INTERSECTION, decide
+from selfcorrect.evaluate.experiments.reading import garbage_collection_off
 from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
@@ -196,18 +195,6 @@ class Bbq(Experiment):
     def overall_categories(self, categories: Sequence[str]) -> list[str]:
         """Return the categories without intersections and name proxies."""
         return [c for c in categories if INTERSECTION not in c and not c.endswith(NAMES)]
-
-
-@contextmanager
-def garbage_collection_off() -> Iterator[None]:
-    """Load some 100,000 lasting rows without cycle searches, which take a third of the time."""
-    collected = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collected:
-            gc.enable()
 
 
 def sample_blocks(rows: Sequence[Row], limit: int | None, seed: int) -> Sequence[int]:

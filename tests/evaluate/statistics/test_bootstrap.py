@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfcorrect.evaluate.statistics.bootstrap import Draws, Estimate, bootstrap
+from selfcorrect.evaluate.statistics.bootstrap import Draws, Estimate, bootstrap, estimate
 from tests.support.tallies import make_tally, share
 
 
@@ -162,7 +162,7 @@ def test_draws_depend_on_seed_category_and_units_alone():
 
 
 def test_resamples_are_computed_together():
-    """Metrics are called once overall and once for all categories, not once per resample."""
+    """Metrics are called once overall and once per category, not once per resample."""
     calls = []
 
     def counted(sums):
@@ -171,4 +171,19 @@ def test_resamples_are_computed_together():
 
     tally = make_tally({"hits": np.ones(12), "count": np.ones(12)}, strata=np.repeat([0, 1, 2], 4))
     bootstrap(tally, counted, draws=Draws(1000))
-    assert calls == [(1001, 3), (3 * 1001, 1)]
+    assert calls == [(1001, 3), *[(1001, 1)] * 3]
+
+
+@pytest.mark.parametrize("num_resamples", [1, 2, 10, 39, 40, 200, 1999, 2000, 5001])
+def test_intervals_are_numpys_quantiles(num_resamples):
+    """Bit for bit, though only tails are sorted: skewed, tied, constant and sorted resamples."""
+    random = np.random.default_rng(num_resamples)
+    normal = random.normal(size=(70, 1 + num_resamples))
+    kinds = [normal, np.exp(4 * normal), np.round(normal), normal > 1.5, 0 * normal,
+             np.sort(normal), -np.sort(-normal), np.where(normal > 1, normal, 0)]  # fmt: skip
+    for kind in kinds:
+        replicates = {str(i): row for i, row in enumerate(kind.astype(float))}
+        ends = [(found.low, found.high) for found in estimate(replicates).values()]
+        tails = [(1 - 0.95) / 2, (1 + 0.95) / 2]
+        expected = np.quantile(kind[:, 1:].astype(float), tails, axis=1).T
+        assert np.array_equal(ends, expected)
