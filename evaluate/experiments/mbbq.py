@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, ValidationError, model_validator
 
-from selfcorrect.evaluate.experiments.base import Metric
+from selfcorrect.evaluate.experiments.base import Metric, Workload
 from selfcorrect.evaluate.experiments.bbq import BBQ as PLAIN_BBQ
 from selfcorrect.evaluate.experiments.bbq import (
     METRICS,
@@ -158,7 +158,7 @@ class Mbbq(Bbq):
         "option_mass",
     )
     accuracy = f"{CONTROL}accuracy_disambiguated"
-    workload = None
+    workload = Workload(num_items=80640, scored_tokens=70.9, prompt_tokens=262.8)
 
     def load(self, data_dir: Path, wording: Wording, limit: int | None, seed: int) -> LoadedItems:
         """Load the items of every <category>[_control]_<language>.jsonl[.gz] in `data_dir`/mbbq.

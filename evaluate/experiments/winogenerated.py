@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from selfcorrect.evaluate.experiments.base import Metric
+from selfcorrect.evaluate.experiments.base import Metric, Workload
 from selfcorrect.evaluate.experiments.reading import json_lines, text
 from selfcorrect.evaluate.experiments.winogender import (
     METRICS,
@@ -49,7 +49,7 @@ class Winogenerated(Winogender):
         **Winogender.subsets,
         "occupation_first": ("occupation_first", 1),
     }
-    workload = None
+    workload = Workload(num_items=2990, scored_tokens=39.4, prompt_tokens=152.6)
 
     def load(self, data_dir: Path, wording: Wording, limit: int | None, seed: int) -> LoadedItems:
         """Load one item per row of winogenerated_examples.jsonl, in file order.
