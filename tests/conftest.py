@@ -1,5 +1,6 @@
 """Fixtures that tests of several rooms share."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the matrix unless it is asked for; `-m` stays free for other choices.
+    """Leave out the matrix unless it is asked for, and what needs vLLM where it is missing.
+
+    `-m` stays free for other choices.
 
     Of several processes (pytest-xdist), each begins with files of slow tests, so that all end at
     about the same time.
@@ -24,6 +27,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out and not config.getoption("--matrix"):
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("matrix")]
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
     if hasattr(config, "workerinput"):
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: item.path not in slow)

@@ -9,4 +9,5 @@ CALL_FLOPS = {"cpu": 2e12, "gpu": 2e14}
 MOST_ITEMS = 1024
 BATCH_TOKENS = {"gpu": 32768, "cpu": 4096}  # rows x padded length of one forward
 CPU_SCORING_TOKENS = 1024  # the same when scoring on a CPU: beyond, activations leave the cache
+MOST_REORDERED = 2**29  # weights of which a CPU holds a second copy while it samples (reordered.py)
 LARGEST_LOGITS = 2**26  # positions x vocabulary of one forward

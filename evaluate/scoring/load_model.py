@@ -13,6 +13,7 @@ from selfcorrect.evaluate.run_folder import check_saved
 from selfcorrect.evaluate.scoring.precision import (
     check_dtype,
     chosen,
+    device_of,
     fast_dtype,
     loading_options,
     num_parameters,
@@ -23,6 +24,10 @@ from selfcorrect.recipes.foundation.ranks import best_device
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter_config.json"
+DIVIDED = (
+    "the adapter changes the embeddings or the head, which must lie on a device then: give "
+    "device_map more memory, or merge the adapter into its base"
+)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -72,7 +77,7 @@ def load_model(
         elif revision_of_base := read_adapter(adapter).get("revision"):
             of_base["revision"] = revision_of_base
         model = _load_weights(base, dtype, of_base, device, placement)
-        model = load_adapter(model, source, placement)
+        model = load_adapter(model, source)
         tokenizer = _load_tokenizer(source, base, of_base)
     else:
         if gguf_file is not None:
@@ -232,7 +237,7 @@ def _placement_options(placement: Mapping[str, Any] | None) -> dict[str, Any]:
     return options
 
 
-def load_adapter(model: Any, source: str, placement: Mapping[str, Any] | None = None) -> Any:
+def load_adapter(model: Any, source: str) -> Any:
     """Put the adapter of the folder `source` on its base model.
 
     The base's embeddings get as many rows as the adapter was trained with. Raises InputError for an
@@ -255,9 +260,7 @@ def load_adapter(model: Any, source: str, placement: Mapping[str, Any] | None = 
             )
         shapes = tensor_shapes(weights)
         _fit_vocabulary(model, shapes, source)
-        adapted = PeftModel.from_pretrained(
-            model, source, is_trainable=False, **_placement_options(placement)
-        )
+        adapted = _adapted(PeftModel, model, source)
     modules, found = (
         sum(".lora_A." in name for name in names) for names in (shapes, adapted.state_dict())
     )
@@ -267,6 +270,28 @@ def load_adapter(model: Any, source: str, placement: Mapping[str, Any] | None = 
             f"{found}; set base_model_name_or_path in {ADAPTER} to the model it was trained on"
         )
     _untie(adapted.get_base_model(), shapes)
+    return adapted
+
+
+def _adapted(peft_model: Any, model: Any, source: str) -> Any:
+    """Return the model with its adapter, each part on the device of the layer it belongs to.
+
+    Of a model with a `device_map` peft would write a copy of the base, below the working directory.
+    """
+    device_map = vars(model).pop("hf_device_map", None)
+    if device_map is None:
+        return peft_model.from_pretrained(model, source, is_trainable=False)
+    device = device_of(model)
+    adapted = peft_model.from_pretrained(
+        model, source, is_trainable=False, low_cpu_mem_usage=True, torch_device=str(device)
+    )
+    for module in adapted.modules():
+        hook = getattr(getattr(module, "base_layer", None), "_hf_hook", None)
+        place = getattr(hook, "execution_device", None)
+        for name, parameter in module.named_parameters() if place is not None else ():
+            if not name.startswith("base_layer."):
+                parameter.data = parameter.data.to(place)
+    model.hf_device_map = device_map
     return adapted
 
 
@@ -306,6 +331,8 @@ def _fit_vocabulary(model: Any, shapes: dict[str, list[int]], source: str) -> No
                 f"{embedding.weight.shape[0]}, and the file lacks the embeddings or the head of "
                 "the others; save it again with save_embedding_layers=True"
             )
+        if embedding.weight.is_meta:
+            raise InputError(DIVIDED)
         model.resize_token_embeddings(rows[0], mean_resizing=False)
 
 
@@ -321,6 +348,8 @@ def _untie(model: Any, shapes: dict[str, list[int]]) -> None:
     base_embedding, base_head = (getattr(part, "base_layer", part) for part in (embedding, head))
     is_tied = base_head is not None and base_head.weight is base_embedding.weight
     if is_tied and any(f".{name}.lora_" in part for name in names for part in shapes):
+        if base_head.weight.is_meta:
+            raise InputError(DIVIDED)
         base_head.weight = torch.nn.Parameter(base_head.weight.detach().clone())
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-_FEWEST, _MOST = 2**14, 2**29  # numbers in a weight, and in all: the copies take memory
+from selfcorrect.evaluate.scoring.limits import MOST_REORDERED
+
+_FEWEST = 2**14  # numbers in a weight
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ class ReorderedLinears:
             and module.weight.dtype in (torch.float32, torch.bfloat16)
             and module.weight.numel() >= _FEWEST
         ]
-        is_apt = sum(layer.weight.numel() for layer in layers) <= _MOST
+        is_apt = sum(layer.weight.numel() for layer in layers) <= MOST_REORDERED
         if not is_apt or torch.is_autocast_enabled("cpu"):
             return
         try:

@@ -198,7 +198,7 @@ class VllmLoader(EngineLoader):
         before = self._running
         if before is None or before.shared != wanted.shared:
             self._start(wanted)
-        elif wanted.adapter is None and before.model != wanted.model:
+        elif wanted.adapter is None:  # its files may have changed, also in the same place
             self._exchange(wanted)
         adapter = None
         if wanted.adapter is not None:
@@ -255,7 +255,9 @@ class VllmLoader(EngineLoader):
         is_folder = Path(source).is_dir()
         shared["files"] = config_digests(Path(source)) if is_folder else source
         if adapter is not None:
-            shared["base"] = str(Path(arguments["model"]).resolve())
+            base = Path(arguments["model"]).resolve()
+            files = sorted(base.glob("*.safetensors"))
+            shared["base"] = [base, *((p, p.stat().st_mtime_ns, p.stat().st_size) for p in files)]
         return _Wanted(arguments, shared, adapter)
 
     def _start(self, wanted: _Wanted) -> None:

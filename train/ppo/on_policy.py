@@ -22,6 +22,7 @@ from trl.trainer.utils import pad
 from selfcorrect.evaluate.callback import temporary_eval_mode
 from selfcorrect.evaluate.scoring.sampling import only_settings
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure, is_from_network, reason_of
+from selfcorrect.train.ppo.colocated import colocated_vllm
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.critic import Critic, language_model_of
 from selfcorrect.train.ppo.forward import CompletionPass, TokenOutputs, patch_forward
@@ -48,7 +49,7 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
 
     def __init__(self, model: Any, reward_funcs: Any, args: PPOConfig, **kwargs: Any) -> None:
         self._given_settings = _generation_settings(model, args.trust_remote_code)
-        with _server_errors(args):
+        with _server_errors(args), colocated_vllm(args, model):
             super().__init__(model, reward_funcs, args, **kwargs)
         self.language_model = language_model_of(self.accelerator.unwrap_model(self.model))
         self._num_weights = self.language_model.num_parameters(exclude_embeddings=True)

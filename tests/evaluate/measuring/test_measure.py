@@ -74,6 +74,7 @@ def test_cell_files_hold_the_documented_columns_and_metadata(tmp_path, cells):
                 "tokenizer": tokenizer_digest(tiny_tokenizer()),
                 "draws": DRAWS if condition == "Q+IF+CoT" else None,
                 "dtype": "float32",
+                "version": None,
             },
             "num_items": 6,
             "left_out": cell.loaded.left_out,
