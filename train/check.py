@@ -21,6 +21,7 @@ def check_training(recipe: Recipe) -> None:
             "policy.trainer.use_vllm: vLLM is not installed; pip install 'selfcorrect[vllm]', or "
             "remove the key"
         )
+    _check_engine(recipe)
     from selfcorrect.train.stages.arguments import lora_config
     from selfcorrect.train.stages.corpus import scratch_config
 
@@ -44,6 +45,49 @@ def check_training(recipe: Recipe) -> None:
             _check_given(model, f"models.{index}.path")
     _check_model(recipe.reward.path, "reward.path")
     _check_data(recipe)
+
+
+def _check_engine(recipe: Recipe) -> None:
+    """Raise InputError if the engine could not measure the checkpoints that training leaves."""
+    engine, lora = recipe.evaluate.engine, recipe.policy.lora
+    if engine == "packed":
+        return
+    library = "vllm" if engine == "vllm" else "lm_eval"
+    if importlib.util.find_spec(library) is None:
+        extra = library.replace("_", "-")
+        raise InputError(
+            f"evaluate.engine: {engine} is not installed: pip install 'selfcorrect[{extra}]', or "
+            f"remove the key and measure with --engine {engine} where it is"
+        )
+    for index, model in enumerate(recipe.models):
+        if model.trust_remote_code:
+            raise InputError(
+                f"models.{index}.trust_remote_code: only the engine packed runs a model's own "
+                f"code: remove evaluate.engine: {engine}"
+            )
+    if engine == "vllm":
+        _check_vllm(recipe)
+    elif engine != "lm-eval:hf" and lora is not None:
+        raise InputError(
+            f"evaluate.engine: {engine} reads no adapters (policy.lora): use lm-eval:hf or packed"
+        )
+
+
+def _check_vllm(recipe: Recipe) -> None:
+    from selfcorrect.evaluate.scoring.vllm import known_arguments, problem_of_adapter
+
+    evaluate, lora = recipe.evaluate, recipe.policy.lora
+    held = recipe.precision.trained if lora is None else recipe.precision.frozen
+    dtype = held if evaluate.dtype == "auto" else evaluate.dtype
+    if dtype == "4bit":
+        raise InputError(
+            "evaluate.engine: vllm holds no weights in 4 bits (precision.frozen): set "
+            "evaluate.dtype: bfloat16, or use packed"
+        )
+    if unknown := set(evaluate.engine_args) - known_arguments():
+        raise InputError(f"evaluate.engine_args: vLLM has no setting {min(unknown)}")
+    if lora is not None and (problem := problem_of_adapter(lora, dtype)):
+        raise InputError(f"policy.lora: {problem}; or use evaluate.engine: packed")
 
 
 def _check_trainers(recipe: Recipe) -> None:

@@ -186,7 +186,7 @@ def evaluate_run(
     RunFailure at the end names it. It is tried again once its files change. One that has vanished
     is skipped.
     """
-    if ranks.size > 1 and recipe.evaluate.engine != "packed":
+    if ranks.size > 1 and (recipe.evaluate.engine != "packed" or recipe.evaluate.engine_args):
         raise InputError(
             f"evaluate.engine: {recipe.evaluate.engine} distributes its work itself; start it "
             "without accelerate launch"

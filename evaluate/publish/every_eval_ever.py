@@ -156,10 +156,15 @@ def _results(cell: MeasuredCell, settings: Mapping[str, Any]) -> Iterator[dict[s
                 "additional_details": {
                     "condition": cell.condition,
                     "settings_digest": str(settings.get("settings_digest")),
-                    "engine": str((settings.get("origin") or {}).get("engine")),
+                    "engine": _engine(settings.get("origin") or {}),
                 }
             },
         }
+
+
+def _engine(origin: dict[str, Any]) -> str:
+    """Return the name of an engine, with the version of its library if it has one."""
+    return " ".join(str(part) for part in (origin.get("engine"), origin.get("version")) if part)
 
 
 def _lower_is_better(name: str, metric: Metric) -> bool:

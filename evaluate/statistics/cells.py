@@ -209,9 +209,10 @@ def _round_estimates(answers: Sequence[_Answers], draws: Draws) -> dict[int, dic
 
 def _dtype_of(origin: Any) -> str | None:
     """Return the type of the weights by a file's origin; older files of ours are float32."""
-    if not isinstance(origin, dict) or origin.get("engine", "packed") != "packed":
+    if not isinstance(origin, dict):
         return None
-    return str(origin.get("dtype") or "float32")
+    is_packed = origin.get("engine", "packed") == "packed"
+    return origin.get("dtype") or ("float32" if is_packed else None)
 
 
 def _check_origin(path: Path, settings: dict[str, Any], record: CheckpointRecord | None) -> None:

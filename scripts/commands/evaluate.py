@@ -345,7 +345,12 @@ def _evaluate_runs(
 
 
 def _recipe_of(run: Path, engine: str | None, hardware: Hardware) -> "Measured":
-    given = {"engine": engine, "dtype": hardware.dtype, "engine_args": hardware.engine_args or None}
+    arguments: dict[str, Any] | None = hardware.engine_args or None
+    if engine is not None and arguments is None:
+        # The recipe's settings are those of the recipe's engine.
+        is_another = load_measured(str(run / "recipe.yaml")).evaluate.engine != engine
+        arguments = {} if is_another else None
+    given = {"engine": engine, "dtype": hardware.dtype, "engine_args": arguments}
     overrides = [
         f"evaluate.{key}={json.dumps(value)}" for key, value in given.items() if value is not None
     ]

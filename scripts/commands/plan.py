@@ -17,6 +17,7 @@ from selfcorrect.train.planning.devices import GPUS, Device, device_named
 from selfcorrect.train.planning.estimate import (
     USABLE,
     ModelEstimate,
+    devices_for_evaluation,
     disk_of_ladder,
     estimate_ladder,
     oversized_stages,
@@ -24,8 +25,7 @@ from selfcorrect.train.planning.estimate import (
     suggest_settings,
 )
 from selfcorrect.train.planning.feedback import FeedbackFacts, feedback_facts
-from selfcorrect.train.planning.memory import Parallelism
-from selfcorrect.train.planning.series import PUBLISHED_BYTES, estimate_series
+from selfcorrect.train.planning.memory import Footprint, Parallelism
 from selfcorrect.train.planning.settings import held_by
 from selfcorrect.train.provenance import threads_per_job
 
@@ -35,8 +35,8 @@ PARTS = (
 )  # fmt: skip
 TABLE_WIDTH = 150
 LARGE_EVALUATION = (
-    "a checkpoint is measured on one device, and no engine divides a model; evaluate it with "
-    "evaluate.dtype: bfloat16, or on a device with more memory"
+    "evaluation fits on no 16 devices; evaluate with evaluate.dtype: bfloat16, or with "
+    "evaluate.engine_args={device_map: auto}, which leaves on the CPU what the GPUs cannot hold"
 )
 NOTHING_FITS = (
     "does not fit with any batch size, nor with ZeRO-3 on up to 128 devices; use LoRA "
@@ -100,7 +100,9 @@ def plan(
 def _plan_series(
     series: Series, machine: Device, fast: str, utilisation: float, price: float | None
 ) -> None:
-    """Print what measuring a series needs; a checkpoint is measured on one device."""
+    """Print what measuring a series needs; by the engine and devices that it names."""
+    from selfcorrect.train.planning.series import PUBLISHED_BYTES, estimate_series
+
     estimates, counts, unknown = estimate_series(series, Parallelism(1, 0, machine.gpu, fast))
     console = table_console(TABLE_WIDTH)
     console.print(_memory_table(estimates, machine))
@@ -119,7 +121,7 @@ def _plan_series(
             gigabytes(use.working),
         )  # fmt: skip
     console.print(disk)
-    for line in ["", *unknown, *_oversized(estimates, machine)]:
+    for line in ["", *unknown, *_engines(estimates), *_oversized(estimates, machine)]:
         typer.echo(line)
     if not all(counts.values()):
         typer.echo("Where the number of checkpoints is not known, numbers are those of one.")
@@ -216,7 +218,7 @@ def notes(
     recipe: Recipe, ladder: list[ModelEstimate], facts: FeedbackFacts, device: Device
 ) -> list[str]:
     """Return lines on stages that do not fit, with remedies, and on the estimate's assumptions."""
-    lines = ["", *_oversized(ladder, device)]
+    lines = ["", *_engines(ladder), *_oversized(ladder, device)]
     for model in ladder:
         oversized = oversized_stages(model, device)
         if any(stage.stage != "evaluation" for stage in oversized):
@@ -255,9 +257,32 @@ def _oversized(ladder: list[ModelEstimate], device: Device) -> list[str]:
             lines.append(
                 f"{model.name}: {stage.stage} needs {gigabytes(stage.total)} GB, but {usable}"
             )
-        if any(stage.stage == "evaluation" for stage in oversized):
-            lines.append(f"{model.name}: {LARGE_EVALUATION}")
+        for stage in oversized:
+            if stage.stage == "evaluation":
+                lines.append(f"{model.name}: {_where_evaluation_fits(stage, device)}")
     return lines
+
+
+def _where_evaluation_fits(stage: Footprint, device: Device) -> str:
+    count = devices_for_evaluation(stage, device)
+    if not device.gpu or count is None:
+        return LARGE_EVALUATION
+    return (
+        f"evaluation fits on {count} x {device.name}: evaluate.engine=vllm "
+        f"evaluate.engine_args.tensor_parallel_size={count} (all compute at once), or "
+        "evaluate.engine_args.device_map=auto with the packed engine (one after another)"
+    )
+
+
+def _engines(ladder: list[ModelEstimate]) -> list[str]:
+    """Return a line for each model that more than one device holds while it is measured."""
+    return [
+        f"{model.name}: measured by {model.engine}, {gigabytes(stage.parts['weights'])} GB of "
+        f"weights on each of {model.measured_on} devices"
+        for model in ladder
+        for stage in model.footprints
+        if stage.stage == "evaluation" and model.measured_on > 1
+    ]
 
 
 def gigabytes(size: float) -> str:

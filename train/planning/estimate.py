@@ -14,7 +14,12 @@ from selfcorrect.train.planning.feedback import FeedbackFacts
 from selfcorrect.train.planning.flops import Work, stage_work
 from selfcorrect.train.planning.memory import Footprint, Parallelism
 from selfcorrect.train.planning.model_shape import ModelShape, model_shape
-from selfcorrect.train.planning.settings import held_by, policy_settings, stage_footprints
+from selfcorrect.train.planning.settings import (
+    evaluation_devices,
+    held_by,
+    policy_settings,
+    stage_footprints,
+)
 
 USABLE = 0.95  # of a device's memory: the rest is the driver's, or lost between blocks
 # GPUs of one machine, and bytes/s per GPU beyond it (400 Gb/s InfiniBand)
@@ -39,20 +44,25 @@ class ModelEstimate:
     bf16: bool
     gathers: bool
     has_adapter: bool
+    engine: str = "packed"
+    measured_on: int = 1
+    """Devices that hold the model together while it is measured; vLLM's compute at once."""
 
     def hours(self, device: Device, utilisation: float) -> dict[str, float]:
         """Return hours by stage of one seed, at this share of the device's FLOPs and bandwidth."""
         return {work.stage: self._seconds(work, device, utilisation) / 3600 for work in self.work}
 
     def device_hours(self, device: Device, utilisation: float) -> float:
-        """Return hours times devices of one seed: evaluation takes one device, training all."""
+        """Return hours times devices of one seed."""
         return sum(
-            hours * (1 if stage == "evaluation" else self.parallelism.processes)
+            hours * (self.measured_on if stage == "evaluation" else self.parallelism.processes)
             for stage, hours in self.hours(device, utilisation).items()
         )
 
     def _seconds(self, work: Work, device: Device, utilisation: float) -> float:
-        devices = 1 if work.stage == "evaluation" else self.parallelism.processes
+        devices = self.parallelism.processes
+        if work.stage == "evaluation":
+            devices = self.measured_on if self.engine == "vllm" else 1
         speed = device.bf16_speed if self.bf16 else 1.0
         rate = devices * device.flops * speed * utilisation
         layers = self.shape.layers * (ADAPTER_CALLS if self.has_adapter else 1)
@@ -127,6 +137,8 @@ def estimate_model(
         ),
         bool(settings.values["ds3_gather_for_generation"]),
         recipe.policy.lora is not None,
+        recipe.evaluate.engine,
+        evaluation_devices(recipe.evaluate, parallelism.processes),
     )
 
 
@@ -162,6 +174,15 @@ def disk_of_ladder(recipe: Recipe, ladder: list[ModelEstimate]) -> tuple[float, 
 def oversized_stages(estimate: ModelEstimate, device: Device) -> list[Footprint]:
     """Return the stages that need more memory than the device has."""
     return [stage for stage in estimate.footprints if stage.total > USABLE * device.memory]
+
+
+def devices_for_evaluation(stage: Footprint, device: Device) -> int | None:
+    """Return the fewest devices, a power of two, that hold a model together; None beyond 16."""
+    divided = stage.parts["weights"] + stage.parts.get("KV cache", 0.0)
+    for count in (1, 2, 4, 8, 16):
+        if stage.total - divided + divided / count <= USABLE * device.memory:
+            return count
+    return None
 
 
 def suggest_settings(

@@ -14,6 +14,7 @@ from selfcorrect.train.planning.estimate import ModelEstimate
 from selfcorrect.train.planning.flops import evaluation_work
 from selfcorrect.train.planning.memory import Parallelism
 from selfcorrect.train.planning.model_shape import ModelShape, model_shape
+from selfcorrect.train.planning.settings import evaluation_devices
 from selfcorrect.train.planning.stage_memory import evaluation_footprint
 
 PUBLISHED_BYTES = 2.0  # of a weight on the hub
@@ -30,6 +31,7 @@ def estimate_series(
     found, notes = find_numbers(series)
     evaluate, estimates, counts = series.evaluate, [], {}
     length = 256 + evaluate.max_new_tokens
+    devices = evaluation_devices(evaluate, parallelism.processes)
     rows = max(1, BATCH_TOKENS["gpu" if parallelism.gpu else "cpu"] // length)
     for name in (model.name for model in series.models if only in (None, model.name)):
         entries = [given for given in found.checkpoints if given.model == name]
@@ -47,12 +49,14 @@ def estimate_series(
                 name,
                 shape,
                 parallelism,
-                [evaluation_footprint(shape, parallelism, at_once, length, dtype)],
+                [evaluation_footprint(shape, parallelism, at_once, length, dtype, devices)],
                 [work],
                 Disk(0.0, 0.0, kept, 0.0 if series.keep_weights else fetched),
                 dtype != "float32",
                 gathers=False,
                 has_adapter=False,
+                engine=evaluate.engine,
+                measured_on=devices,
             )
         )
     return estimates, counts, notes

@@ -6,7 +6,7 @@ from typing import Any
 from selfcorrect.evaluate.scoring.limits import BATCH_TOKENS
 from selfcorrect.evaluate.scoring.precision import resolved
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.schema import Recipe
+from selfcorrect.recipes.schema import Evaluate, Recipe
 from selfcorrect.train.planning.memory import Batch, Footprint, Parallelism, frozen_bytes
 from selfcorrect.train.planning.model_shape import Adapter, ModelShape
 from selfcorrect.train.planning.stage_memory import (
@@ -267,19 +267,38 @@ def stage_footprints(
         batch = _text_batch(reward_settings(recipe), lengths, parallelism, 2, held)
         footprints.append(reward_footprint(shape, adapter, batch, parallelism))
     inline = recipe.evaluate.attach == "inline"
+    length = 256 + recipe.evaluate.max_new_tokens
+    rows = max(1, BATCH_TOKENS["gpu" if parallelism.gpu else "cpu"] // length)
+    sampled = (rows, length) if inline else None
     if recipe.policy.is_offline:
-        footprints.append(_offline_policy(recipe, shape, lengths, parallelism, inline))
+        footprints.append(_offline_policy(recipe, shape, lengths, parallelism, sampled))
     else:
         rollout = rollout_of(recipe, shape, lengths, parallelism)
-        footprints.append(rollout_footprint(shape, rollout, parallelism, inline))
+        footprints.append(rollout_footprint(shape, rollout, parallelism, sampled))
     if not inline:
-        length = 256 + recipe.evaluate.max_new_tokens
-        rows = max(1, BATCH_TOKENS["gpu" if parallelism.gpu else "cpu"] // length)
         dtype: str = recipe.evaluate.dtype
         if dtype == "auto":  # as training held them
             dtype = held_by(recipe, shape, parallelism, recipe.policy.lora is not None).policy
-        footprints.append(evaluation_footprint(shape, parallelism, rows, length, dtype))
+        devices = evaluation_devices(recipe.evaluate, parallelism.processes)
+        footprints.append(evaluation_footprint(shape, parallelism, rows, length, dtype, devices))
     return footprints
+
+
+def evaluation_devices(evaluate: Evaluate, processes: int) -> int:
+    """Return how many devices hold a model together while it is measured.
+
+    vLLM's settings say so; a `device_map` divides it over the devices of the job's `processes`.
+    """
+    given = evaluate.engine_args
+    if evaluate.engine != "vllm":
+        return processes if given and evaluate.engine == "packed" else 1
+    count = 1
+    for key in ("tensor_parallel_size", "pipeline_parallel_size"):
+        size = given.get(key, 1)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise InputError(f"evaluate.engine_args.{key} is {size!r}; give a positive integer")
+        count *= size
+    return count
 
 
 def _base(
@@ -297,7 +316,11 @@ def _base(
 
 
 def _offline_policy(
-    recipe: Recipe, shape: ModelShape, lengths: Lengths, parallelism: Parallelism, inline: bool
+    recipe: Recipe,
+    shape: ModelShape,
+    lengths: Lengths,
+    parallelism: Parallelism,
+    sampled: tuple[int, int] | None,
 ) -> Footprint:
     """Return the footprint of SFT, or of DPO: both texts of a pair in one pass, and a reference."""
     is_dpo = recipe.policy.method == "dpo"
@@ -309,11 +332,11 @@ def _offline_policy(
         learning.parts["reference"] = frozen_bytes(
             shape, shape.parameters, parallelism, batch, held.trained
         )
-    if not inline:
+    if sampled is None:
         return learning
     kept = ("weights", "optimizer", "reference")
     resident = {part: learning.parts[part] for part in kept if part in learning.parts}
-    measuring = measuring_footprint(shape, resident, parallelism, held.policy)
+    measuring = measuring_footprint(shape, resident, parallelism, sampled, held.policy)
     return max(learning, measuring, key=lambda moment: moment.total)
 
 

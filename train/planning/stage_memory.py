@@ -2,8 +2,14 @@
 
 from dataclasses import dataclass, replace
 
-from selfcorrect.evaluate.scoring.limits import BATCH_TOKENS, LARGEST_LOGITS, PACK_TOKENS
+from selfcorrect.evaluate.scoring.limits import (
+    BATCH_TOKENS,
+    LARGEST_LOGITS,
+    MOST_REORDERED,
+    PACK_TOKENS,
+)
 from selfcorrect.train.planning.memory import (
+    SIZES,
     Batch,
     Footprint,
     Parallelism,
@@ -90,14 +96,20 @@ def _training(
 
 
 def rollout_footprint(
-    shape: ModelShape, rollout: Rollout, parallelism: Parallelism, inline: bool
+    shape: ModelShape,
+    rollout: Rollout,
+    parallelism: Parallelism,
+    sampled: tuple[int, int] | None = None,
 ) -> Footprint:
-    """Return the worst moment of PPO or GRPO: sampling, learning, or measuring `inline`."""
+    """Return the worst moment of PPO or GRPO: sampling, learning, or measuring.
+
+    `sampled`: rows that evaluation beside training samples together, and their tokens.
+    """
     moments = [_generating(shape, rollout, parallelism), _learning(shape, rollout, parallelism)]
-    if inline:
+    if sampled is not None:
         resident = resident_parts(shape, rollout, parallelism)
         held = rollout.batch.trained if rollout.adapter is None else rollout.batch.frozen
-        moments.append(measuring_footprint(shape, resident, parallelism, held))
+        moments.append(measuring_footprint(shape, resident, parallelism, sampled, held))
     return max(moments, key=lambda moment: moment.total)
 
 
@@ -197,41 +209,57 @@ def _generating(shape: ModelShape, rollout: Rollout, parallelism: Parallelism) -
 
 
 def measuring_footprint(
-    shape: ModelShape, resident: dict[str, float], parallelism: Parallelism, held: str
+    shape: ModelShape,
+    resident: dict[str, float],
+    parallelism: Parallelism,
+    sampled: tuple[int, int],
+    held: str,
+    stage: str = "policy",
 ) -> Footprint:
-    """Return the footprint of evaluation within training, beside `resident` bytes by purpose.
+    """Return the footprint of evaluation, beside `resident` bytes by purpose.
 
-    `held` is the type of the policy's weights, or of those under its adapter.
+    `sampled`: rows sampled together, and their tokens. `held` is the type of the model's weights,
+    or of those under its adapter.
     """
-    activations, logits = _scoring_bytes(shape, parallelism, held)
-    parts = resident | {"activations": activations, "logits": logits}
-    return Footprint("policy", "measuring", parts)
-
-
-def _scoring_bytes(shape: ModelShape, parallelism: Parallelism, held: str) -> tuple[float, float]:
-    """Return bytes of one packed forward pass: its buffers with the mask, and its logits."""
+    size = SIZES.get(held, 2.0)
     tokens = BATCH_TOKENS["gpu" if parallelism.gpu else "cpu"]
-    is_half = held != "float32"
-    batch = Batch(tokens // PACK_TOKENS, PACK_TOKENS, bf16=is_half)
+    batch = Batch(tokens // PACK_TOKENS, PACK_TOKENS, bf16=size == 2)
     forward = forward_buffer_bytes(shape, batch)
-    mask = 2 * (2.0 if is_half else 4.0) * tokens * PACK_TOKENS
+    mask = 2 * size * tokens * PACK_TOKENS
     scored = tokens // 8  # on BBQ a probability is needed at one position in eight at most
-    return forward + mask, 4.0 * min(LARGEST_LOGITS, scored * shape.vocabulary)
+    scoring = {
+        "activations": forward + mask,
+        "logits": 4.0 * min(LARGEST_LOGITS, scored * shape.vocabulary),
+    }
+    rows, length = sampled
+    sampling = {
+        "activations": forward,  # the prompts'
+        "KV cache": kv_cache_bytes(shape, rows * length, size == 2),
+        # and, for each word, whether it is likely enough to be drawn (draws.py)
+        "logits": (size + 1) * rows * shape.vocabulary,
+    }
+    linear = shape.layers * sum(a * b for a, b in shape.matrices.values()) + shape.embedding
+    if not parallelism.gpu and linear <= MOST_REORDERED:
+        sampling["reordered weights"] = size * linear
+    larger = max(scoring, sampling, key=lambda parts: sum(parts.values()))
+    return Footprint(stage, "measuring", resident | larger)
 
 
 def evaluation_footprint(
-    shape: ModelShape, parallelism: Parallelism, rows: int, length: int, held: str
+    shape: ModelShape,
+    parallelism: Parallelism,
+    rows: int,
+    length: int,
+    held: str,
+    devices: int = 1,
 ) -> Footprint:
     """Return the footprint of measuring a saved checkpoint, `rows` sampled together.
 
-    `held` is the type of its weights.
+    `held` is the type of its weights; `devices` divide them, and the cache, among themselves.
     """
-    forward, logits = _scoring_bytes(shape, parallelism, held)
-    cache = kv_cache_bytes(shape, rows * length, held != "float32")
-    sampling = cache + 24.0 * rows * shape.vocabulary
-    weights = held_bytes(shape, shape.parameters, held)
-    parts = {"weights": weights, "activations": forward, "logits": logits}
-    if sampling > forward + logits:
-        parts |= {"activations": 0.0, "KV cache": cache}
-        parts["logits"] = 24.0 * rows * shape.vocabulary  # float64 noise for every word
-    return Footprint("evaluation", "measuring", parts)
+    weights = {"weights": held_bytes(shape, shape.parameters, held)}
+    sampled = (rows, length)
+    whole = measuring_footprint(shape, weights, parallelism, sampled, held, "evaluation")
+    divided = ("weights", "KV cache")
+    parts = {name: size / (devices if name in divided else 1) for name, size in whole.parts.items()}
+    return replace(whole, parts=parts)

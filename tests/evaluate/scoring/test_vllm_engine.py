@@ -156,7 +156,6 @@ def folders(tmp_path_factory):
         base = load_model(full[0], device="cpu")[0]
         torch.manual_seed(seed)
         config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-        config.base_model_name_or_path = str(full[0])
         get_peft_model(base, config).save_pretrained(root / f"lora-{seed}")
         adapters.append(root / f"lora-{seed}")
     return full, adapters
