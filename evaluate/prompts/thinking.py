@@ -55,14 +55,17 @@ def with_thinking(tokenizer: Any, style: Style) -> Style:
     on, off = (style.arguments if is_given else switched(value) for value in (True, False))
     prompt_on, prompt_off = prompt(on), prompt(off)
     block = re.compile(rf"(?:{re.escape(start)}(\s*))?{re.escape(end)}(\s*)\Z")
-    is_open = re.compile(rf"{re.escape(start)}\s*\Z")
+    is_open = re.compile(rf"{re.escape(start)}(\s*)\Z")
     finished = around_content(tokenizer, _ASKED, style)[0]
     closed = block.search(prompt(switched(False))) or block.search(finished)
-    if not (closed or is_open.search(prompt_on) or prompt_on != prompt_off):
+    opened = is_open.search(prompt_on)
+    if not (closed or opened or prompt_on != prompt_off):
         return style  # the template only removes blocks that others have written
     inner, after = (closed[1] or "", closed[2]) if closed else ("\n\n", "\n\n")
     middle = (len(inner) + 1) // 2
     opening, closing = start + inner[:middle], inner[middle:] + end + after
+    if opened:  # thoughts end as the prompt begins them
+        opening, closing = "", opened[1] + end + after
     if block.search(prompt_off) or not (closed or is_open.search(prompt_off)):
         empty = ""
     elif is_open.search(prompt_off):
@@ -74,7 +77,7 @@ def with_thinking(tokenizer: Any, style: Style) -> Style:
         thinking=Thinking(
             on=None if block.search(prompt_on) else on,
             off=off,
-            opening="" if is_open.search(prompt_on) else opening,
+            opening=opening,
             closing=closing,
             empty=empty,
             end=end,

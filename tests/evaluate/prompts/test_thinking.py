@@ -1,5 +1,8 @@
 """Answers at once come without thoughts, reasoning goes into the template's own block."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 
 from selfcorrect.evaluate.measuring.cell_files import read_cell
@@ -115,6 +118,34 @@ def test_other_forms_of_the_block(template, block):
     sampled = render(tokenizer, before_sample(with_thoughts(COT)), style)
     assert sampled.removesuffix("the reason :").rstrip().endswith(start)
     assert sampled.count(start) == 1
+
+
+SHIPPED = sorted((Path(find_spec("trl").origin).parent / "chat_templates").glob("*.jinja"))
+THINKING = ("deepseek", "glm4moe", "nemotron", "qwen3_5", "qwen3_6", "qwen3_8")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_templates_that_trl_ships(path):
+    """Answers follow no open block, and thoughts one that is open; parts of images are refused."""
+    tokenizer = tokenizer_with(path.read_text(encoding="utf-8"))
+    try:
+        style = with_thinking(tokenizer, Style())
+        answer = render(tokenizer, Q, style)
+    except InputError as error:  # templates whose content is a list of texts and images
+        assert "no answer can be prefilled" in str(error) or "refuses this dialogue" in str(error)
+        return
+    assert answer.endswith("the answer is")
+    assert answer.count("<think>") == answer.count("</think>")
+    thinks = path.stem.startswith(THINKING) or path.stem in ("qwen3", "qwen3_training")
+    assert (style.thinking is not None) == thinks
+    if style.thinking is not None:
+        turns = with_thoughts(COT)
+        sampled = render(tokenizer, before_sample(turns), style)
+        assert sampled.count("<think>") == sampled.count("</think>") + 1
+        final = render(tokenizer, with_sample(tokenizer, turns, " she said so ."), style)
+        assert final.startswith(sampled + " she said so .") and final.endswith("the answer is")
+        assert final.count("<think>") == final.count("</think>")
 
 
 def test_templates_without_a_block_are_left_alone():
