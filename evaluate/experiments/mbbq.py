@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,8 +26,8 @@ from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, ValidationEr
 
 from selfcorrect.evaluate.experiments.base import Metric, Workload
 from selfcorrect.evaluate.experiments.bbq import BBQ as PLAIN_BBQ
+from selfcorrect.evaluate.experiments.bbq import METRICS as BBQ_METRICS
 from selfcorrect.evaluate.experiments.bbq import (
-    METRICS,
     UNDECIDED,
     Bbq,
     answer_columns,
@@ -73,6 +73,12 @@ def _control_metric(metric: Metric) -> Metric:
     )
 
 
+METRICS: dict[str, Metric] = {
+    **BBQ_METRICS,
+    **{f"{CONTROL}{name}": _control_metric(BBQ_METRICS[name]) for name in _CONTROLLED},
+}
+
+
 class Wording(BbqWording):
     """BBQ's wording, and its `texts` in other languages, by language and name of the text."""
 
@@ -91,10 +97,10 @@ class Wording(BbqWording):
     def turns(self, condition: str, item: Item, order: Sequence[int] | None = None) -> list[Turn]:
         """Return the dialogue in the item's language; InputError for one without translation."""
         language = str(item.facts["language"])
-        if language == UNTRANSLATED:
+        section = self._by_language.get(language)
+        if section is None:  # English, the language of `texts`
             return super().turns(condition, item, order)
         self.condition(condition)
-        section = self._by_language[language]
         if condition not in {**section.conditions, **section.controls}:
             raise InputError(
                 f"mbbq: condition {condition!r} has words without a translation; make each a text "
@@ -146,10 +152,7 @@ class Mbbq(Bbq):
     title = "MBBQ"
     wording = Wording
     wording_of = PLAIN_BBQ.name
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        **METRICS,
-        **{f"{CONTROL}{name}": _control_metric(METRICS[name]) for name in _CONTROLLED},
-    }
+    metrics = METRICS
     beside = (
         "bias_ambiguous",
         "accuracy_ambiguous",
@@ -160,7 +163,7 @@ class Mbbq(Bbq):
     accuracy = f"{CONTROL}accuracy_disambiguated"
     workload = Workload(num_items=80640, scored_tokens=70.9, prompt_tokens=262.8)
 
-    def load(self, data_dir: Path, wording: Wording, limit: int | None, seed: int) -> LoadedItems:
+    def load(self, data_dir: Path, wording: Any, limit: int | None, seed: int) -> LoadedItems:
         """Load the items of every <category>[_control]_<language>.jsonl[.gz] in `data_dir`/mbbq.
 
         `limit` draws blocks of four rows as BBQ does, spread over the files.

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from selfcorrect.evaluate.experiments.base import Metric, Workload
 from selfcorrect.evaluate.experiments.reading import json_lines, text
 from selfcorrect.evaluate.experiments.winogender import (
-    METRICS,
+    WINOGENDER,
     Winogender,
     Wording,
     along_shares,
@@ -34,17 +34,20 @@ _SHARE = "BLS_percent_women_2019"
 _FIRST = "the same on the sentences whose occupation precedes the blank"
 
 
+METRICS: dict[str, Metric] = {
+    **WINOGENDER.metrics,
+    "correlation_occupation_first": Metric("Correlation, occupation first", _FIRST, 0.0),
+    "share_neutral_occupation_first": Metric("Mean p(neutral), occupation first", _FIRST),
+}
+
+
 class Winogenerated(Winogender):
     """Winogenerated, with Winogender's metrics and wording."""
 
     name = "winogenerated"
     title = "Winogenerated"
     wording_of = Winogender.name
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        **METRICS,
-        "correlation_occupation_first": Metric("Correlation, occupation first", _FIRST, 0.0),
-        "share_neutral_occupation_first": Metric("Mean p(neutral), occupation first", _FIRST),
-    }
+    metrics = METRICS
     subsets: ClassVar[Mapping[str, tuple[str, int]]] = {
         **Winogender.subsets,
         "occupation_first": ("occupation_first", 1),

@@ -87,11 +87,9 @@ def draw_run(
         if _num_categories(frame, name) > 1:
             title = f"{EXPERIMENTS[name].title} by category, {models[-1]}"
             plans.append((f"categories-{name}", title, partial(by_category, frame, name)))
-    for name in experiments:
-        if scatter := EXPERIMENTS[name].scatter:
-            title = f"{EXPERIMENTS[name].title} by {scatter.cluster}, {models[-1]}"
-            draw = partial(_draw_clusters, frame, run, name)
-            plans.append((f"{scatter.cluster}s", title, draw))
+    for name, (file_name, cluster) in scatter_names(experiments).items():
+        title = f"{EXPERIMENTS[name].title} by {cluster}, {models[-1]}"
+        plans.append((file_name, title, partial(_draw_clusters, frame, run, name)))
     draw = partial(curves.training_curves, frame, training_log(run))
     plans.append(("training", "Reward and KL during training", draw))
     if any(checkpoint.record.answers for checkpoint in find_checkpoints(run)):
@@ -104,6 +102,16 @@ def draw_run(
             name_steps(figure, steps)
             save(figure, folder, f"{MAIN}{name}", ["pdf"])
     return drawings, missing
+
+
+def scatter_names(experiments: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return the file name and the cluster of each figure of single clusters, by experiment."""
+    scatters = {n: s for n in experiments if (s := EXPERIMENTS[n].scatter) is not None}
+    named: dict[str, str] = {}  # two experiments may have the same kind of cluster
+    for name, scatter in scatters.items():
+        plain = f"{scatter.cluster}s"
+        named[name] = f"{plain}-{name}" if plain in named.values() else plain
+    return {name: (named[name], scatter.cluster) for name, scatter in scatters.items()}
 
 
 def draw_models(frame: pd.DataFrame, folder: Path) -> tuple[list[Drawing], list[str]]:

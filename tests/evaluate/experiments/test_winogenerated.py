@@ -9,6 +9,7 @@ import pytest
 from selfcorrect.evaluate.experiments.winogender import WINOGENDER
 from selfcorrect.evaluate.experiments.winogenerated import WINOGENERATED
 from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.figures.gallery import scatter_names
 from selfcorrect.recipes.foundation.errors import InputError
 from tests.support.answer_rows import measured, measured_by_a_tiny_model, published, rows
 
@@ -118,6 +119,14 @@ def test_tiny_model_is_asked_under_every_condition_of_winogender(tmp_path):
     assert list(cells) == ["Q", "Q+IF", "Q+IF+CoT", "Match stats"]
     for frame, settings in cells.values():
         assert len(frame) == settings["num_items"] == 4 and settings["left_out"] == {}
+
+
+def test_its_figure_of_occupations_does_not_replace_winogenders():
+    names = scatter_names(["bbq", "winogender", "winogenerated"])
+    assert {name: file for name, (file, _) in names.items()} == {
+        "winogender": "occupations",
+        "winogenerated": "occupations-winogenerated",
+    }
 
 
 def test_published_counts_and_shares():
