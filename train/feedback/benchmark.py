@@ -1,8 +1,8 @@
 """Feedback made from categories of BBQ: prompts for PPO, and pairs labelled by simulated raters.
 
-The raters are those of the society (`recipes/society/raters.py`). A block of four rows (a template
-with one order of options) serves either pairs or prompts, so that PPO asks about items on which no
-reward model was fitted. Everything is drawn from the recipe's `data.feedback.seed`.
+The raters are those of the society (`recipes/society/raters.py`). Two people of a template serve
+either pairs or prompts, so that PPO asks about items on which no reward model was fitted.
+Everything is drawn from the recipe's `data.feedback.seed`.
 """
 
 import logging
@@ -28,7 +28,6 @@ from selfcorrect.recipes.society.raters import (
 )
 from selfcorrect.recipes.society.requests import draw_request
 
-BLOCK = 4
 DEFAULT_LABELS = ("(a)", "(b)", "(c)")
 logger = logging.getLogger(__name__)
 
@@ -98,7 +97,8 @@ class Prompt(RatedPrompt[Question]):
 
 
 Rated = tuple[Row, int]  # with the option that agrees with the stereotype
-Blocks = dict[tuple[str, str], list[list[Rated]]]  # by template
+# By template, in groups about the same people
+Items = dict[tuple[str, str], list[list[Rated]]]
 
 
 class Source:
@@ -116,8 +116,8 @@ class Source:
         self.labels = labels if len(labels) == 3 else DEFAULT_LABELS
         rated = _rated_rows(data.benchmarks / "bbq", self.settings.bbq)
         rng = random.Random(f"items {self.settings.seed}")
-        self.for_pairs: dict[str, Blocks] = {}
-        self.for_prompts: dict[str, Blocks] = {}
+        self.for_pairs: dict[str, Items] = {}
+        self.for_prompts: dict[str, Items] = {}
         for category in self.settings.bbq:
             self.for_pairs[category], self.for_prompts[category] = _halves(rng, rated[category])
 
@@ -137,7 +137,7 @@ class Source:
             malformed,
         )
 
-    def _draw_prompt(self, rng: random.Random, categories: dict[str, Blocks]) -> Prompt:
+    def _draw_prompt(self, rng: random.Random, categories: dict[str, Items]) -> Prompt:
         """Draw a category, one of its templates, an item of that, and a request or none."""
         templates = categories[rng.choice(self.settings.bbq)]
         row, stereotyped = rng.choice(rng.choice(templates[rng.choice(list(templates))]))
@@ -201,17 +201,21 @@ def _rated_rows(folder: Path, categories: Sequence[str]) -> dict[str, list[Rated
     return rated
 
 
-def _halves(rng: random.Random, rated: Sequence[Rated]) -> tuple[Blocks, Blocks]:
-    """Return two halves of a category's blocks, by template; neighbours go to different halves."""
-    members: dict[tuple[tuple[str, str], int], list[Rated]] = defaultdict(list)
+def _halves(rng: random.Random, rated: Sequence[Rated]) -> tuple[Items, Items]:
+    """Return two halves of a category's items; those about the same people are in the same half."""
+    members: dict[tuple[tuple[str, str], tuple[str, ...]], list[Rated]] = defaultdict(list)
     for row, stereotyped in rated:
-        members[row.template, row.example_id // BLOCK].append((row, stereotyped))
+        people = tuple(sorted(row.answers[i] for i in row.people))
+        members[row.template, people].append((row, stereotyped))
     if len(members) < 2:
-        raise InputError("data.feedback.bbq: a category needs two blocks of four rows or more")
-    blocks = list(members)
-    rng.shuffle(blocks)
-    blocks.sort(key=lambda block: block[0])
-    halves: tuple[Blocks, Blocks] = {}, {}
-    for number, block in enumerate(blocks):
-        halves[number % 2].setdefault(block[0], []).append(members[block])
+        raise InputError(
+            "data.feedback.bbq: pairs and prompts need different items: a category needs two "
+            "templates, or two pairs of people"
+        )
+    keys = list(members)
+    rng.shuffle(keys)
+    keys.sort(key=lambda key: key[0])
+    halves: tuple[Items, Items] = {}, {}
+    for number, key in enumerate(keys):
+        halves[number % 2].setdefault(key[0], []).append(members[key])
     return halves

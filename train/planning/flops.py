@@ -5,6 +5,7 @@ to; a training pass costs three times that, or twice if only an adapter is train
 2020, arXiv:2001.08361, table 1). Padding is not counted, so times are lower bounds.
 """
 
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -242,14 +243,15 @@ def _workloads(recipe: Measured) -> Iterator[tuple[str, int, float, float]]:
 
 @cache
 def _items_spoken_of(experiment: str, categories: tuple[str, ...]) -> int:
-    """Return the published questions of BBQ about groups of feedback's categories."""
+    """Return the published questions of BBQ or MBBQ about groups of feedback's categories."""
     from selfcorrect.evaluate.data.catalogue import catalogue
     from selfcorrect.evaluate.experiments.base import axes_of
 
     spoken = frozenset().union(*map(axes_of, categories))
-    files = catalogue()["bbq"].files if experiment == "bbq" else ()
-    names = {Path(file.path).name.partition(".")[0]: file.rows for file in files}
-    return sum(rows for name, rows in names.items() if axes_of(name) & spoken)
+    files = catalogue()[experiment].files if experiment in ("bbq", "mbbq") else ()
+    translated = re.compile(r"(_control)?_[a-z]{2}$")  # MBBQ's Age_control_es
+    names = [(Path(file.path).name.partition(".")[0], file.rows) for file in files]
+    return sum(rows for name, rows in names if axes_of(translated.sub("", name)) & spoken)
 
 
 @cache

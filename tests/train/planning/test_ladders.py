@@ -9,7 +9,11 @@ import pytest
 from selfcorrect.recipes.load import load_recipe, shipped_recipes
 from selfcorrect.scripts.study import paper_grid
 from selfcorrect.scripts.study.ladder_headers import options_of, renewed
+from selfcorrect.train.planning.devices import GPUS
+from selfcorrect.train.planning.estimate import estimate_ladder, oversized_stages
+from selfcorrect.train.planning.feedback import feedback_facts
 from selfcorrect.train.planning.known_models import KNOWN_MODELS
+from selfcorrect.train.planning.memory import Parallelism
 from tests.support import ROOT
 
 LADDERS = [path for path in shipped_recipes() if options_of(path.read_text(encoding="utf-8"))]
@@ -21,9 +25,23 @@ def test_all_ladders_are_shipped() -> None:
         "pythia-full", "pythia-lora", "qwen25-full", "qwen25-lora", "olmo2-full", "olmo2-lora",
         "smollm2-full", "smollm2-lora", "smollm2-135m-cpu", "qwen25-7b-bbq-feedback",
     }  # fmt: skip
-    # Only recipes on a society may lack the comment with the estimate.
+    # Only recipes on a society, or of models that users fetch, may lack the estimate.
     for path in set(shipped_recipes()) - set(LADDERS):
-        assert load_recipe(str(path)).data.society is not None
+        assert load_recipe(str(path)).data.society is not None or path.stem == "real-ladder"
+
+
+def test_seven_billion_parameters_with_feedback_from_a_benchmark_fit_one_gpu() -> None:
+    path = next(path for path in LADDERS if path.stem == "qwen25-7b-bbq-feedback")
+    recipe = load_recipe(str(path))
+    device, parallelism = GPUS["h100"], Parallelism(gpu=True)
+    (model,) = estimate_ladder(recipe, feedback_facts(recipe.data), parallelism)
+    assert [stage.stage for stage in model.footprints] == ["policy"]  # no reward model
+    assert oversized_stages(model, device) == [] and device.memory < 81e9
+    with_model = load_recipe(str(path), ["reward.functions={model: 1.0}"])
+    (larger,) = estimate_ladder(with_model, feedback_facts(recipe.data), parallelism)
+    assert [stage.stage for stage in larger.footprints] == ["reward", "policy"]
+    reward_model = 2.0 * model.shape.backbone  # bytes in bfloat16
+    assert larger.footprints[1].total - model.footprints[0].total == pytest.approx(reward_model)
 
 
 @pytest.mark.parametrize("path", LADDERS, ids=lambda path: path.stem)
