@@ -285,6 +285,7 @@ def with_steps(series: Series, found: Mapping[int, Iterable[Numbers]]) -> Series
         seeds_by_steps: dict[tuple[int, ...], list[int]] = {}
         for seed, steps in steps_by_seed.items():
             seeds_by_steps.setdefault(tuple(steps), []).append(seed)
-        for steps, seeds in seeds_by_steps.items():
-            entries.append(given.model_copy(update={"seeds": seeds, "steps": list(steps)}))
+        for same_steps, seeds in seeds_by_steps.items():
+            numbers_of = {"seeds": seeds, "steps": list(same_steps)}
+            entries.append(given.model_copy(update=numbers_of))
     return series.model_copy(update={"checkpoints": entries})

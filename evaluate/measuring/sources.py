@@ -180,8 +180,13 @@ def _cached(repo: str, revision: str) -> Path | None:
 def _download(repo: str, commit: str, patterns: Sequence[str], target: Path | None) -> Path:
     """Fetch files of a commit to `target`, or to the hub's cache; resume where it broke off."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
+    had_bars = not are_progress_bars_disabled()
     disable_progress_bars()  # those of this command are enough
     try:
         return Path(
@@ -193,7 +198,8 @@ def _download(repo: str, commit: str, patterns: Sequence[str], target: Path | No
             )
         )
     finally:
-        enable_progress_bars()
+        if had_bars:
+            enable_progress_bars()
 
 
 def _fetch(source: Source, target: Path | None) -> Path:
@@ -285,14 +291,16 @@ def weights_of(checkpoint: Checkpoint, keep_weights: bool = True) -> Iterator[Pa
         yield model if source.base is None else _with_base(model, source.base, linked)
         if not source.on_hub and version_of(local_model(source)) != before:
             raise RunFailure(f"{source.path}: changed while it was measured; run the command again")
-    except (InputError, RunFailure, FileNotFoundError):
+    except (InputError, RunFailure, FileNotFoundError) as error:
         if is_here:
             shutil.rmtree(fetched, ignore_errors=True)  # a broken download is resumed
         if not source.on_hub and _is_gone(source):
             raise RunFailure(
                 f"{source.path}: vanished since the series was opened; restore it, or unlist it"
             ) from None
-        raise
+        if is_here or not isinstance(error, InputError):
+            raise
+        raise RunFailure(str(error)) from None
     finally:
         shutil.rmtree(linked, ignore_errors=True)
     shutil.rmtree(fetched, ignore_errors=True)

@@ -74,24 +74,24 @@ def jobs_left(recipe: Measured, run: Path) -> list[ClusterJob]:
     training = [] if isinstance(recipe, Series) else unfinished(recipe, run)
     unmeasured = planned_checkpoints(recipe) - _measured(recipe, run)
     jobs = []
-    for model in reversed(recipe.models):
+    for model in reversed([model.name for model in recipe.models]):
         for seed in recipe.seeds:
-            name, after = f"{recipe.name}.{model.name}.{seed}", []
-            if not isinstance(recipe, Series) and (model.name, seed) in training:
-                options = ["--model", model.name, "--seed", seed, "--runs-dir", run.parent]
+            name, after = f"{recipe.name}.{model}.{seed}", []
+            if not isinstance(recipe, Series) and (model, seed) in training:
+                options = ["--model", model, "--seed", seed, "--runs-dir", run.parent]
                 command = _command("train", run / "recipe.yaml", *options)
-                record = last_record(recipe, run, (model.name, seed))
+                record = last_record(recipe, run, (model, seed))
                 after = [f"{name}.train"]
-                jobs.append(ClusterJob("train", after[0], [command], [], model.name, record))
+                jobs.append(ClusterJob("train", after[0], [command], [], model, record))
                 if recipe.evaluate.attach == "inline":
                     continue
             commands = [
                 _command("evaluate", run, "--checkpoint", key)
                 for key in sorted(unmeasured)
-                if (key.model, key.seed) == (model.name, seed)
+                if (key.model, key.seed) == (model, seed)
             ]
             if commands:
-                jobs.append(ClusterJob("evaluate", f"{name}.evaluate", commands, after, model.name))
+                jobs.append(ClusterJob("evaluate", f"{name}.evaluate", commands, after, model))
     if jobs or not is_report_current(run):
         awaited = {name for job in jobs for name in job.after}
         after = [job.name for job in jobs if job.name not in awaited]

@@ -89,7 +89,7 @@ def page(run: Path, overrides: list[str]) -> str:
         "",
         "## PPO, step by step",
         f"Means over {STEPS_PER_ROW} steps; each step is one update on "
-        f"{checkpoints[-1].record.episodes // checkpoints[-1].record.step} prompts.",
+        f"{(checkpoints[-1].record.episodes or 0) // checkpoints[-1].record.step} prompts.",
         "",
         _steps(stages["ppo"]["log"]),
         "",

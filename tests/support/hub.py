@@ -34,7 +34,7 @@ class Hub:
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+            protocol_version = "HTTP/1.0"  # no connection outlives `close`
 
             def do_GET(self) -> None:
                 hub.requests.append(f"{self.command} {self.path}")
@@ -106,7 +106,7 @@ class Hub:
         if folder is None:
             handler.reply(404, {"error": "no"}, X_Error_Code="RevisionNotFound")
             return
-        commit = next(sha for sha, path in by_commit.items() if path == folder)
+        commit = revision if revision in by_commit else self.commit(repo, revision)
         files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
         if rest[0] == "revision":
             siblings = [{"rfilename": name} for name in files]

@@ -11,13 +11,13 @@ import pytest
 
 from selfcorrect.evaluate.measuring.cell_files import read_cell
 from selfcorrect.evaluate.measuring.measure import measure
-from selfcorrect.evaluate.measuring.run import evaluate_run
+from selfcorrect.evaluate.measuring.run import evaluate_run, recipe_plan
 from selfcorrect.evaluate.measuring.series import adopt, find_numbers
 from selfcorrect.evaluate.results import load
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
-from selfcorrect.recipes.load import check_series, load_measured
+from selfcorrect.recipes.load import check_series, load_measured, load_recipe
 from selfcorrect.scripts.cluster.jobs import jobs_left
 from selfcorrect.scripts.commands.evaluate import evaluate
 from selfcorrect.scripts.commands.plan import plan
@@ -40,14 +40,17 @@ def cells(run: Path) -> list[Path]:
     return sorted(run.glob("*/seed-*/series/checkpoint-*/evaluation/*.parquet"))
 
 
+LADDER = [(size, seed, step) for size in ("nano", "small") for seed in (0, 1) for step in (0, 250)]
+LADDER.append(("nano", 0, 100))
+
+
 @pytest.fixture(scope="module")
 def ladder(tmp_path_factory):
     """Return the output folders of two sizes with two seeds: out/<size>/seed<n>/checkpoint-<n>."""
     out = tmp_path_factory.mktemp("ladder")
-    for size, hidden in (("nano", 16), ("small", 32)):
-        for seed in (0, 1):
-            for step in (0, 100, 250):
-                foreign.trl(out / size / f"seed{seed}", step, hidden=hidden, seed=seed)
+    for size, seed, step in LADDER:
+        shape = {"hidden": 16 if size == "nano" else 32, "seed": seed}
+        foreign.trl(out / size / f"seed{seed}", step, **shape)
     return out
 
 
@@ -74,7 +77,7 @@ def test_a_series_becomes_a_run_with_table_statistics_figures_and_report(finishe
     run, _ = finished
     frame = load(run)
     found = {tuple(key) for key in frame[["model", "seed", "step"]].drop_duplicates().values}
-    assert found == {(m, s, n) for m in ("nano", "small") for s in (0, 1) for n in (0, 100, 250)}
+    assert found == set(LADDER)
     assert frame[["episodes", "kl", "reward"]].isna().all(axis=None)
     sizes = frame.groupby("model")["parameters"].unique()
     assert all(
@@ -97,10 +100,8 @@ def test_a_checkpoint_gets_the_answers_of_its_model_alone(finished, ladder, tmp_
     run, _ = finished
     checkpoint = next(c for c in find_checkpoints(run) if str(c.key) == "small/1/250")
     model, tokenizer = load_model(ladder / "small/seed1/checkpoint-250", dtype="float32")
-    from selfcorrect.evaluate.measuring.run import recipe_plan
-
-    plan = recipe_plan(load_measured(str(run / "recipe.yaml")), run)
-    paths = measure(plan, model, tokenizer, tmp_path / "alone")
+    asked = recipe_plan(load_measured(str(run / "recipe.yaml")), run)
+    paths = measure(asked, model, tokenizer, tmp_path / "alone")
     for path in paths:
         alone, _ = read_cell(path)
         ours, _ = read_cell(checkpoint.evaluation / path.name)
@@ -298,8 +299,6 @@ def test_a_folder_of_another_run_is_refused(finished, ladder, tmp_path):
         open_run(given, tmp_path)
     assert (tmp_path / "notes.txt").exists()
     with pytest.raises(InputError, match="nothing to train"):
-        from selfcorrect.recipes.load import load_recipe
-
         load_recipe(str(path))
 
 
@@ -308,9 +307,13 @@ def test_jobs_of_a_cluster_divide_the_checkpoints(finished, ladder, tmp_path):
     given = load_measured(str(path))
     found, _ = find_numbers(given)
     jobs = jobs_left(found, tmp_path / "new")
-    assert [(job.kind, len(job.commands)) for job in jobs] == [("evaluate", 3)] * 4 + [
-        ("report", 1)
-    ]
+    assert {job.name: len(job.commands) for job in jobs} == {
+        "ladder.small.0.evaluate": 2,
+        "ladder.small.1.evaluate": 2,
+        "ladder.nano.0.evaluate": 3,
+        "ladder.nano.1.evaluate": 2,
+        "ladder.report": 1,
+    }
     assert jobs[-1].after == [job.name for job in jobs[:-1]]
     assert jobs_left(load_measured(str(run / "recipe.yaml")), run) == []
     evaluate([str(run)], checkpoint="nano/0/100")  # what such a job runs: measured already
@@ -321,5 +324,5 @@ def test_a_plan_counts_checkpoints_and_one_devices_memory(finished, capsys):
     plan(str(path), None, device="h100")
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines() if line.startswith(("nano", "small"))]
-    assert [row[:2] for row in rows[-2:]] == [["nano", "6"], ["small", "6"]]
+    assert [row[:2] for row in rows[-2:]] == [["nano", "5"], ["small", "4"]]
     assert "policy" not in shown and math.isfinite(float(rows[0][3]))
