@@ -52,9 +52,17 @@ class ClusterJob:
 
 def resources_of(recipe: Measured, job: ClusterJob) -> Resources:
     """Return the resources that the recipe requests for this job."""
-    resources = (recipe.launch.slurm or Slurm()).of(job.kind, job.model)
+    from selfcorrect.train.planning.settings import evaluation_devices
+
+    slurm = recipe.launch.slurm or Slurm()
+    resources = slurm.of(job.kind, job.model)
+    gpus = recipe.launch.processes
+    if job.kind == "evaluate":
+        gpus = evaluation_devices(recipe.evaluate, recipe.launch.processes)
+        if resources.gpus == 1 and slurm.evaluation.gpus is None:
+            resources.gpus = gpus
     if resources.gpus is None:
-        resources.gpus = recipe.launch.processes if job.kind == "train" else 1
+        resources.gpus = gpus
     options = {name.replace("_", "-") for name in resources.options}
     if resources.mem is None and job.needs is not None and not options & {"mem", "mem-per-cpu"}:
         resources.mem = job.needs.memory
@@ -159,8 +167,9 @@ def _needs(recipe: Measured, job: ClusterJob, facts: "FeedbackFacts | None") -> 
         hours = estimate.hours(GPUS["h100"], UTILISATION)
         spent = sum(hours[s] for s in hours if (s == "evaluation") == is_evaluation)
         spent /= checkpoints if is_evaluation else 1
+        count = gpus if is_evaluation else processes
         return Needs(
-            f"planned: {peak / 1e9:.1f} GB at most on each of {processes} GPUs, "
+            f"planned: {peak / 1e9:.1f} GB at most on each of {count} GPUs, "
             f"{spent:.1f} h at {UTILISATION:.0%} of an H100's peak"
         )
     total = processes * (peak + LIBRARIES)

@@ -1,6 +1,7 @@
-"""A PPO run whose rollouts vLLM samples in the same process; each needs a process of its own.
+"""A PPO run whose rollouts vLLM samples, in the same process unless a server's port is given.
 
-python -m tests.support.vllm_rollouts MODELS FOLDER CRITIC [kill|resume]
+Each run needs a process of its own:
+python -m tests.support.vllm_rollouts MODELS FOLDER CRITIC [kill|resume|PORT]
 """
 
 import hashlib
@@ -65,9 +66,11 @@ def main(models: str, folder: str, critic: str, mode: str = "") -> None:
     from tests.support.ppo_models import copy_weights
 
     saving = {"save_strategy": "steps", "save_steps": 1}
+    where = {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.05}
+    if mode.isdigit():
+        where = {"vllm_mode": "server", "vllm_server_port": int(mode), "vllm_server_timeout": 600}
     trainer = make_trainer(
-        Path(models), Path(folder), critic, use_vllm=True, vllm_mode="colocate",
-        vllm_gpu_memory_utilization=0.05, vllm_max_model_length=64,
+        Path(models), Path(folder), critic, use_vllm=True, vllm_max_model_length=64, **where,
         callbacks=[DieAfter()] if mode == "kill" else [], **saving,
     )  # fmt: skip
     vllm = trainer.vllm_generation

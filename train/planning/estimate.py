@@ -138,7 +138,7 @@ def estimate_model(
         bool(settings.values["ds3_gather_for_generation"]),
         recipe.policy.lora is not None,
         recipe.evaluate.engine,
-        evaluation_devices(recipe.evaluate, parallelism.processes),
+        evaluation_devices(recipe.evaluate, max(parallelism.processes, recipe.launch.processes)),
     )
 
 

@@ -31,7 +31,7 @@ def estimate_series(
     found, notes = find_numbers(series)
     evaluate, estimates, counts = series.evaluate, [], {}
     length = 256 + evaluate.max_new_tokens
-    devices = evaluation_devices(evaluate, parallelism.processes)
+    devices = evaluation_devices(evaluate, series.launch.processes)
     rows = max(1, BATCH_TOKENS["gpu" if parallelism.gpu else "cpu"] // length)
     for name in (model.name for model in series.models if only in (None, model.name)):
         entries = [given for given in found.checkpoints if given.model == name]

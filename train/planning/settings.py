@@ -279,7 +279,8 @@ def stage_footprints(
         dtype: str = recipe.evaluate.dtype
         if dtype == "auto":  # as training held them
             dtype = held_by(recipe, shape, parallelism, recipe.policy.lora is not None).policy
-        devices = evaluation_devices(recipe.evaluate, parallelism.processes)
+        processes = max(parallelism.processes, recipe.launch.processes)
+        devices = evaluation_devices(recipe.evaluate, processes)
         footprints.append(evaluation_footprint(shape, parallelism, rows, length, dtype, devices))
     return footprints
 

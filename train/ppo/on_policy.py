@@ -6,6 +6,7 @@ compared with the model's own forward before they are trusted. PPO and the GRPO 
 
 import copy
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -328,10 +329,18 @@ def _server_errors(args: Any) -> Iterator[None]:
         yield
     except Exception as error:
         has_server = args.use_vllm and args.vllm_mode == "server"
-        # TRL's client raises a plain Exception for an answer that is not "OK".
-        if not has_server or not (is_from_network(error) or type(error) is Exception):
+        # TRL's client raises a plain Exception for an answer that is not "OK", and errors of its
+        # own for a server without a weight-transfer engine, or a trainer without a GPU.
+        is_of_client = type(error) is Exception or _raised_in(error, "trl.generation.vllm_client")
+        if not has_server or not (is_from_network(error) or is_of_client):
             raise
         raise RunFailure(f"policy.trainer.use_vllm: vLLM's server: {reason_of(error)}") from error
+
+
+def _raised_in(error: BaseException, module: str) -> bool:
+    """Return whether a module raised an error itself."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__") == module
 
 
 def _generation_settings(model: Any, trust_remote_code: bool) -> GenerationConfig:

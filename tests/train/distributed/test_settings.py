@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from selfcorrect.evaluate.scoring import vllm
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.load import load_recipe, training_digest
 from selfcorrect.recipes.schema import Launch, Recipe
@@ -158,6 +159,41 @@ def test_missing_package_is_refused(monkeypatch) -> None:
         check_launch(recipe("launch.deepspeed=zero2"))
     with pytest.raises(InputError, match=r"policy\.trainer\.use_vllm: vLLM is not installed; pip "):
         check_training(recipe("policy.trainer.use_vllm=true"))
+    with pytest.raises(InputError, match=r"evaluate\.engine: vllm is not installed: pip "):
+        check_training(recipe("evaluate.engine=vllm", "evaluate.attach=off"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "given", "reason"),
+    [
+        ("vllm", "policy.lora={use_dora: true}", r"policy\.lora: .*use_dora"),
+        ("vllm", "policy.lora={modules_to_save: [lm_head]}", r"policy\.lora: .*modules_to_save"),
+        ("vllm", "evaluate.engine_args.nonsense=1", r"engine_args: vLLM has no setting nonsense"),
+        ("lm-eval:vllm", "policy.lora={r: 4}", r"evaluate\.engine: .* reads no adapters"),
+    ],
+)
+def test_engine_that_could_not_measure_is_refused(monkeypatch, engine, given, reason) -> None:
+    results = importlib.util.find_spec
+    found = lambda name: results("json" if name in ("vllm", "lm_eval") else name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    monkeypatch.setattr(vllm, "known_arguments", lambda: {"tensor_parallel_size"})
+    with pytest.raises(InputError, match=reason):
+        check_training(recipe(f"evaluate.engine={engine}", "evaluate.attach=off", given))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (["evaluate.engine_args.device_map=auto", "evaluate.attach=inline"], "attach: off"),
+        (["evaluate.engine=vllm", "evaluate.engine_args.device_map=auto"], "not a setting of vllm"),
+        (["evaluate.engine_args.tensor_parallel_size=2"], "not a setting of packed"),
+        (["evaluate.engine=vllm", "evaluate.engine_args.trust_remote_code=true"], "trust_remote"),
+        (["evaluate.engine=lm-eval:api", "evaluate.dtype=bfloat16"], "chooses its own type"),
+    ],
+)
+def test_settings_of_another_engine_are_refused(settings, reason) -> None:
+    with pytest.raises(InputError, match=reason):
+        recipe("evaluate.attach=off", *settings)
 
 
 def test_deepspeed_file_is_passed_on_unchanged(tmp_path) -> None:

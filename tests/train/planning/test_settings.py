@@ -10,7 +10,7 @@ from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.schema import Recipe
 from selfcorrect.train.planning import memory
 from selfcorrect.train.planning.devices import GPUS
-from selfcorrect.train.planning.estimate import USABLE
+from selfcorrect.train.planning.estimate import USABLE, devices_for_evaluation
 from selfcorrect.train.planning.known_models import KNOWN_MODELS
 from selfcorrect.train.planning.memory import Footprint, Parallelism, kv_cache_bytes
 from selfcorrect.train.planning.model_shape import shape_of
@@ -20,10 +20,38 @@ from selfcorrect.train.planning.settings import (
     POLICY_DEFAULTS,
     TRAINER_DEFAULTS,
     Lengths,
+    evaluation_devices,
     held_by,
     stage_footprints,
 )
 from tests.support.estimates import LENGTHS, LLAMA, overridden, recipe_with
+
+
+def test_devices_that_hold_a_model_together_while_it_is_measured() -> None:
+    """72.7 billion parameters in bfloat16 are 145 GB: four H100 hold them, and the cache."""
+    given = ["policy.method=ppo", "evaluate.attach=off", "evaluate.dtype=bfloat16"]
+    shape = shape_of(KNOWN_MODELS["Qwen/Qwen2.5-72B"], "72b")
+    parallelism = Parallelism(gpu=True, processes=4)
+
+    def evaluation(*more: str) -> Footprint:
+        recipe = load_recipe("qwen25-full", [*given, *more])
+        return stage_footprints(recipe, shape, LENGTHS, parallelism)[-1]
+
+    alone = evaluation()
+    assert alone.stage == "evaluation" and devices_for_evaluation(alone, GPUS["h100"]) == 4
+    tensor = "evaluate.engine_args.tensor_parallel_size=2"
+    for settings, count in [
+        (["evaluate.engine_args.device_map=auto"], 4),
+        (["evaluate.engine=vllm", tensor], 2),
+        (["evaluate.engine=vllm", tensor, "evaluate.engine_args.pipeline_parallel_size=4"], 8),
+    ]:
+        divided = evaluation(*settings)
+        assert divided.parts["weights"] == alone.parts["weights"] / count
+        assert (
+            evaluation_devices(load_recipe("qwen25-full", [*given, *settings]).evaluate, 4) == count
+        )
+    with pytest.raises(InputError, match="tensor_parallel_size"):
+        evaluation("evaluate.engine=vllm", "evaluate.engine_args.tensor_parallel_size=0")
 
 
 def test_defaults_are_those_of_the_libraries() -> None:

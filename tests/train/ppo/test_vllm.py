@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.ppo_models import CRITICS, save_models
 from tests.support.small_runs import SECONDS
@@ -54,6 +57,35 @@ def test_vllm_holds_the_policys_weights_and_ratios_are_of_their_own_rows(trained
         value for entry in facts["log"] for key, value in entry.items() if "importance" in key
     ]
     assert ratios and all(abs(ratio - 1) < 1e-3 for ratio in ratios)
+
+
+@pytest.mark.parametrize("flags", [[], ["--weight-transfer-config", '{"backend": "nccl"}']])
+def test_server_that_cannot_take_weights_ends_the_run_in_one_line(policies, tmp_path, flags):
+    """A server without a weight-transfer engine; and one with it, whose NCCL needs a GPU."""
+    if flags and torch.cuda.is_available():
+        pytest.skip("on GPUs it takes them")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    serve = [
+        Path(sys.executable).with_name("vllm"), "serve", policies / "base", "--port", port,
+        "--host", "127.0.0.1", "--max-model-len", "64", "--dtype", "float32", "--enforce-eager",
+        "--gpu-memory-utilization", "0.05", *flags,
+    ]  # fmt: skip
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "server.log").open("wb") as log:
+        server = subprocess.Popen(
+            list(map(str, serve)), stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        try:
+            code, output = rollouts(policies, tmp_path / "run", "shared", port)
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait()
+    log_text = (tmp_path / "server.log").read_text()[-2000:]
+    assert code == 1 and "RunFailure: policy.trainer.use_vllm: vLLM's server: " in output, log_text
+    expected = "needs a CUDA device" if flags else "--weight-transfer-config"
+    assert expected in output.strip().splitlines()[-1], output
 
 
 def test_killed_run_resumes_to_the_byte(trained, policies, tmp_path) -> None:
