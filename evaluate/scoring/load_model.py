@@ -13,7 +13,6 @@ from selfcorrect.evaluate.run_folder import check_saved
 from selfcorrect.evaluate.scoring.precision import (
     check_dtype,
     chosen,
-    device_of,
     fast_dtype,
     loading_options,
     num_parameters,
@@ -274,25 +273,33 @@ def load_adapter(model: Any, source: str) -> Any:
 
 
 def _adapted(peft_model: Any, model: Any, source: str) -> Any:
-    """Return the model with its adapter, each part on the device of the layer it belongs to.
+    """Return the model with its adapter, whose parts are on the devices that their layers run on.
 
-    Of a model with a `device_map` peft would write a copy of the base, below the working directory.
+    Of a model with weights on the disk, peft would write a copy below the working directory, and
+    it would put the adapter where the weights are.
     """
-    device_map = vars(model).pop("hf_device_map", None)
-    if device_map is None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    device_map = getattr(model, "hf_device_map", None) or {}
+    if len(device_map) < 2 and not {"cpu", "disk"} & set(device_map.values()):
         return peft_model.from_pretrained(model, source, is_trainable=False)
-    device = device_of(model)
-    adapted = peft_model.from_pretrained(
-        model, source, is_trainable=False, low_cpu_mem_usage=True, torch_device=str(device)
-    )
-    for module in adapted.modules():
-        hook = getattr(getattr(module, "base_layer", None), "_hf_hook", None)
-        place = getattr(hook, "execution_device", None)
-        for name, parameter in module.named_parameters() if place is not None else ():
-            if not name.startswith("base_layer."):
-                parameter.data = parameter.data.to(place)
-    model.hf_device_map = device_map
-    return adapted
+    original = BaseTunerLayer._move_adapter_to_device_of_base_layer
+    BaseTunerLayer._move_adapter_to_device_of_base_layer = _put_adapter
+    del model.hf_device_map
+    try:
+        return peft_model.from_pretrained(model, source, is_trainable=False)
+    finally:
+        BaseTunerLayer._move_adapter_to_device_of_base_layer = original
+        model.hf_device_map = device_map
+
+
+def _put_adapter(layer: Any, adapter: str, device: Any = None) -> None:
+    base = layer.get_base_layer()
+    place = getattr(getattr(base, "_hf_hook", None), "execution_device", base.weight.device)
+    for name in (*layer.adapter_layer_names, *layer.other_param_names):
+        parts = getattr(layer, name, None)
+        if hasattr(parts, "to") and adapter in parts:
+            parts[adapter] = parts[adapter].to(place)
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:

@@ -1,9 +1,11 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from selfcorrect.evaluate.prompts.tokenized import PromptTooLong
 from selfcorrect.evaluate.scoring.engine import Sampling
 from selfcorrect.evaluate.scoring.lm_eval import LmEvalEngine, engine_loader
+from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.evaluate.scoring.packed import PackedEngine
 from selfcorrect.evaluate.scoring.weights import files_digest
 from selfcorrect.recipes.foundation.errors import InputError
@@ -47,6 +49,27 @@ def test_greedy_samples_agree_and_random_ones_depend_on_the_key_alone(pair):
 def test_prompt_beyond_the_context_is_refused(pair):
     with pytest.raises(PromptTooLong):
         pair[0].score([("<s>" + " the" * 300, (" yes", " no"))])
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_adapters_are_measured_as_by_the_packed_engine(tmp_path, dtype):
+    """Also where the model has more embeddings than the tokenizer has tokens, as Qwen has."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    tokenizer = tiny_tokenizer()
+    tiny_model(vocabulary=len(tokenizer) + 8).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = load_model(tmp_path / "base", device="cpu")[0]
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    loader = engine_loader("lm-eval:hf", {"batch_size": 2})
+    for name in ("base", "adapter"):
+        engine = loader.load(str(tmp_path / name), dtype=dtype)
+        assert engine.dtype == (dtype or "float32")
+        exact = PackedEngine(*load_model(tmp_path / name, dtype=dtype or "auto")).score(REQUESTS)
+        for scores, expected in zip(engine.score(REQUESTS), exact, strict=True):
+            assert scores == pytest.approx(expected, abs=0.2 if dtype else 1e-4)
+    with pytest.raises(InputError, match=r"lm-eval:hf or packed"):
+        engine_loader("lm-eval:vllm").load(str(tmp_path / "adapter"))
 
 
 def test_engine_names_and_digests(tmp_path):
