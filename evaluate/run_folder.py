@@ -47,6 +47,7 @@ class AnswerWorth(BaseModel):
 
     `utility` is that of the society's raters, in log-odds before `sharpness`; `score` is the reward
     model's; `kl` is the sequence KL to the initial policy in nats, estimated by the log ratios.
+    `utility_error` and `score_error` are standard errors over the answers, null in older records.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -55,6 +56,8 @@ class AnswerWorth(BaseModel):
     utility: float
     score: float
     kl: float
+    utility_error: float | None = None
+    score_error: float | None = None
 
 
 class Source(BaseModel):

@@ -13,6 +13,7 @@ templates per category, drawing n of n gives intervals that are too narrow by sq
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,8 @@ CONFIDENCE = 0.95
 LARGEST_UNDEFINED_SHARE = 0.05
 # Numbers whose relative spread is smaller than this are equal up to rounding.
 ROUNDING = 1e-12
-# Numbers of a metric that are computed at once: more would not fit the processor's cache.
+# Numbers of a metric, and rows of resamples, that are computed at once: more would not fit the
+# processor's cache.
 _NUMBERS_TOGETHER = 8192
 _ROWS_TOGETHER = 64
 _TAILS = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
@@ -46,7 +48,7 @@ class Estimate(NamedTuple):
 
         An end that is zero up to rounding is zero: differences of equal counts are common.
         """
-        if np.isnan(self.low) or np.isnan(self.high):
+        if isnan(self.low) or isnan(self.high):
             return None
         return self.low > ROUNDING or self.high < -ROUNDING
 
@@ -372,4 +374,4 @@ def standard_errors(replicates: np.ndarray) -> np.ndarray:
 
 def number_or_none(value: float) -> float | None:
     """Return the number for JSON: None (null) for NaN."""
-    return None if np.isnan(value) else float(value)
+    return None if isnan(value) else float(value)

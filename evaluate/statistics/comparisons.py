@@ -6,6 +6,7 @@ are taken resample by resample and what the cells share cancels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 
 import numpy as np
 
@@ -118,7 +119,7 @@ def _difference(
             reason = "the cells were measured on different items (another limit or data set)"
         elif metric not in estimates:
             reason = f"{metric} was not measured in every cell"
-        elif np.isnan(result.value):
+        elif isnan(result.value):
             reason = f"{metric} is undefined in a cell"
         error = errors.get(metric, np.nan)
         comparisons.append(Comparison(kind, cell, metric, from_step, result, reason, error))

@@ -120,5 +120,6 @@ def checkpoints_digest(run: Path) -> str:
     """Return the SHA-256 over the records of a run's checkpoints, from which results are made."""
     digest = hashlib.sha256()
     for checkpoint in find_checkpoints(run):
-        digest.update(checkpoint.record.model_dump_json().encode())
+        # Without defaults: facts that later versions add leave older results valid.
+        digest.update(checkpoint.record.model_dump_json(exclude_defaults=True).encode())
     return digest.hexdigest()

@@ -4,6 +4,7 @@ statsmodels is imported in the functions that call it: importing it takes a seco
 """
 
 import gc
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -108,7 +109,7 @@ def detectable(error: float, degrees: int) -> float:
     """
     if not error > 0 or degrees < 1:
         return float("nan")
-    return _smallest_effect(degrees) * float(np.sqrt(degrees + 1)) * error
+    return _smallest_effect(degrees) * math.sqrt(degrees + 1) * error
 
 
 @cache

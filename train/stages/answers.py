@@ -10,7 +10,7 @@ arXiv 2210.10760).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -60,11 +60,15 @@ class AnswerSampler:
                 log_ratios -= log_probabilities(initial, batch)
         texts, score = [sample.text for sample in batch.samples], guarded(self.scorer)
         written = [row[len(prompt) :] for prompt, row in zip(ids, batch.rows, strict=True)]
+        utilities = self.utilities(batch.samples)
+        scores = score(messages, completions=texts, completion_ids=written)
         return AnswerWorth(
             num=len(ids),
-            utility=fmean(self.utilities(batch.samples)),
-            score=fmean(score(messages, completions=texts, completion_ids=written)),
+            utility=fmean(utilities),
+            score=fmean(scores),
             kl=float(log_ratios.mean()),
+            utility_error=stdev(utilities) / len(ids) ** 0.5,
+            score_error=stdev(scores) / len(ids) ** 0.5,
         )
 
     def utilities(self, samples: Sequence[Sample]) -> list[float]:

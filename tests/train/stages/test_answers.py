@@ -101,7 +101,7 @@ def test_means_are_over_the_same_answers(sampler: AnswerSampler) -> None:
         model.lm_head.weight.zero_()
         model.model.norm.weight.zero_()
     silent = sampler(model)  # uniform over words: never a well-formed answer
-    assert silent.utility == -RATERS.form
+    assert (silent.utility, silent.utility_error) == (-RATERS.form, 0.0)
     size = len(TOKENIZER)
     prompts = [policy_prompt_ids(TOKENIZER, p.messages, AUTO) for p in sampler.prompts]
     keys = [f"answer {index}" for index in range(24)]
