@@ -14,7 +14,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from selfcorrect.evaluate.prompts.tokenized import Request, continuations, stop_tokens
+from selfcorrect.evaluate.prompts.tokenized import (
+    PromptTooLong,
+    Request,
+    continuations,
+    stop_tokens,
+)
 from selfcorrect.evaluate.scoring.engine import Engine, EngineLoader, Sample, Sampling
 from selfcorrect.evaluate.scoring.load_model import (
     ADAPTER,
@@ -128,6 +133,13 @@ class VllmEngine(Engine):
             for answer in answers
         ]
 
+    def _check_length(self, index: int, length: int, prompt: str | None = None) -> None:
+        try:
+            super()._check_length(index, length, prompt)
+        except PromptTooLong as error:
+            message = f"{error} (vLLM's max_model_len, which evaluate.engine_args can set)"
+            raise PromptTooLong(index, message) from None
+
     def _generate(self, tokens: list[list[int]], params: Any) -> Any:
         from vllm import TokensPrompt
 
@@ -222,11 +234,12 @@ class VllmLoader(EngineLoader):
     def _wanted(self, model: str, revision: str | None, dtype: str, room: int) -> _Wanted:
         source = source_of(model)
         adapter = source if (Path(source) / ADAPTER).is_file() else None
+        base = source if adapter is None else base_of(Path(source) / ADAPTER)
         arguments: dict[str, Any] = {
             **self._of_machine,
-            "model": source if adapter is None else base_of(Path(source) / ADAPTER),
+            "model": base,
             "dtype": dtype,
-            "load_format": "auto" if model.endswith(".gguf") else "safetensors",
+            "load_format": "auto" if base.endswith(".gguf") else "safetensors",
             "enable_prefix_caching": True,
             "trust_remote_code": False,
             "worker_extension_cls": f"{__name__}_worker.WorkerExtension",
@@ -238,15 +251,15 @@ class VllmLoader(EngineLoader):
             problem = problem_of_adapter(settings, dtype)
             if problem is not None:
                 raise InputError(f"{adapter}: {problem}; use --engine packed, or merge the adapter")
-            rank = next(size for size in _RANKS if size >= settings["r"])
+            rank = next(size for size in _RANKS if size >= settings.get("r", 8))
             # Restricted to the adapter's own layers, since vLLM would wrap the LM head too, whose
             # adapters it applies to sampled tokens only.
             layers = sorted(_adapted_layers(Path(adapter)))
             arguments |= {"enable_lora": True, "max_lora_rank": rank, "lora_target_modules": layers}
             if any(Path(adapter).glob("tokenizer*")):
                 arguments["tokenizer"] = adapter
-        check_no_pickles(arguments["model"])
-        context = _context(arguments["model"], revision if adapter is None else None)
+        check_no_pickles(base)
+        context = _context(base, revision if adapter is None else None)
         if room:
             needed = math.ceil(room / _SLACK) * _SLACK + _SLACK
             arguments["max_model_len"] = min(needed, context or needed)
@@ -255,8 +268,7 @@ class VllmLoader(EngineLoader):
         is_folder = Path(source).is_dir()
         shared["files"] = config_digests(Path(source)) if is_folder else source
         if adapter is not None:
-            base = Path(arguments["model"]).resolve()
-            files = sorted(base.glob("*.safetensors"))
+            files = sorted(Path(base).resolve().glob("*.safetensors"))
             shared["base"] = [base, *((p, p.stat().st_mtime_ns, p.stat().st_size) for p in files)]
         return _Wanted(arguments, shared, adapter)
 
@@ -348,7 +360,10 @@ def problem_of_adapter(settings: Mapping[str, Any], dtype: str | None = None) ->
 
 def _adapted_layers(adapter: Path) -> set[str]:
     """Return the last names of the layers that an adapter's file has weights for."""
-    names = tensor_shapes(adapter / "adapter_model.safetensors")
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        raise InputError(f"{adapter}: no {file.name}; save the adapter as safetensors")
+    names = tensor_shapes(file)
     layers = {name.partition(".lora_")[0].rpartition(".")[2] for name in names if ".lora_" in name}
     for name in names:
         if ".lora_A." not in name and ".lora_B." not in name:

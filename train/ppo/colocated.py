@@ -1,6 +1,5 @@
 """vLLM in the training process (`vllm_mode: colocate`), in the type that the policy computes in."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,8 +24,6 @@ def colocated_vllm(args: Any, model: Any) -> Iterator[None]:
         yield
         return
     quiet_vllm()
-    # vLLM 0.30 keeps its engine in this process, where TRL looks for the weights, only if told to.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     keep_plain_weights()
     settings: dict[str, Any] = {"dtype": _computed_in(args, model)}
     if not torch.cuda.is_available():
