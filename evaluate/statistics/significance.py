@@ -59,8 +59,9 @@ def mixed_slope(
 
     `x` and `y` hold one array per seed. The interval and p use Student's t with seeds - 1 degrees
     of freedom, since MixedLM's normal quantiles are too narrow for few seeds. Returns the keys of
-    `mean_over_seeds` and ""; or None and the reason where the model cannot be fitted well: few
-    seeds, too few points, no convergence, or a variance at its boundary.
+    `mean_over_seeds` and ""; or None and the reason where the model is not needed (equal x, where
+    it gives the t test over slopes after a tenth of a second) or cannot be fitted well: few seeds,
+    too few points, no convergence, or a variance at its boundary.
     """
     from statsmodels.regression.mixed_linear_model import MixedLM
 
@@ -68,6 +69,8 @@ def mixed_slope(
         return None, f"fewer than {MIN_SEEDS_OF_MIXED_MODEL} seeds"
     if min(len(np.unique(positions)) for positions in x) < 3:
         return None, "a seed with fewer than three points"
+    if all(np.array_equal(positions, x[0]) for positions in x):
+        return None, "every seed has the same x, where it is the t test"
     xs, ys = np.concatenate(x), np.concatenate(y)
     spread_x, spread_y = float(xs.std()), float(ys.std())
     if not spread_y > 0:

@@ -50,9 +50,10 @@ def seeds(number, rng, spread=0.01, noise=0.05, steps=STEPS):
 
 
 def test_mixed_model_of_equal_designs():
-    """It equals the t test over slopes."""
+    """It equals the t test over slopes, so it is not fitted unless x differs a little."""
     x, y = seeds(6, np.random.default_rng(0))
-    fitted, reason = mixed_slope(x, y)
+    assert mixed_slope(x, y) == (None, "every seed has the same x, where it is the t test")
+    fitted, reason = mixed_slope([*x[1:], x[0] + 1e-6], [*y[1:], y[0]])
     assert reason == ""
     plain = mean_over_seeds([np.polyfit(a, b, 1)[0] for a, b in zip(x, y, strict=True)])
     for key, value in plain.items():
@@ -79,7 +80,7 @@ def test_mixed_model_weighs_seeds():
 )
 def test_mixed_model_that_cannot_be_fitted(number, spread, steps, reason):
     rng = np.random.default_rng(3)
-    x = [steps] * number
+    x = [steps + 1e-6 * seed for seed in range(number)]
     y = [0.02 * steps + rng.normal(0, 0.1, len(steps)) + rng.normal(0, spread) * steps for _ in x]
     fitted, why = mixed_slope(x, y)
     assert fitted is None
