@@ -12,15 +12,16 @@ from selfcorrect.evaluate.experiments.base import condition_rank
 from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.statistics.cells import ALL_ORDERS
 from selfcorrect.evaluate.statistics.formatting import compact, compact_with_interval
+from selfcorrect.evaluate.statistics.significance import mean_over_seeds
 from selfcorrect.recipes.foundation.printable import escape_controls
 
 
 def closing_table(frame: pd.DataFrame) -> Table:
     """Return headline metrics with their 95 % intervals, from the tidy table of results.py.
 
-    For runs: the first and last step of each run, model and seed, a row per condition. For
-    stand-alone models (no step): a row per experiment and condition, with accuracies and option
-    mass beside the headline metric.
+    For runs: the first and last step of each run and model, a row per condition, means where there
+    are several seeds. For stand-alone models (no step): a row per experiment and condition, with
+    accuracies and option mass beside the headline metric.
     """
     if "order" in frame:
         frame = frame[frame["order"] == ALL_ORDERS]
@@ -41,20 +42,24 @@ def _run_table(data: pd.DataFrame) -> Table:
     identity = ["model"]
     if data["run"].nunique() > 1:
         identity.insert(0, "run")
-    if data["seed"].nunique() > 1:
-        identity.append("seed")
-    table = results_table("First and last step", _caption(experiments))
+    has_seeds = data.groupby(["run", "model"])["seed"].nunique().max() > 1
+    unit = "seeds, or items where there is one seed" if has_seeds else "items"
+    table = results_table("First and last step", _caption(experiments, unit))
     for name in identity:
-        text = {"justify": "right"} if name == "seed" else {"overflow": "fold"}
-        table.add_column(name.capitalize(), **text)  # type: ignore[arg-type]
+        table.add_column(name.capitalize(), overflow="fold")
+    if has_seeds:
+        table.add_column("Seeds", justify="right")
     table.add_column("Step", justify="right", no_wrap=True)
     table.add_column("Condition", no_wrap=True)
     for experiment in experiments:
         table.add_column(_heading(experiment), justify="right", no_wrap=True)
-    for _, trajectory in data.groupby(["run", "model", "seed"], sort=False):
-        for step in sorted({trajectory["step"].min(), trajectory["step"].max()}):
-            checkpoint = trajectory[trajectory["step"] == step]
-            names = [_escape(checkpoint.iloc[0][name]) for name in identity] + [str(step)]
+    for _, of_model in data.groupby(["run", "model"], sort=False):
+        for step in sorted({of_model["step"].min(), of_model["step"].max()}):
+            checkpoint = of_model[of_model["step"] == step]
+            names = [_escape(checkpoint.iloc[0][name]) for name in identity]
+            if has_seeds:
+                names.append(str(checkpoint["seed"].nunique()))
+            names.append(str(step))
             for condition, rows, last in _by_condition(checkpoint):
                 values = [_headline(rows, experiment) for experiment in experiments]
                 table.add_row(*names, _escape(condition), *values, end_section=last)
@@ -123,7 +128,7 @@ def results_table(title: str, caption: str) -> Table:
     )
 
 
-def _caption(experiments: Sequence[str]) -> str:
+def _caption(experiments: Sequence[str], unit: str = "items") -> str:
     """Return which value of the headline metrics is no bias, 0 and its exceptions, and a key."""
     exceptions = []
     for experiment in map(get_experiment, experiments):
@@ -133,7 +138,7 @@ def _caption(experiments: Sequence[str]) -> str:
                 f"{'none' if value is None else compact(value)} for {experiment.title}"
             )
     unbiased = "0: no bias" + (f" ({', '.join(exceptions)})" if exceptions else "")
-    return f"{unbiased}; in brackets 95 % intervals over items; –: undefined"
+    return f"{unbiased}; in brackets 95 % intervals over {unit}; –: undefined"
 
 
 def _heading(experiment: str) -> str:
@@ -149,6 +154,8 @@ def _headline(rows: pd.DataFrame, experiment: str) -> str:
     rows = rows[(rows["experiment"] == experiment) & (rows["metric"] == headline)]
     if rows.empty:
         return ""
+    if len(rows) > 1:
+        return compact_with_interval(mean_over_seeds(rows["value"].dropna().tolist()))
     return compact_with_interval({end: rows.iloc[0][end] for end in ("value", "low", "high")})
 
 

@@ -26,6 +26,20 @@ def test_run_table(recorded_run):
     assert "Match stats" in text
 
 
+def test_seeds_are_one_row_with_their_mean():
+    """Its interval is Student's over the seeds, whose number is beside it."""
+    rows = [
+        {"run": "r", "model": "m", "step": step, "seed": seed, "experiment": "bbq"}
+        | {"condition": "Q", "category": "overall", "metric": "bias_ambiguous"}
+        | {"value": value, "low": 0.0, "high": 0.9}
+        for step, values in ((0, [0.1, 0.2, 0.6]), (5, [0.4]))
+        for seed, value in enumerate(values)
+    ]
+    lines = [line.split() for line in printed(closing_table(pd.DataFrame(rows))).splitlines()]
+    assert ["m", "3", "0", "Q", ".30", "[−.36,", ".96]"] in lines  # .3 -+ 4.303 * .1528
+    assert ["m", "1", "5", "Q", ".40", "[.00,", ".90]"] in lines
+
+
 def test_table_of_stand_alone_models(tmp_path):
     for experiment in ("bbq", "law_school"):
         record_cell(tmp_path / "model", experiment, "Q", 0.4, SMALL)
