@@ -29,7 +29,9 @@ class Given(Section):
     model: Name
     path: str = Field(description="folder, .gguf file or hub name; may contain {step} and {seed}")
     revision: str | None = Field(
-        None, description="branch, tag or commit on the hub, such as step_{step}"
+        None,
+        description="branch, tag or commit on the hub, such as step_{step}; in it and in a folder, "
+        "* stands for anything, as in stage1-step{step}-tokens*",
     )
     gguf_file: str | None = Field(None, description="file in the folder; may contain {step}")
     base: str | None = Field(
@@ -95,6 +97,11 @@ class Given(Section):
     def is_listed(self) -> bool:
         """Whether seeds and steps are known; otherwise they are those that exist."""
         return self.steps is not None and (self.seeds is not None or "{seed}" not in self.pattern)
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether the hub or the disk must be looked at to know the checkpoints' names."""
+        return not self.is_listed or "*" in self.pattern
 
     def places(self) -> Iterator[tuple["Numbers", "Place"]]:
         """Yield seed and step with path, revision and file of each listed checkpoint."""
@@ -198,6 +205,9 @@ class Series(Section):
             size = None if given.size is None else parse_size(given.size)
             if size is not None and sizes.setdefault(given.model, size) != size:
                 raise ValueError(f"checkpoints: {given.model} is given two sizes")
+        slurm = self.launch.slurm
+        if slurm is not None and (unknown := sorted(set(slurm.models) - names)):
+            raise ValueError(f"launch.slurm.models: the series has no model {unknown[0]!r}")
         if self.launch.starts_processes:
             raise ValueError("launch: processes and deepspeed are for training: remove them")
         return self
@@ -249,11 +259,13 @@ def fill(text: str, seed: int | None, step: int | None) -> str:
 
 
 def pattern_of(text: str) -> re.Pattern[str]:
-    """Return what matches the text with numbers for {step} and {seed}, as groups of these names."""
+    """Return what matches the text with numbers for {step} and {seed}, as groups, and any *."""
     parts, named = [], set[str]()
-    for part in re.split(r"(\{step\}|\{seed\})", text):
+    for part in re.split(r"(\{step\}|\{seed\}|\*)", text):
         name = part.strip("{}")
-        if part not in PLACEHOLDERS:
+        if part == "*":
+            parts.append("[^/]*")
+        elif part not in PLACEHOLDERS:
             parts.append(re.escape(part))
         elif name in named:
             parts.append(f"(?P={name})")

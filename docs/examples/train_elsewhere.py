@@ -32,10 +32,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("elsewhere"))
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--documents", type=int, default=4000)
     options = parser.parse_args()
     world = make_world(SocietySettings(seed=1))
     tokenizer = make_tokenizer(world)
-    texts = [" ".join(part.text for part in text) for text in mixed_documents(world, 4000)]
+    documents = mixed_documents(world, options.documents)
+    texts = [" ".join(part.text for part in document) for document in documents]
     rows = [tokenizer(text, truncation=True, max_length=128) for text in texts]
     for name, hidden in SIZES.items():
         for seed in (0, 1):

@@ -49,6 +49,7 @@ from selfcorrect.recipes.series import (
     Numbers,
     Place,
     Series,
+    fill,
     parse_size,
     pattern_of,
     with_steps,
@@ -212,7 +213,7 @@ class _Search:
 
     def _find(self) -> None:
         for index, given in enumerate(self.series.checkpoints):
-            places = dict(given.places()) if given.is_listed else self.discover(given)
+            places = self.discover(given) if given.is_searched else dict(given.places())
             if not given.is_listed:
                 self.numbers[index] = list(places)
             first = True
@@ -224,32 +225,36 @@ class _Search:
                 if source is None:
                     continue  # it may come yet
                 self.sources[key] = source
-                if not source.on_hub or first:
+                if not source.on_hub or first or given.model in self.bases:
                     self._check_size(given, source, place)
                 first = False
 
     def discover(self, given: Given) -> dict[Numbers, Place]:
         """Return the checkpoints that exist, by seed and step."""
         found: list[tuple[Numbers, Place]] = []
+        there = ""
         if not is_on_hub(given.path):
             for path, groups in _folders(given.path):
                 if model_in(path) is not None if given.gguf_file is None else path.is_dir():
                     numbers = _numbers(given, groups)
                     found.append((numbers, given.place(*numbers)._replace(path=str(path))))
-            there = ""
         else:
-            if given.revision is None or any(p in given.path for p in ("{step}", "{seed}")):
+            is_seeded = "{seed}" in given.path
+            if given.revision is None or "{step}" in given.path or (is_seeded and not given.seeds):
                 raise InputError(
-                    f"checkpoints: {given.model}: {given.path}: steps can be looked for in the "
-                    "revisions of one model on the hub, or in folders; list steps and seeds"
+                    f"checkpoints: {given.model}: {given.path}: steps can be looked for in a hub "
+                    "model's revisions, or in folders: list steps, and seeds in names of models"
                 )
-            pattern = pattern_of(given.revision)
-            known = self._revisions(given.path)
-            for name in known:
-                if match := pattern.fullmatch(name):
-                    numbers = _numbers(given, match.groupdict())
-                    found.append((numbers, given.place(*numbers)._replace(revision=name)))
-            there = f"; its revisions are {_some(sorted(known))}"
+            for repo_seed in given.seeds or [0] if is_seeded else [None]:
+                repo = fill(given.path, repo_seed, None)
+                pattern = pattern_of(fill(given.revision, repo_seed, None))
+                known = self._revisions(repo)
+                there = f"; its revisions are {_some(sorted(known))}"
+                for name in known:
+                    if match := pattern.fullmatch(name):
+                        numbers = _numbers(given, match.groupdict(), repo_seed)
+                        place = Place(repo, name, fill(given.gguf_file or "", *numbers) or None)
+                        found.append((numbers, place))
         places = dict(found)
         if len(places) < len(found):
             double = next(n for n in places if sum(n == other for other, _ in found) > 1)
@@ -259,16 +264,16 @@ class _Search:
             raise InputError(
                 f"checkpoints: {given.model}: nothing like {given.place(None, None)}{there}"
             )
-        missing = set(given.steps or []) - {step for _, step in places}
-        if missing and not self.wait:
-            raise InputError(
-                f"checkpoints: {given.model}: no step {min(missing)} like {given.path}"
-            )
-        wanted = [set(part or []) for part in (given.seeds, given.steps)]
+        seeds = given.seeds or sorted({seed for seed, _ in places})
+        for seed in seeds if not self.wait else ():
+            for step in given.steps or sorted({step for n, step in places if n == seed}) or [0]:
+                if (seed, step) not in places:
+                    missing = given.place(seed, step if given.steps else None)
+                    raise InputError(f"checkpoints: {given.model}: nothing like {missing}{there}")
         return {
-            numbers: places[numbers]
-            for numbers in sorted(places)
-            if all(not part or n in part for part, n in zip(wanted, numbers, strict=True))
+            Numbers(seed, step): places[Numbers(seed, step)]
+            for seed, step in sorted(places)
+            if seed in seeds and (given.steps is None or step in given.steps)
         }
 
     def _source(self, given: Given, key: CheckpointKey, place: Place) -> Source | None:
@@ -362,6 +367,10 @@ class _Search:
 
     def _check_size(self, given: Given, source: Source, place: Place) -> None:
         """Raise InputError if a checkpoint's size contradicts the series or its other steps."""
+        if source.on_hub and source.gguf_file is None:
+            adapter = hub_configuration(source.path, source.version) / ADAPTER
+            if adapter.is_file():
+                self._check_base(adapter, given, str(place))
         size = _parameters(source, given)
         told = None if given.size is None else parse_size(given.size)
         if told is not None and abs(size - told) > SIZE_TOLERANCE * told:
@@ -383,7 +392,7 @@ def _folders(pattern: str) -> Iterator[tuple[Path, dict[str, str]]]:
     for part in Path(pattern).expanduser().absolute().parts:
         deeper: list[tuple[Path, dict[str, str]]] = []
         for folder, groups in found:
-            if "{" not in part:
+            if "{" not in part and "*" not in part:
                 deeper.append((folder / part, groups))
             elif folder.is_dir():
                 expression = pattern_of(part)
@@ -396,9 +405,11 @@ def _folders(pattern: str) -> Iterator[tuple[Path, dict[str, str]]]:
     yield from ((path, groups) for path, groups in found if path.exists())
 
 
-def _numbers(given: Given, groups: dict[str, str]) -> Numbers:
+def _numbers(given: Given, groups: dict[str, str], seed_of_model: int | None = None) -> Numbers:
     """Return seed and step; what the pattern does not say, the entry does."""
-    seed = groups.get("seed", given.seeds[0] if given.seeds else 0)
+    seed: int | str | None = groups.get("seed", seed_of_model)
+    if seed is None:
+        seed = given.seeds[0] if given.seeds else 0
     step = groups.get("step", given.steps[0] if given.steps else 0)
     return Numbers(int(seed), int(step))
 

@@ -28,7 +28,7 @@ _HOLDERS = (".", "actor/huggingface", "huggingface", "actor/lora_adapter", "lora
 _LOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
 _LOADED_SUFFIXES = (".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model", ".py")
 PAUSES = (2.0, 10.0, 30.0)  # seconds before the hub is asked again
-_SPARE = 2**28  # bytes that a download leaves free
+_SPARE = 2**26  # bytes that a download leaves free
 
 T = TypeVar("T")
 
@@ -101,7 +101,8 @@ def version_of(model: Path) -> str:
     facts = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for path in files
-        if path.suffix in _LOADED_SUFFIXES and path.name != "trainer_state.json"
+        if path.suffix in _LOADED_SUFFIXES
+        and not path.name.endswith(("_state.json", "_results.json"))  # a trainer's own
     )
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -111,13 +112,13 @@ def version_of(model: Path) -> str:
 
 def is_on_hub(path: str) -> bool:
     """Return whether a path, maybe with {step} in it, is a hub name and no folder or file."""
-    start = path.partition("{")[0]
-    parent = Path(start).parent if "{" in path else Path(path)
+    start = re.split(r"[{*]", path)[0]
+    parent = Path(start).parent if start != path else Path(path)
     return not (
         path.startswith((".", "/", "~"))
         or path.count("/") > 1
         or Path(path).expanduser().exists()
-        or ("/" not in path and "{" in path)
+        or ("/" not in path and start != path)
         or (parent != Path() and parent.is_dir())
     )
 

@@ -3,6 +3,7 @@
 import datetime
 import gc
 import json
+import logging
 import math
 import re
 import time
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 EXPERIMENTS = "bbq,winogender,law_school"
 EVALUATIONS = Path("evaluations")
+logger = logging.getLogger(__name__)
+
 HUB_SECONDS = 60.0  # between two looks for new revisions on the hub
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Targets = Annotated[
@@ -311,7 +314,10 @@ def _look_again(series: "Series", run: Path, looked: list[float]) -> bool:
     pause = HUB_SECONDS if any(is_on_hub(given.path) for given in series.checkpoints) else 0.0
     if time.monotonic() - looked[-1] >= pause:
         looked[:] = [time.monotonic()]
-        open_run(series, run, wait=True)
+        try:
+            open_run(series, run, wait=True)
+        except RunFailure as error:  # the hub does not answer: no reason to end the watch
+            logger.warning("%s", error)
     return series.is_discovered
 
 

@@ -1,6 +1,7 @@
 """`selfcorrect show`: what an item was asked, token by token, and every checkpoint's answer."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,6 +106,18 @@ def _load_tokenizer(source: Path) -> Any:
         ) from None
 
 
+def _model_folder(checkpoint: Path) -> Path:
+    """Return the folder of a checkpoint's model, which may have been trained elsewhere."""
+    from selfcorrect.evaluate.measuring.sources import local_model
+    from selfcorrect.evaluate.run_folder import read_checkpoint
+
+    with suppress(InputError, FileNotFoundError):
+        source = read_checkpoint(checkpoint).record.source
+        if source is not None and not source.on_hub:
+            return local_model(source)
+    return checkpoint
+
+
 def _lines(answers: Sequence[_Answer], tokenizer: Path | None) -> Iterator[str]:
     """Yield the lines on one item in one order under one condition."""
     from selfcorrect.evaluate.measuring.prompt_files import read_prompts
@@ -120,7 +133,7 @@ def _lines(answers: Sequence[_Answer], tokenizer: Path | None) -> Iterator[str]:
         yield "Prompt:"
         yield prompt
         try:
-            loaded = _load_tokenizer(tokenizer or first.path.parents[1])
+            loaded = _load_tokenizer(tokenizer or _model_folder(first.path.parents[1]))
             yield from _token_lines(prompt, None if first.row["samples"] else options, loaded)
         except InputError as error:
             yield f"Tokens: not shown ({error})"

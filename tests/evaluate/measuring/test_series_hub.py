@@ -89,6 +89,38 @@ def test_steps_are_the_hubs_branches_and_weights_are_dropped_once_measured(
         pd.testing.assert_frame_equal(ours, theirs)
 
 
+def test_branches_with_other_words_and_models_named_by_seed(hub, saved, tmp_path):
+    start = saved / "checkpoint-0"
+    for seed in (1, 2):
+        hub.models[f"lab/m-seed{seed}"] = {
+            "main": start,
+            "stage1-step10-tokens3B": start,
+            "stage1-step40-tokens12B": start,
+            "stage2-step10-tokens1B": start,
+        }
+    entry = {
+        "model": "m",
+        "path": "lab/m-seed{seed}",
+        "revision": "stage1-step{step}-tokens*",
+        "seeds": [1, 2],
+    }
+    open_run(series(entry), tmp_path / "run")
+    found = {str(c.key): c.record.source for c in find_checkpoints(tmp_path / "run")}
+    assert list(found) == ["m/1/10", "m/1/40", "m/2/10", "m/2/40"]
+    assert (found["m/2/40"].path, found["m/2/40"].revision) == (
+        "lab/m-seed2",
+        "stage1-step40-tokens12B",
+    )
+    open_run(series(entry | {"steps": [40]}, name="few"), tmp_path / "few")
+    planned = load_measured(str(tmp_path / "few/recipe.yaml")).listed()
+    assert planned == {("m", 1, 40), ("m", 2, 40)}
+    with pytest.raises(InputError, match=r"nothing like lab/m-seed1@stage1-step50"):
+        open_run(series(entry | {"steps": [50]}, name="none"), tmp_path / "none")
+    twice = entry | {"revision": "*step{step}-tokens*"}
+    with pytest.raises(InputError, match=r"stage1-step10.* and .*stage2-step10.* both step 10"):
+        open_run(series(twice, name="twice"), tmp_path / "twice")
+
+
 def test_kept_weights_lie_in_the_hubs_cache_and_nothing_is_fetched_twice(hub, saved, tmp_path):
     given = series_of(["lab/m@step_{step}"], "20,100", lambda: foreign.ASKED)
     assert given.name == "m" and measured(given, tmp_path / "run") == 2
