@@ -42,8 +42,8 @@ def weights_in_vllm(llm) -> dict[str, torch.Tensor]:
 
 def weights_of_policy(trainer) -> dict[str, torch.Tensor]:
     """Return the policy's weights under vLLM's names, fused as vLLM fuses them."""
-    named = dict(trainer.vllm_generation._iter_named_params())
-    fused = {name: t.clone() for name, t in named.items() if "critic" not in name}
+    # Cloned one by one: an adapter is merged only while they are named.
+    fused = {name: t.clone() for name, t in trainer.vllm_generation._iter_named_params()}
     for group, parts in {
         "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
         "mlp.gate_up_proj": ("gate_proj", "up_proj"),
@@ -78,10 +78,7 @@ def main(models: str, folder: str, critic: str, mode: str = "") -> None:
 
     def compare():
         sync()
-        from selfcorrect.train.ppo.actor_critic import hidden_critic
-
-        with hidden_critic(trainer.language_model):
-            expected = weights_of_policy(trainer)
+        expected = weights_of_policy(trainer)  # the critic is hidden while vLLM samples
         held = weights_in_vllm(vllm.llm)
         unequal.extend(
             name
