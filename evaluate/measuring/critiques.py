@@ -3,10 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
-from selfcorrect.evaluate.measuring.cell_files import damaged_cell, read_settings, read_table
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems
 from selfcorrect.evaluate.prompts.stimuli import critique_field, option_orders, spelled
+from selfcorrect.recipes.foundation.checksums import file_has_valid_checksum
 from selfcorrect.recipes.foundation.errors import InputError
+
+_COLUMNS = ["item", "order", "draw", "samples"]
 
 
 def with_critiques(loaded: LoadedItems, path: Path, permutations: int) -> LoadedItems:
@@ -18,15 +23,18 @@ def with_critiques(loaded: LoadedItems, path: Path, permutations: int) -> Loaded
     key = f"{path} (critiques in the stimuli)"
     if not path.is_file():
         raise InputError(f"{key}: not found; evaluate the critic under `write critique` first")
-    settings = read_settings(path)
     try:
+        if not file_has_valid_checksum(path):
+            raise ValueError("checksum mismatch")
         texts = {
             (row["item"], row["order"]): row["samples"][-1].strip()
-            for row in read_table(path, ["item", "order", "draw", "samples"]).to_pylist()
+            for row in pq.read_table(path, columns=_COLUMNS).to_pylist()
             if row["samples"] and row["draw"] == 0
         }
-    except (KeyError, TypeError, AttributeError):
-        raise damaged_cell(path) from None
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{key}: damaged, or not an evaluation file; evaluate the critic again"
+        ) from None
 
     def criticised(item: Item) -> Item:
         fields = dict(item.fields)
@@ -34,9 +42,8 @@ def with_critiques(loaded: LoadedItems, path: Path, permutations: int) -> Loaded
             text = texts.get((item.id, spelled(order)))
             if not text:
                 raise InputError(
-                    f"{key}: {settings['experiment']} {settings['condition']} has no text for item "
-                    f"{item.id} in the order {spelled(order)}; evaluate the critic with the same "
-                    "items and orders"
+                    f"{key}: has no text for item {item.id} in the order {spelled(order)}; "
+                    "evaluate the critic with the same items and orders"
                 )
             fields[critique_field(order)] = text
         return replace(item, fields=fields)

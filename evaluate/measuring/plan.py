@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selfcorrect.evaluate.experiments.wording import Stimuli
+from selfcorrect.evaluate.measuring.critiques import with_critiques
 from selfcorrect.evaluate.prompts.dialogue import Style, read_style, with_thoughts
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems
 from selfcorrect.evaluate.prompts.stimuli import (
@@ -163,7 +164,6 @@ def plan_evaluation(
     unusable data.
     """
     from selfcorrect.evaluate.experiments import EXPERIMENTS
-    from selfcorrect.evaluate.measuring.critiques import with_critiques
 
     sections = {name: stimuli.section(name) for name in experiments}
     elsewhere = {

@@ -62,9 +62,11 @@ def test_missing_file_and_missing_text_are_one_line(tmp_path: Path) -> None:
     some = tiny_plan(tmp_path / "data", ["Q", "reviews 1"], limit=3)
     measure(some, tiny_model(), tiny_tokenizer(), tmp_path / "critic")
     message = refusal(tmp_path / "critic" / "winogender.reviews_1.parquet")
-    assert "winogender reviews 1 has no text for item" in message
-    message = refusal(tmp_path / "critic" / "winogender.Q.parquet")
-    assert "winogender Q has no text for item" in message
+    assert "reviews_1.parquet (critiques in the stimuli): has no text for item" in message
+    assert "has no text for item" in refusal(tmp_path / "critic" / "winogender.Q.parquet")
+    other = tmp_path / "other.parquet"
+    other.write_bytes(b"PAR1")
+    assert "damaged, or not an evaluation file" in refusal(other)
 
 
 def test_shipped_critique_is_a_fixed_text_and_a_path_is_relative_to_its_file(
