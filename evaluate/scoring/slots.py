@@ -159,9 +159,11 @@ class Slots:
         """Return a cache of these rows, from column 0, and free their slots."""
         slots = [self.rows.index(row) for row in rows]
         width = max(len(row.tokens) for row in rows) - 1
+        # All slots, as after the last prompts: a view is enough, read before the next step.
+        index = slice(None) if slots == list(range(len(self.rows))) else slots
         cache = DynamicCache(
             [
-                (layer.keys[slots, :, :width], layer.values[slots, :, :width])
+                (layer.keys[index, :, :width], layer.values[index, :, :width])
                 for layer in self.cache.layers
             ]
         )

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
 from selfcorrect.evaluate.callback import temporary_eval_mode
@@ -41,6 +42,10 @@ class GuardedTrainer(Trainer):
     """
 
     stage = "training"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        leave_casts_to_autocast(self.model)
 
     @property
     def step_label(self) -> str:
@@ -157,6 +162,24 @@ class GuardedTrainer(Trainer):
                     f"delete {state.parent} to start the stage over"
                 )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def leave_casts_to_autocast(model: nn.Module) -> None:
+    """Have adapters read their input as it is where autocast chooses the type of the product.
+
+    peft would first cast it to the type of the adapter's weights, and autocast back again. The
+    numbers are the same, but every layer would keep a copy of an input that several share.
+    """
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        has_dropout = not all(isinstance(d, nn.Identity) for d in layer.lora_dropout.values())
+        if has_dropout or layer.lora_variant:
+            continue  # these do more with the input, in its own type, than multiply it
+
+        def cast(x: Any, dtype: Any, by_peft: Any = layer._cast_input_dtype) -> Any:
+            is_cast = x is not None and torch.is_autocast_enabled(x.device.type)
+            return x if is_cast else by_peft(x, dtype)
+
+        layer._cast_input_dtype = cast
 
 
 def train_or_resume(trainer: GuardedTrainer, work: Path) -> None:

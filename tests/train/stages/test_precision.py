@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
 from selfcorrect.evaluate.measuring.cell_files import read_settings
@@ -20,7 +21,10 @@ from selfcorrect.recipes.schema import Precision, Recipe
 from selfcorrect.train.ppo.trainer import PPOTrainer
 from selfcorrect.train.run import prepare_run, train_run
 from selfcorrect.train.stages.corpus import scratch_config
+from selfcorrect.train.trainers.guarded import leave_casts_to_autocast
+from tests.support.ppo_models import assert_same_weights
 from tests.support.small_runs import FEW
+from tests.support.tiny_models import tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +52,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         patch.setattr(PPOTrainer, "__init__", keep)
         train_run(recipe, run, plan=prepare_run(recipe, run))
     return recipe, run, trainers[0]
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_adapters_read_inputs_as_they_are_without_a_change_to_numbers(autocast: bool) -> None:
+    """Autocast casts what it multiplies: peft's cast before it, left out here, is undone there."""
+    outcomes = []
+    for leave in (leave_casts_to_autocast, lambda _: None):
+        torch.manual_seed(0)
+        config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(tiny_model("llama").to(torch.bfloat16), config)
+        leave(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=torch.arange(12)[None], labels=torch.arange(12)[None]).loss
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert {g.dtype for g in gradients.values()} == {torch.float32}
+        outcomes.append({**gradients, "loss": loss.detach()})
+    assert_same_weights(*outcomes)
 
 
 def test_what_learns_is_float32_on_a_bfloat16_base(
