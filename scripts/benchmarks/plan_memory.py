@@ -32,7 +32,7 @@ SIZES = {
              "num_attention_heads": 6, "num_key_value_heads": 6},
 }  # fmt: skip
 LORA = {"r": 8, "target_modules": "all-linear"}
-METHODS = ("ppo", "grpo", "sft")  # of the policy; the other stages are base and reward
+METHODS = ("ppo", "grpo", "sft")  # of the policy; other stages are base, reward and evaluation
 
 Case = dict[str, Any]
 
@@ -74,6 +74,8 @@ CASES = [
     make_case("ppo", trained="bfloat16", frozen="bfloat16"),
     make_case("grpo", lora=LORA, frozen="bfloat16"),
     make_case("sft", trained="bfloat16"),
+    make_case("evaluation", prompt=384, completion=128, frozen="float32"),
+    make_case("evaluation", prompt=384, completion=128, frozen="bfloat16"),
 ]
 
 
@@ -125,9 +127,14 @@ def estimate(case: Case) -> Any:
     from selfcorrect.train.planning.memory import Parallelism
     from selfcorrect.train.planning.model_shape import shape_of
     from selfcorrect.train.planning.settings import Lengths, stage_footprints
+    from selfcorrect.train.planning.stage_memory import evaluation_footprint
 
     lengths = Lengths(case["prompt"], case["prompt"], case["completion"], case["completion"])
     shape = shape_of(case["fields"], "case", WORDS)
+    if case["stage"] == "evaluation":
+        length = case["prompt"] + case["completion"]
+        parallelism = Parallelism(gpu=False)
+        return evaluation_footprint(shape, parallelism, case["rows"], length, case["frozen"])
     footprints = stage_footprints(make_recipe(case, "."), shape, lengths, Parallelism(gpu=False))
     stage = "policy" if case["stage"] in METHODS else case["stage"]
     return next(footprint for footprint in footprints if footprint.stage == stage)
@@ -211,6 +218,22 @@ def save_models(case: Case, folder: Path) -> None:
     write_json(folder / "reward" / "stage.json", facts)
 
 
+def sample_and_score(case: Case, folder: Path) -> None:
+    """Sample a batch of texts and score two options after each, as for Q+IF+CoT."""
+    from selfcorrect.evaluate.scoring.engine import Sampling
+    from selfcorrect.evaluate.scoring.load_model import load_model
+    from selfcorrect.evaluate.scoring.packed import PackedEngine
+
+    engine = PackedEngine(*load_model(folder / "base", dtype=case["frozen"], device="cpu"))
+    prompt = " ".join(f"w{i}" for i in range(case["prompt"] - 1))  # after <s>
+    keys = [f"row {i}" for i in range(case["rows"])]
+    engine.sample_then_score(
+        [prompt] * len(keys), keys,
+        lambda _, sample: (f"{prompt} {sample.text}", (" w7", " w8")),
+        Sampling(case["completion"], temperature=1.0, seed=0),
+    )  # fmt: skip
+
+
 def run_stage(case: Case, folder: Path) -> None:
     """Train two steps of the stage through the package's own code."""
     from transformers import AutoTokenizer
@@ -223,6 +246,9 @@ def run_stage(case: Case, folder: Path) -> None:
     from selfcorrect.train.stages.policy import train_policy
     from selfcorrect.train.stages.reward import train_reward
 
+    if case["stage"] == "evaluation":
+        sample_and_score(case, folder)
+        return
     recipe = make_recipe(case, str(folder / "base"))
     held = recipe.precision
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
@@ -234,9 +260,11 @@ def run_stage(case: Case, folder: Path) -> None:
     template_tokens = prompt_of("w1")[1] - 1
     prompt, length = prompt_of(" ".join(f"w{i}" for i in range(case["prompt"] - template_tokens)))
     assert length == case["prompt"]  # some models replace the tokenizer
-    answer = " ".join(f"w{i}" for i in range(case["completion"] - 1))  # and the end token
+    answer, other = (  # and the end token
+        " ".join(f"w{first + i}" for i in range(case["completion"] - 1)) for first in (0, 5000)
+    )
     rows = 4 * case["rows"]
-    pairs = [Preference(prompt, answer, answer.replace("w1 ", "w2 "))] * rows
+    pairs = [Preference(prompt, answer, other)] * rows
     feedback = Feedback(pairs, [prompt] * rows)
     if case["stage"] == "base":
         job = JobFacts(folder / "job", 0, trained=held.trained)

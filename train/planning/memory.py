@@ -139,42 +139,48 @@ MLP_IN = {"gate_proj", "up_proj", "dense_h_to_4h", "mlp.c_fc"}
 MLP_OUT = {"down_proj", "dense_4h_to_h", "mlp.c_proj"}
 
 
-def saved_per_token(shape: ModelShape, adapter: Adapter | None) -> tuple[int, int]:
-    """Return how many numbers autograd keeps per token and layer: in norms, and elsewhere.
+def saved_per_token(
+    shape: ModelShape, adapter: Adapter | None, casts_inputs: bool = False
+) -> tuple[int, int, int]:
+    """Return how many numbers autograd keeps per token and layer.
 
-    A frozen weight needs no input for its gradient, so a layer with an adapter keeps less.
+    First those that are float32 whatever the products, within RMS norms; then those in the type of
+    the residual stream; then those in the type of the products. A frozen weight needs no input for
+    its gradient, so a layer with an adapter keeps less. `casts_inputs`: autocast casts a float32
+    stream, so that matrices that read the same input keep a copy each.
     """
     h, q, k, i = shape.hidden, shape.queries, shape.keys, shape.intermediate
     targets = set(shape.matrices) if adapter is None else adapter.targets
-    low_rank = 0 if adapter is None else adapter.rank * len(targets)
-    attention_in, mlp_in = (h if targets & names else 0 for names in (ATTENTION_IN, MLP_IN))
-    mlp_out = i if targets & MLP_OUT else 0
-    inputs = attention_in + mlp_in + mlp_out + low_rank
+    readers = [len(targets & names) for names in (ATTENTION_IN, MLP_IN)]
+    inputs = h * sum(readers if casts_inputs else [min(1, count) for count in readers])
+    inputs += i if targets & MLP_OUT else 0
+    inputs += 0 if adapter is None else adapter.rank * len(targets)
     if shape.model_type in GATED:
-        copies = 2 if adapter is None else 1  # a trained norm weight also keeps the normed value
-        norms = 2 * h * copies
-        if shape.model_type in ("qwen3", "olmo2"):
-            norms += (q + k) * copies
-        return norms, inputs + 2 * q + 2 * k + 3 * i
+        in_heads = q + k if shape.model_type in ("qwen3", "olmo2") else 0
+        norms, stream, rest = 2 * h + in_heads, 0, inputs + 2 * q + 2 * k + 3 * i
+        if adapter is None and shape.model_type == "olmo2":
+            norms *= 2  # a trained norm weight also keeps the normed value
+        elif adapter is None:  # which the others have cast to the type of the norm's input
+            stream, rest = 2 * h, rest + in_heads
+        return norms, stream, rest
     if shape.model_type == "gpt_neox":
-        return h, inputs + 6 * h + (h if "dense" in targets else 0) + i
-    return 2 * h, inputs + 4 * h + 4 * i  # gpt2, whose GELU is five operations
+        return 0, h, inputs + 6 * h + (h if "dense" in targets else 0) + i
+    return 0, 2 * h, inputs + 4 * h + 4 * i  # gpt2, whose GELU is five operations
 
 
 def activation_bytes(
     shape: ModelShape, adapter: Adapter | None, batch: Batch, parallelism: Parallelism
 ) -> float:
     """Return bytes kept for the backward pass through one model's layers."""
-    norms, rest = saved_per_token(shape, adapter)
-    size = 2 if batch.bf16 else 4
-    layer = 4 * norms + size * rest  # norms compute in float32
+    # Additions to float32 embeddings are float32, whatever the products.
+    held = batch.trained if adapter is None else batch.frozen
+    is_half = batch.bf16 and (parallelism.zero > 0 or held != "float32")
+    stream, size = 2 if is_half else 4, 2 if batch.bf16 else 4
+    norms, normed, rest = saved_per_token(shape, adapter, batch.bf16 and not is_half)
+    layer = 4 * norms + stream * normed + size * rest
     outside = (4 * 2 + size) * shape.hidden
     if batch.checkpointing:
-        # Additions to float32 embeddings are float32, whatever the products.
-        held = batch.trained if adapter is None else batch.frozen
-        is_half = batch.bf16 and (parallelism.zero or held != "float32")
-        stream = (2 if is_half else 4) * shape.hidden
-        return batch.tokens * (shape.layers * stream + layer + outside)
+        return batch.tokens * (shape.layers * stream * shape.hidden + layer + outside)
     return batch.tokens * (shape.layers * layer + outside)
 
 

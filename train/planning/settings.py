@@ -232,7 +232,6 @@ def rollout_of(
     adapter = adapter_of("policy.lora", recipe.policy.lora, shape)
     held = held_by(recipe, shape, parallelism, adapter is not None)
     critic = critic_of(recipe, settings, adapter)
-    scored = completion
     if critic is None:
         group = settings.number("num_generations")
         if sampled % group:
@@ -240,12 +239,13 @@ def rollout_of(
                 f"policy.trainer.num_generations: {group} does not divide the rollout batch of "
                 f"{sampled} completions; change it, or steps_per_generation"
             )
-        scored = completion if parallelism.gpu else length  # as in _text_batch
     return Rollout(
         sampled,
         lengths.longest_prompt,
         completion,
-        settings.batch(rows, length, rows * scored, settings.bf16(parallelism, True, held), held),
+        settings.batch(
+            rows, length, rows * completion, settings.bf16(parallelism, True, held), held
+        ),
         critic,
         settings.values["beta"] != 0,
         adapter,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from selfcorrect.evaluate.scoring.limits import (
     BATCH_TOKENS,
+    CPU_SCORING_TOKENS,
     LARGEST_LOGITS,
     MOST_REORDERED,
     PACK_TOKENS,
@@ -174,7 +175,7 @@ def _learning(shape: ModelShape, rollout: Rollout, parallelism: Parallelism) -> 
     parts["critic"] += kept + critic_gradients
     # The critic's backward pass comes first; the LM head's tiles then reuse what it frees.
     freed = max(0.0, kept + critic_gradients - gradients)
-    one_pass = batch if rollout.critic is None else _one_pass(shape, rollout, parallelism)
+    one_pass = _one_pass(shape, rollout, parallelism)
     parts["activations"] += backward_buffer_bytes(shape, one_pass)
     logits = lm_head_bytes(shape, one_pass, parallelism, adapter is None)
     parts["logits"] = max(0.0, logits - freed)
@@ -182,7 +183,7 @@ def _learning(shape: ModelShape, rollout: Rollout, parallelism: Parallelism) -> 
 
 
 def _one_pass(shape: ModelShape, rollout: Rollout, parallelism: Parallelism) -> Batch:
-    """Return the part of PPO's micro-batch that shares a pass: on one CPU process a few rows."""
+    """Return the part of a micro-batch that shares a pass: on one CPU process a few rows."""
     batch = rollout.batch
     rows = batch.rows
     if not parallelism.gpu and parallelism.processes == 1:
@@ -222,27 +223,24 @@ def measuring_footprint(
     or of those under its adapter.
     """
     size = SIZES.get(held, 2.0)
-    tokens = BATCH_TOKENS["gpu" if parallelism.gpu else "cpu"]
+    tokens = BATCH_TOKENS["gpu"] if parallelism.gpu else CPU_SCORING_TOKENS
     batch = Batch(tokens // PACK_TOKENS, PACK_TOKENS, bf16=size == 2)
-    forward = forward_buffer_bytes(shape, batch)
     mask = 2 * size * tokens * PACK_TOKENS
     scored = tokens // 8  # on BBQ a probability is needed at one position in eight at most
-    scoring = {
-        "activations": forward + mask,
-        "logits": 4.0 * min(LARGEST_LOGITS, scored * shape.vocabulary),
-    }
     rows, length = sampled
-    sampling = {
-        "activations": forward,  # the prompts'
-        "KV cache": kv_cache_bytes(shape, rows * length, size == 2),
-        # and, for each word, whether it is likely enough to be drawn (draws.py)
-        "logits": (size + 1) * rows * shape.vocabulary,
+    parts = {
+        "activations": forward_buffer_bytes(shape, batch) + mask,
+        "logits": 4.0 * min(LARGEST_LOGITS, max(rows, scored) * shape.vocabulary),
+        # Rows leave the batch once a quarter has ended (slots.py), with a copy of their cache, from
+        # which their answers are scored.
+        "KV cache": 1.25 * kv_cache_bytes(shape, rows * length, size == 2),
     }
+    if size == 2:  # probabilities are computed in float32, and so by a copy of the head
+        parts["head"] = 4.0 * shape.embedding
     linear = shape.layers * sum(a * b for a, b in shape.matrices.values()) + shape.embedding
     if not parallelism.gpu and linear <= MOST_REORDERED:
-        sampling["reordered weights"] = size * linear
-    larger = max(scoring, sampling, key=lambda parts: sum(parts.values()))
-    return Footprint(stage, "measuring", resident | larger)
+        parts["reordered weights"] = size * linear
+    return Footprint(stage, "measuring", resident | parts)
 
 
 def evaluation_footprint(

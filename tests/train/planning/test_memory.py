@@ -17,6 +17,7 @@ from selfcorrect.train.planning.memory import (
 )
 from selfcorrect.train.planning.model_shape import GATED, MODEL_TYPES, Adapter, shape_of
 from selfcorrect.train.planning.settings import LORA_TARGETS
+from selfcorrect.train.trainers.guarded import leave_casts_to_autocast
 from tests.support.estimates import LLAMA
 
 SHAPE, HALF = shape_of(LLAMA, "llama"), Batch(1, 1, bf16=True)
@@ -30,7 +31,13 @@ SMALL = {
 }  # fmt: skip
 
 
-def kept_by_autograd(fields: dict[str, Any], layers: int, lora: list[str] | str | None) -> float:
+def kept_by_autograd(
+    fields: dict[str, Any],
+    layers: int,
+    lora: list[str] | str | None,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
+) -> float:
     """Return bytes that autograd keeps of a model's trunk, without its weights."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -39,19 +46,26 @@ def kept_by_autograd(fields: dict[str, Any], layers: int, lora: list[str] | str 
     kind = given.pop("model_type")
     given.pop("num_hidden_layers" if kind == "gpt2" else "n_layer")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given)).base_model
+    model.to(dtype)
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.0, target_modules=lora))
+        leave_casts_to_autocast(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {size for p in model.parameters() for size in (p.shape, p.shape[::-1])}
     storages, alive = {}, []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         alive.append(tensor)
-        if storage.data_ptr() not in weights:
+        is_copy = tensor.shape in shapes  # of a weight, by autocast
+        if storage.data_ptr() not in weights and not is_copy:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+    ):
         model.train()(input_ids=torch.ones(2, 48, dtype=torch.long), use_cache=False)
     return sum(storages.values())
 
@@ -72,12 +86,32 @@ def test_activations_match_autograd(kind: str, lora: str | None) -> None:
     assert sum(saved_per_token(shape, adapter)) == pytest.approx(per_layer, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("lora", "held", "autocast"),
+    [("all-linear", "bfloat16", True), (None, "float32", True), (None, "bfloat16", False)],
+    ids=["adapter on a half base", "autocast", "pure"],
+)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "olmo2", "gpt_neox", "gpt2"])
+def test_activations_in_half_precision_match_autograd(
+    kind: str, lora: str | None, held: str, autocast: bool
+) -> None:
+    """An input that several matrices read is kept once, unless autocast casts it for each."""
+    fields = {"model_type": kind, **SMALL[kind]}
+    given = (lora, getattr(torch, held), autocast)
+    five, two = (kept_by_autograd(fields, layers, *given) for layers in (5, 2))
+    shape = shape_of({**fields, "n_layer" if kind == "gpt2" else "num_hidden_layers": 3}, kind)
+    adapter = Adapter(4, frozenset(shape.matrices)) if lora else None
+    batch = Batch(2, 48, bf16=True, frozen=held, trained=held)
+    planned = activation_bytes(shape, adapter, batch, Parallelism(gpu=False))
+    outside = 2 * 48 * (4 * 2 + 2) * shape.hidden
+    assert planned - outside == pytest.approx(five - two, rel=0.03)
+
+
 def test_checkpointing_keeps_layer_inputs_and_one_layer() -> None:
     shape = shape_of({**LLAMA, "num_hidden_layers": 10}, "llama")
     parallelism = Parallelism(gpu=False)
     kept = activation_bytes(shape, None, Batch(1, 100, checkpointing=True), parallelism)
-    norms, rest = saved_per_token(shape, None)
-    assert kept == 100 * 4 * (10 * 8 + norms + rest + 3 * 8)
+    assert kept == 100 * 4 * (10 * 8 + sum(saved_per_token(shape, None)) + 3 * 8)
     assert kept < activation_bytes(shape, None, Batch(1, 100), parallelism) / 3
 
 
