@@ -2,9 +2,11 @@
 
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -115,6 +117,31 @@ def test_training_with_callback_ends_in_the_same_weights_bitwise(tmp_path, cells
     folders = sorted(path.name for path in tmp_path.glob("s[0-9]*"))
     assert folders == ["s0", "s1", "s2", "s5"]
     assert all(len(list((tmp_path / name).glob("*.parquet"))) == 3 for name in folders)
+
+
+def test_forward_larger_than_memory_is_halved_beside_training(tmp_path, cells, caplog):
+    """The run goes on as if it had not been measured, and the scores are those of more memory."""
+    sizes: list[int] = []
+
+    def limit(most, model, args, kwargs):
+        sizes.append(0 if model.training else kwargs["input_ids"].numel())
+        if sizes[-1] > most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    outcomes = []
+    for name in ("enough", "little"):
+        callback = SelfCorrectionCallback(cells, lambda step, name=name: tmp_path / name, {2})
+        model = tiny_model("gpt2", dropout=0.2)
+        most = max(sizes) // 2 if sizes else 10**9
+        model.register_forward_pre_hook(partial(limit, most), with_kwargs=True)
+        outcomes.append(train(tmp_path / "run", [callback], model=model))
+    (enough, drawn), (little, drawn_little) = outcomes
+    assert same_weights(enough.model, little.model) and drawn == drawn_little
+    assert any("out of memory: forwards now hold" in r.message for r in caplog.records)
+    for path in (tmp_path / "enough").glob("*.parquet"):
+        pd.testing.assert_frame_equal(
+            read_cell(path)[0], read_cell(tmp_path / "little" / path.name)[0], atol=1e-5
+        )
 
 
 def test_careless_callback_changes_the_weights(tmp_path, cells):
