@@ -95,8 +95,9 @@ class Winogenerated(Winogender):
 
 
 def _share(record: Mapping[str, Any], where: str) -> float:
-    share = record.get(_SHARE)
-    if type(share) not in (int, float) or not 0 <= share <= 100:
+    share: Any = record.get(_SHARE)
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not is_number or not 0 <= share <= 100:
         raise InputError(f"{where}: {_SHARE} must be from 0 to 100, not {reprlib.repr(share)}")
     return float(share)
 

@@ -54,8 +54,8 @@ def load_stimuli(own: Path | None = None, base: Path | None = None) -> Stimuli:
             data[name] = _merge(data[experiment.wording_of], data.get(name, {}))
     if own is not None:
         for name, section in _read_sections(own, list(EXPERIMENTS)).items():
-            if isinstance(path := section.get("critiques"), str):
-                section = {**section, "critiques": own.parent / path}
+            if isinstance(critiques := section.get("critiques"), str):
+                section = {**section, "critiques": own.parent / critiques}
             data[name] = _merge(data.get(name, {}), section)
     return Stimuli(
         {

@@ -7,6 +7,7 @@ rounds.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,7 +43,8 @@ def round_answers(experiment: Experiment, frame: pd.DataFrame) -> pd.DataFrame:
     that of the item's mean probabilities over the draws of one order.
     """
     choices, raising, shares = [], [], []
-    for row in frame.to_dict("records"):
+    rows: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
+    for row in rows:
         logprobs = np.asarray(row["logprobs"], dtype=float)
         (chances,) = probabilities(logprobs[None])
         order = option_order(str(row["order"]), len(logprobs))
@@ -52,10 +54,10 @@ def round_answers(experiment: Experiment, frame: pd.DataFrame) -> pd.DataFrame:
         shares.append(chances)
     answers = frame[[*_KEYS, "cluster", "category", "weight"]].reset_index(drop=True)
     answers = answers.assign(choice=choices, raising=raising, entropy=np.nan)
-    for rows in answers.groupby(["item", "order"]).indices.values():
-        known = [shares[row] for row in rows if not np.isnan(shares[row]).any()]
+    for places in answers.groupby(["item", "order"]).indices.values():
+        known = [shares[place] for place in places if not np.isnan(shares[place]).any()]
         if known:
-            answers.loc[rows, "entropy"] = entr(np.mean(known, axis=0)).sum()
+            answers.loc[places, "entropy"] = entr(np.mean(known, axis=0)).sum()
     return answers
 
 
