@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DummyOptim, is_peft_model, set_seed
+from accelerate.utils import is_peft_model, set_seed
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import AutoTokenizer, PreTrainedModel, ProcessorMixin
@@ -224,7 +224,8 @@ class ActorCriticTrainer(OnPolicyTrainer):
                 "remove one of the two"
             )
         of_critic = {"lr": self.args.critic_learning_rate} if self._wants_two_rates else {}
-        if isinstance(optimizer, DummyOptim):  # DeepSpeed makes the one that its JSON defines
+        # accelerate's DummyOptim, which is there only beside DeepSpeed
+        if type(optimizer).__name__ == "DummyOptim":  # DeepSpeed makes the one of its JSON
             optimizer.params = self._split_group({"params": optimizer.params})
         else:
             groups = [self._split_group(group, **of_critic) for group in optimizer.param_groups]
