@@ -242,7 +242,7 @@ def load_adapter(model: Any, source: str) -> Any:
     The base's embeddings get as many rows as the adapter was trained with. Raises InputError for an
     adapter that changes the prompts, and for one that does not fit the base.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
     weights = Path(source) / "adapter_model.safetensors"
     if not weights.is_file():
@@ -259,7 +259,7 @@ def load_adapter(model: Any, source: str) -> Any:
             )
         shapes = tensor_shapes(weights)
         _fit_vocabulary(model, shapes, source)
-        adapted = _adapted(PeftModel, model, source)
+        adapted = _adapted(model, source)
     modules, found = (
         sum(".lora_A." in name for name in names) for names in (shapes, adapted.state_dict())
     )
@@ -272,22 +272,28 @@ def load_adapter(model: Any, source: str) -> Any:
     return adapted
 
 
-def _adapted(peft_model: Any, model: Any, source: str) -> Any:
+def _adapted(model: Any, source: str) -> Any:
     """Return the model with its adapter, whose parts are on the devices that their layers run on.
 
     Of a model with weights on the disk, peft would write a copy below the working directory, and
-    it would put the adapter where the weights are.
+    it puts the adapter where the weights are: nowhere, until they are needed.
     """
+    from peft import PeftModel, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from safetensors.torch import load_file
 
     device_map = getattr(model, "hf_device_map", None) or {}
     if len(device_map) < 2 and not {"cpu", "disk"} & set(device_map.values()):
-        return peft_model.from_pretrained(model, source, is_trainable=False)
+        return PeftModel.from_pretrained(model, source, is_trainable=False)
     original = BaseTunerLayer._move_adapter_to_device_of_base_layer
     BaseTunerLayer._move_adapter_to_device_of_base_layer = _put_adapter
     del model.hf_device_map
+    warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
     try:
-        return peft_model.from_pretrained(model, source, is_trainable=False)
+        adapted = PeftModel.from_pretrained(model, source, is_trainable=False)
+        weights = load_file(Path(source) / "adapter_model.safetensors")
+        set_peft_model_state_dict(adapted, weights, low_cpu_mem_usage=True)
+        return adapted
     finally:
         BaseTunerLayer._move_adapter_to_device_of_base_layer = original
         model.hf_device_map = device_map

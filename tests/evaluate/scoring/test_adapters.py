@@ -206,7 +206,7 @@ def test_base_is_a_hub_revision_a_file_or_a_folder(
 
     asked = []
 
-    def record_base(source: str, dtype: str, options: dict[str, Any], device: str) -> Any:
+    def record_base(source: str, dtype: str, options: dict[str, Any], *_: Any) -> Any:
         asked.append((source, options))
         raise InputError("stop")
 
