@@ -12,6 +12,7 @@ chromium-driver.
 import argparse
 import json
 import os
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -109,9 +110,11 @@ def main() -> None:
         print(f"{files:,} evaluation files")
     page = given.out / "report.html"
     if not page.is_file():
-        started = time.monotonic()
+        started = time.monotonic(), time.process_time()
         write_report(given.out, given.resamples)
-        print(f"written in {time.monotonic() - started:.0f} s")
+        wall, cpu = time.monotonic() - started[0], time.process_time() - started[1]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        print(f"written in {wall:.0f} s ({cpu:.0f} s of CPU), {peak:.2f} GB at the peak")
     print(f"{page.stat().st_size / 1e6:.1f} MB")
     for _ in range(3):
         print(json.dumps({name: round(value, 2) for name, value in open_page(page).items()}))
