@@ -27,11 +27,7 @@ from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
 from tests.support.small_runs import RECIPE
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("default"),  # what vLLM uses is its own affair
-]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 STEPS = {"full": (0, 2, 4), "lora": (0, 2, 4)}
 
 

@@ -16,11 +16,7 @@ from tests.support.ppo_models import CRITICS, save_models
 from tests.support.small_runs import SECONDS
 from tests.support.vllm_rollouts import save_policy
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("default"),  # what vLLM uses is its own affair
-]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
