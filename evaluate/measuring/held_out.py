@@ -3,6 +3,8 @@
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from selfcorrect.evaluate.experiments import get_experiment
 from selfcorrect.evaluate.experiments.base import axes_of
@@ -10,6 +12,8 @@ from selfcorrect.evaluate.measuring.plan import PlannedCell
 from selfcorrect.evaluate.prompts.stimuli import PLACEHOLDER
 from selfcorrect.recipes.feedback import BenchmarkFeedback
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.load import load_measured
+from selfcorrect.recipes.schema import Recipe
 
 _SENTENCE_END = re.compile(r"[.!?:\n]+")
 _logged: set[str] = set()
@@ -54,6 +58,21 @@ def notes(feedback: BenchmarkFeedback, experiments: Sequence[str]) -> list[str]:
                 f"({', '.join(shared)}), in other questions."
             )
     return sentences
+
+
+def warn_of_feedback(checkpoint: Path, experiments: Iterable[str]) -> None:
+    """Log a warning if a checkpoint of a run is measured alone on what its feedback spoke of."""
+    run = Path(*checkpoint.absolute().parts[:-4])  # below it: model, seed, method, checkpoint
+    if not {"bbq", "mbbq"} & set(experiments) or not (run / "recipe.yaml").is_file():
+        return
+    with suppress(InputError):
+        recipe = load_measured(str(run / "recipe.yaml"))
+        if isinstance(recipe, Recipe) and recipe.data.feedback is not None:
+            logger.warning(
+                "%s: its feedback was made of BBQ's %s, which are measured here too; `selfcorrect "
+                "evaluate %s` leaves them out",
+                checkpoint, ", ".join(recipe.data.feedback.bbq), run,
+            )  # fmt: skip
 
 
 def log_notes(feedback: BenchmarkFeedback, experiments: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from selfcorrect.evaluate.data.catalogue import warn_if_unpublished
 from selfcorrect.evaluate.experiments.wording import load_stimuli
 from selfcorrect.evaluate.measuring.cell_files import Origin, is_cell_measured
-from selfcorrect.evaluate.measuring.held_out import check_wordings, log_notes
+from selfcorrect.evaluate.measuring.held_out import check_wordings, log_notes, warn_of_feedback
 from selfcorrect.evaluate.measuring.inputs import check_inputs
 from selfcorrect.evaluate.measuring.measure import (
     longest_dialogue,
@@ -112,6 +112,7 @@ def as_trained(
         record = read_checkpoint(folder).record
     except InputError:
         return plan  # not a checkpoint, or a damaged one, which is reported on loading
+    warn_of_feedback(folder, [cell.experiment for cell in plan.cells])
     changes: dict[str, Any] = {}
     if arguments and record.chat_template_kwargs is not None:
         changes["arguments"] = record.chat_template_kwargs

@@ -15,6 +15,7 @@ from typing import Generic, Literal, TypeVar
 from selfcorrect.recipes.society.requests import Request
 from selfcorrect.recipes.society.settings import Raters
 
+LARGEST_EXPONENT = 700.0  # exp of more than 709 is no float
 Message = dict[str, str]  # {"role": "user" | "assistant", "content": text}
 # "stereotype" and "counter" agree with or contradict a belief about groups, "undecided" does
 # neither; if the text decides the question, an answer is "right" or "wrong".
@@ -158,7 +159,8 @@ def draw_preferences(
             utility[1] = -raters.form
         if pair[0] == pair[1]:
             continue  # the stray word may equal the word that it replaces
-        p_first = 1 / (1 + math.exp(-raters.sharpness * (utility[0] - utility[1])))
+        log_odds = raters.sharpness * (utility[0] - utility[1])
+        p_first = 1 / (1 + math.exp(min(-log_odds, LARGEST_EXPONENT)))
         if rng.random() >= p_first:
             pair.reverse()
         yield Preference(prompt.messages, *pair)

@@ -6,7 +6,7 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
 HIDDEN, FFN, HEADS, LAYERS = 16, 32, 2, 1
-SPECIAL = ["<unk>", "<s>", "</s>"]
+SPECIAL = ["<unk>", "<s>", "<|endoftext|>"]  # the last is what GGUF's readers would add
 
 
 def write_gguf(path: Path) -> None:

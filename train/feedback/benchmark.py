@@ -47,7 +47,11 @@ class Question(BeliefCase):
 
     def reply(self, answer: str) -> str:
         """Return the option's label and text, which go on with the turn after a space."""
-        return f"{' ' if self.is_continued else ''}{answer} {self.row.answers[self._index(answer)]}"
+        return f"{' ' if self.is_continued else ''}{answer} {self.text(answer)}"
+
+    def text(self, answer: str) -> str:
+        """Return the option's text; some in the files end with a space."""
+        return self.row.answers[self._index(answer)].strip()
 
     def meaning(self, answer: str) -> Meaning:
         index = self._index(answer)
@@ -64,7 +68,7 @@ class Question(BeliefCase):
 
     def options(self) -> str:
         """Return the options with their labels, one a line."""
-        return "\n".join(f"{label} {self.row.answers[self._index(label)]}" for label in self.labels)
+        return "\n".join(f"{label} {self.text(label)}" for label in self.labels)
 
     def _index(self, label: str) -> int:
         return self.order[self.labels.index(label)]
@@ -84,16 +88,13 @@ class Prompt(RatedPrompt[Question]):
         label = next((label for label in self.case.labels if written.startswith(label)), None)
         if label is None:
             return None
-        texts = {other: self.case.reply(other).strip() for other in self.case.labels}
-        if written.removesuffix(".") in (label, texts[label].removesuffix(".")):
-            return label, True
         after = written.removeprefix(label).strip()
-        others = (texts[other].removeprefix(other).strip() for other in texts if other != label)
-        if not after.startswith(texts[label].removeprefix(label).strip()) and any(
-            after.startswith(other) for other in others
-        ):
-            return None
-        return label, False
+        named = self.case.text(label)
+        if after.removesuffix(".") in ("", named.removesuffix(".")):
+            return label, True
+        others = [self.case.text(other) for other in self.case.labels if other != label]
+        is_contradicted = after.startswith(tuple(others)) and not after.startswith(named)
+        return None if is_contradicted else (label, False)
 
 
 Rated = tuple[Row, int]  # with the option that agrees with the stereotype
@@ -164,14 +165,13 @@ def malformed(rng: random.Random, prompt: Prompt) -> str:
     case = prompt.case
     first, second = rng.sample(case.labels, 2)
     begin = " " if case.is_continued else ""
-    texts = {label: case.reply(label).strip().removeprefix(label) for label in case.labels}
     kind = rng.randrange(4)
     if kind == 0:
-        return f"{begin}{texts[first].strip()}"
+        return f"{begin}{case.text(first)}"
     if kind == 1:
-        return f"{begin}{first}{texts[second]}"
+        return f"{begin}{first} {case.text(second)}"
     if kind == 2:
-        return f"{begin}{first}{texts[first]} {second}{texts[second]}"
+        return f"{begin}{first} {case.text(first)} {second} {case.text(second)}"
     return f"{begin}{rng.choice(('I would rather talk about this.', 'Good question!', 'Hm.'))}"
 
 

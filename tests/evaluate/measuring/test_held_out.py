@@ -12,6 +12,7 @@ from selfcorrect.evaluate.data.catalogue import catalogue
 from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.experiments.bbq import BBQ, SPOKEN_OF
 from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.measuring import held_out
 from selfcorrect.evaluate.measuring.held_out import check_wordings, notes
 from selfcorrect.evaluate.measuring.inputs import check_inputs
 from selfcorrect.evaluate.measuring.run import recipe_plan
@@ -133,7 +134,7 @@ def test_evaluation_in_words_of_the_feedback_is_refused(
 
 
 def test_other_benchmarks_on_groups_of_the_feedback_are_named(
-    data_dir, caplog: pytest.LogCaptureFixture
+    data_dir, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def named(*categories: str) -> set[str]:
         feedback = BenchmarkFeedback(bbq=list(categories))
@@ -144,9 +145,11 @@ def test_other_benchmarks_on_groups_of_the_feedback_are_named(
     assert named("Gender_identity") == gendered | {"CrowS-Pairs", "StereoSet"}
     assert named("Race_x_SES") == {"Law school admission", "CrowS-Pairs", "StereoSet"}
     assert named("Age") == {"CrowS-Pairs"}
+    monkeypatch.setattr(held_out, "_logged", set())
     with caplog.at_level(logging.INFO):
-        recipe_plan(recipe(data_dir, bbq=["SES"]), data_dir)
-    assert "Feedback was made of BBQ's SES" in caplog.text
+        for _ in range(2):
+            recipe_plan(recipe(data_dir, bbq=["SES"]), data_dir)
+    assert caplog.text.count("Feedback was made of BBQ's SES") == 1
 
 
 def test_plan_counts_the_items_that_are_left(data_dir) -> None:

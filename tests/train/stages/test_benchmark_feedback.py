@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from selfcorrect.evaluate.experiments.bbq.files import read_rows
-from selfcorrect.evaluate.measuring.run import evaluate_run
+from selfcorrect.evaluate.measuring.run import as_trained, evaluate_run, recipe_plan
 from selfcorrect.evaluate.prompts.tokenized import turn_end
 from selfcorrect.evaluate.report.page import write_report
 from selfcorrect.evaluate.run_folder import find_checkpoints
@@ -348,7 +348,7 @@ def model_of_kind(kind: str, folder: str, tmp_path: Path, monkeypatch: pytest.Mo
     "method, kind, more", [("ppo", "GGUF", LORA), ("grpo", "folder", {}), ("dpo", "hub", {})]
 )
 def test_rule_trains_without_a_reward_model_and_resumes_bitwise(
-    data_dir, model, tmp_path, monkeypatch, method, kind, more
+    data_dir, model, tmp_path, monkeypatch, caplog, method, kind, more
 ) -> None:
     content = recipe_content(data_dir, model_of_kind(kind, model, tmp_path, monkeypatch))
     content["policy"] |= {"method": method, **more}
@@ -368,6 +368,9 @@ def test_rule_trains_without_a_reward_model_and_resumes_bitwise(
     assert reusable_stages(recipe, tmp_path / "whole") == ["base"]
     if method != "ppo":
         return
+    checkpoint = find_checkpoints(tmp_path / "whole")[-1].folder
+    as_trained(recipe_plan(recipe, tmp_path / "whole"), checkpoint)  # measured without its run
+    assert "Age, SES, which are measured here too" in caplog.text
     evaluate_run(recipe, tmp_path / "whole")
     page = write_report(tmp_path / "whole", num_resamples=10).read_text(encoding="utf-8")
     assert "no question of BBQ about the same groups" in page
@@ -406,11 +409,11 @@ def test_feedback_from_the_published_files() -> None:
     drawn = source(Path(folder), bbq=names)
     others = [row for row in read_rows(Path(folder) / "bbq") if row.category not in names]
     foreign = {row.context for row in others}
-    prompts, pairs = list(drawn.prompts(4000)), list(drawn.preferences(1500))
+    prompts, pairs = list(drawn.prompts(1500)), list(drawn.preferences(600))
     asked = "\n".join(pair.messages[0]["content"] for pair in pairs)
     assert not any(context in asked for context in foreign)
     categories = Counter(prompt.case.row.category for prompt in prompts)
-    assert set(categories) == set(names) and min(categories.values()) > 700
+    assert set(categories) == set(names) and min(categories.values()) > 240
     assert len({prompt.case.row.template for prompt in prompts}) == 5 * 25
     assert len({prompt.case.row.answers[prompt.case.row.unknown] for prompt in prompts}) == 10
     places = Counter()
@@ -423,8 +426,11 @@ def test_feedback_from_the_published_files() -> None:
             places[meanings.index("stereotype")] += 1
         else:
             right = prompt.response(labels[meanings.index("right")])
-            assert right.strip() == f"{labels[meanings.index('right')]} {row.answers[row.label]}"
+            assert (
+                right.strip()
+                == f"{labels[meanings.index('right')]} {row.answers[row.label].strip()}"
+            )
     assert min(places.values()) > 0.3 * sum(places.values())
     kinds = Counter(prompt.request.kind for prompt in prompts)
     for kind, share in drawn.settings.requests.items():
-        assert kinds[kind] / 4000 == pytest.approx(share, abs=0.03)
+        assert kinds[kind] / 1500 == pytest.approx(share, abs=0.05)
