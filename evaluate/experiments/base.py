@@ -132,7 +132,11 @@ class Experiment(ABC):
 
     @abstractmethod
     def tally(self, frame: pd.DataFrame) -> Tally:
-        """Add up one cell's rows within each cluster."""
+        """Add up one cell's rows within each cluster.
+
+        `frame` has the columns of the evaluation file without its texts, without `truncated`, and
+        without `probabilities`, which follow from `logprobs`.
+        """
 
     @abstractmethod
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
