@@ -117,8 +117,8 @@ def open_series(series: Series, run: Path, *, wait: bool = False) -> tuple[Serie
         save_recipe(resolved, run / "recipe.yaml")
         check_inputs(resolved, run, training=False)
     for checkpoint in find_checkpoints(run, {}):
-        is_listed = checkpoint.key in found.sources
-        if not is_listed and not any(checkpoint.evaluation.glob("*.parquet")):
+        is_ours = checkpoint.record.source is not None and checkpoint.key not in found.sources
+        if is_ours and not any(checkpoint.evaluation.glob("*.parquet")):
             with hold_lock(checkpoint.evaluation) as is_free:
                 if is_free:
                     shutil.rmtree(checkpoint.folder)

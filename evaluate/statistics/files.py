@@ -27,7 +27,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "model": ("str", "the model's name in the recipe"),
     "parameters": ("Int64", "number of parameters of the model"),
     "seed": ("Int64", "training seed"),
-    "step": ("Int64", "PPO updates (rollout batches) behind the checkpoint"),
+    "step": ("Int64", "PPO updates (rollout batches) behind the checkpoint; a series has its own"),
     "episodes": ("Int64", "completions sampled in training up to the checkpoint"),
     "kl": ("float64", "mean sequence KL to the initial policy, nats, last rollout batch"),
     "reward": ("float64", "mean reward-model score of the last rollout batch"),
