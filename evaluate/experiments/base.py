@@ -114,7 +114,7 @@ class Experiment(ABC):
         Experiments made of BBQ's questions leave out all about the same groups.
         """
         changed = copy.copy(self)
-        changed.spoken_of = frozenset().union(*map(axes_of, categories))
+        changed.spoken_of = frozenset[str]().union(*map(axes_of, categories))
         return changed
 
     @property

@@ -46,7 +46,7 @@ def _sentences(text: str) -> Iterator[str]:
 
 def notes(feedback: BenchmarkFeedback, experiments: Sequence[str]) -> list[str]:
     """Return sentences on what is not measured, and on what is although feedback spoke of it."""
-    spoken = frozenset().union(*map(axes_of, feedback.bbq))
+    spoken = frozenset[str]().union(*map(axes_of, feedback.bbq))
     sentences = [
         f"Feedback was made of BBQ's {', '.join(feedback.bbq)}: no question of BBQ about the same "
         "groups is measured."

@@ -8,6 +8,7 @@ so heeding it takes no judgement.
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from selfcorrect.recipes.society.settings import RequestKind
 
@@ -67,13 +68,14 @@ class Request:
 
 
 PLAIN = Request()
+K = TypeVar("K", bound=RequestKind)
 
 
 def draw_request(
     rng: random.Random,
-    shares: dict[RequestKind, float],
+    shares: Mapping[K, float],
     tasks: Sequence[tuple[str, str]],
-    wordings: Mapping[RequestKind, Sequence[str]],
+    wordings: Mapping[K, Sequence[str]],
 ) -> Request:
     """Draw a request by the kinds' shares, in one of its kind's `wordings`.
 

@@ -247,7 +247,7 @@ def _items_spoken_of(experiment: str, categories: tuple[str, ...]) -> int:
     from selfcorrect.evaluate.data.catalogue import catalogue
     from selfcorrect.evaluate.experiments.base import axes_of
 
-    spoken = frozenset().union(*map(axes_of, categories))
+    spoken = frozenset[str]().union(*map(axes_of, categories))
     files = catalogue()[experiment].files if experiment in ("bbq", "mbbq") else ()
     translated = re.compile(r"(_control)?_[a-z]{2}$")  # MBBQ's Age_control_es
     names = [(Path(file.path).name.partition(".")[0], file.rows) for file in files]
