@@ -161,12 +161,13 @@ class Slots:
         width = max(len(row.tokens) for row in rows) - 1
         # All slots, as after the last prompts: a view is enough, read before the next step.
         index = slice(None) if slots == list(range(len(self.rows))) else slots
-        cache = DynamicCache(
-            [
-                (layer.keys[index, :, :width], layer.values[index, :, :width])
-                for layer in self.cache.layers
-            ]
-        )
+        cache = DynamicCache()
+        for layer in self.cache.layers:
+            taken = DynamicLayer()
+            taken.lazy_initialization(layer.keys, layer.values)  # DynamicCache(...) would copy
+            taken.keys = layer.keys[index, :, :width]
+            taken.values = layer.values[index, :, :width]
+            cache.layers.append(taken)
         for slot in slots:
             self.rows[slot] = None
         return cache
