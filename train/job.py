@@ -109,7 +109,7 @@ def run_job(
             measure = _measure_with(
                 plan or recipe_plan(recipe, run), sorted(recipe.policy.checkpoints), progress
             )
-        functions = recipe.reward.functions
+        functions = {str(name): weight for name, weight in recipe.reward.functions.items()}
         train_policy(job, recipe.policy, feedback, tokenizer, record, measure, functions)
 
 

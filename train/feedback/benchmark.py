@@ -81,20 +81,21 @@ class Prompt(RatedPrompt[Question]):
     def read(self, text: str) -> tuple[str, bool] | None:
         """Read the option's label at the beginning.
 
-        A well-formed answer has nothing else but the option's text and a full stop. A label before
-        the text of another option is no answer.
+        A well-formed answer has nothing else but the option's text and a full stop. With another
+        label in it, or before the text of another option, it is no answer.
         """
-        written = text.strip()
-        label = next((label for label in self.case.labels if written.startswith(label)), None)
+        written, case = text.strip(), self.case
+        label = next((label for label in case.labels if written.startswith(label)), None)
         if label is None:
             return None
         after = written.removeprefix(label).strip()
-        named = self.case.text(label)
-        if after.removesuffix(".") in ("", named.removesuffix(".")):
+        if after.removesuffix(".") in ("", case.text(label).removesuffix(".")):
             return label, True
-        others = [self.case.text(other) for other in self.case.labels if other != label]
-        is_contradicted = after.startswith(tuple(others)) and not after.startswith(named)
-        return None if is_contradicted else (label, False)
+        named = [other for other in case.labels if after.startswith(case.text(other))]
+        meant = max(named, key=lambda other: len(case.text(other)), default=label)
+        if meant != label or any(other in after for other in case.labels if other != label):
+            return None
+        return label, False
 
 
 Rated = tuple[Row, int]  # with the option that agrees with the stereotype
@@ -113,8 +114,8 @@ class Source:
                 "data.benchmarks: name the folder with bbq/, which data.feedback reads"
             )
         self.settings: BenchmarkFeedback = data.feedback
-        labels = getattr(load_stimuli(data.stimuli).section("bbq"), "labels", ())[:3]
-        self.labels = labels if len(labels) == 3 else DEFAULT_LABELS
+        given = getattr(load_stimuli(data.stimuli).section("bbq"), "labels", ())
+        self.labels = DEFAULT_LABELS if len(given) < 3 else (given[0], given[1], given[2])
         rated = _rated_rows(data.benchmarks / "bbq", self.settings.bbq)
         rng = random.Random(f"items {self.settings.seed}")
         self.for_pairs: dict[str, Items] = {}

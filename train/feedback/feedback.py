@@ -77,13 +77,13 @@ def load_feedback(data: Data, seed: int) -> Feedback:
     if data.society is not None:
         world = make_world(data.society)
         pairs = society_feedback.preferences(world, data.society.pairs)
-        prompts = society_feedback.prompts(world, data.society.prompts)
-        return _rated_feedback(data, pairs, data.society.pairs, prompts, world)
+        rated = society_feedback.prompts(world, data.society.prompts)
+        return _rated_feedback(data, pairs, data.society.pairs, rated, world)
     if data.feedback is not None:
         source = BenchmarkSource(data)
         num_pairs = data.feedback.pairs
-        prompts = source.prompts(data.feedback.prompts)
-        return _rated_feedback(data, source.preferences(num_pairs), num_pairs, prompts)
+        asked = source.prompts(data.feedback.prompts)
+        return _rated_feedback(data, source.preferences(num_pairs), num_pairs, asked)
     assert data.preferences is not None
     rows = list(_rows(data.preferences, "preferences", seed))
     repeated = _prompts_are_repeated([row for _, row in rows])
@@ -95,8 +95,8 @@ def load_feedback(data: Data, seed: int) -> Feedback:
     if data.prompts is None:
         unique = {str(pair.prompt): pair.prompt for pair in preferences}
         return Feedback(preferences, list(unique.values()), left_out)
-    given = [_prompt(row, where) for where, row in _rows(data.prompts, "prompts", seed)]
-    return Feedback(preferences, given, left_out)
+    prompts = [_prompt(row, where) for where, row in _rows(data.prompts, "prompts", seed)]
+    return Feedback(preferences, prompts, left_out)
 
 
 def _rated_feedback(

@@ -206,7 +206,8 @@ def load_given_model(model: Model) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if policy.can_generate():  # TRL reads the end tokens there; the chat template may have its own
         policy.generation_config.eos_token_id = sorted(end_tokens(policy, tokenizer))
         policy.generation_config.pad_token_id = tokenizer.pad_token_id  # or -1 refuses to be saved
-    if model.gguf_file is not None or is_adapted:
+    is_gguf = model.gguf_file is not None or Path(model.path).suffix == ".gguf"
+    if is_gguf or is_adapted:
         # transformers treats a model read from GGUF as quantized, and refuses to save or train it.
         # Its weights were dequantized on reading: move them into an ordinary model. An adapter may
         # have doubled layers, which share their weights until then.
