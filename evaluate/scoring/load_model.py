@@ -303,7 +303,7 @@ def _put_adapter(layer: Any, adapter: str, device: Any = None) -> None:
     base = layer.get_base_layer()
     place = getattr(getattr(base, "_hf_hook", None), "execution_device", base.weight.device)
     for name in (*layer.adapter_layer_names, *layer.other_param_names):
-        parts = getattr(layer, name, None)
+        parts: Any = getattr(layer, name, None)
         if hasattr(parts, "to") and adapter in parts:
             parts[adapter] = parts[adapter].to(place)
 
