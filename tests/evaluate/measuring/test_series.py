@@ -150,6 +150,7 @@ def test_the_output_folder_of_a_trainer_is_a_series_by_itself(name, tmp_path):
     assert not first["logprobs"].equals(last["logprobs"])
 
 
+@pytest.mark.matrix
 def test_the_example_of_the_guide_is_measured(tmp_path, monkeypatch):
     """`docs/examples`, with few updates and items: a plain transformers Trainer, and the YAML."""
     monkeypatch.chdir(tmp_path)
