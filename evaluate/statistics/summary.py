@@ -136,9 +136,16 @@ def _rounds_json(cell: MeasuredCell) -> list[dict[str, Any]]:
             "continues": cell.continues,
             "quantity": name,
             **_estimate_json(value),
+            "undefined_because": _reason(value),
         }
         for name, value in cell.rounds.items()
     ]
+
+
+def _reason(value: Estimate) -> str | None:
+    if np.isnan(value.value):
+        return "no item has such an option"
+    return "a category with one cluster: no interval" if np.isnan(value.low) else None
 
 
 def _estimate_json(estimate: Estimate) -> dict[str, float | None]:

@@ -100,5 +100,6 @@ def test_rounds_are_in_the_table_and_in_the_report(tmp_path):
     _, statistics = results_of(tmp_path / "models", num_resamples=20)
     rounds = statistics["rounds"]
     assert {row["continues"] for row in rounds} == {"reviews 1"}
+    assert {row["undefined_because"] for row in rounds} == {None}
     shown = round_table(rounds, CheckpointColumns(statistics["cells"]))
     assert len(shown.rows) == 1 and len(shown.rows[0]) == len(shown.columns)
