@@ -34,12 +34,18 @@ def shipped_recipes() -> list[Path]:
     """Return the recipes that come with the package, sorted by name."""
     folders = (SHIPPED, SHIPPED / "study", SHIPPED / "ladders")
     paths = [path for folder in folders for path in folder.glob("*.yaml")]
-    return sorted(paths, key=lambda path: path.stem)
+    return sorted((path for path in paths if not _is_series(path)), key=lambda path: path.stem)
 
 
 def shipped_series() -> list[Path]:
     """Return the series of published checkpoints that come with the package, sorted by name."""
-    return sorted((SHIPPED / "published").glob("*.yaml"))
+    study = [path for path in (SHIPPED / "study").glob("*.yaml") if _is_series(path)]
+    return sorted([*(SHIPPED / "published").glob("*.yaml"), *study], key=lambda path: path.stem)
+
+
+def _is_series(path: Path) -> bool:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return any(line.startswith("checkpoints:") for line in lines)
 
 
 def recipe_path(name: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from selfcorrect.recipes.foundation.errors import InputError
-from selfcorrect.recipes.load import load_recipe, shipped_recipes
+from selfcorrect.recipes.load import load_recipe, shipped_recipes, shipped_series
 from selfcorrect.train.planning import devices
 from selfcorrect.train.planning.devices import CPU_CORE, GPUS, device_named
 from selfcorrect.train.planning.estimate import (
@@ -54,7 +54,8 @@ def _has_pairs(path: Path) -> bool:
 
 
 def test_shipped_recipes_are_all_yaml_files_but_the_stimuli() -> None:
-    assert set(RECIPES) - set(shipped_recipes()) == {ROOT / "recipes/society/stimuli.yaml"}
+    shipped = {*shipped_recipes(), *shipped_series()}
+    assert set(RECIPES) - shipped == {ROOT / "recipes/society/stimuli.yaml"}
 
 
 # ---- work ----------------------------------------------------------------------------------------
