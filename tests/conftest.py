@@ -15,13 +15,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Leave deprecations to vLLM's authors where it is installed: TRL imports it then."""
-    if importlib.util.find_spec("vllm") is not None:
-        for kind in ("DeprecationWarning", "FutureWarning"):
-            config.addinivalue_line("filterwarnings", f"default::{kind}")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the matrix unless it is asked for, and what needs vLLM where it is missing.
 
