@@ -125,13 +125,25 @@ class VllmEngine(Engine):
         answers = [output.outputs[0] for output in self._generate(tokens, params)]
         return [
             Sample(
-                answer.text,
+                self._text(answer, stop),
                 answer.finish_reason == "length",
                 len(answer.token_ids),
                 stopped=stop is not None and getattr(answer, "stop_reason", None) in (stop, *stops),
             )
             for answer in answers
         ]
+
+    def _text(self, answer: Any, stop: str | None) -> str:
+        """Return an answer's text as the packed engine decodes it: alone, not as a continuation."""
+        tokens = list(answer.token_ids)
+        if answer.finish_reason == "stop" and not isinstance(
+            getattr(answer, "stop_reason", None), str
+        ):
+            tokens = tokens[:-1]  # the end
+        text: str = self.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text.split(stop)[0] if stop else text
 
     def _check_length(self, index: int, length: int, prompt: str | None = None) -> None:
         try:
