@@ -206,10 +206,12 @@ function mainFigure(box) {
     shown = points();
     const without = shown.filter((row) => axis.value !== "size" && row[axis.value] === null).length;
     const undef = shown.filter((row) => row.value === null).length;
+    const shaded = [...new Set(shown.filter((row) => row.low !== null).map((row) => row.interval))];
     note.textContent = [
       facts.meaning ? facts.label + ": " + facts.meaning + "." : "",
       facts.unbiased === null ? "" : "The solid line at " + facts.unbiased + " is no bias.",
       facts.chance === null ? "" : "Dotted: chance.",
+      shaded.length ? "Shaded: " + shaded.join(", or ") + "." : "",
       undef ? plural(undef, "point") + " undefined." : "",
       without ? plural(without, "point") + " without a value on this x-axis." : "",
       undef < shown.length && typeof vegaEmbed !== "undefined"
