@@ -114,7 +114,7 @@ class Source:
                 "data.benchmarks: name the folder with bbq/, which data.feedback reads"
             )
         self.settings: BenchmarkFeedback = data.feedback
-        given = getattr(load_stimuli(data.stimuli).section("bbq"), "labels", ())
+        given: tuple[str, ...] = getattr(load_stimuli(data.stimuli).section("bbq"), "labels", ())
         self.labels = DEFAULT_LABELS if len(given) < 3 else (given[0], given[1], given[2])
         rated = _rated_rows(data.benchmarks / "bbq", self.settings.bbq)
         rng = random.Random(f"items {self.settings.seed}")
