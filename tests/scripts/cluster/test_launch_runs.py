@@ -141,7 +141,7 @@ def test_train_measures_what_a_sigterm_left_unmeasured(
     [
         ("tiny/0/3", 2, "not a checkpoint of"),
         ("tiny/1/4", 2, "not a checkpoint of"),
-        ("tiny/0/4", 1, "checkpoint-4: training has not reached this checkpoint yet"),
+        ("tiny/0/4", 1, "checkpoint-4: this checkpoint is not there yet"),
     ],
 )
 def test_missing_checkpoint_is_one_line(

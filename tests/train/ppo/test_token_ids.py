@@ -78,7 +78,9 @@ def test_ids_trained_on_are_ids_measured_on(name, template, dialogue, engine, cl
     assert tokenizer.decode(learned) == tokenizer.decode(measured)
     merges = measured[:start] != sampled_from  # across the boundary: ":" and " " of plain bytes
     assert learned == measured or merges
-    assert merges == (name == "bytes" and sampled_from[-1:] == token_ids(tokenizer, [":"])[0])
+    if template != "reasoning in the prompt":  # whose "<think>\n" merges with the end of the block
+        colon = token_ids(tokenizer, [":"])[0]
+        assert merges == (name == "bytes" and sampled_from[-1:] == colon)
     (options,) = continuations(tokenizer, [(placed, (" b", " a"))])
     assert list(options[0].tokens[: start - merges]) == sampled_from[: start - merges]
 
