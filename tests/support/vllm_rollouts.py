@@ -1,7 +1,8 @@
 """A PPO run whose rollouts vLLM samples, in the same process unless a server's port is given.
 
 Each run needs a process of its own:
-python -m tests.support.vllm_rollouts MODELS FOLDER CRITIC [kill|resume|PORT]
+python -m tests.support.vllm_rollouts MODELS FOLDER CRITIC [kill|resume|PORT [disk]]
+With `disk`, weights go to the server through a folder.
 """
 
 import hashlib
@@ -10,7 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from trl.generation.vllm_client import VLLMClient
 
 from tests.support.killed_child import die
 from tests.support.ppo_models import END, PADDING, VOCABULARY, make_tokenizer, make_trainer
@@ -56,15 +59,37 @@ def weights_of_policy(trainer) -> dict[str, torch.Tensor]:
     return fused
 
 
+def send_through(folder: Path) -> None:
+    """Let TRL's client send weights through a folder: its own way, NCCL, is for GPUs alone."""
+
+    def update(client: VLLMClient, metadata: list, named_params) -> None:
+        folder.mkdir(exist_ok=True)
+        weights = {name: tensor.detach().clone() for name, tensor in named_params}
+        assert [name for name, *_ in metadata] == list(weights)
+        save_file(weights, folder / "model.safetensors")
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        client._post(f"{client.base_url}/collective_rpc", json=reload)
+
+    VLLMClient.init_communicator = lambda client, device: None
+    VLLMClient.update_named_params = update
+
+
+def digest_in_server(client: VLLMClient) -> str:
+    asked = {"method": "digest_of_weights"}
+    return client._post(f"{client.base_url}/collective_rpc", json=asked)["results"][0]
+
+
 class DieAfter(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step == KILLED_AFTER:
             die()
 
 
-def main(models: str, folder: str, critic: str, mode: str = "") -> None:
+def main(models: str, folder: str, critic: str, mode: str = "", way: str = "") -> None:
     from tests.support.ppo_models import copy_weights
 
+    if way == "disk":
+        send_through(Path(folder).absolute() / "sent")
     saving = {"save_strategy": "steps", "save_steps": 1}
     where = {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.05}
     if mode.isdigit():
@@ -78,6 +103,9 @@ def main(models: str, folder: str, critic: str, mode: str = "") -> None:
 
     def compare():
         sync()
+        if mode.isdigit():
+            synced.append(digest_in_server(vllm.vllm_client))
+            return
         expected = weights_of_policy(trainer)  # the critic is hidden while vLLM samples
         held = weights_in_vllm(vllm.llm)
         unequal.extend(expected.keys() ^ held.keys())
@@ -95,7 +123,7 @@ def main(models: str, folder: str, critic: str, mode: str = "") -> None:
         {key: value for key, value in entry.items() if "importance" in key or key == "reward"}
         for entry in trainer.state.log_history
     ]
-    facts = {"digest": digest.hexdigest(), "syncs": len(synced), "unequal": unequal, "log": log}
+    facts = {"digest": digest.hexdigest(), "syncs": synced, "unequal": unequal, "log": log}
     (Path(folder) / "facts.json").write_text(json.dumps(facts))
 
 
