@@ -13,7 +13,7 @@ from selfcorrect.evaluate.scoring.engine import Engine, EngineLoader, Sample, Sa
 from selfcorrect.evaluate.scoring.load_model import ADAPTER, load_model, refuse_pickles
 from selfcorrect.evaluate.scoring.precision import held_in
 from selfcorrect.evaluate.scoring.vllm import VllmLoader, request_seed, vllm_version
-from selfcorrect.recipes.foundation.errors import InputError, reason_of
+from selfcorrect.recipes.foundation.errors import InputError, is_from_outside, reason_of
 
 
 class LmEvalEngine(Engine):
@@ -159,7 +159,7 @@ class LmEvalLoader(EngineLoader):
                 lm = get_model(self.lm).create_from_arg_obj(options | self.arguments)
                 engine = LmEvalEngine(lm)
         except Exception as error:  # an LM may raise anything
-            if isinstance(error, InputError):
+            if isinstance(error, InputError) or is_from_outside(error):
                 raise
             raise InputError(
                 f"{model}: lm-eval's {self.lm} cannot load it: {reason_of(error)}"

@@ -153,17 +153,17 @@ def outside_cause(error: BaseException) -> str | None:
     if not isinstance(error, OSError):
         return None
     if error.errno is None:  # not the system's: a library uses the type, such as for a wrong name
-        return f"{_raised_in(error)}: {reason_of(error)}"
+        package = raised_in(error).partition(".")[0] or type(error).__name__
+        return f"{package}: {reason_of(error)}"
     return f"{name or 'the machine'}: {error.strerror or reason_of(error)}"
 
 
-def _raised_in(error: BaseException) -> str:
-    """Return the name of the package whose code raised an error."""
+def raised_in(error: BaseException) -> str:
+    """Return the name of the module whose code raised an error, "" if that is not known."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
-    return module.partition(".")[0] or type(error).__name__
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
 
 
 @contextmanager

@@ -6,7 +6,6 @@ compared with the model's own forward before they are trusted. PPO and the GRPO 
 
 import copy
 import logging
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -22,7 +21,13 @@ from trl.trainer.utils import pad
 
 from selfcorrect.evaluate.callback import temporary_eval_mode
 from selfcorrect.evaluate.scoring.sampling import only_settings
-from selfcorrect.recipes.foundation.errors import InputError, RunFailure, is_from_network, reason_of
+from selfcorrect.recipes.foundation.errors import (
+    InputError,
+    RunFailure,
+    is_from_network,
+    raised_in,
+    reason_of,
+)
 from selfcorrect.train.ppo.colocated import colocated_vllm
 from selfcorrect.train.ppo.config import PPOConfig
 from selfcorrect.train.ppo.critic import Critic, language_model_of
@@ -331,16 +336,10 @@ def _server_errors(args: Any) -> Iterator[None]:
         has_server = args.use_vllm and args.vllm_mode == "server"
         # TRL's client raises a plain Exception for an answer that is not "OK", and errors of its
         # own for a server without a weight-transfer engine, or a trainer without a GPU.
-        is_of_client = type(error) is Exception or _raised_in(error, "trl.generation.vllm_client")
+        is_of_client = type(error) is Exception or raised_in(error) == "trl.generation.vllm_client"
         if not has_server or not (is_from_network(error) or is_of_client):
             raise
         raise RunFailure(f"policy.trainer.use_vllm: vLLM's server: {reason_of(error)}") from error
-
-
-def _raised_in(error: BaseException, module: str) -> bool:
-    """Return whether a module raised an error itself."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and frames[-1][0].f_globals.get("__name__") == module
 
 
 def _generation_settings(model: Any, trust_remote_code: bool) -> GenerationConfig:

@@ -2,6 +2,8 @@
 
 import errno
 import http.client
+import importlib
+import json
 import os
 import re
 import socket
@@ -11,10 +13,17 @@ from pathlib import Path
 
 import pydantic
 import pytest
+from huggingface_hub import errors as hub
 from huggingface_hub.utils import get_session
 from transformers import AutoConfig
 
-from selfcorrect.recipes.foundation.errors import outside_cause, reason_of
+from selfcorrect.recipes.foundation.errors import (
+    InputError,
+    RunFailure,
+    outside_cause,
+    reason_of,
+)
+from selfcorrect.recipes.foundation.hub_errors import hub_errors
 from selfcorrect.scripts.commands import __main__ as command
 from tests.support.file_server import Server
 
@@ -116,3 +125,69 @@ def test_error_of_a_program_is_none_of_these() -> None:
 def test_reason_is_kept_on_one_line(action: Callable, reason: str) -> None:
     line = reason_of(raised_by(action))
     assert reason in line and len(line) <= 300 and "Traceback" not in line
+
+
+def from_client(
+    error: BaseException, module: str = "huggingface_hub.somewhere"
+) -> Callable[[], None]:
+    """Return a function of the hub's client, or another module, that raises an error."""
+    scope = {"__name__": module, "error": error, "cause": error.__cause__}
+    exec("def fail():\n    raise error from cause", scope)
+    return scope["fail"]
+
+
+def caused_by(cause: BaseException) -> hub.LocalEntryNotFoundError:
+    error = hub.LocalEntryNotFoundError("cannot find the requested files in the local cache")
+    error.__cause__ = cause
+    return error
+
+
+def answered(code: int) -> hub.HfHubHTTPError:
+    response = get_session().build_request("GET", NOBODY)
+    kind = type(get_session()).__module__.partition(".")[0]
+    answer = importlib.import_module(kind).Response(code, request=response)
+    return hub.HfHubHTTPError(f"{code} from the hub", response=answer)
+
+
+HUB = {
+    "offline": (caused_by(hub.OfflineModeIsEnabled("no")), InputError, "HF_HUB_OFFLINE is set"),
+    "no cause": (hub.LocalEntryNotFoundError("no copy"), RunFailure, "cannot be reached"),
+    "no network": (caused_by(ConnectionError("refused")), RunFailure, "be reached .refused"),
+    "limit": (caused_by(answered(429)), RunFailure, "limits the number of requests"),
+    "server's fault": (caused_by(answered(503)), RunFailure, "refuses the download .503"),
+    "no token": (caused_by(answered(403)), InputError, "refuses the token"),
+    "no metadata": (caused_by(hub.FileMetadataError("no ETag")), RunFailure, "not the hub's"),
+    "page for JSON": (json.JSONDecodeError("expecting value", "<html>", 0), RunFailure, "login"),
+    "other JSON": (KeyError("branches"), RunFailure, "not the hub's"),
+    "broken transfer": (OSError("Consistency check failed"), RunFailure, "download failed"),
+    "another library": (RuntimeError("CAS service error"), RunFailure, "failed .CAS service"),
+    "memory of the server": (answered(500), RunFailure, "refuses the download .500"),
+}
+
+
+@pytest.mark.parametrize(("error", "kind", "fragment"), HUB.values(), ids=list(HUB))
+def test_error_of_the_hubs_client_is_one_line_by_its_origin(
+    error: Exception, kind: type, fragment: str
+) -> None:
+    with pytest.raises(kind, match=rf"^lab/m: .*{fragment}"), hub_errors("lab/m", "download"):
+        from_client(error)()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Permission denied", "/cache/blobs"),
+        MemoryError(),
+    ],
+    ids=["full disk", "cache of another user", "memory"],
+)
+def test_error_of_this_machine_is_not_the_hubs(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, hub_errors("lab/m", "download"):
+        from_client(error)()
+    assert outside_cause(caught.value) is not None
+
+
+def test_errors_of_our_own_code_are_not_the_hubs() -> None:
+    with pytest.raises(TypeError, match="unexpected"), hub_errors("lab/m", "download"):
+        from_client(TypeError("unexpected keyword"), "selfcorrect.evaluate.publish.hub")()
