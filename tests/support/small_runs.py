@@ -68,7 +68,7 @@ def call(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, **options)
 
 
-def wait_until(reached: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+def wait_until(reached: Callable[[], bool], process: Any) -> None:
     """Wait until `reached`; fail with the error output if the process ends before."""
     deadline = time.monotonic() + SECONDS
     while not reached() and process.poll() is None and time.monotonic() < deadline:
