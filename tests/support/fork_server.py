@@ -24,8 +24,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-import torch
-
 from tests.support import ROOT
 from tests.support.small_runs import SECONDS
 
@@ -121,6 +119,8 @@ class ForkServer:
 
 def serve(control: socket.socket) -> list[str]:
     """Fork a process for each request until the other end closes; return its words in the fork."""
+    import torch
+
     for name in IMPORTED:
         importlib.import_module(name)
     if torch.version.cuda is None and importlib.util.find_spec("deepspeed") is not None:
