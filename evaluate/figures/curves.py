@@ -303,7 +303,8 @@ def save(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = ("png",
     """Write <name>.png and <name>.svg atomically; equal data gives equal bytes."""
     no_date = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with style():
-        figure.draw_without_rendering()
+        if (layout := figure.get_layout_engine()) is not None:
+            layout.execute(figure)
         figure.set_layout_engine(None)  # compute the layout once: it takes half the time
         for kind in kinds:
             with atomic_file(folder / f"{name}.{kind}") as path:
