@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.fork_server import ForkedProcess, ForkServer
 from tests.support.small_runs import command
 
 NAME = "small"
@@ -62,6 +63,13 @@ def half_written(run: Path) -> Iterator[str]:
                 if not (Path(folder) / name / "complete").exists():
                     yield f"{here}/{name}"
         folders[:] = [n for n in folders if n != "benchmarks" and not PART.fullmatch(n)]
+
+
+def is_half_written(path: Path) -> bool:
+    """Return whether this path is partly written now, without a look at all others."""
+    if path.parent.name.endswith(".work") and path.is_dir() and not (path / "complete").exists():
+        return True
+    return any(PART.fullmatch(part.name) for part in path.parent.glob(f".{path.name}.*.part"))
 
 
 def left_behind(run: Path) -> list[str]:
@@ -113,19 +121,24 @@ def differences(run: Path, reference: Path) -> list[str]:
 
 
 class Started:
-    """A run in its own process group, with its output in a file beside its folder."""
+    """A run in its own process group, with its output in a file beside its folder.
 
-    def __init__(self, runs: Path, *more: str) -> None:
+    It is a new interpreter, or a fork of `server`.
+    """
+
+    process: "subprocess.Popen[bytes] | ForkedProcess"
+
+    def __init__(self, runs: Path, *more: str, server: ForkServer | None = None) -> None:
         runs.mkdir(parents=True, exist_ok=True)
         self.output = runs.with_name(f"{runs.name}.txt")
-        with self.output.open("w") as file:
-            self.process = subprocess.Popen(
-                command(runs, *more),
-                cwd=runs.parent,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
+        words = command(runs, *more)
+        if server is not None:
+            self.process = server.start(words, runs.parent, self.output)
+        else:
+            with self.output.open("w") as file:
+                self.process = subprocess.Popen(
+                    words, cwd=runs.parent, stdout=file, stderr=file, start_new_session=True
+                )
         self.started = time.monotonic()
 
     @property
@@ -160,14 +173,21 @@ def watch(runs: Path, *more: str) -> tuple[float, dict[str, float]]:
     return started.seconds, seen
 
 
-def strike(runs: Path, moment: Moment, number: signal.Signals, *more: str) -> str | None:
+def strike(
+    runs: Path,
+    moment: Moment,
+    number: signal.Signals,
+    *more: str,
+    server: ForkServer | None = None,
+) -> str | None:
     """Start the run and kill it; return its stage, or None if it ended before the moment."""
     path = runs / NAME / (moment.after or "")
     existed = path.exists()  # from an earlier start; a new one may appear between two polls
-    started, since = Started(runs, *more), 0.0 if moment.after is None else math.inf
+    started = Started(runs, *more, server=server)
+    since = 0.0 if moment.after is None else math.inf
     for _ in started.each_poll():
         if math.isinf(since):
-            seen = str(moment.after) in half_written(runs / NAME) or (not existed and path.exists())
+            seen = is_half_written(path) or (not existed and path.exists())
             since = started.seconds if seen else since
         late_enough = number != signal.SIGTERM or started.seconds >= LISTENING_SECONDS
         if late_enough and started.seconds >= since + moment.seconds:
@@ -184,9 +204,9 @@ def strike(runs: Path, moment: Moment, number: signal.Signals, *more: str) -> st
     return stage_of(runs / NAME)
 
 
-def resume(runs: Path, *more: str) -> None:
+def resume(runs: Path, *more: str, server: ForkServer | None = None) -> None:
     """Run the same command again, to its end."""
-    started = Started(runs, *more)
+    started = Started(runs, *more, server=server)
     started.process.wait()
     if started.process.returncode:
         raise SystemExit(f"the run does not resume: {started.output.read_text()}")
@@ -208,7 +228,12 @@ def moments(num: int, seconds: float, seen: dict[str, float], rng: random.Random
 
 
 def drill(
-    runs: Path, reference: Path, plan: list[Moment], number: signal.Signals, *more: str
+    runs: Path,
+    reference: Path,
+    plan: list[Moment],
+    number: signal.Signals,
+    *more: str,
+    server: ForkServer | None = None,
 ) -> tuple[list[list[str]], list[str]]:
     """Kill and resume one run at each moment; return a row per kill, and the differing files.
 
@@ -217,7 +242,7 @@ def drill(
     """
     kills: list[list[str]] = []
     for moment in plan:
-        while (stage := strike(runs, moment, number, *more)) is None:
+        while (stage := strike(runs, moment, number, *more, server=server)) is None:
             if differing := differences(runs / NAME, reference):
                 return kills, differing
             shutil.rmtree(runs)
@@ -225,7 +250,7 @@ def drill(
         left = list(dict.fromkeys(half_written(runs / NAME)))
         more_left = f" and {len(left) - 1} more" if len(left) > 1 else ""
         kills.append([number.name, str(moment), stage, f"{left[0]}{more_left}" if left else "–"])
-    resume(runs, *more)
+    resume(runs, *more, server=server)
     return kills, differences(runs / NAME, reference)
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,7 @@ from selfcorrect.train.stages import JobFacts
 from selfcorrect.train.stages.base import train_base
 from tests.drills import kill
 from tests.drills.kill import Moment, differences, drill
+from tests.support.fork_server import ForkServer
 from tests.support.small_runs import FEW, SECONDS, SMALL, call, command, digests, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * SECONDS)]
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * SECONDS)]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted run."""
+    """The folder of an uninterrupted run, in a new interpreter."""
     runs = tmp_path_factory.mktemp("finished") / "runs"
     runs.mkdir()
     done = call(command(runs), cwd=runs.parent)
@@ -65,22 +65,25 @@ def test_weights_differ_between_steps(finished: Path) -> None:
     assert len(weights) == 3
 
 
-def test_offline_evaluation_equals_inline_bitwise(finished: Path, tmp_path: Path) -> None:
+def test_offline_evaluation_equals_inline_bitwise(
+    finished: Path, tmp_path: Path, forks: ForkServer
+) -> None:
     copy = tmp_path / "runs" / "small"
     shutil.copytree(finished, copy)
     before = digests(copy)
     for checkpoint in find_checkpoints(copy):
         shutil.rmtree(checkpoint.evaluation)
-    done = call([sys.executable, "-m", "selfcorrect.scripts.commands", "evaluate", str(copy)])
+    words = [sys.executable, "-m", "selfcorrect.scripts.commands", "evaluate", str(copy)]
+    done = forks.call(words, tmp_path)
     assert done.returncode == 0, done.stderr
     assert digests(copy) == before
 
 
-def test_rerun_repeats_no_finished_work(finished: Path) -> None:
+def test_rerun_repeats_no_finished_work(finished: Path, forks: ForkServer) -> None:
     weights = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
     cells = {p: p.stat().st_mtime_ns for p in finished.rglob("evaluation/*.parquet")}
     report = (finished / "report.html").stat().st_mtime_ns
-    done = call(command(finished.parent), cwd=finished.parent.parent)
+    done = forks.call(command(finished.parent), finished.parent.parent)
     assert done.returncode == 0, done.stderr
     assert (finished / "report.html").stat().st_mtime_ns == report
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == weights
@@ -94,8 +97,8 @@ def test_sigkill_at_any_stage_resumes_bitwise_in_any_environment(
     checkout = tmp_path / "check out" / "selfcorrect"
     for package in ("recipes", "evaluate", "train", "scripts"):
         shutil.copytree(Path(load.__file__).parent.parent / package, checkout / package)
-    with (checkout / "scripts" / "commands" / "run.py").open("a") as code:
-        code.write("print('from the other checkout')\n")
+    program = checkout / "scripts" / "commands" / "__main__.py"
+    program.write_text(f"print('from the other checkout')\n{program.read_text()}")
     for name in [name for name in os.environ if name.startswith("LC_")]:
         monkeypatch.delenv(name)
     other = {
@@ -115,9 +118,11 @@ def test_sigkill_at_any_stage_resumes_bitwise_in_any_environment(
     runs = tmp_path / "rüns"
     umask = os.umask(0o077)
     try:
-        kills, differing = drill(runs, finished, plan, signal.SIGKILL)
+        server = ForkServer()
+        kills, differing = drill(runs, finished, plan, signal.SIGKILL, server=server)
     finally:
         os.umask(umask)
+        server.close()
     assert differing == []
     assert [row[2] for row in kills] == [
         *("base", "reward", "evaluation, checkpoint-0", "ppo", "report")
@@ -151,7 +156,9 @@ def test_kill_drill_reports_missing_changed_and_leftover_files(
     assert list(kill.half_written(run)) == ["figures/effects.png"]
 
 
-def test_sigterm_saves_and_resumes_bitwise(finished: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_resumes_bitwise(
+    finished: Path, tmp_path: Path, forks: ForkServer
+) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
     folder = runs / "small" / "tiny" / "seed-0"
@@ -160,46 +167,31 @@ def test_sigterm_saves_and_resumes_bitwise(finished: Path, tmp_path: Path) -> No
         ("ppo.work", lambda: (folder / "ppo" / "checkpoint-0" / "evaluation").is_dir()),
         ("ppo.work", lambda: (folder / "ppo" / "checkpoint-4").is_dir()),
     ]
+    words = command(runs, "policy.resume_every=100", "policy.resume_minutes=1000")
     for work, reached in moments:
-        process = subprocess.Popen(
-            command(runs, "policy.resume_every=100", "policy.resume_minutes=1000"),
-            cwd=tmp_path,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = forks.start(words, tmp_path)
         wait_until(reached, process)
         process.send_signal(signal.SIGTERM)
         _, shown = process.communicate(timeout=SECONDS)
         assert process.returncode == 0, shown
         assert "SIGTERM" in shown.splitlines()[-1]
         assert list((folder / work).glob("checkpoint-*/complete"))  # states no rule had asked for
-    done = call(
-        command(runs, "policy.resume_every=100", "policy.resume_minutes=1000"), cwd=runs.parent
-    )
+    done = forks.call(words, tmp_path)
     assert done.returncode == 0, done.stderr
     assert digests(runs / "small") == digests(finished)
 
 
-def test_ctrl_c_leaves_no_process_and_a_second_run_is_refused(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_no_process_and_a_second_run_is_refused(
+    tmp_path: Path, forks: ForkServer
+) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
     more = ["seeds=[0, 1]", "launch.jobs=2", "policy.steps=4000", "policy.checkpoints=[0]"]
-    process = subprocess.Popen(
-        command(runs, *more),
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # A test run in the background hands on that Ctrl-C is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = forks.start(command(runs, *more), tmp_path)
     wait_until(lambda: len([*runs.glob("small/tiny/seed-*/base.work")]) == 2, process)
     os.killpg(process.pid, signal.SIGSTOP)  # both hold their jobs, and take no time meanwhile
-    second = call(
-        command(runs, *more), cwd=runs.parent
-    )  # the same command beside it is refused, and disturbs nothing
+    # The same command beside it is refused, and disturbs nothing.
+    second = forks.call(command(runs, *more), tmp_path)
     assert second.returncode == 2
     assert re.search(r"seed-[01]: process \d+ on \S+ \(since .*\) is training here", second.stderr)
     assert process.poll() is None
@@ -215,10 +207,12 @@ def test_ctrl_c_leaves_no_process_and_a_second_run_is_refused(tmp_path: Path) ->
             pass
 
 
-def test_parallel_jobs_equal_sequential_bitwise(finished: Path, tmp_path: Path) -> None:
+def test_parallel_jobs_equal_sequential_bitwise(
+    finished: Path, tmp_path: Path, forks: ForkServer
+) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
-    done = call(command(runs, "seeds=[0, 1]", "launch.jobs=2", name="train"), cwd=runs.parent)
+    done = forks.call(command(runs, "seeds=[0, 1]", "launch.jobs=2", name="train"), tmp_path)
     assert done.returncode == 0, done.stderr
     results = {k: v for k, v in digests(runs / "small").items() if "seed-0" in k}
     assert results == {k: v for k, v in digests(finished).items() if "seed-0" in k}
@@ -233,11 +227,11 @@ def test_parallel_jobs_equal_sequential_bitwise(finished: Path, tmp_path: Path) 
     ],
 )
 def test_wrong_recipe_for_a_finished_run_changes_nothing(
-    finished: Path, more: str, message: str
+    finished: Path, forks: ForkServer, more: str, message: str
 ) -> None:
     before = digests(finished)
     recipe = (finished / "recipe.yaml").read_bytes()
-    done = call(command(finished.parent, more), cwd=finished.parent.parent)
+    done = forks.call(command(finished.parent, more), finished.parent.parent)
     assert done.returncode == 2
     assert message in done.stderr
     assert re.fullmatch(r"selfcorrect: [^\n]*\n", done.stderr), done.stderr
