@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from selfcorrect.evaluate.figures.panels import (
     model_title,
@@ -64,7 +64,7 @@ def answer_table(run: Path) -> pd.DataFrame:
         data[f"{name}_change"] = data[name] - by_job[name].transform("first")
         error = f"{name}_error"
         first = by_job[error].transform(lambda errors: errors.iloc[0])
-        half = norm.ppf((1 + CONFIDENCE) / 2) * np.hypot(data[error], first)
+        half = ndtri((1 + CONFIDENCE) / 2) * np.hypot(data[error], first)
         data[f"{name}_half"] = half.where(by_job.cumcount() > 0, 0.0)
     return data
 
