@@ -11,6 +11,7 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
+from selfcorrect.evaluate.figures import gallery
 from selfcorrect.evaluate.report.page import write_comparison, write_report
 from selfcorrect.evaluate.report.vega import vega_script
 from selfcorrect.evaluate.statistics.formatting import with_interval
@@ -51,6 +52,15 @@ def rename(rows):
             row["item"] = BAD_ITEM
             if row["samples"]:
                 row["samples"] = [HOSTILE, MEGABYTE]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def main_figure_alone():
+    """Draw the figure that the page shows, and not those that lie beside it."""
+    draw = gallery._draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gallery, "_draw", lambda plans, *where: draw(plans[:1], *where))
+        yield
 
 
 @pytest.fixture(scope="module")
