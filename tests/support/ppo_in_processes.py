@@ -10,11 +10,13 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from selfcorrect.train.ppo import PPOTrainer
+from selfcorrect.train.ppo.losses import explained_variance, whiten
 from tests.support.ppo_models import CRITICS, make_prompts, make_trainer
 from tests.support.ranks import set_parallelism, start_ranks
 
@@ -104,6 +106,27 @@ def train_cases(models: Path, folder: Path, cases: list[tuple[str, str]]) -> Non
         _, weights = curves_and_weights(resumed)
         if is_main:
             save_file(weights, out / "resumed.safetensors")
+    rank = torch.distributed.get_rank()
+    (folder / f"whitening.{rank}.json").write_text(json.dumps(whitening(rank)))
+
+
+def whitening(rank: int) -> dict[str, float]:
+    """Return what differs between sums over both ranks' halves of a batch and over all of it."""
+
+    def reduce(sums: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(sums)
+        return sums
+
+    x = torch.arange(24.0).reshape(6, 4).square()
+    mask = torch.tensor([[1, 1, 0, 0]] * 2 + [[1, 1, 1, 1]] * 3 + [[0, 0, 0, 0]]).float()
+    guesses = x.roll(1, 0)
+    half = slice(3 * rank, 3 * rank + 3)
+    whitened = whiten(x[half], mask[half], reduce)
+    return {
+        "gap": float((whitened - whiten(x, mask)[half]).abs().max()),
+        "single": explained_variance(guesses, x, mask),
+        "reduced": explained_variance(guesses[half], x[half], mask[half], reduce),
+    }
 
 
 if __name__ == "__main__":

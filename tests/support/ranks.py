@@ -1,15 +1,16 @@
 """Two ranks, and the variables that `accelerate launch` sets for each kind of parallelism.
 
-Imports cost seconds a process. A test starts one process that imports everything; its ranks are
+Imports cost seconds a process. A test forks a process that has imported everything; its ranks are
 forked from it, each with a launcher's variables, and try one parallelism after the other. Run as a
-module, it trains a job. Arguments: the run and the parallelism.
+module, it trains a job (arguments: `train`, the run and the parallelism) or measures a run
+(`evaluate` and the run).
 """
 
+import gc
 import importlib.util
 import json
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,30 +18,28 @@ from pathlib import Path
 import torch
 from torch.multiprocessing import start_processes
 
+from selfcorrect.scripts.commands.__main__ import app
 from selfcorrect.train.distributed import worker
 from selfcorrect.train.distributed.settings import deepspeed_settings
 from tests.support import ROOT
+from tests.support.fork_server import ForkServer
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
-def run_module(name: str, *arguments: object) -> None:
-    """Run a module of tests/support that calls `start_ranks`, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.support.{name}", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=3000,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CI": "1"},
-        check=False,
-    )
+def run_module(forks: ForkServer, name: str, *arguments: object) -> str:
+    """Run a module of tests/support that calls `start_ranks`; return its output."""
+    words = [sys.executable, "-m", f"tests.support.{name}", *map(str, arguments)]
+    done = forks.call(words, ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 def start_ranks(work: Callable[..., None], *arguments: object) -> None:
     """Run `work(*arguments)` in two ranks; if one fails, end both and raise its error."""
     torch.set_num_threads(1)
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CI": "1"}  # no telemetry
+    gc.freeze()
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -80,5 +79,14 @@ def train_job(run: Path, parallelism: str) -> None:
     worker._work(run, "given", 0, lambda **_: None)
 
 
+def evaluate(run: str) -> None:
+    """Measure a run with the command, as `accelerate launch` starts it for several devices."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    app(["evaluate", run], standalone_mode=False)
+
+
 if __name__ == "__main__":
-    start_ranks(train_job, Path(sys.argv[1]), sys.argv[2])
+    if sys.argv[1] == "evaluate":
+        start_ranks(evaluate, sys.argv[2])
+    else:
+        start_ranks(train_job, Path(sys.argv[2]), sys.argv[3])

@@ -14,6 +14,7 @@ from selfcorrect.evaluate.measuring.measure import measure
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.train.ppo import PPOConfig, PPOTrainer
 from tests.support.callback_worker import METRIC_KEY, PARALLELISMS, PROMPTS
+from tests.support.fork_server import ForkServer
 from tests.support.ranks import run_module
 from tests.support.tiny_models import (
     same_weights,
@@ -81,13 +82,13 @@ def test_every_trainer_ends_in_the_same_weights_and_logs_the_metrics(tmp_path, k
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> Path:
     """A folder for each parallelism, with what its two ranks trained and saw."""
     folder = tmp_path_factory.mktemp("ranks")
     for parallelism in PARALLELISMS:
         save_model(folder / parallelism / "base", tiny_model("llama"))
         write_tiny_winogender(folder / parallelism / "data")
-    run_module("callback_worker", folder)
+    run_module(forks, "callback_worker", folder)
     return folder
 
 

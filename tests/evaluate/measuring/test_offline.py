@@ -1,10 +1,8 @@
 """Evaluation of a run on disk: broken, vanishing and shared checkpoints, and watching."""
 
 import multiprocessing
-import os
 import re
 import shutil
-import sys
 import threading
 import time
 from pathlib import Path
@@ -27,7 +25,9 @@ from selfcorrect.recipes.load import check_recipe, load_recipe, save_recipe
 from selfcorrect.recipes.society.benchmarks import write_benchmarks
 from selfcorrect.recipes.society.tokenizer import make_tokenizer
 from selfcorrect.recipes.society.world import make_world
-from tests.support.small_runs import RECIPE, SECONDS, call
+from tests.support.fork_server import ForkServer
+from tests.support.ranks import run_module
+from tests.support.small_runs import RECIPE, SECONDS
 from tests.support.tiny_models import tiny_model
 
 torch.set_num_threads(1)
@@ -159,12 +159,13 @@ def count_measured(run: Path, numbers: Any) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_and_two_ranks_give_the_same_bytes(run: Path, tmp_path: Path) -> None:
+def test_two_processes_and_two_ranks_give_the_same_bytes(
+    run: Path, tmp_path: Path, forks: ForkServer
+) -> None:
     expected = bytes_of(run)
     assert not expected
     shared, sharded = shutil.copytree(run, tmp_path / "b"), shutil.copytree(run, tmp_path / "c")
     evaluate_run(recipe_of(run), run)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     context = multiprocessing.get_context("fork")
     numbers = context.SimpleQueue()
     pair = [context.Process(target=count_measured, args=(shared, numbers)) for _ in range(2)]
@@ -175,13 +176,8 @@ def test_two_processes_and_two_ranks_give_the_same_bytes(run: Path, tmp_path: Pa
         assert process.exitcode == 0
     assert sum(numbers.get() for _ in pair) == 3
     assert bytes_of(shared) == bytes_of(run)
-    # What `accelerate launch` starts for several devices; by itself it starts one on a CPU.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += ["-m", "selfcorrect.scripts.commands", "evaluate", str(sharded)]
-    done = call(command, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("report.html") == 1  # said once
+    shown = run_module(forks, "ranks", "evaluate", sharded)
+    assert shown.count("report.html") == 1  # said once
     assert bytes_of(sharded) == bytes_of(run)
 
 

@@ -15,6 +15,7 @@ from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.cluster.jobs import jobs_left
 from selfcorrect.scripts.commands.__main__ import main
+from tests.support.fork_server import ForkServer
 from tests.support.small_runs import SECONDS, call, command, digests, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * SECONDS)]
@@ -58,19 +59,15 @@ def task_of(folder: Path) -> int | None:
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def launched(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> tuple[Path, str]:
     """The same run as jobs of this machine, its training warned once; and what was shown."""
     runs = tmp_path_factory.mktemp("launched")
     run = runs / "small"
-    process = subprocess.Popen(
-        command(runs, *LITTLE, "--cluster", "local", name="launch"),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = forks.start(command(runs, *LITTLE, "--cluster", "local", name="launch"), runs)
     reached = run / "tiny" / "seed-0" / "ppo" / "checkpoint-0"
     wait_until(reached.is_dir, process)
     task = task_of(run / "launch")
-    assert task is not None, process.stderr and process.stderr.read()
+    assert task is not None
     os.kill(task, signal.SIGUSR2)  # as SLURM does before a job's time ends
     _, shown = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, shown

@@ -22,7 +22,7 @@ from selfcorrect.train.distributed import parent
 from selfcorrect.train.job import hold_job
 from selfcorrect.train.run import prepare_run
 from tests.support.ranks import HAS_DEEPSPEED, run_module
-from tests.support.small_runs import SECONDS, call, command, digests, wait_until
+from tests.support.small_runs import SECONDS, command, digests, wait_until
 from tests.support.tiny_models import tiny_model, tiny_tokenizer, write_tiny_winogender
 
 # Stands in for accelerate: two processes with the real protocol, whose work is a few lines.
@@ -129,18 +129,13 @@ if HAS_DEEPSPEED:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3 * SECONDS)
-def test_run_in_two_processes_survives_sigterm_and_sigkill(tmp_path, monkeypatch, capsys) -> None:
+def test_run_in_two_processes_survives_sigterm_and_sigkill(tmp_path, forks) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
     folder = runs / "small" / "tiny" / "seed-0"
-    start = [*command(runs, *ENGINE)]
-
-    def begin() -> subprocess.Popen:
-        return subprocess.Popen(
-            start, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-
-    process = begin()  # asked to end: the state is saved, by both processes
+    little = ["evaluate.experiments=[bbq]", "evaluate.conditions=[Q, Q+IF+CoT]"]
+    words = command(runs, *ENGINE, *little, "evaluate.limit=8")
+    process = forks.start(words, tmp_path)  # asked to end: the state is saved, by both processes
     wait_until(lambda: (folder / "ppo" / "checkpoint-0" / "evaluation").is_dir(), process)
     process.send_signal(signal.SIGTERM)
     _, shown = process.communicate(timeout=SECONDS)
@@ -153,7 +148,7 @@ def test_run_in_two_processes_survives_sigterm_and_sigkill(tmp_path, monkeypatch
     if len(ENGINE) > 1:
         assert len(list(state.glob("global_step*/*optim_states.pt"))) == 2
 
-    process = begin()  # killed: its processes do not go on unseen
+    process = forks.start(words, tmp_path)  # killed: its processes do not go on unseen
     wait_until(lambda: (folder / "ppo" / "checkpoint-2" / "checkpoint.json").is_file(), process)
     process.kill()
     process.communicate()
@@ -161,7 +156,7 @@ def test_run_in_two_processes_survives_sigterm_and_sigkill(tmp_path, monkeypatch
         left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, check=False)
         assert not left.stdout
 
-    process = begin()
+    process = forks.start(words, tmp_path)
     shown = process.communicate(timeout=SECONDS)[1]
     assert process.returncode == 0, shown
     assert not list(folder.glob("*.work"))
@@ -193,14 +188,14 @@ def test_run_in_two_processes_survives_sigterm_and_sigkill(tmp_path, monkeypatch
     assert digests(runs / "small") == before
 
     # Another number of processes is another run.
-    done = call([*command(runs), "launch.processes=1"])
+    done = forks.call([*words, "launch.processes=1"], tmp_path)
     assert done.returncode == 2
     assert re.fullmatch(r"selfcorrect: .*was begun with launch\.processes: 2, .*\n", done.stderr)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3 * SECONDS)
-def test_sft_and_lora_in_two_processes(tmp_path) -> None:
+def test_sft_and_lora_in_two_processes(tmp_path, forks) -> None:
     """Under ZeRO-3 no process has the model whole: not to read, to merge, or to save it."""
     base = tmp_path / "tiny"
     tiny_model("llama").save_pretrained(base)
@@ -229,7 +224,7 @@ def test_sft_and_lora_in_two_processes(tmp_path) -> None:
         "launch": {"processes": 2, "threads": 1, **dict(e[7:].split("=") for e in ENGINE[1:])},
     }  # fmt: skip
     prepare_run(check_recipe(content, "given"), tmp_path / "given", here=False)
-    run_module("ranks", tmp_path / "given", "zero3" if HAS_DEEPSPEED else "ddp")
+    run_module(forks, "ranks", "train", tmp_path / "given", "zero3" if HAS_DEEPSPEED else "ddp")
     seed = tmp_path / "given" / "given" / "seed-0"
     given, tuned, reward = (
         load_file(folder / "model.safetensors") for folder in (base, seed / "base", seed / "reward")

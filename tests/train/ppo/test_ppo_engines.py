@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.support.fork_server import ForkServer
 from tests.support.ppo_in_processes import (
     ALWAYS,
     CASES,
@@ -28,13 +29,16 @@ MATRIX = [
 
 @pytest.fixture(scope="module")
 def launched(
-    models: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    models: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+    forks: ForkServer,
 ) -> Path:
     """A folder with the outcome of each parallelism and critic that is asked for, in two ranks."""
     folder = tmp_path_factory.mktemp("launched")
     cases = CASES if request.config.getoption("--matrix") else ALWAYS
     names = ["-".join(case) for case in cases if case[0] == "ddp" or HAS_DEEPSPEED]
-    run_module("ppo_in_processes", models, folder, *names)
+    run_module(forks, "ppo_in_processes", models, folder, *names)
     return folder
 
 
@@ -116,3 +120,10 @@ def test_saved_policy_is_the_trained_one_without_its_critic(launched, parallelis
         assert torch.equal(tensor, trained[trained_name]), name
     model = AutoModelForCausalLM.from_pretrained(folder / "policy")  # as users will load it
     assert model(torch.tensor([[5, 6]])).logits.isfinite().all()
+
+
+def test_whitening_in_two_processes_equals_whitening_the_complete_batch(launched) -> None:
+    for rank in range(2):
+        facts = json.loads((launched / f"whitening.{rank}.json").read_text())
+        assert facts["gap"] < 1e-5
+        assert facts["reduced"] == pytest.approx(facts["single"], abs=1e-6)
