@@ -85,6 +85,6 @@ class Slurm(Resources):
 
 
 def _override(base: Resources, override: Resources) -> Resources:
-    given = override.model_dump(exclude_unset=True)
+    given = override.model_dump(exclude_defaults=True)  # a saved recipe names every key
     options = {**base.options, **override.options}
     return Resources(**{**base.model_dump(), **given, "options": options})

@@ -18,6 +18,7 @@ from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.slurm import Resources, Slurm, minutes
 from selfcorrect.scripts.cluster.jobs import Command, jobs_left
 from selfcorrect.scripts.commands.__main__ import main
+from tests.support import foreign_checkpoints
 from tests.support.small_runs import SECONDS, TINY
 
 SMALL = [
@@ -131,6 +132,10 @@ def test_resources_by_model_and_kind_of_job() -> None:
     assert (measuring.partition, measuring.gpus, measuring.time) == ("small", 1, "1-0")
     report = asked.of("report", None)
     assert (report.partition, report.gpus, report.cpus, report.mem) == ("a100", 0, 2, None)
+    saved = Slurm.model_validate(asked.model_dump())
+    assert [saved.of(kind, "big") for kind in ("train", "evaluate", "report")] == [
+        asked.of(kind, "big") for kind in ("train", "evaluate", "report")
+    ]
 
 
 def test_dry_run_prints_every_script_and_writes_nothing(
@@ -187,6 +192,38 @@ def test_what_is_submitted_is_what_the_dry_run_printed(
     shown = capsys.readouterr().out
     assert "42  small.other.0.evaluate, 3 tasks, after 41" in shown
     assert f"scancel {' '.join(ids.values())}" in shown
+
+
+def test_a_series_is_submitted_as_its_dry_run_says(
+    tmp_path: Path,
+    cluster: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its jobs read the recipe that was saved in the run folder."""
+    for step in (0, 20):
+        foreign_checkpoints.trl(tmp_path / "out", step)
+    path = tmp_path / "s.yaml"
+    entry = {"model": "nano", "path": f"{tmp_path}/out/checkpoint-{{step}}"}
+    slurm = {"time": 20, "gpus": 0, "setup": ["module load x"]}
+    content = {"name": "s", "checkpoints": [entry], "launch": {"slurm": slurm}}
+    path.write_text(json.dumps({**content, **foreign_checkpoints.ASKED}))
+    words = ["launch", str(path), "--runs-dir", str(tmp_path / "runs")]
+    assert call(monkeypatch, *words, "--dry-run") == 0
+    dry = capsys.readouterr().out
+    assert call(monkeypatch, *words) == 0
+    array, report = [(cluster / f"{number}.sh").read_text() for number in (41, 42)]
+    assert "--array=0-1%2" in array and "afterany:41" in report
+    for text in (array, report):
+        assert "#SBATCH --time=20\n" in text and "\nmodule load x\n" in text
+        (job,) = re.findall(r"--job-name=(\S+)", text)
+        assert f"--job-name={job}" in dry
+    (commands,) = [job["commands"] for job in recorded_jobs(tmp_path) if job["kind"] == "evaluate"]
+    assert [words[-1] for words in commands] == ["nano/0/0", "nano/0/20"]
+
+
+def recorded_jobs(folder: Path) -> list[dict]:
+    return json.loads((folder / "runs/s/launch.json").read_text())["jobs"]
 
 
 def test_inline_evaluation_needs_one_job_per_model_and_seed(tmp_path: Path) -> None:
