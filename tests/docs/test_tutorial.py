@@ -26,8 +26,10 @@ SMALLER = [
     "data.society.blocks_per_template=1",
     "policy.checkpoints=[0, 60]",
     "policy.trainer.per_device_train_batch_size=4",
+    "policy.trainer.steps_per_generation=1",
+    "policy.trainer.num_iterations=1",
     "evaluate.experiments=[bbq]",
-    "evaluate.limit=40",
+    "evaluate.limit=16",
     "launch.jobs=1",
 ]
 
