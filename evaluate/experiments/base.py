@@ -138,6 +138,17 @@ class Experiment(ABC):
         without `probabilities`, which follow from `logprobs`.
         """
 
+    def tally_together(
+        self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray
+    ) -> list[Tally]:
+        """Return `tally` of M cells whose rows were asked the same and differ in the answers alone.
+
+        `frame` has the columns of `tally` but `logprobs` (M, rows, options) and `mass` (M, rows).
+        An experiment may override this to save time where there are many checkpoints.
+        """
+        cells = zip(logprobs, mass, strict=True)
+        return [self.tally(frame.assign(logprobs=list(rows), mass=m)) for rows, m in cells]
+
     @abstractmethod
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every metric, of shape (R,), from sums of shape (R, K); NaN where undefined.

@@ -24,8 +24,9 @@ from selfcorrect.evaluate.experiments.reading import read_records
 from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
+    answers_of,
+    check_num_options,
     find_clusters,
-    log_probabilities,
     mean_columns,
     means,
     pool,
@@ -158,14 +159,23 @@ class LawSchool(Experiment):
         A student with an unanswered side counts in no difference and no slope. Several rows of one
         side (samples) are averaged first.
         """
-        logprobs = log_probabilities(frame, 2)
+        return self._add_up(frame, *answers_of(frame, 2))
+
+    def tally_together(
+        self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray
+    ) -> list[Tally]:
+        """Add up each student's values in all cells at once."""
+        check_num_options([logprobs.shape[-1]], 2)
+        return self._add_up(frame, logprobs, mass).split()
+
+    def _add_up(self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray) -> Tally:
         with np.errstate(invalid="ignore"):
-            logit = logprobs[:, 0] - logprobs[:, 1]
+            logit = logprobs[..., 0] - logprobs[..., 1]
         students = find_clusters(frame)
         chances = {
-            "yes": probabilities(logprobs)[:, 0],
+            "yes": probabilities(logprobs)[..., 0],
             "logit": np.where(answered(logprobs) & np.isfinite(logit), logit, np.nan),
-            "mass": frame["mass"].to_numpy(dtype=float),
+            "mass": mass,
         }
         sides = frame["side"].to_numpy()
         first, second = (
@@ -274,7 +284,7 @@ def _items(
 def _merit_columns(name: str, scores: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     """Return the sums behind a plane of y over LSAT and GPA, without the rows where y is NaN."""
     known = ~np.isnan(y)
-    lsat, gpa = np.where(known[:, None], scores - scores.mean(axis=0), np.nan).T
+    lsat, gpa = (np.where(known, score, np.nan) for score in (scores - scores.mean(axis=0)).T)
     sums = {"n": known, "y": y, "l": lsat, "g": gpa, "ll": lsat * lsat, "gg": gpa * gpa}
     sums |= {"lg": lsat * gpa, "ly": lsat * y, "gy": gpa * y}
     return {f"{name}_{part}": values for part, values in sums.items()}

@@ -1,8 +1,9 @@
 """Sums over clusters: every metric is a function of them, so a bootstrap is a matrix product."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from math import prod
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,8 @@ class Tally:
 
     `strata` holds each cluster's index into `categories`; `units` says how many equal sampling
     units a cluster stands for (1 except for law school's students); `sums[name]` has shape (C,) and
-    is PER UNIT: the total of a sum over the data is `(units * sums[name]).sum()`.
+    is PER UNIT: the total of a sum over the data is `(units * sums[name]).sum()`. Of M cells with
+    the same rows, which are added up together, the sums have shape (M, C) until `split`.
     """
 
     clusters: list[str]
@@ -27,16 +29,31 @@ class Tally:
     units: np.ndarray
     sums: dict[str, np.ndarray]
 
+    def split(self) -> list["Tally"]:
+        """Return the tally of each of the M cells, from sums of shape (M, C)."""
+        cells = zip(*self.sums.values(), strict=True)
+        return [replace(self, sums=dict(zip(self.sums, cell, strict=True))) for cell in cells]
+
 
 def log_probabilities(frame: pd.DataFrame, num_options: int) -> np.ndarray:
     """The column `logprobs` as an array of shape (rows, num_options), natural logarithms."""
     rows = frame["logprobs"].to_numpy()
-    if not {num_options}.issuperset(map(len, rows)):
-        raise InputError(f"column logprobs: every row needs {num_options} numbers")
+    check_num_options(map(len, rows), num_options)
     if not len(rows):
         return np.empty((0, num_options))
     table: np.ndarray = np.concatenate(list(rows)).astype(float).reshape(-1, num_options)
     return table
+
+
+def answers_of(frame: pd.DataFrame, num_options: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return `log_probabilities` and the column `mass` (rows,) of one cell."""
+    return log_probabilities(frame, num_options), frame["mass"].to_numpy(dtype=float)
+
+
+def check_num_options(found: Iterable[int], num_options: int) -> None:
+    """Raise InputError unless each row has as many log-probabilities as there are options."""
+    if not {num_options}.issuperset(found):
+        raise InputError(f"column logprobs: every row needs {num_options} numbers")
 
 
 def option_orders(column: pd.Series, num_options: int) -> np.ndarray:
@@ -63,16 +80,16 @@ def option_order(spelling: str, num_options: int) -> list[int]:
 
 
 def answered(logprobs: np.ndarray) -> np.ndarray:
-    """Which rows hold an answer at all: no NaN, and some option is possible. Shape (rows,)."""
-    return ~np.isnan(logprobs).any(axis=1) & (logprobs > -np.inf).any(axis=1)
+    """Which rows (..., options) hold an answer at all: no NaN, and some option is possible."""
+    return ~np.isnan(logprobs).any(axis=-1) & (logprobs > -np.inf).any(axis=-1)
 
 
 def probabilities(logprobs: np.ndarray) -> np.ndarray:
     """Probabilities normalised over the options, same shape; NaN in rows without an answer."""
-    safe = np.where(answered(logprobs)[:, None], logprobs, np.nan)
-    top = safe.max(axis=1, initial=-np.inf, keepdims=True)
+    safe = np.where(answered(logprobs)[..., None], logprobs, np.nan)
+    top = safe.max(axis=-1, initial=-np.inf, keepdims=True)
     weights = np.exp(safe - top)
-    shares: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
+    shares: np.ndarray = weights / weights.sum(axis=-1, keepdims=True)
     return shares
 
 
@@ -89,9 +106,9 @@ def average_items(
 
     An item has a row per order of its options and per draw, so one with more options has more rows.
     Return the first row of each item, in order of appearance, and each column's mean over the
-    item's rows (shape (items,)). A row whose value is NaN is in no mean of that
-    column; an item without values has NaN. So a count must be NaN, not 0, in the rows that it
-    leaves out.
+    item's rows, from columns of shape (..., rows) to (..., items). A row whose value is NaN is in
+    no mean of that column; an item without values has NaN. So a count must be NaN, not 0, in the
+    rows that it leaves out.
     """
     if frame["item"].is_unique:
         return frame.reset_index(drop=True), dict(columns)
@@ -99,15 +116,15 @@ def average_items(
     means = {}
     for name, values in columns.items():
         known = ~np.isnan(values)
-        total = np.bincount(codes, np.where(known, values, 0), len(items))
-        means[name] = ratio(total, np.bincount(codes, known, len(items)))
+        total = add_groups(codes, np.where(known, values, 0), len(items))
+        means[name] = ratio(total, add_groups(codes, known, len(items)))
     return frame.drop_duplicates("item").reset_index(drop=True), means
 
 
 def sum_by_cluster(
     frame: pd.DataFrame, columns: Mapping[str, np.ndarray], units: np.ndarray | None = None
 ) -> Tally:
-    """Add up `columns` (each of shape (rows,)) within the frame's clusters.
+    """Add up `columns` (each of shape (..., rows)) within the frame's clusters.
 
     A NaN counts as nothing: a column that can be undefined needs its own count beside it. `units`
     gives each row's cluster size and is 1 by default. Raises ValueError if an item has several
@@ -116,12 +133,24 @@ def sum_by_cluster(
     if "item" in frame and not frame["item"].is_unique:
         raise ValueError("sum_by_cluster: an item has several rows; call average_items first")
     groups = find_clusters(frame)
-    table = np.nan_to_num(np.array(list(columns.values()), dtype=float))
     sums = {
-        name: np.bincount(groups.codes, weights=values, minlength=len(groups.names))
-        for name, values in zip(columns, table, strict=True)
+        name: add_groups(groups.codes, np.nan_to_num(values.astype(float)), len(groups.names))
+        for name, values in columns.items()
     }
     return groups.tally(sums, None if units is None else units[groups.first])
+
+
+def add_groups(codes: np.ndarray, values: np.ndarray, num_groups: int) -> np.ndarray:
+    """Add up `values` (..., rows) within each group of rows: (..., num_groups).
+
+    `codes` holds each row's group. Each sum runs over the rows in their order.
+    """
+    if values.ndim == 1:
+        return np.bincount(codes, values, num_groups)
+    num_cells = prod(values.shape[:-1])
+    apart = (np.arange(num_cells)[:, None] * num_groups + codes).reshape(-1)
+    sums = np.bincount(apart, values.reshape(-1), num_cells * num_groups)
+    return sums.reshape(*values.shape[:-1], num_groups)
 
 
 @dataclass(frozen=True)
@@ -139,16 +168,19 @@ class Clusters:
     categories: list[str]
 
     def means(self, values: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return each cluster's mean of `values` over its `rows` (a mask), NaN left out."""
+        """Return each cluster's mean of `values` (..., rows) over `rows` (a mask), NaN left out."""
         known = ~np.isnan(values) if rows is None else ~np.isnan(values) & rows
-        total = np.bincount(self.codes, np.where(known, values, 0.0), len(self.names))
-        return ratio(total, np.bincount(self.codes, known, len(self.names)))
+        total = add_groups(self.codes, np.where(known, values, 0.0), len(self.names))
+        return ratio(total, add_groups(self.codes, known, len(self.names)))
 
     def tally(self, sums: Mapping[str, np.ndarray], units: np.ndarray | None = None) -> Tally:
-        """Return a tally from one number per cluster; NaN counts as nothing."""
-        table = np.nan_to_num(np.array(list(sums.values()), dtype=float))
+        """Return a tally from one number per cluster (and cell); NaN counts as nothing."""
+        table = np.broadcast_arrays(*sums.values())
         units = np.ones(len(self.names)) if units is None else units
-        by_name = dict(zip(sums, table, strict=True))
+        by_name = {
+            name: np.nan_to_num(values.astype(float))
+            for name, values in zip(sums, table, strict=True)
+        }
         return Tally(self.names, self.strata, self.categories, units, by_name)
 
 

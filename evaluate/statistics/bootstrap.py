@@ -13,10 +13,12 @@ templates per category, drawing n of n gives intervals that are too narrow by sq
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan
+from functools import cache
+from math import isnan, prod
 from typing import Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from selfcorrect.evaluate.experiments.tally import OVERALL, Tally
 
@@ -146,13 +148,25 @@ def bootstrap_together(
         groups.setdefault(key, []).append((index, population))
     results: dict[int, Bootstrap] = {}
     together = max(1, _NUMBERS_TOGETHER // (1 + draws.num_resamples))
-    for (_, chosen, _), cells in groups.items():
+    for (_, chosen, names), cells in groups.items():
+        # Memory that is used again is much faster than new memory, which has to be cleared.
+        num_rows = len(cells[0][1].spans) * len(names) * min(together, len(cells))
+        buffer = np.empty(num_rows * (1 + draws.num_resamples))
         for first in range(0, len(cells), together):
             part = cells[first : first + together]
             members = [tallies[index] for index, _ in part]
-            found = _bootstrap_part(members, [p for _, p in part], metrics, chosen, draws)
+            # The products are small: several threads would spend their time waiting for each other.
+            with _blas().limit(limits=1, user_api="blas"):
+                found = _bootstrap_part(
+                    members, [p for _, p in part], metrics, chosen, draws, buffer
+                )
             results.update(zip((index for index, _ in part), found, strict=True))
     return [results[index] for index in range(len(tallies))]
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 @dataclass(frozen=True)
@@ -191,8 +205,12 @@ def _bootstrap_part(
     metrics: Metrics,
     chosen: Sequence[str],
     draws: Draws,
+    buffer: np.ndarray,
 ) -> list[Bootstrap]:
-    """Bootstrap M cells of one population whose tallies have the same sums."""
+    """Bootstrap M cells of one population whose tallies have the same sums.
+
+    `buffer` is overwritten with the sums of all resamples; no result refers to it.
+    """
     spans, units = populations[0].spans, populations[0].units
     num_cells, width = len(tallies), 1 + draws.num_resamples
     names = list(tallies[0].sums)
@@ -205,7 +223,8 @@ def _bootstrap_part(
     # The pooled categories first, so that theirs are a slice.
     pooled = [category for category in spans if category in chosen]
     categories = [*pooled, *(category for category in spans if category not in chosen)]
-    sums = np.empty((len(categories), len(names), num_cells * width))
+    shape = len(categories), len(names), num_cells * width
+    sums = buffer[: prod(shape)].reshape(shape)
     for category, products in zip(categories, sums, strict=True):
         span = spans[category]
         weights = draws.weights(category, units[span])
@@ -216,7 +235,12 @@ def _bootstrap_part(
         """Return the metrics of some categories together, each of shape (M, 1 + R)."""
         by_name = dict(zip(names, sums[part].swapaxes(0, 1), strict=True))
         values = _replicates(metrics, {name: columns.T for name, columns in by_name.items()})
-        arrays = {id(column): column.reshape(num_cells, width) for column in values.values()}
+        arrays = {
+            id(column): (column.copy() if np.may_share_memory(column, buffer) else column).reshape(
+                num_cells, width
+            )
+            for column in values.values()
+        }
         return {name: arrays[id(column)] for name, column in values.items()}
 
     overall = of(slice(len(pooled))) if pooled else {}

@@ -14,7 +14,12 @@ import pyarrow.compute as pc
 from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
 from selfcorrect.evaluate.experiments.base import Experiment, condition_rank
 from selfcorrect.evaluate.experiments.tally import OVERALL, Tally
-from selfcorrect.evaluate.measuring.cell_files import damaged_cell, read_cell_table
+from selfcorrect.evaluate.measuring.cell_files import (
+    damaged_cell,
+    read_cell_table,
+    read_settings,
+    read_table,
+)
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints, model_folders
 from selfcorrect.evaluate.statistics.bootstrap import Bootstrap, Draws, Estimate, bootstrap_together
 from selfcorrect.evaluate.statistics.rounds import round_answers, round_estimates
@@ -24,6 +29,9 @@ ALL_ORDERS = "all"  # all orders of the options together
 
 # Most of a file, and no metric needs them.
 _UNUSED = ("options", "samples", "prompt", "probabilities")
+_ANSWERS = ("logprobs", "mass", "truncated")
+# Rows of several cells that are added up at once: more would not fit the processor's cache.
+_ROWS_TOGETHER = 20_000
 Counts = dict[str, tuple[int, int]]  # category -> (items, clusters)
 
 
@@ -60,13 +68,13 @@ def measure_run(run: Path, draws: Draws) -> list[MeasuredCell]:
     Of a folder of stand-alone models, the cells have no record.
     """
     name = run_name(run)
-    answers: list[_Answers] = []
+    files: list[_CellFile] = []
     for model, folder in model_folders(run).items():
-        answers += _read_folder(folder, name, model, None)
+        files += _cell_files(folder, name, model, None)
     for checkpoint in find_checkpoints(run):
         record = checkpoint.record
-        answers += _read_folder(checkpoint.evaluation, name, record.model, record)
-    return _measure(answers, draws)
+        files += _cell_files(checkpoint.evaluation, name, record.model, record)
+    return _measure(files, draws)
 
 
 def evaluated_cells(run: Path, draws: Draws) -> list[MeasuredCell]:
@@ -83,21 +91,18 @@ def measure_folder(
     folder: Path, run: str, model: str, record: CheckpointRecord | None, draws: Draws
 ) -> list[MeasuredCell]:
     """Return every cell of one folder of parquet files, by experiment and condition."""
-    return _measure(_read_folder(folder, run, model, record), draws)
+    return _measure(_cell_files(folder, run, model, record), draws)
 
 
 @dataclass(frozen=True)
-class _Answers:
-    """One cell's answers added up: `parts` by order of the options, ALL_ORDERS first."""
+class _CellFile:
+    """A cell's file, of which only the settings have been read."""
 
+    path: Path
     run: str
     model: str
     record: CheckpointRecord | None
     settings: dict[str, Any]
-    parts: dict[str, tuple[Tally, list[str], Counts]]
-    num_texts: int
-    num_truncated: int
-    path: Path
 
     @property
     def checkpoint(self) -> tuple[Any, ...]:
@@ -107,94 +112,155 @@ class _Answers:
         return self.run, self.model, trained, self.settings["experiment"]
 
 
-def _read_folder(
+@dataclass(frozen=True)
+class _Answers:
+    """One cell's answers added up: `parts` by order of the options, ALL_ORDERS first."""
+
+    parts: dict[str, tuple[Tally, list[str], Counts]]
+    num_texts: int
+    num_truncated: int
+
+
+def _cell_files(
     folder: Path, run: str, model: str, record: CheckpointRecord | None
-) -> list[_Answers]:
-    """Return the answers of a folder's cells, by experiment and condition."""
-    answers = [_read(path, run, model, record) for path in sorted(folder.glob("*.parquet"))]
+) -> list[_CellFile]:
+    """Return the files of a folder's cells, by experiment and condition."""
+    files = []
+    for path in sorted(folder.glob("*.parquet")):
+        settings = read_settings(path)
+        _check_origin(path, settings, record)
+        get_experiment(settings["experiment"])
+        files.append(_CellFile(path, run, model, record, settings))
     order = list(EXPERIMENTS)
     return sorted(
-        answers,
-        key=lambda cell: (
-            order.index(cell.settings["experiment"]),
-            condition_rank(cell.settings["condition"]),
+        files,
+        key=lambda file: (
+            order.index(file.settings["experiment"]),
+            condition_rank(file.settings["condition"]),
         ),
     )
 
 
-def _read(path: Path, run: str, model: str, record: CheckpointRecord | None) -> _Answers:
-    table, settings = read_cell_table(path, leave_out=_UNUSED)
-    _check_origin(path, settings, record)
-    experiment = get_experiment(settings["experiment"])
+def _read(files: Sequence[_CellFile]) -> list[_Answers]:
+    """Return the answers of the cells.
+
+    Cells of equal settings have the same rows but for the answers: what was asked is read once.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, file in enumerate(files):
+        cell = file.settings["experiment"], file.settings["condition"]
+        digest = file.settings.get("settings_digest") or index
+        groups.setdefault((*cell, digest), []).append(index)
+    found: dict[int, _Answers] = {}
+    for members in groups.values():
+        table = read_table(files[members[0]].path, None, leave_out=[*_UNUSED, *_ANSWERS])
+        asked = table.to_pandas(use_threads=False)
+        together = max(1, _ROWS_TOGETHER // max(1, len(asked)))
+        for first in range(0, len(members), together):
+            part = members[first : first + together]
+            found.update(zip(part, _add_up([files[i] for i in part], asked), strict=True))
+    return [found[index] for index in range(len(files))]
+
+
+def _add_up(files: Sequence[_CellFile], asked: pd.DataFrame) -> list[_Answers]:
+    """Return the answers of cells whose rows were asked the same, `asked`."""
     try:
-        truncated = table["truncated"]
-        frame = table.drop_columns("truncated").to_pandas(use_threads=False)
-        parts = {ALL_ORDERS: _add_up(experiment, frame)}
-        for order in _orders(frame):
-            parts[order] = _add_up(experiment, frame[frame["order"] == order])
-    except (KeyError, TypeError, IndexError):
-        raise damaged_cell(path) from None
+        tables = [read_table(file.path, _ANSWERS) for file in files]
+        parts = _parts(get_experiment(files[0].settings["experiment"]), asked, tables)
+    except (KeyError, TypeError, IndexError, ValueError, pa.ArrowException):
+        if len(files) == 1:
+            raise damaged_cell(files[0].path) from None
+        return [answers for file in files for answers in _add_up([file], asked)]
+    return [
+        _Answers(part, *_count_texts(table["truncated"]))
+        for part, table in zip(parts, tables, strict=True)
+    ]
+
+
+def _parts(
+    experiment: Experiment, asked: pd.DataFrame, tables: Sequence[pa.Table]
+) -> list[dict[str, tuple[Tally, list[str], Counts]]]:
+    """Return the parts of `_Answers` of each cell, from its answers."""
+    lengths = {len(table) for table in tables}
+    if lengths != {len(asked)}:
+        raise IndexError
+    mass = np.array([table["mass"].to_numpy() for table in tables], dtype=float)
+    options = {tuple(np.unique(pc.list_value_length(t["logprobs"]).to_numpy())) for t in tables}
+    parts: list[dict[str, tuple[Tally, list[str], Counts]]] = [{} for _ in tables]
+    for order, rows in {ALL_ORDERS: np.ones(len(asked), dtype=bool), **_orders(asked)}.items():
+        frame = asked[rows]
+        if len(options) == 1 and len(*options) == 1:
+            logprobs = np.array([pc.list_flatten(t["logprobs"]).to_numpy() for t in tables])
+            logprobs = logprobs.reshape(*mass.shape, -1)
+            tallies = experiment.tally_together(frame, logprobs[:, rows], mass[:, rows])
+        else:  # items differ in their number of options
+            tallies = [
+                experiment.tally(asked.assign(logprobs=t["logprobs"].to_pandas(), mass=m)[rows])
+                for t, m in zip(tables, mass, strict=True)
+            ]
+        counts = None
+        for part, tally in zip(parts, tallies, strict=True):
+            pooled = experiment.overall_categories(tally.categories)
+            counts = counts or _count(frame, tally, pooled)
+            part[order] = tally, pooled, counts
+    return parts
+
+
+def _count_texts(truncated: pa.ChunkedArray) -> tuple[int, int]:
+    """Return how many texts the model wrote, and how many of them were cut off."""
     num_truncated = pc.sum(truncated).as_py() if pa.types.is_boolean(truncated.type) else 0
-    return _Answers(
-        run,
-        model,
-        record,
-        settings,
-        parts,
-        num_texts=len(truncated) - truncated.null_count,
-        num_truncated=num_truncated or 0,
-        path=path,
-    )
+    return len(truncated) - truncated.null_count, num_truncated or 0
 
 
-def _measure(answers: Sequence[_Answers], draws: Draws) -> list[MeasuredCell]:
+def _measure(files: Sequence[_CellFile], draws: Draws) -> list[MeasuredCell]:
     """Return the cells with their estimates; the cells of an experiment are resampled together."""
+    answers = _read(files)
     bootstraps: dict[tuple[int, str], Bootstrap] = {}
-    for name in dict.fromkeys(cell.settings["experiment"] for cell in answers):
+    for name in dict.fromkeys(file.settings["experiment"] for file in files):
         parts = {
             (index, order): part
-            for index, cell in enumerate(answers)
-            if cell.settings["experiment"] == name
+            for index, (file, cell) in enumerate(zip(files, answers, strict=True))
+            if file.settings["experiment"] == name
             for order, part in cell.parts.items()
         }
         tallies, pooled, _ = zip(*parts.values(), strict=True)
         compute = get_experiment(name).compute
         resampled = bootstrap_together(tallies, compute, pooled, draws)
         bootstraps.update(zip(parts, resampled, strict=True))
-    rounds = _round_estimates(answers, draws)
+    rounds = _round_estimates(files, draws)
     return [
         MeasuredCell(
-            run=cell.run,
-            model=cell.model,
-            record=cell.record,
-            experiment=cell.settings["experiment"],
-            condition=cell.settings["condition"],
-            left_out={str(why): int(n) for why, n in (cell.settings.get("left_out") or {}).items()},
+            run=file.run,
+            model=file.model,
+            record=file.record,
+            experiment=file.settings["experiment"],
+            condition=file.settings["condition"],
+            left_out={str(why): int(n) for why, n in (file.settings.get("left_out") or {}).items()},
             bootstrap=bootstraps[index, ALL_ORDERS],
             counts=cell.parts[ALL_ORDERS][2],
-            judged=bool(cell.settings["judged"]),
-            dtype=_dtype_of(cell.settings.get("origin")),
+            judged=bool(file.settings["judged"]),
+            dtype=_dtype_of(file.settings.get("origin")),
             num_texts=cell.num_texts,
             num_truncated=cell.num_truncated,
-            continues=cell.settings["continues"] if index in rounds else None,
+            continues=file.settings["continues"] if index in rounds else None,
             rounds=rounds.get(index, {}),
-            thoughts=bool(cell.settings.get("thoughts")),
+            thoughts=bool(file.settings.get("thoughts")),
             by_order={
                 order: (bootstraps[index, order].estimates, counts)
                 for order, (_, _, counts) in cell.parts.items()
                 if order != ALL_ORDERS
             },
         )
-        for index, cell in enumerate(answers)
+        for index, (file, cell) in enumerate(zip(files, answers, strict=True))
     ]
 
 
-def _round_estimates(answers: Sequence[_Answers], draws: Draws) -> dict[int, dict[str, Estimate]]:
+def _round_estimates(files: Sequence[_CellFile], draws: Draws) -> dict[int, dict[str, Estimate]]:
     """Return the quantities of rounds.py by the index of the cell that continues another."""
-    cells = {(*cell.checkpoint, cell.settings["condition"]): cell for cell in answers}
+    cells = {(*cell.checkpoint, cell.settings["condition"]): cell for cell in files}
     rows: dict[Path, pd.DataFrame] = {}
     estimates = {}
-    for index, cell in enumerate(answers):
+    for index, cell in enumerate(files):
         before = cells.get((*cell.checkpoint, cell.settings.get("continues")))
         if before is None:
             continue
@@ -226,10 +292,8 @@ def _check_origin(path: Path, settings: dict[str, Any], record: CheckpointRecord
         )
 
 
-def _add_up(experiment: Experiment, frame: pd.DataFrame) -> tuple[Tally, list[str], Counts]:
-    """Return the tally of a cell's rows, the pooled categories, and their items and clusters."""
-    tally = experiment.tally(frame)
-    pooled = experiment.overall_categories(tally.categories)
+def _count(frame: pd.DataFrame, tally: Tally, pooled: Sequence[str]) -> Counts:
+    """Return the items and clusters of each category, and of the pooled ones as OVERALL."""
     category = frame["category"]
     if not frame["item"].is_unique:
         category = category[~frame["item"].duplicated()]
@@ -241,15 +305,15 @@ def _add_up(experiment: Experiment, frame: pd.DataFrame) -> tuple[Tally, list[st
     }
     parts = [counts[category] for category in pooled if category in counts]
     counts[OVERALL] = (sum(num for num, _ in parts), sum(num for _, num in parts))
-    return tally, pooled, counts
+    return counts
 
 
-def _orders(frame: pd.DataFrame) -> list[str]:
-    """Return the sorted orders of the options where an item was asked in several, else []."""
+def _orders(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Return the rows (a mask) of each order where items were asked in several orders, else {}."""
     orders = sorted(set(frame["order"].to_numpy()))
     if len(orders) < 2 or (frame.groupby("item")["order"].nunique() < 2).all():
-        return []
-    return orders
+        return {}
+    return {order: (frame["order"] == order).to_numpy() for order in orders}
 
 
 def run_name(run: Path) -> str:

@@ -39,6 +39,7 @@ from selfcorrect.evaluate.measuring.plan import PlannedCell, plan_evaluation
 from selfcorrect.evaluate.results import items_dataset, write_items, write_results
 from selfcorrect.evaluate.run_folder import CheckpointRecord
 from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
+from selfcorrect.recipes.foundation.checksums import CHECKSUM_PLACEHOLDER, insert_file_checksum
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.recipes.society.benchmarks import ensure_benchmarks
 from selfcorrect.scripts.benchmarks.random_models import save_figures
@@ -84,11 +85,14 @@ def write_cell(path: Path, cell: PlannedCell, shift: float, seed: int = 0) -> Pa
     settings = {
         "experiment": cell.experiment,
         "condition": cell.condition,
+        "settings_digest": cell.settings_digest,
         "left_out": cell.loaded.left_out,
+        "checksum": CHECKSUM_PLACEHOLDER,
     }
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(settings)})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, compression="zstd")
+    insert_file_checksum(path)
     return path
 
 

@@ -4,6 +4,7 @@ The bias under Q stays constant; under an instruction it falls with the steps, m
 model. No model is involved: answers are drawn, with the same noise for an item everywhere.
 """
 
+import hashlib
 import json
 import zlib
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ def record_cell(
     rows = {"bbq": _bbq, "winogender": _winogender, "law_school": _law_school}[experiment](
         bias, size
     )
+    asked = [{name: row[name] for name in row if name != "chances"} for row in rows]
+    digest = hashlib.sha256(json.dumps([experiment, condition, asked], default=str).encode())
     for index, row in enumerate(rows):
         logprobs = np.log(np.asarray(row.pop("chances")) * 0.9)
         row |= {
@@ -97,7 +100,7 @@ def record_cell(
     metadata = {
         "experiment": experiment,
         "condition": condition,
-        "settings_digest": "0" * 64,
+        "settings_digest": digest.hexdigest(),
         "num_items": len(rows),
         "left_out": {"no stereotyped group matches": 3} if experiment == "bbq" else {},
     }

@@ -21,9 +21,10 @@ from selfcorrect.evaluate.experiments.tally import (
     Clusters,
     Tally,
     answered,
+    answers_of,
     average_items,
+    check_num_options,
     find_clusters,
-    log_probabilities,
     mean_columns,
     means,
     pool,
@@ -164,7 +165,17 @@ class Winogender(Experiment):
         the templates of an occupation. Shares are centred at .5 and p(female) at its mean, which
         changes no correlation and keeps the sums of squares exact.
         """
-        occupations, jobs = _jobs(frame, self.subsets)
+        return self._add_up(frame, *answers_of(frame, 3))
+
+    def tally_together(
+        self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray
+    ) -> list[Tally]:
+        """Add up each occupation's values in all cells at once."""
+        check_num_options([logprobs.shape[-1]], 3)
+        return self._add_up(frame, logprobs, mass).split()
+
+    def _add_up(self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray) -> Tally:
+        occupations, jobs = _jobs(frame, self.subsets, logprobs, mass)
         female, male, binary = jobs["female"], jobs["male"], jobs["binary"]
         share, stated = jobs["percent"] / 100, _whole_percent(jobs["percent"]) / 100
         columns: dict[str, np.ndarray] = {}
@@ -174,7 +185,7 @@ class Winogender(Experiment):
             columns |= _line_columns(subset, share, jobs[f"female_{subset}"])
         columns |= _line_columns("stated", stated, female)
         columns |= _rank_columns(share, female)
-        chances = np.column_stack([male, female, jobs["neutral"]])
+        chances = np.stack([male, female, jobs["neutral"]], axis=-1)
         columns |= mean_columns(
             {
                 "calibration_error": np.abs(female - share),
@@ -185,7 +196,7 @@ class Winogender(Experiment):
                 "mean_female": female,
                 "share_neutral": jobs["neutral"],
                 **{f"share_neutral_{name}": jobs[f"neutral_{name}"] for name in self.subsets},
-                "entropy": entr(chances).sum(axis=1),
+                "entropy": entr(chances).sum(axis=-1),
                 "option_mass": jobs["mass"],
             }
         )
@@ -262,12 +273,14 @@ def along_shares(items: list[Item], limit: int | None, seed: int) -> list[Item]:
 
 
 def _jobs(
-    frame: pd.DataFrame, subsets: Mapping[str, tuple[str, int]]
+    frame: pd.DataFrame,
+    subsets: Mapping[str, tuple[str, int]],
+    logprobs: np.ndarray,
+    mass: np.ndarray,
 ) -> tuple[Clusters, dict[str, np.ndarray]]:
     """Return the occupations, and the means per occupation that the metrics are computed from."""
-    logprobs = log_probabilities(frame, 3)
-    two = np.where(answered(logprobs)[:, None], logprobs[:, :2], np.nan)
-    male, female, neutral = probabilities(logprobs).T
+    two = np.where(answered(logprobs)[..., None], logprobs[..., :2], np.nan)
+    male, female, neutral = np.moveaxis(probabilities(logprobs), -1, 0)
     restricted = {}
     for name, (fact, value) in subsets.items():
         kept = frame[fact].to_numpy(dtype=float) == value
@@ -280,9 +293,9 @@ def _jobs(
             "male": male,
             "female": female,
             "neutral": neutral,
-            "binary": probabilities(two)[:, 1],
+            "binary": probabilities(two)[..., 1],
             **restricted,
-            "mass": frame["mass"].to_numpy(dtype=float),
+            "mass": mass,
         },
     )
     occupations = find_clusters(items)
@@ -290,9 +303,10 @@ def _jobs(
 
 
 def _line_columns(name: str, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the sums behind a line of y over x, each of shape (jobs,), without NaN in y."""
+    """Return the sums behind a line of y (..., jobs) over x (jobs,), without NaN in y."""
     known = ~np.isnan(y)
-    y = y - y[known].mean() if known.any() else y
+    num_known = known.sum(axis=-1, keepdims=True)
+    y = y - ratio(np.where(known, y, 0.0).sum(axis=-1, keepdims=True), num_known)
     x = np.where(known, x - 0.5, np.nan)
     sums = {"n": known, "x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y}
     return {f"{name}_{part}": values for part, values in sums.items()}
@@ -302,16 +316,18 @@ def _rank_columns(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     """Return three columns per job: its mark, and the jobs below it in x and in y, ties as half.
 
     Their sums with the weights of a resample are the job's weight and its two midranks there, each
-    less one half.
+    less one half. A job without an answer has no mark.
     """
     known = ~np.isnan(y)
     x, y = (np.round(values / _SMALLEST_SPREAD) for values in (x, y))
     columns = {}
-    for job in np.flatnonzero(known):
-        columns[f"weight_{job}"] = np.arange(len(x)) == job
+    for job in range(len(x)):
+        marked = known[..., job, None]
+        columns[f"weight_{job}"] = marked & (np.arange(len(x)) == job)
         for name, values in (("x", x), ("y", y)):
-            below = (values < values[job]) + (values == values[job]) / 2
-            columns[f"rank_{name}_{job}"] = np.where(known, below, 0)
+            at_job = values[..., job, None]
+            below = (values < at_job) + (values == at_job) / 2
+            columns[f"rank_{name}_{job}"] = np.where(marked & known, below, 0)
     return columns
 
 

@@ -204,6 +204,24 @@ def test_share_is_the_mean_over_items_of_their_mean_answers(name, data_dir):
         assert by_item.mean() != pytest.approx(np.mean(right))
 
 
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "multiple_choice"])
+def test_cells_added_up_together_are_the_same_as_alone(name, data_dir):
+    """Multiple choice is left out: its items differ in their number of options."""
+    experiment, rng = EXPERIMENTS[name], np.random.default_rng(3)
+    rows = [asked(item, rng) for item in loaded(name, data_dir) for _ in range(2)]
+    asked_rows = pd.DataFrame(rows).drop(columns=["logprobs", "mass"])
+    answers = np.log(rng.dirichlet(np.ones(len(rows[0]["logprobs"])), (3, len(rows))))
+    answers[1, ::3] = np.nan
+    answers[2, 1::5] = -math.inf
+    mass = np.exp(answers).sum(axis=-1)
+    together = experiment.tally_together(asked_rows, answers, mass)
+    for tally, logprobs, of_cell in zip(together, answers, mass, strict=True):
+        alone = experiment.tally(asked_rows.assign(logprobs=list(logprobs), mass=of_cell))
+        assert alone.clusters == tally.clusters and list(alone.sums) == list(tally.sums)
+        for key, values in alone.sums.items():
+            assert tally.sums[key] == pytest.approx(values), key
+
+
 def test_sums_refuse_items_that_would_count_twice():
     frame = pd.DataFrame({"item": ["a", "a", "b"], "category": "c", "cluster": ["1", "1", "2"]})
     values = {"x": np.array([1.0, np.nan, 3.0]), "y": np.array([True, False, True])}

@@ -3,8 +3,15 @@
 import numpy as np
 import pytest
 from scipy import stats
+from threadpoolctl import threadpool_limits
 
-from selfcorrect.evaluate.statistics.bootstrap import Draws, Estimate, bootstrap, estimate
+from selfcorrect.evaluate.statistics.bootstrap import (
+    Draws,
+    Estimate,
+    bootstrap,
+    bootstrap_together,
+    estimate,
+)
 from tests.support.tallies import make_tally, share
 
 
@@ -187,3 +194,16 @@ def test_intervals_are_numpys_quantiles(num_resamples):
         tails = [(1 - 0.95) / 2, (1 + 0.95) / 2]
         expected = np.quantile(kind[:, 1:].astype(float), tails, axis=1).T
         assert np.array_equal(ends, expected)
+
+
+def test_threads_of_blas_change_no_bit():
+    generator = np.random.default_rng(0)
+    hits = generator.random((3, 900))
+    tallies = [make_tally({"hits": row, "count": np.ones(900)}) for row in hits]
+    found = []
+    for threads in (1, 2):
+        with threadpool_limits(threads, user_api="blas"):
+            draws = Draws(2000)
+            found.append(bootstrap_together(tallies, share, [["c0"]] * 3, draws))
+    for one_thread, two_threads in zip(*found, strict=True):
+        assert one_thread.estimates == two_threads.estimates
