@@ -17,7 +17,12 @@ from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.report.tables import Table, TableCell, text_cell
 from selfcorrect.evaluate.statistics.bootstrap import number_or_none
 from selfcorrect.evaluate.statistics.comparisons import UNINSTRUCTED
-from selfcorrect.evaluate.statistics.formatting import compact, compact_with_interval, size_name
+from selfcorrect.evaluate.statistics.formatting import (
+    compact,
+    compact_with_interval,
+    p_value,
+    size_name,
+)
 from selfcorrect.evaluate.statistics.significance import mean_over_seeds
 
 Row = Mapping[str, Any]
@@ -313,7 +318,7 @@ def _sentence(series: Series, finding: Finding) -> str:
             "no bias": f"Even unasked, {name} shows no clear bias on {title} "
             f"({label} {compact_with_interval(plain)}), so there is none to correct",
             "unclear": f"Whether {name} answers {title} with less bias when asked to cannot be "
-            f"told {values}",
+            f"told{_why_unclear(series, condition)} {values}",
         }[finding.effect]
     ]
     is_told = finding.effect in TOLD
@@ -348,6 +353,15 @@ def _growth_clause(series: Series, condition: str, growth: str) -> str:
         "shrank": f"this effect shrank {over}",
         "none": f"this effect did not grow {over}",
     }.get(growth, f"whether this effect grew {over} cannot be told")
+
+
+def _why_unclear(series: Series, condition: str) -> str:
+    """Return ": p = 0.081 after correction" if the effect has a corrected p-value, else ""."""
+    adjusted = (series.compare("effect", condition) or {}).get("p_adjusted")
+    if adjusted is None:
+        return ""
+    text = p_value(adjusted)
+    return f": p {text if text.startswith('<') else f'= {text}'} after correction"
 
 
 def _model(series: Series) -> str:
@@ -412,7 +426,7 @@ def _answer(series: Series) -> str:
         "other": "changes the metric",
         "none": "no",
         "no bias": "no clear bias unasked",
-        "unclear": "cannot be told",
+        "unclear": f"cannot be told{_why_unclear(series, request(series) or '')}",
         "chance": "cannot be told: at chance",
         "undefined": "cannot be told: undefined",
         "not asked": "not asked",
