@@ -189,8 +189,10 @@ def check_inside(run: Path, path: Path) -> None:
 def check_saved(folder: Path) -> None:
     """Raise InputError if a file of a checkpoint, base or reward model has changed.
 
-    Folders without a record, and those of older versions, are not checked.
+    Folders without a record, those of older versions, and GGUF files are not checked.
     """
+    if folder.is_file():
+        return
     for name in (RECORD, STAGE_RECORD):
         try:
             files = read_record(folder / name, _remedy(folder)).get("files")

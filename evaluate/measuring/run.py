@@ -407,6 +407,7 @@ class _Evaluation:
         messages = [
             message for folder, (_, message) in self.failures.items() if (folder / RECORD).is_file()
         ]
+        has_others = len(find_checkpoints(self.run, {})) > len(messages)
         only = {checkpoint_folder(self.recipe, self.run, key) for key in self.only or ()}
         messages += [
             message
@@ -415,7 +416,9 @@ class _Evaluation:
         ]
         if messages:
             more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
-            raise RunFailure(f"{messages[0]}{more}; the other checkpoints are measured")
+            is_rest_done = self.only is None and has_others
+            others = "; the other checkpoints are measured" if is_rest_done else ""
+            raise RunFailure(f"{messages[0]}{more}{others}")
 
 
 def _verified_digest(checkpoint: Checkpoint, location: Path) -> str:

@@ -280,7 +280,9 @@ class _Search:
         """Return where a checkpoint is; None if it is not there yet, and may come."""
         assert place.path is not None
         where: dict[str, str | None] = {"gguf_file": place.gguf_file, "base": given.base}
-        if is_on_hub(place.path):
+        place = self._as_written(given, key, place)
+        assert place.path is not None
+        if is_on_hub(given.path):
             commit = self._commit(place.path, place.revision or "main", key)
             if commit is None:
                 return None
@@ -313,6 +315,29 @@ class _Search:
             self._check_base(model / ADAPTER, given, str(place))
         return source.model_copy(update={"version": version_of(model)})
 
+    def _as_written(self, given: Given, key: CheckpointKey, place: Place) -> Place:
+        """Return the place as the hub or the disk writes its number: step_0025 for step 25."""
+        assert place.path is not None
+        if not is_on_hub(given.path):
+            if Path(place.path).expanduser().exists():
+                return place
+            numbers = Numbers(key.seed, key.step)
+            paths = [
+                str(p) for p, found in _folders(given.path) if _numbers(given, found) == numbers
+            ]
+            return place._replace(path=paths[0]) if len(paths) == 1 else place
+        try:
+            known = set(self._revisions(place.path))
+        except (InputError, RunFailure):  # offline: as recorded
+            record = _known(checkpoint_folder(self.series, self.run, key))
+            source = None if record is None else record.source
+            known = set() if source is None or source.revision is None else {source.revision}
+        if place.revision is None or place.revision in known:
+            return place
+        wanted = _unpadded(place.revision)
+        names = [name for name in known if _unpadded(name) == wanted]
+        return place._replace(revision=names[0]) if len(names) == 1 else place
+
     def _commit(self, repo: str, revision: str, key: CheckpointKey) -> str | None:
         try:
             known = self._revisions(repo)
@@ -326,7 +351,7 @@ class _Search:
             raise
         if revision in known:
             return known[revision]
-        if _COMMIT.fullmatch(revision):
+        if _COMMIT.fullmatch(revision) or revision.startswith("refs/pr/"):
             return hub_commit(repo, revision)
         if self.wait:
             return None
@@ -412,6 +437,11 @@ def _numbers(given: Given, groups: dict[str, str], seed_of_model: int | None = N
         seed = given.seeds[0] if given.seeds else 0
     step = groups.get("step", given.steps[0] if given.steps else 0)
     return Numbers(int(seed), int(step))
+
+
+def _unpadded(name: str) -> str:
+    """Return a name whose numbers have no leading zeros."""
+    return re.sub(r"(?<![0-9])0+(?=[0-9])", "", name)
 
 
 def _some(names: list[str]) -> str:

@@ -132,10 +132,11 @@ def hub_revisions(repo: str, pauses: Sequence[float] | None = None) -> dict[str,
 
 
 def hub_commit(repo: str, commit: str) -> str:
-    """Return the full hash of a commit on the hub; InputError if there is none."""
+    """Return the full hash of a commit or pull request on the hub; InputError if there is none."""
     from huggingface_hub import HfApi
 
-    return str(patiently(repo, lambda: HfApi().model_info(repo, revision=commit).sha))
+    name = f"{repo}@{commit}"
+    return str(patiently(name, lambda: HfApi().model_info(repo, revision=commit).sha))
 
 
 def hub_configuration(repo: str, commit: str) -> Path:
@@ -216,8 +217,9 @@ def _fetch(source: Source, target: Path | None) -> Path:
     cached = _cached(repo, commit)
     if cached is not None and _is_complete(cached, source.gguf_file):
         return _within(cached, source.gguf_file)
+    name = f"{repo}@{source.revision or commit}"
     files = patiently(
-        repo,
+        name,
         lambda: {
             entry.path: entry.size
             for entry in HfApi().list_repo_tree(repo, revision=commit, recursive=True)
@@ -225,13 +227,15 @@ def _fetch(source: Source, target: Path | None) -> Path:
         },
     )
     patterns = list(_LOADED) if source.gguf_file is None else [source.gguf_file]
-    name = f"{repo}@{source.revision or commit}"
     wanted = "*.safetensors" if source.gguf_file is None else source.gguf_file
     matching = {path: size for path, size in files.items() if Path(path).match(wanted)}
     if not matching:
         kinds = sorted(path for path in files if path.endswith((".bin", ".pt", ".pth", ".gguf")))
         has = f"it has {', '.join(kinds[:3])}" if kinds else "it has no weights"
-        raise InputError(f"{name}: no {wanted} there ({has}); pickles are never loaded")
+        raise InputError(
+            f"{name}: no {wanted} there ({has}); pickles are never loaded, docs/guides/series.md "
+            "says how to convert them"
+        )
     top = {path: size for path, size in matching.items() if "/" not in path}
     if source.gguf_file is None and top:
         patterns = [pattern for pattern in patterns if pattern != "*.safetensors"]

@@ -465,6 +465,8 @@ def _input_errors(source: str, part: str) -> Iterator[None]:
         remedy = "give a model folder, or a hub id (with network, or the model in the local cache)"
         if Path(source).is_dir():
             remedy = "the folder needs config.json, *.safetensors and the tokenizer's files"
+        if part == "adapter" and "size mismatch" in reason:
+            remedy = "give it the base that it was trained on"
         if "custom code" in reason:
             reason = "it needs code of its own to run"
             remedy = (

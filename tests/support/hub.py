@@ -86,7 +86,7 @@ class Hub:
         return sum(r.startswith("GET ") and r.endswith(f"/{name}") for r in self.requests)
 
     def download(self, handler: Any) -> None:
-        parts = unquote(urlsplit(handler.path).path).strip("/").split("/")
+        parts = list(map(unquote, urlsplit(handler.path).path.strip("/").split("/")))
         api = parts[:2] == ["api", "models"]
         repo, rest = "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
         branches = self.models.get(repo)
@@ -97,6 +97,7 @@ class Hub:
             refs = [
                 {"name": name, "ref": f"refs/heads/{name}", "targetCommit": self.commit(repo, name)}
                 for name in branches
+                if not name.startswith("refs/")  # pull requests are listed only when asked for
             ]
             handler.reply(200, {"branches": refs, "tags": [], "converts": []})
             return
@@ -108,7 +109,7 @@ class Hub:
             return
         commit = revision if revision in by_commit else self.commit(repo, revision)
         files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-        if rest[0] == "revision":
+        if not rest or rest[0] == "revision":
             siblings = [{"rfilename": name} for name in files]
             handler.reply(200, {"id": repo, "sha": commit, "siblings": siblings})
         elif rest[0] == "tree":

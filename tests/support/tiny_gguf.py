@@ -9,7 +9,7 @@ HIDDEN, FFN, HEADS, LAYERS = 16, 32, 2, 1
 SPECIAL = ["<unk>", "<s>", "<|endoftext|>"]  # the last is what GGUF's readers would add
 
 
-def write_gguf(path: Path) -> None:
+def write_gguf(path: Path, seed: int = 0) -> None:
     """Write a model with random weights in float32; special tokens are not in its alphabet."""
     import gguf
 
@@ -31,7 +31,7 @@ def write_gguf(path: Path) -> None:
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     shapes = {"token_embd": (len(tokens), HIDDEN), "output": (len(tokens), HIDDEN)}
     for layer in range(LAYERS):
         shapes |= {f"blk.{layer}.attn_{part}": (HIDDEN, HIDDEN) for part in "qkv"}

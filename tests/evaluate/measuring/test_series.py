@@ -183,7 +183,7 @@ def test_folders_that_are_no_trainers_are_left_alone(tmp_path):
         assert series_of([str(tmp_path / folder)], None, dict) is None
 
 
-def test_steps_and_a_pattern_on_the_command_line(ladder, tmp_path):
+def test_steps_and_a_pattern_on_the_command_line(ladder, tmp_path, monkeypatch):
     pattern = f"{ladder}/nano/seed{{seed}}/checkpoint-{{step}}"
     given = series_of([pattern], "0,250", lambda: foreign.ASKED)
     found, notes = find_numbers(given)
@@ -191,6 +191,16 @@ def test_steps_and_a_pattern_on_the_command_line(ladder, tmp_path):
         [("nano", seed, step) for seed in (0, 1) for step in (0, 250)],
         [],
     )
+    written = shutil.copytree(ladder / "nano/seed0/checkpoint-250", tmp_path / "step-00250")
+    open_run(
+        series({"model": "m", "path": f"{tmp_path}/step-{{step}}", "step": 250}), tmp_path / "r"
+    )
+    assert [c.record.source.path for c in find_checkpoints(tmp_path / "r")] == [str(written)]
+    monkeypatch.chdir(ladder / "nano")
+    with pytest.raises(InputError, match="m/0/7: seed0/checkpoint-7 has no model"):
+        open_run(
+            series({"model": "m", "path": "seed0/checkpoint-{step}", "step": 7}), tmp_path / "x"
+        )
     for steps, match in (("0,300", "nothing like .*seed0/checkpoint-300"), ("0,x", "--steps 0,x")):
         with pytest.raises(InputError, match=match):
             open_run(series_of([pattern], steps, lambda: foreign.ASKED), tmp_path / "run")

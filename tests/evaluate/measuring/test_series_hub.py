@@ -1,6 +1,9 @@
 """Series whose checkpoints are branches on the hub, against a local server that speaks its API."""
 
+import json
+import runpy
 import shutil
+import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -8,16 +11,21 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from selfcorrect.evaluate.measuring import sources
 from selfcorrect.evaluate.measuring.cell_files import read_cell
 from selfcorrect.evaluate.measuring.run import evaluate_run
 from selfcorrect.evaluate.run_folder import find_checkpoints
+from selfcorrect.evaluate.scoring.load_model import ADAPTER
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 from selfcorrect.recipes.load import check_series, load_measured
 from selfcorrect.scripts.commands.series import open_run, series_of
+from tests.support import ROOT
 from tests.support import foreign_checkpoints as foreign
 from tests.support.hub import hub_as_default
+from tests.support.tiny_gguf import write_gguf
 
 REPO = {"model": "m", "path": "lab/m", "revision": "step_{step}"}
 
@@ -266,3 +274,81 @@ def test_a_larger_model_among_the_steps_is_found_out_once_it_is_here(hub, saved,
     with pytest.raises(RunFailure, match=r"step_100 has .* parameters, .* have"):
         measured(series(REPO), tmp_path / "run")
     assert len(answers(tmp_path / "run")) == 2
+
+
+def test_numbers_with_leading_zeros_and_pull_requests(hub, saved, tmp_path):
+    """Olmo 3 names its branches step_0025; safetensors of others exist in pull requests alone."""
+    hub.models["lab/think"] = {
+        "main": saved / "checkpoint-0",
+        "refs/pr/1": saved / "checkpoint-0",
+        "step_0020": saved / "checkpoint-20",
+        "step_0100": saved / "checkpoint-100",
+    }
+    start = {"model": "m", "step": 0, "path": "lab/think", "revision": "refs/pr/1"}
+    later = {"model": "m", "path": "lab/think", "revision": "step_{step}", "steps": [20, 100]}
+    given, run = series(start, later, keep_weights=False), tmp_path / "run"
+    assert measured(given, run) == 3
+    found = [checkpoint.record.source for checkpoint in find_checkpoints(run)]
+    assert [source.revision for source in found] == ["refs/pr/1", "step_0020", "step_0100"]
+    assert all(hub.commit("lab/think", s.revision) == s.version for s in found)
+    assert len({frame.to_json() for frame in answers(run)[::2]}) == 3
+    for none in (later | {"steps": [2]}, start | {"revision": "refs/pr/2"}):
+        with pytest.raises(InputError, match=r"lab/think(@refs/pr/2: no such| has no) revision"):
+            open_run(series(none), tmp_path / "none")
+    hub.close()
+    assert measured(given, run) == 0
+
+
+def test_a_gguf_file_on_the_hub(hub, tmp_path):
+    """It is measured as the same file on this disk, and removed again."""
+    for step in (5, 10):
+        folder = tmp_path / f"q/step_{step}"
+        folder.mkdir(parents=True)
+        write_gguf(folder / f"m-{step}.gguf", seed=step)
+        hub.models.setdefault("lab/q", {})[f"step_{step}"] = folder
+    entry = {"model": "q", "revision": "step_{step}", "gguf_file": "m-{step}.gguf"}
+    with pytest.raises(InputError, match=r"size: give it, such as 1.4B: the file m-5.gguf"):
+        open_run(series(entry | {"path": "lab/q"}), tmp_path / "run")
+    given = series(entry | {"path": "lab/q", "size": "11k"}, keep_weights=False)
+    assert measured(given, tmp_path / "run") == 2
+    assert not list((tmp_path / "run").rglob("*.gguf"))
+    del entry["revision"]
+    measured(series(entry | {"path": f"{tmp_path}/q/step_{{step}}"}), tmp_path / "local")
+    for ours, theirs in zip(answers(tmp_path / "run"), answers(tmp_path / "local"), strict=True):
+        pd.testing.assert_frame_equal(ours, theirs)
+
+
+def test_adapters_on_the_hub_with_a_base_on_the_hub(hub, saved, tmp_path):
+    for step in (10, 20):
+        foreign.trl_lora(tmp_path / "out", step)
+        folder = tmp_path / f"out/checkpoint-{step}"
+        settings = json.loads((folder / ADAPTER).read_text())
+        settings["base_model_name_or_path"] = "lab/start"
+        (folder / ADAPTER).write_text(json.dumps(settings))
+        hub.models.setdefault("lab/lora", {})[f"step_{step}"] = folder
+    entry = {"model": "m", "path": "lab/lora", "revision": "step_{step}"}
+    assert measured(series(entry, keep_weights=False), tmp_path / "run") == 2
+    assert not list((tmp_path / "run").rglob("*.safetensors"))  # the base stays in the hub's cache
+    base = str(shutil.copytree(saved / "checkpoint-0", tmp_path / "start"))
+    here = {"model": "m", "path": f"{tmp_path}/out/checkpoint-{{step}}", "base": base}
+    measured(series(here), tmp_path / "local")
+    first, *others = answers(tmp_path / "run")
+    assert not any(first["logprobs"].equals(other["logprobs"]) for other in others)
+    for ours, theirs in zip([first, *others], answers(tmp_path / "local"), strict=True):
+        pd.testing.assert_frame_equal(ours, theirs)
+
+
+def test_published_pickles_are_converted_by_the_guides_example(hub, saved, tmp_path, monkeypatch):
+    pickled = shutil.copytree(saved / "checkpoint-20", tmp_path / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    hub.models["lab/m"]["step_20"] = pickled
+    script = str(ROOT / "docs/examples/convert_pickles.py")
+    words = [script, "lab/m", "step_{step}", "20", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(script, run_name="__main__")
+    assert measured(series({"model": "m", "path": f"{tmp_path}/out/step_{{step}}"}), tmp_path / "a")
+    original = {"model": "m", "step": 20, "path": str(saved / "checkpoint-20")}
+    measured(series(original), tmp_path / "b")
+    for ours, theirs in zip(answers(tmp_path / "a"), answers(tmp_path / "b"), strict=True):
+        pd.testing.assert_frame_equal(ours, theirs)
