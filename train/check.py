@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS
-from selfcorrect.recipes.foundation.errors import InputError, reason_of
+from selfcorrect.recipes.foundation.errors import InputError, machine_fault, reason_of
 from selfcorrect.recipes.schema import Model, Recipe
 from selfcorrect.train.feedback.benchmark import Source as BenchmarkSource
 
@@ -147,6 +147,8 @@ def _check_given(model: Model, key: str) -> None:
             )
             return _check_family(config, key)
         except (OSError, ValueError, KeyError) as error:
+            if machine_fault(error) is not None:
+                raise
             if is_local or not isinstance(error, OSError):
                 raise InputError(f"{key}: {source}: {reason_of(error)}") from None
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import Literal
 
 from selfcorrect.recipes.foundation.errors import (
@@ -58,7 +59,7 @@ def _one_line(error: BaseException, repo: str, action: Action) -> InputError | R
         RevisionNotFoundError,
     )
 
-    words = reason_of(error)[:200]
+    words = shorten(reason_of(error), 200, placeholder=" ...")
     login = "run `hf auth login`, or set HF_TOKEN to a token that may "
     login += "write" if action == "upload" else "read it"
     if isinstance(error, LocalTokenNotFoundError):

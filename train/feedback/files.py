@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.errors import InputError, machine_fault
 
 FORMATS = {
     ".jsonl": "json",
@@ -67,6 +67,8 @@ def read_rows(
     except InputError:
         raise
     except Exception as error:  # datasets raises errors of many kinds
+        if machine_fault(error) is not None:
+            raise
         fault = _first_fault(local) if is_file else None
         raise InputError(f"{key}: {path}: {fault or _reason(error)}") from None
     if not len(rows):

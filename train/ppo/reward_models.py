@@ -131,6 +131,8 @@ def check_family(config: Any) -> None:
             with torch.device("meta"):
                 kind(text_config)
     except Exception as error:  # models raise errors of many kinds
+        if is_from_outside(error):
+            raise
         raise InputError(
             f"no reward model can be made of the type {config.model_type} ({reason_of(error)})"
         ) from None

@@ -6,7 +6,7 @@ import os
 import warnings
 from typing import Any
 
-from selfcorrect.recipes.foundation.errors import InputError, reason_of
+from selfcorrect.recipes.foundation.errors import InputError, machine_fault, reason_of
 from selfcorrect.recipes.foundation.ranks import best_device
 
 # Defaults of every stage.
@@ -86,6 +86,8 @@ def build(
             warnings.simplefilter("ignore", FutureWarning)
             return kind(**{**defaults, **given, **fixed})
     except Exception as error:  # a value of the wrong type may fail anywhere in the libraries
+        if machine_fault(error) is not None:
+            raise
         raise InputError(f"{section}: {reason_of(error)}") from None
 
 

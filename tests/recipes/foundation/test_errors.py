@@ -7,16 +7,20 @@ import json
 import os
 import re
 import socket
+import sys
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pydantic
 import pytest
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import get_session
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
+from selfcorrect.evaluate.scoring.lm_eval import engine_loader
 from selfcorrect.recipes.foundation.errors import (
     InputError,
     RunFailure,
@@ -25,6 +29,9 @@ from selfcorrect.recipes.foundation.errors import (
 )
 from selfcorrect.recipes.foundation.hub_errors import hub_errors
 from selfcorrect.scripts.commands import __main__ as command
+from selfcorrect.train.feedback.files import read_rows
+from selfcorrect.train.ppo import reward_models
+from selfcorrect.train.stages import arguments
 from tests.support.file_server import Server
 
 NOBODY = "http://127.0.0.1:9/"  # the discard port, on which nothing listens
@@ -191,3 +198,52 @@ def test_error_of_this_machine_is_not_the_hubs(error: Exception) -> None:
 def test_errors_of_our_own_code_are_not_the_hubs() -> None:
     with pytest.raises(TypeError, match="unexpected"), hub_errors("lab/m", "download"):
         from_client(TypeError("unexpected keyword"), "selfcorrect.evaluate.publish.hub")()
+
+
+def rows(raised: Callable, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("datasets.load_dataset", raised)
+    (folder / "rows.jsonl").write_text('{"prompt": "x"}\n')
+    read_rows(str(folder / "rows.jsonl"), "data.prompts")
+
+
+def trainer(raised: Callable, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class Arguments:
+        output_dir: str = ""
+        __post_init__ = raised
+
+    arguments.build(Arguments, "policy.trainer", {}, {}, {})
+
+
+def classifier(raised: Callable, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(reward_models, "_scored_class", raised)
+    reward_models.check_family(LlamaConfig())
+
+
+def lm_of_lm_eval(raised: Callable, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    registry = ModuleType("lm_eval.api.registry")
+    registry.get_model = lambda name: SimpleNamespace(create_from_arg_obj=raised)
+    patch.setitem(sys.modules, "lm_eval.api.registry", registry)
+    patch.setattr("importlib.util.find_spec", lambda name: name)
+    engine_loader("lm-eval:other").load("lab/m")
+
+
+@pytest.mark.parametrize("reader", [rows, trainer, classifier, lm_of_lm_eval])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/cache/x"), OSError),
+        (MemoryError(), MemoryError),
+        (ValueError("no such column"), InputError),
+    ],
+    ids=["full disk", "memory", "input"],
+)
+def test_what_a_library_raises_is_the_inputs_fault_unless_the_machines(
+    reader: Callable, error: Exception, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raised(*_: object, **__: object) -> None:
+        raise error
+
+    with pytest.raises(kind) as caught:
+        reader(raised, tmp_path, monkeypatch)
+    assert (caught.value is error) == (kind is not InputError)
