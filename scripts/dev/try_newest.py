@@ -4,11 +4,13 @@
 
 FOLDER gets a virtual environment with the newest releases that pyproject.toml allows; its tests
 run. Then the newest release of each library with an upper bound is installed over the allowed one,
-its own requirements included, and the tests run again. Prints a line for each try, with the first
-failure; the exit code is 1 if one fails.
+its own requirements included, and the tests run again. Prints for each try the versions that it
+changed, and what failed; the exit code is 1 if anything did. An environment that is there already
+is brought up to date.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -16,9 +18,11 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+ALLOWED = ".[dev,lm-eval]"
 TESTS = (
     "tests/train/ppo/test_trl_contract.py tests/train/ppo/test_ppo_step.py tests/evaluate/scoring"
 )
+SHOWN = 20  # failures, each on its line
 
 
 def bounded_libraries() -> list[str]:
@@ -30,21 +34,42 @@ def bounded_libraries() -> list[str]:
 
 def call(*command: str) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository; keep its output."""
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    wide = {**os.environ, "COLUMNS": "300"}  # pytest cuts reasons off
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=wide)
+
+
+def install(python: str, requirement: str) -> subprocess.CompletedProcess[str]:
+    """Install the newest release that a requirement allows, and the newest of all it needs."""
+    newest = ("--upgrade", "--upgrade-strategy", "eager")
+    return call(python, "-m", "pip", "install", "--quiet", *newest, requirement)
+
+
+def versions(python: str) -> dict[str, str]:
+    """Return the version of each installed library by name."""
+    lines = call(python, "-m", "pip", "list", "--format=freeze").stdout.splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
 
 
 def fails(python: str, requirement: str, tests: list[str]) -> bool:
     """Install a requirement, run the tests, print the outcome; return whether anything failed."""
-    pip = call(python, "-m", "pip", "install", "--quiet", "--upgrade", requirement)
-    done = pip if pip.returncode else call(python, "-m", "pytest", "-q", "-x", *tests)
-    versions = call(python, "-m", "pip", "list", "--format=freeze").stdout
-    name = requirement.partition("[")[0]
-    version = re.search(rf"(?im)^{re.escape(name)}==(\S+)", versions)
-    wrong = re.search(r"(?m)^(FAILED|ERROR|E  ).*", done.stdout) or re.search(
-        r"ERROR.*", done.stderr
-    )
-    outcome = "passes" if not done.returncode else wrong.group() if wrong else done.stdout[-300:]
-    print(f"{requirement} {version.group(1) if version else ''}: {outcome.strip()}", flush=True)
+    before = versions(python)
+    done = install(python, requirement)
+    if done.returncode:
+        reasons = re.findall(r"(?m)^ERROR: (.*)", done.stderr) or [done.stderr[-300:].strip()]
+        print(f"{requirement}: cannot be installed: {' '.join(reasons)}", flush=True)
+        return True
+    done = call(python, "-m", "pytest", "-rfE", "--tb=no", *tests)  # -q is pyproject.toml's
+    changed = [f"{name} {v}" for name, v in versions(python).items() if before.get(name) != v]
+    few = len(changed) < SHOWN
+    print(f"{requirement} ({', '.join(changed) if few else f'{len(changed)} libraries'}): ", end="")
+    failures = re.findall(r"(?m)^(?:FAILED|ERROR) .*", done.stdout)
+    count = re.findall(r"(?m)^.*\b(?:passed|failed|errors?)\b.* in .*", done.stdout)
+    print(count[-1].strip("= ") if count else (done.stdout + done.stderr)[-300:].strip())
+    for line in failures[:SHOWN]:
+        print(f"    {line}")
+    if len(failures) > SHOWN:
+        print(f"    and {len(failures) - SHOWN} more")
+    sys.stdout.flush()
     return bool(done.returncode)
 
 
@@ -56,12 +81,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tests", default=TESTS)
     arguments = parser.parse_args()
-    tests, python = arguments.tests.split(), str(arguments.folder / "bin" / "python")
-    call(sys.executable, "-m", "venv", str(arguments.folder))
-    failures = [fails(python, ".[dev]", tests)]
+    tests, python = arguments.tests.split(), str(arguments.folder.absolute() / "bin" / "python")
+    if not Path(python).exists():
+        call(sys.executable, "-m", "venv", str(arguments.folder))
+    failures = [fails(python, ALLOWED, tests)]
     for name in bounded_libraries():
         failures.append(fails(python, name, tests))
-        call(python, "-m", "pip", "install", "--quiet", "--upgrade", ".[dev]")  # back in bounds
+        install(python, ALLOWED)  # back in bounds
     sys.exit(any(failures))
 
 
