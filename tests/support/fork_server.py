@@ -79,6 +79,7 @@ class ForkServer:
     """The server, started with the environment variables of now, which ends with `close`."""
 
     def __init__(self) -> None:
+        self._processes: list[ForkedProcess] = []
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._server = subprocess.Popen(
@@ -100,7 +101,8 @@ class ForkServer:
         socket.send_fds(self._control, [request], [theirs, *(file.fileno() for file in files)])
         os.close(theirs)
         lines = os.fdopen(status)
-        return ForkedProcess(int(lines.readline()), lines, *files)
+        self._processes.append(ForkedProcess(int(lines.readline()), lines, *files))
+        return self._processes[-1]
 
     def call(self, words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
         """Run a command line to its end and return its output."""
@@ -112,7 +114,10 @@ class ForkServer:
         return subprocess.CompletedProcess(words, process.wait(), *shown)
 
     def close(self) -> None:
-        """End the server once its processes have ended."""
+        """End the server, and the processes that a failed test has left."""
+        for process in self._processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
         self._control.close()
         self._server.wait()
 
