@@ -87,7 +87,7 @@ class ForkServer:
             )
 
     def start(self, words: list[str], cwd: Path, output: Path | None = None) -> ForkedProcess:
-        """Start a command line `python -m MODULE ...` in `cwd`, in a session of its own.
+        """Start a command line `python -m MODULE ...` in `cwd`, in a process group of its own.
 
         Its output and error output go to the file `output`, or to one temporary file each.
         """
@@ -156,12 +156,13 @@ def serve(control: socket.socket) -> list[str]:
 def _fork_and_supervise(status: int, stdout: int, stderr: int) -> None:
     """Return in a new process; this one reports its process id and its exit code, and ends."""
     if pid := os.fork():
+        os.setpgid(pid, pid)  # here too, so that the group exists when it is reported
         with os.fdopen(status, "w") as lines:
             print(pid, file=lines, flush=True)
             print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=lines)
         os._exit(0)
     os.close(status)
-    os.setsid()
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with Path(os.devnull).open() as nothing:
         os.dup2(nothing.fileno(), 0)
