@@ -228,7 +228,8 @@ def _measure_together(
                 flushed, flushed_at = done, time.monotonic()
             ranks.from_rank0(partial(work.progress, name, done, num_items))
         for cell in cells:  # before the cells that name them
-            ranks.from_rank0(partial(write_prompts, work.folder, cell, tokenizer))
+            prompt = partial(_first_prompt, cell, work.engine)
+            ranks.from_rank0(partial(write_prompts, work.folder, cell, tokenizer, prompt))
 
 
 def _slices(start: int, num_items: int, size: int, count: int, is_aligned: bool) -> list[slice]:
@@ -293,28 +294,33 @@ class _Draw:
 
     question: Question
     number: int
-    turns: list[Turn]
     samples: list[Sample] = field(default_factory=list)
     prompt: str | None = None  # before the options, if it holds samples
 
-    def add(self, engine: Engine, sample: Sample) -> None:
+    def turns(self, tokenizer: Any) -> list[Turn]:
+        """Return the dialogue with the samples so far."""
+        turns = self.question.turns
+        for sample in self.samples:
+            turns = with_sample(tokenizer, turns, sample.text)
+        return turns
+
+    def add(self, cell: PlannedCell, engine: Engine, sample: Sample) -> None:
         """Put a sample into the dialogue; thoughts without an end count as cut off."""
-        thinks = is_thinking(before_sample(self.turns)[-1])
-        if thinks and not sample.stopped:
-            sample = replace(sample, truncated=True)
-        self.turns = with_sample(engine.tokenizer, self.turns, sample.text)
+        if cell.style.thinking is not None and not sample.stopped:
+            thinks = is_thinking(before_sample(self.turns(engine.tokenizer))[-1])
+            sample = replace(sample, truncated=thinks or sample.truncated)
         self.samples.append(sample)
 
 
 def _score_slice(cells: Sequence[PlannedCell], engine: Engine, part: slice) -> RowsByCell:
     """Score the options of some items under several conditions at once."""
-    draws_by_cell = [[_Draw(q, 0, q.turns) for q in cell.questions(part)] for cell in cells]
+    draws_by_cell = [[_Draw(q, 0) for q in cell.questions(part)] for cell in cells]
     asked = [(c, draw) for c, draws in zip(cells, draws_by_cell, strict=True) for draw in draws]
     if not asked:
         return [[] for _ in cells]
 
     def requests() -> list[Request]:
-        return [(_prompt(cell, engine, draw.turns), draw.question.options) for cell, draw in asked]
+        return [(_first_prompt(cell, engine, d.question), d.question.options) for cell, d in asked]
 
     with _error_context([(cell, draw.question.item) for cell, draw in asked]):
         digests = (cell.settings_digest for cell in cells)
@@ -328,7 +334,7 @@ def _sample_slice(cells: Sequence[PlannedCell], engine: Engine, part: slice) -> 
     (cell,) = cells
     assert cell.sampling is not None
     draws = [
-        _Draw(question, number, question.turns)
+        _Draw(question, number)
         for question in cell.questions(part)
         for number in range(cell.sampling.draws)
     ]
@@ -339,12 +345,12 @@ def _sample_slice(cells: Sequence[PlannedCell], engine: Engine, part: slice) -> 
         for round_ in rounds:
             samples = engine.sample(**_sample_arguments(cell, draws, engine, round_, part))
             for draw, sample in zip(draws, samples, strict=True):
-                draw.add(engine, sample)
+                draw.add(cell, engine, sample)
 
         def final_question(index: int, sample: Sample) -> Request:
             draw = draws[index]
-            draw.add(engine, sample)
-            draw.prompt = _prompt(cell, engine, draw.turns)
+            draw.add(cell, engine, sample)
+            draw.prompt = _prompt(cell, engine, draw)
             return draw.prompt, draw.question.options
 
         answers = engine.sample_then_score(
@@ -359,7 +365,7 @@ def _sample_arguments(
     """Return the arguments of `Engine.sample` for the next sampled turn of each dialogue."""
 
     def prompts() -> list[str]:
-        return [_prompt(cell, engine, before_sample(draw.turns)) for draw in draws]
+        return [_prompt(cell, engine, draw) for draw in draws]
 
     key = f"prompts|{part}|{cell.style.date}|{cell.settings_digest}"
     return {
@@ -378,13 +384,28 @@ def _sample_arguments(
 
 def _stop(cell: PlannedCell, draws: Sequence[_Draw], tokenizer: Any) -> str | None:
     """Return the string that ends the next sample: the end of thoughts, or of an answer."""
-    if cell.style.thinking is not None and is_thinking(before_sample(draws[0].turns)[-1]):
+    if cell.style.thinking is not None and is_thinking(
+        before_sample(draws[0].turns(tokenizer))[-1]
+    ):
         return cell.style.thinking.end
     return stop_text(tokenizer, cell.style)
 
 
-def _prompt(cell: PlannedCell, engine: Engine, turns: Sequence[Turn]) -> str:
-    return render(engine.tokenizer, turns, cell.style)
+def _first_prompt(cell: PlannedCell, engine: Engine, question: Question) -> str:
+    return _prompt(cell, engine, _Draw(question, 0))
+
+
+def _prompt(cell: PlannedCell, engine: Engine, draw: _Draw) -> str:
+    """Return the prompt of the next text that the model writes, or of the options."""
+    texts = (sample.text for sample in draw.samples)
+    question = cell.settings_digest, str(cell.style.date), draw.question.item.id
+    key = (*question, draw.question.order, *texts)
+
+    def make(_: list[int]) -> list[str]:
+        turns = before_sample(draw.turns(engine.tokenizer))
+        return [render(engine.tokenizer, turns, cell.style)]
+
+    return engine.recent([key], make)[0]
 
 
 def _check_room(cell: PlannedCell, engine: Engine) -> None:

@@ -4,9 +4,9 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,12 @@ class Question:
     item: Item
     order: str  # "120": the file's option 1 is shown first; "10,0,..." past ten options
     options: tuple[str, ...]
-    turns: list[Turn]
+    ask: Callable[[], list[Turn]]
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The dialogue, written when it is needed: a prompt is often known already."""
+        return self.ask()
 
 
 @dataclass(frozen=True)
@@ -66,21 +71,22 @@ class PlannedCell:
         return self.loaded.items
 
     def questions(self, part: slice = slice(None)) -> Iterator[Question]:
-        """Yield the questions of some items, each item in all planned option orders.
-
-        A model whose template has a block for thoughts reasons in it (`dialogue.with_thoughts`).
-        """
+        """Yield the questions of some items, each item in all planned option orders."""
         permutations = self.permutations if self.section.shows_options else 1
-        thinks = self.style.thinking is not None and self.style.thinking.on is not None
         for item in self.items[part]:
             for order in option_orders(len(item.options), permutations):
-                turns = self.section.turns(self.condition, item, order)
                 yield Question(
                     item,
                     spelled(order),
                     self.section.continuations(self.condition, item, order),
-                    with_thoughts(turns) if thinks else turns,
+                    partial(self._turns, item, order),
                 )
+
+    def _turns(self, item: Item, order: Sequence[int]) -> list[Turn]:
+        """Return the dialogue; where the template has a block for thoughts, reasoning is in it."""
+        turns = self.section.turns(self.condition, item, order)
+        thinks = self.style.thinking is not None and self.style.thinking.on is not None
+        return with_thoughts(turns) if thinks else turns
 
     @property
     def samples_thoughts(self) -> bool:

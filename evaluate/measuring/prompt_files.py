@@ -9,6 +9,7 @@ scored.
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfcorrect.evaluate.measuring.cell_files import METADATA_KEY, read_settings, table_writer
-from selfcorrect.evaluate.measuring.plan import PlannedCell
-from selfcorrect.evaluate.prompts.dialogue import (
-    before_sample,
-    beginning_ids,
-    render,
-    style_of,
-)
+from selfcorrect.evaluate.measuring.plan import PlannedCell, Question
+from selfcorrect.evaluate.prompts.dialogue import beginning_ids, style_of
 from selfcorrect.recipes.foundation.atomic_files import atomic_file
 from selfcorrect.recipes.foundation.checksums import (
     CHECKSUM_PLACEHOLDER,
@@ -70,7 +66,9 @@ def _facts(cell: PlannedCell, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def write_prompts(evaluation: Path, cell: PlannedCell, tokenizer: Any) -> None:
+def write_prompts(
+    evaluation: Path, cell: PlannedCell, tokenizer: Any, prompt: Callable[[Question], str]
+) -> None:
     """Write the table of a cell's prompts, unless it exists."""
     path = prompts_folder(evaluation) / prompts_file_name(cell, tokenizer)
     if path.is_file():
@@ -84,7 +82,7 @@ def write_prompts(evaluation: Path, cell: PlannedCell, tokenizer: Any) -> None:
                     {
                         "item": question.item.id,
                         "order": question.order,
-                        "prompt": render(tokenizer, before_sample(question.turns), cell.style),
+                        "prompt": prompt(question),
                     }
                     for question in cell.questions(slice(first, first + _SLICE_ITEMS))
                 ]

@@ -17,7 +17,7 @@ from selfcorrect.evaluate.prompts.tokenized import Continuation
 from selfcorrect.evaluate.scoring.forwards import Forwards
 from selfcorrect.evaluate.scoring.limits import LARGEST_LOGITS
 from selfcorrect.evaluate.scoring.sampling import SampledBatch
-from selfcorrect.evaluate.scoring.token_trie import Pack, trie
+from selfcorrect.evaluate.scoring.token_trie import Pack
 
 
 @torch.no_grad()
@@ -25,17 +25,18 @@ def score_after(
     forwards: Forwards,
     sampled: SampledBatch,
     requests: Sequence[Sequence[Continuation]],
+    tries: Sequence[Pack],
 ) -> list[tuple[Pack, np.ndarray]] | None:
     """Return each row's trie and its wanted values; `sampled.cache` is used up.
 
-    `requests` holds the options that follow each text. Returns None for a batch whose logits would
-    exceed their limit. Raises ValueError if there is no cache, or one that lacks columns.
+    `requests` holds the options that follow each text, `tries` the same as a trie each. Returns
+    None for a batch whose logits would exceed their limit. Raises ValueError if there is no cache,
+    or one that lacks columns.
     """
     cache = sampled.cache
     num_columns = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     if num_columns < _num_columns(sampled):
         raise ValueError("it returns no cache of all the tokens that it has read")
-    tries = [trie(options) for options in requests]
     reused = [
         _num_reused(row[:-1], options)  # the last token was never read
         for row, options in zip(sampled.rows, requests, strict=True)

@@ -105,6 +105,12 @@ class Engine(ABC):
         """Return what `make` makes for every model with this tokenizer; an engine may keep it."""
         return make()
 
+    def recent(
+        self, keys: Sequence[tuple[str, ...]], make: Callable[[list[int]], Sequence[T]]
+    ) -> list[T]:
+        """Return what `make` makes of the keys at some indices; an engine may keep the newest."""
+        return list(make(list(range(len(keys)))))
+
     def items_at_once(self, tokens: float, is_sampled: bool) -> int | None:
         """Return how many items of about so many tokens a call is to measure; None: any number.
 
@@ -114,7 +120,10 @@ class Engine(ABC):
 
     def check_room(self, prompts: Sequence[str], num_tokens: int) -> list[list[int]]:
         """Return the prompts' tokens; PromptTooLong if the model cannot write `num_tokens` more."""
-        tokenised = token_ids(self.tokenizer, prompts)
+        tokenised = self.recent(
+            [("tokens", prompt) for prompt in prompts],
+            lambda indices: token_ids(self.tokenizer, [prompts[i] for i in indices]),
+        )
         for index, tokens in enumerate(tokenised):
             self._check_length(index, len(tokens) + num_tokens, prompts[index])
         return tokenised

@@ -71,19 +71,21 @@ class Forwards:
         width = max(len(tree) - start for tree, start in zip(tries, starts, strict=True))
         wanted = [np.unique(tree.wanted_nodes) for tree in tries]
         # A padding node is its own subtree: it attends to itself, and no node attends to it.
-        ends = torch.arange(width, dtype=torch.int32).repeat(len(tries), 1)
-        keep = torch.zeros(len(tries), width, dtype=torch.bool)
+        ends = np.tile(np.arange(width, dtype=np.int32), (len(tries), 1))
+        keep = np.zeros((len(tries), width), dtype=bool)
         for row, (tree, start) in enumerate(zip(tries, starts, strict=True)):
             # Skipped nodes are one path, the first of the trie: later subtrees stay intervals.
-            ends[row, : len(tree) - start] = torch.from_numpy(tree.ends[start:] - start)
+            ends[row, : len(tree) - start] = tree.ends[start:] - start
             keep[row, wanted[row] - start] = True
         tokens = [tree.tokens[start:] for tree, start in zip(tries, starts, strict=True)]
         depths = [tree.depths[start:] for tree, start in zip(tries, starts, strict=True)]
         logits, _ = self.logits(
-            keep,
+            torch.from_numpy(keep),
             input_ids=padded(tokens, width),
             position_ids=padded(depths, width),
-            attention_mask=tree_attention_mask(ends.to(self.device), self.dtype, cached),
+            attention_mask=tree_attention_mask(
+                torch.from_numpy(ends).to(self.device), self.dtype, cached
+            ),
             **inputs,
         )
         offsets = np.cumsum([0, *map(len, wanted)])

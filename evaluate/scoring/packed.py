@@ -46,8 +46,8 @@ from selfcorrect.evaluate.scoring.sampling import (
     sample_slots,
 )
 from selfcorrect.evaluate.scoring.slots import error_of_slots
-from selfcorrect.evaluate.scoring.token_trie import Pack, Packing, PackingCache, pack
-from selfcorrect.evaluate.scoring.trials import UNSUPPORTED, Checks, Ways, reason_of
+from selfcorrect.evaluate.scoring.token_trie import Pack, Packing, PackingCache, pack, trie
+from selfcorrect.evaluate.scoring.trials import UNSUPPORTED, Checks, Trials, Ways, reason_of
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
 
 logger = logging.getLogger(__name__)
@@ -84,10 +84,12 @@ class PackedEngine(Engine):
         scoring_tokens = SMALL_SCORING_TOKENS if is_small else CPU_SCORING_TOKENS
         forward_tokens = min(self.batch_tokens, scoring_tokens) if on_cpu else self.batch_tokens
         self._forwards = Forwards(model, forward_tokens)
-        self._ways = Ways(self._forwards, self.context, type(model).__name__)
-        self._continues_cache = Checks()
-        self._in_slots = Checks()
-        self._batched = (Checks(), Checks())  # samples of mixed prompt lengths, of one length
+        types = f"{self._forwards.dtype} {self._forwards.device}"
+        trials = self.packings.of_model(model, types, Trials)
+        self._ways = Ways(self._forwards, self.context, type(model).__name__, trials)
+        self._continues_cache = trials.continues_cache
+        self._in_slots = trials.in_slots
+        self._batched = (trials.in_mixed_batches, trials.in_even_batches)
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -118,6 +120,12 @@ class PackedEngine(Engine):
     def kept(self, key: str, make: Callable[[], T]) -> T:
         """See `Engine.kept`."""
         return self.packings.get((self.tokenizer_digest, key), make)
+
+    def recent(
+        self, keys: Sequence[tuple[str, ...]], make: Callable[[list[int]], Sequence[T]]
+    ) -> list[T]:
+        """See `Engine.recent`."""
+        return self.packings.recent([(self.tokenizer_digest, *key) for key in keys], make)
 
     def items_at_once(self, tokens: float, is_sampled: bool) -> int:
         """See `Engine.items_at_once`: the number depends on the model and its device alone.
@@ -172,7 +180,7 @@ class PackedEngine(Engine):
             left = set(indices)
             self._forwards.reset()
             try:
-                for index, values in way.forward([packs[i] for i in indices]):
+                for index, values in self._ways.run(way, [packs[i] for i in indices]):
                     tree = packs[indices[index]]
                     self._check_values(tree, values)
                     np.add.at(totals, tree.wanted_options, values)
@@ -234,12 +242,10 @@ class PackedEngine(Engine):
         with self._progress(self._num_steps(tokenised, sampling.max_new_tokens)):
             for batch, sampled in self._sampled_batches(tokenised, keys, sampling, stop):
                 requests = [then(i, s) for i, s in zip(batch, sampled.samples, strict=True)]
-                tokenised_requests = continuations(self.tokenizer, requests)
-                for index, (prompt, _), options in zip(
-                    batch, requests, tokenised_requests, strict=True
-                ):
+                tries = self._tries(requests)
+                for index, (prompt, _), (options, _) in zip(batch, requests, tries, strict=True):
                     self._check_length(index, max(len(option.row) for option in options), prompt)
-                scores = self._scores_after(sampled, tokenised_requests)
+                scores = self._scores_after(sampled, [t for t, _ in tries], [t for _, t in tries])
                 answers |= zip(batch, zip(sampled.samples, scores, strict=True), strict=True)
                 del sampled  # frees its cache before the next batch needs the memory
         return [answers[i] for i in range(len(prompts))]
@@ -253,6 +259,7 @@ class PackedEngine(Engine):
     ) -> Iterator[tuple[list[int], SampledBatch]]:
         """Yield (prompt indices, their samples), and keep no reference to either."""
         left = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        self._forwards.reset()  # after what was scored before
         while left:
             try:
                 yield from self._sample_in_slots(prompts, keys, left, sampling, stop)
@@ -371,8 +378,20 @@ class PackedEngine(Engine):
             worst = max(worst, largest_error(errors[None], self._forwards))
         return worst
 
+    def _tries(self, requests: Sequence[Request]) -> list[tuple[list[Continuation], Pack]]:
+        """Return the options of each request as tokens, and their trie."""
+
+        def make(missing: list[int]) -> list[tuple[list[Continuation], Pack]]:
+            tokenised = continuations(self.tokenizer, [requests[i] for i in missing])
+            return [(options, trie(options)) for options in tokenised]
+
+        return self.recent([("request", prompt, *options) for prompt, options in requests], make)
+
     def _scores_after(
-        self, sampled: SampledBatch, requests: Sequence[Sequence[Continuation]]
+        self,
+        sampled: SampledBatch,
+        requests: Sequence[Sequence[Continuation]],
+        tries: Sequence[Pack],
     ) -> list[list[float]]:
         """Score the request after each sample, continuing from the batch's cache if possible."""
         size = sizes_after(sampled, requests)
@@ -382,7 +401,7 @@ class PackedEngine(Engine):
             if not self._continues_cache.may_try or not self._ways.packed.within.row:
                 return expected  # a model without packs takes no such masks
         try:
-            scored = score_after(self._forwards, sampled, requests)
+            scored = score_after(self._forwards, sampled, requests, tries)
         except torch.OutOfMemoryError:
             raise
         except UNSUPPORTED as error:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from selfcorrect.evaluate.prompts.tokenized import Continuation
 T = TypeVar("T")
 
 _NONE = np.iinfo(np.int64).max
+_RECENT_CHARACTERS = 2**22  # as tokens they take up to 35 bytes a character
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +55,18 @@ class Packing:
 
 
 class PackingCache:
-    """Packings and prompts in memory, for all models with the same tokenizer.
+    """What measuring makes of items, tokenizer and architecture, in memory for the next checkpoint.
 
-    They take some hundred bytes a prompt.
+    Packings and prompts are kept for all models with the same tokenizer: some hundred bytes a
+    prompt. Of what holds a model's own text the newest is kept, since checkpoints of a run often
+    write the same.
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, ...], Any] = {}
+        self._recent: dict[tuple[str, ...], Any] = {}  # the oldest first
+        self._num_characters = 0
+        self._of_models: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 
     def get(self, key: tuple[str, ...], make: Callable[[], T]) -> T:
         """Return the value of `key`, made on first use."""
@@ -67,6 +74,37 @@ class PackingCache:
             self._kept[key] = make()
         value: T = self._kept[key]
         return value
+
+    def recent(
+        self, keys: Sequence[tuple[str, ...]], make: Callable[[list[int]], Sequence[T]]
+    ) -> list[T]:
+        """Return the values of keys; `make` makes those of the keys (indices) that are not kept.
+
+        Kept are the values used last, while their keys and texts have few characters.
+        """
+        missing = [index for index, key in enumerate(keys) if key not in self._recent]
+        made = dict(zip(missing, make(missing) if missing else (), strict=True))
+        values = [made[i] if i in made else self._recent[key] for i, key in enumerate(keys)]
+        for key, value in zip(keys, values, strict=True):
+            if self._recent.pop(key, None) is None:
+                self._num_characters += _num_characters(key, value)
+            self._recent[key] = value
+        while self._num_characters > _RECENT_CHARACTERS:
+            oldest = next(iter(self._recent))
+            self._num_characters -= _num_characters(oldest, self._recent.pop(oldest))
+        return values
+
+    def of_model(self, model: Any, key: str, make: Callable[[], T]) -> T:
+        """Return what `make` has made of a model in memory, which may get other weights."""
+        values = self._of_models.setdefault(model, {})
+        if key not in values:
+            values[key] = make()
+        value: T = values[key]
+        return value
+
+
+def _num_characters(key: tuple[str, ...], value: Any) -> int:
+    return sum(map(len, key)) + (len(value) if isinstance(value, str) else 0)
 
 
 def pack(requests: Sequence[Sequence[Continuation]], pack_tokens: int) -> Packing:

@@ -11,8 +11,9 @@ forward. So a forward is used up to the size at which it was right, and a slower
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +24,6 @@ from selfcorrect.evaluate.scoring.forwards import Forwards, paths
 from selfcorrect.evaluate.scoring.token_trie import Pack, trie
 
 logger = logging.getLogger(__name__)
-
-Forward = Callable[[Sequence[Pack]], Iterable[tuple[int, np.ndarray]]]  # a method of `Forwards`
 
 # What a model can raise that does not support a kind of forward.
 UNSUPPORTED = (
@@ -64,9 +63,12 @@ def size_of(pack: Pack) -> Size:
 
 @dataclass
 class Way:
-    """A forward that is right for packs `within` a size; larger ones are tried until `is_final`."""
+    """A forward that is right for packs `within` a size; larger ones are tried until `is_final`.
 
-    forward: Forward
+    `name` is its method of `Forwards`.
+    """
+
+    name: str
     description: str
     within: Size = _NOTHING
     is_final: bool = False
@@ -74,18 +76,41 @@ class Way:
     _warned: bool = field(default=False, repr=False)
 
 
+@dataclass
+class Trials:
+    """What has been found out about a model by trying.
+
+    It depends on the model's code and settings, not on what its weights are: the checkpoints that
+    are read into one model in memory, or that it passes through in training, share it.
+    """
+
+    packed: Way = field(default_factory=partial(Way, "packed", "in packs"))
+    prefixed: Way = field(default_factory=partial(Way, "prefixed", "with cached prefixes"))
+    plain: Way = field(default_factory=partial(Way, "plain", "row by row"))
+    alone: Way = field(
+        default_factory=partial(Way, "alone", "one row at a time", _ANYTHING, is_final=True)
+    )
+    continues_cache: "Checks" = field(default_factory=lambda: Checks())
+    in_slots: "Checks" = field(default_factory=lambda: Checks())
+    in_mixed_batches: "Checks" = field(default_factory=lambda: Checks())
+    in_even_batches: "Checks" = field(default_factory=lambda: Checks())
+
+
 class Ways:
     """Assign packs to the fastest forward that is right for them, and warn of slower ones."""
 
-    def __init__(self, forwards: Forwards, context: int | None, name: str) -> None:
+    def __init__(self, forwards: Forwards, context: int | None, name: str, trials: Trials) -> None:
         self.forwards = forwards
         self.context = context
         self.name = name
-        self.packed = Way(forwards.packed, "in packs")
-        self.prefixed = Way(forwards.prefixed, "with cached prefixes")
-        self.plain = Way(forwards.plain, "row by row")
-        self.alone = Way(forwards.alone, "one row at a time", _ANYTHING, is_final=True)
+        self.packed, self.prefixed = trials.packed, trials.prefixed
+        self.plain, self.alone = trials.plain, trials.alone
         self.tolerance = _tolerance(forwards)
+
+    def run(self, way: Way, packs: Sequence[Pack]) -> Iterable[tuple[int, np.ndarray]]:
+        """Yield the index and wanted values of each pack."""
+        values: Iterable[tuple[int, np.ndarray]] = getattr(self.forwards, way.name)(packs)
+        return values
 
     @torch.no_grad()
     def assign(self, packs: Sequence[Pack]) -> list[tuple[Way, list[int]]]:
@@ -171,7 +196,7 @@ class Ways:
             elif way is self.plain:
                 values = {0: self.forwards.run_paths(tries[0])}
             else:
-                values = dict(way.forward(tries))
+                values = dict(self.run(way, tries))
         except UNSUPPORTED as refusal:
             way.reason = reason_of(refusal)
             return False

@@ -365,7 +365,7 @@ def test_probabilities_are_null_when_no_option_is_possible(tmp_path):
     from selfcorrect.evaluate.measuring.measure import _Draw, _row
 
     item = Item("i", "c", "k", 1.0, {}, (" a", " b"), {"fact": 1})
-    draw = _Draw(Question(item, "01", item.options, []), 0, [])
+    draw = _Draw(Question(item, "01", item.options, list), 0)
     row = _row(draw, [-math.inf, -math.inf])
     assert row["probabilities"] is None and row["mass"] == 0.0
     tiny = _row(draw, [-2000.0, -2000.0])  # mass underflows, the shares do not

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from selfcorrect.evaluate.prompts.tokenized import Continuation
+from selfcorrect.evaluate.scoring import trials
 from selfcorrect.evaluate.scoring.forwards import _prefix_groups, paths, tree_attention_mask
 from selfcorrect.evaluate.scoring.packed import PackedEngine
 from selfcorrect.evaluate.scoring.token_trie import Pack, Packing, PackingCache, pack
@@ -39,7 +40,7 @@ def random_requests(seed: int, number: int = 40) -> list[list[Continuation]]:
 def used(engine: PackedEngine, requests) -> set[str]:
     """The names of the forwards that score the requests."""
     packs = engine.prepare(requests).packs
-    return {way.forward.__name__ for way, _ in engine._ways.assign(packs)}
+    return {way.name for way, _ in engine._ways.assign(packs)}
 
 
 def path(tree: Pack, node: int) -> list[int]:
@@ -116,7 +117,7 @@ def test_every_forward_gives_the_scores_of_single_plain_rows(architecture, forwa
     for pack_tokens, batch_tokens in [(512, 4096), (16, 40)]:
         engine = PackedEngine(model, tokenizer, pack_tokens=pack_tokens, batch_tokens=batch_tokens)
         for way in (engine._ways.packed, engine._ways.prefixed, engine._ways.plain):
-            way.is_final = way.forward != getattr(engine._forwards, forward)
+            way.is_final = way.name != forward
         for (prompt, options), scores in zip(REQUESTS, engine.score(REQUESTS), strict=True):
             plain = [plain_log_probability(model, tokenizer, prompt, o) for o in options]
             assert scores == pytest.approx(plain, abs=1e-5)
@@ -204,6 +205,41 @@ def test_packing_cache_serves_every_model_with_the_same_tokenizer():
         "key", requests
     )
     assert len(made) == 3
+
+
+def test_newest_values_are_kept_within_a_bound(monkeypatch):
+    monkeypatch.setattr("selfcorrect.evaluate.scoring.token_trie._RECENT_CHARACTERS", 8)
+    cache, made = PackingCache(), []
+
+    def values(*words: str) -> list[int]:
+        def make(indices: list[int]) -> list[int]:
+            made.extend(words[i] for i in indices)
+            return [len(words[i]) for i in indices]
+
+        return cache.recent([(word,) for word in words], make)
+
+    assert values("abc", "d", "abc") == [3, 1, 3]
+    assert values("d", "efgh", "abc") == [1, 4, 3]
+    assert made == ["abc", "d", "abc", "efgh"]  # 8 characters: all are kept
+    assert values("ij", "d") == [2, 1] and made[4:] == ["ij"]  # "efgh" was used longest ago
+    assert values("abc", "efgh") == [3, 4] and made[5:] == ["efgh"]
+    assert values("k" * 9) == [9] and values("k" * 9) == [9] and len(made) == 8  # too long to keep
+
+
+def test_a_model_in_memory_is_tried_once(monkeypatch):
+    model, tokenizer, packings = tiny_model(), tiny_tokenizer(), PackingCache()
+    first = PackedEngine(model, tokenizer, packings=packings).score(REQUESTS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    expected = PackedEngine(model, tokenizer).score(REQUESTS)
+    tried = []
+    monkeypatch.setattr(trials.Ways, "_try", lambda *arguments: tried.append(arguments))
+    later = PackedEngine(model, tokenizer, packings=packings)
+    assert later.score(REQUESTS) == expected != first and not tried
+    in_16_bits = PackedEngine(model.bfloat16(), tokenizer, packings=packings)
+    assert not in_16_bits._ways.packed.within.row
+    assert not PackedEngine(tiny_model(), tokenizer, packings=packings)._ways.packed.within.row
 
 
 def test_batch_padding_changes_no_value():
