@@ -177,4 +177,5 @@ def explain_machine_faults(folder: Path) -> Iterator[None]:
         explanation = machine_fault(error, folder)
         if explanation is None:
             raise
-        raise RunFailure(f"{folder}: {explanation}") from None
+        name = getattr(error, "filename", None) or folder
+        raise RunFailure(f"{name}: {explanation}") from None

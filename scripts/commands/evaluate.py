@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.errors import (
+    InputError,
+    RunFailure,
+    explain_machine_faults,
+)
 from selfcorrect.recipes.foundation.progress import Progress, no_progress
 from selfcorrect.recipes.foundation.yaml_text import parse_yaml
 from selfcorrect.recipes.load import load_measured
@@ -340,12 +344,13 @@ def _evaluate_runs(
         recipes = [_recipe_of(run, engine, hardware) for run in runs]
         for run, recipe in zip(runs, recipes, strict=True):
             progress = _on_rank0(bars.of(run.name), ranks)
-            evaluate_run(
-                recipe, run, progress, watch=watch, ranks=ranks,
-                device=device or hardware.device, on_measured=log_checkpoint,
-                batch_tokens=hardware.batch_tokens,
-                look_for_more=look_for_more or (lambda: False),
-            )  # fmt: skip
+            with explain_machine_faults(run):
+                evaluate_run(
+                    recipe, run, progress, watch=watch, ranks=ranks,
+                    device=device or hardware.device, on_measured=log_checkpoint,
+                    batch_tokens=hardware.batch_tokens,
+                    look_for_more=look_for_more or (lambda: False),
+                )  # fmt: skip
     if ranks.rank == 0:
         show(runs)
 
