@@ -60,8 +60,8 @@ def fails(python: str, requirement: str, tests: list[str]) -> bool:
         return True
     done = call(python, "-m", "pytest", "-rfE", "--tb=no", *tests)  # -q is pyproject.toml's
     changed = [f"{name} {v}" for name, v in versions(python).items() if before.get(name) != v]
-    few = len(changed) < SHOWN
-    print(f"{requirement} ({', '.join(changed) if few else f'{len(changed)} libraries'}): ", end="")
+    new = ", ".join(changed) if len(changed) < SHOWN else f"{len(changed)} libraries"
+    print(f"{requirement} ({new or 'nothing new'}): ", end="")
     failures = re.findall(r"(?m)^(?:FAILED|ERROR) .*", done.stdout)
     count = re.findall(r"(?m)^.*\b(?:passed|failed|errors?)\b.* in .*", done.stdout)
     print(count[-1].strip("= ") if count else (done.stdout + done.stderr)[-300:].strip())
