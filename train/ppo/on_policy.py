@@ -82,7 +82,10 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
         """
         own = None if self.use_vllm else self.generation_config
         settings = only_settings(self.language_model, own) if own else nullcontext()
-        with settings, eval_below(self.language_model), _server_errors(self.args):
+        # `generate` passes by the wrapper in whose forward accelerate computes in 16 bits.
+        precision = self.accelerator.autocast() if self._computes_in_16_bits else nullcontext()
+        silent = eval_below(self.language_model)
+        with settings, precision, silent, _server_errors(self.args):
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if self._pass_options is None:
             self._settle_passes(prompt_ids, completion_ids)
@@ -128,6 +131,17 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
             values[inverse].float() if values is not None else None,
             aux_loss,
         )
+
+    @property
+    def _computes_in_16_bits(self) -> bool:
+        """Whether autocast gives an adapter's products the 16-bit type of its frozen base."""
+        is_autocast = self._tuner_layer is not None and self.accelerator.native_amp
+        return is_autocast and self.language_model.dtype == self._autocast_type
+
+    @property
+    def _autocast_type(self) -> torch.dtype | None:
+        types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return types.get(self.accelerator.mixed_precision)
 
     def _policy_options(self) -> dict[str, Any]:
         """Return options of the policy's forward, which the reference's has not."""
@@ -298,9 +312,7 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
     @property
     def _tolerance(self) -> float:
         """Mean difference in nats that rounding explains: see `rounding_error`."""
-        precisions = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = precisions.get(self.accelerator.mixed_precision, self.language_model.dtype)
-        return rounding_error(dtype)
+        return rounding_error(self._autocast_type or self.language_model.dtype)
 
     @property
     def _mode(self) -> str:

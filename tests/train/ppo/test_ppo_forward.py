@@ -201,3 +201,25 @@ def test_reference_is_unchanged_by_training(models, tmp_path):
     before = {name: t.clone() for name, t in trainer.ref_model.state_dict().items()}
     trainer.train()
     assert_same_weights(before, trainer.ref_model.state_dict())
+
+
+def test_adapter_on_a_bfloat16_base_samples_as_it_scores(models, tmp_path):
+    """Its products are 16-bit in sampling too, where accelerate's wrapper is not called."""
+    base = AutoModelForCausalLM.from_pretrained(models / "base", dtype=torch.bfloat16)
+    trainer = make_trainer(models, tmp_path, "lora", policy=base, bf16=True, max_steps=4)
+    adapters = [m for n, m in trainer.model.named_modules() if n.endswith("lora_A.default")]
+    seen: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    generate, depth = trainer._generate_single_turn, list[int]()
+
+    def generating(*arguments):
+        depth.append(1)
+        try:
+            return generate(*arguments)
+        finally:
+            depth.pop()
+
+    trainer._generate_single_turn = generating
+    for module in adapters:
+        module.register_forward_hook(lambda *call: seen[bool(depth)].add(call[2].dtype))
+    trainer.train()  # the first ratios are checked
+    assert adapters and seen == {True: {torch.bfloat16}, False: {torch.bfloat16}}
