@@ -3,9 +3,10 @@
     python scripts/benchmarks/bootstrap.py [--data-dir FOLDER] [--resamples 10000] [--rows 10000000]
     python scripts/benchmarks/bootstrap.py run [--sizes 5] [--seeds 3] [--steps 11]
         [--conditions 6] [--folder FOLDER]
+    python scripts/benchmarks/bootstrap.py rows [--rows 10000000]
 
 The data folder needs the published files of BBQ, Winogender and law school. Answers are random,
-with the same noise for an item in all conditions. Three parts, each with the peak memory so far:
+with the same noise for an item in all conditions. Four parts, each with the peak memory so far:
 
 - checkpoint: all items of the three experiments under four conditions: CPU seconds to read the
   files, to sum over clusters, and to resample (including the draws)
@@ -14,6 +15,7 @@ with the same noise for an item in all conditions. Three parts, each with the pe
 - run: sizes x seeds x steps checkpoints over the items of the study's society, which need no data
   folder: CPU and wall seconds of `results.write_results` with its usual 2,000 resamples. A run that
   is in --folder already is measured again, and its statistics.json stays there.
+- rows: the same seconds for copies of the checkpoint, at least --rows rows
 """
 
 import argparse
@@ -201,7 +203,7 @@ def bench_items(run: Path) -> dict[str, float]:
 def main() -> None:
     """Measure both parts and print them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", nargs="?", choices=["data", "run"], default="data")
+    parser.add_argument("part", nargs="?", choices=["data", "run", "rows"], default="data")
     for name, default in (("sizes", 5), ("seeds", 3), ("steps", 11), ("conditions", 6)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--folder", type=Path, help="of the made-up run [default: temporary]")
@@ -221,6 +223,11 @@ def main() -> None:
             print(json.dumps(figures | {"seconds": bench_run(run), "peak_gb": peak_gb()}, indent=2))
             return
         paths = write_checkpoint(arguments.data_dir, Path(folder) / "checkpoint")
+        if arguments.part == "rows":
+            figures = {"rows": write_run(Path(folder) / "run", paths, arguments.rows)}
+            figures |= {"seconds": bench_run(Path(folder) / "run"), "peak_gb": peak_gb()}
+            print(json.dumps(figures, indent=2))
+            return
         np.quantile(np.zeros((2, 3)), [0.1], axis=1)  # loads modules at its first call
         figures = {"resamples": arguments.resamples}
         figures["checkpoint_cpu_seconds"] = bench_checkpoint(paths, arguments.resamples)
