@@ -99,7 +99,7 @@ SAID = {
     "more": "with more bias",
     "none": "no less biased",
     "no bias": "Even unasked",
-    "unclear": "cannot be told",
+    "unclear": "cannot be told: p = 0.300 after correction (",
     "chance": "cannot be told: it is right in 36%",
     "undefined": "cannot be told",
 }
