@@ -51,6 +51,14 @@ def forks() -> Iterator[ForkServer]:
     server.close()
 
 
+@pytest.fixture(scope="module")
+def few_answers() -> Iterator[None]:
+    """Judge few answers of each checkpoint, where they are not the subject."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfcorrect.train.stages.answers.NUM_ANSWERS", 16)
+        yield
+
+
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
     """Start local servers from their `answer` functions."""

@@ -26,6 +26,7 @@ from tests.drills.damage_readers import all_kinds
 from tests.drills.damage_run import adapter_run, small_run
 from tests.drills.fuzz import run_target
 
+pytestmark = pytest.mark.usefixtures("few_answers")
 MUTATIONS_A_KIND = 2
 EXAMPLES = 15
 

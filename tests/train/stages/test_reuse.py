@@ -14,6 +14,7 @@ from selfcorrect.train.run import prepare_run, run_recipe
 from selfcorrect.train.stages.reuse import STAGES, copy_stages, reusable_stages
 from tests.support.small_runs import SMALL
 
+pytestmark = pytest.mark.usefixtures("few_answers")
 QUICK = ["policy.steps=1", "policy.checkpoints=[0, 1]", "evaluate.attach=off"]
 
 
