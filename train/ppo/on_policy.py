@@ -82,10 +82,8 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
         """
         own = None if self.use_vllm else self.generation_config
         settings = only_settings(self.language_model, own) if own else nullcontext()
-        # `generate` passes by the wrapper in whose forward accelerate computes in 16 bits.
-        precision = self.accelerator.autocast() if self._computes_in_16_bits else nullcontext()
         silent = eval_below(self.language_model)
-        with settings, precision, silent, _server_errors(self.args):
+        with settings, self._in_16_bits(), silent, _server_errors(self.args):
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if self._pass_options is None:
             self._settle_passes(prompt_ids, completion_ids)
@@ -132,11 +130,27 @@ class OnPolicyTrainer(DialoguePrompts, GuardedTrainer):
             aux_loss,
         )
 
-    @property
-    def _computes_in_16_bits(self) -> bool:
-        """Whether autocast gives an adapter's products the 16-bit type of its frozen base."""
+    @contextmanager
+    def _in_16_bits(self) -> Iterator[None]:
+        """Sample as the passes score, if autocast gives an adapter the 16-bit type of its base.
+
+        `generate` passes by the wrapper in whose forward accelerate enables autocast.
+        """
         is_autocast = self._tuner_layer is not None and self.accelerator.native_amp
-        return is_autocast and self.language_model.dtype == self._autocast_type
+        if not is_autocast or self.language_model.dtype != self._autocast_type:
+            yield
+            return
+
+        def contiguous(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(states.contiguous() for states in inputs)
+
+        # On a CPU, a head that does not learn would be copied for every prompt's last state.
+        hook = self.language_model.get_output_embeddings().register_forward_pre_hook(contiguous)
+        try:
+            with self.accelerator.autocast():
+                yield
+        finally:
+            hook.remove()
 
     @property
     def _autocast_type(self) -> torch.dtype | None:
