@@ -28,7 +28,7 @@ def headlines(paths: Iterable[Path]) -> dict[str, float]:
 
     The keys are <experiment>.<condition>.<metric>.
     """
-    defined = {}
+    defined: dict[str, float] = {}
     for path in paths:
         facts = path.stat() if path.exists() else None  # `read_cell` reports a missing file
         state = None if facts is None else (facts.st_ino, facts.st_mtime_ns, facts.st_size)
