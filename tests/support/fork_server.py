@@ -79,7 +79,6 @@ class ForkServer:
     """The server, started with the environment variables of now, which ends with `close`."""
 
     def __init__(self) -> None:
-        self._processes: list[ForkedProcess] = []
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._server = subprocess.Popen(
@@ -101,8 +100,7 @@ class ForkServer:
         socket.send_fds(self._control, [request], [theirs, *(file.fileno() for file in files)])
         os.close(theirs)
         lines = os.fdopen(status)
-        self._processes.append(ForkedProcess(int(lines.readline()), lines, *files))
-        return self._processes[-1]
+        return ForkedProcess(int(lines.readline()), lines, *files)
 
     def call(self, words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
         """Run a command line to its end and return its output."""
@@ -114,10 +112,7 @@ class ForkServer:
         return subprocess.CompletedProcess(words, process.wait(), *shown)
 
     def close(self) -> None:
-        """End the server, and the processes that a failed test has left."""
-        for process in self._processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+        """End the server, and the processes that a failed test has left (also if pytest dies)."""
         self._control.close()
         self._server.wait()
 
@@ -133,33 +128,36 @@ def serve(control: socket.socket) -> list[str]:
         importlib.import_module("deepspeed")  # accelerate does; it looks for a GPU
     gc.freeze()  # a fork's collections would copy every page
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends with its test run
+    supervisors: set[int] = set()
     while True:
         request, files, _, _ = socket.recv_fds(control, 2**16, 3)
         if not request:
-            with suppress(ChildProcessError):
-                while True:
-                    os.wait()
+            for supervisor in supervisors:
+                os.kill(supervisor, signal.SIGTERM)
+            for supervisor in supervisors:
+                os.waitpid(supervisor, 0)
             sys.exit()
-        if os.fork() == 0:
+        if (supervisor := os.fork()) == 0:
             control.close()
             words, cwd = json.loads(request)
             _fork_and_supervise(*files)
             os.chdir(cwd)
             return words
+        supervisors.add(supervisor)
         for file in files:
             os.close(file)
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                pass
+        supervisors -= {ended for ended in supervisors if os.waitpid(ended, os.WNOHANG)[0]}
 
 
 def _fork_and_supervise(status: int, stdout: int, stderr: int) -> None:
     """Return in a new process; this one reports its process id and its exit code, and ends."""
     if pid := os.fork():
         os.setpgid(pid, pid)  # here too, so that the group exists when it is reported
-        with os.fdopen(status, "w") as lines:
-            print(pid, file=lines, flush=True)
-            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=lines)
+        signal.signal(signal.SIGTERM, lambda *_: os.killpg(pid, signal.SIGKILL))
+        with suppress(BrokenPipeError):  # nobody waits any more
+            os.write(status, b"%d\n" % pid)
+            _, ended = os.waitpid(pid, 0)
+            os.write(status, b"%d\n" % os.waitstatus_to_exitcode(ended))
         os._exit(0)
     os.close(status)
     os.setpgid(0, 0)
