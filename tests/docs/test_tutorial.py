@@ -33,7 +33,7 @@ SMALLER = [
     "launch.jobs=1",
 ]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_answers")]
 
 
 def run_block(language: str, block: str) -> None:
