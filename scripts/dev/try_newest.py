@@ -39,8 +39,9 @@ def call(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def install(python: str, requirement: str) -> subprocess.CompletedProcess[str]:
-    """Install the newest release that a requirement allows, and the newest of all it needs."""
-    newest = ("--upgrade", "--upgrade-strategy", "eager")
+    """Install the newest release of a library, and for what is allowed that of all it needs."""
+    strategy = "eager" if requirement == ALLOWED else "only-if-needed"  # one library beyond
+    newest = ("--upgrade", "--upgrade-strategy", strategy)
     return call(python, "-m", "pip", "install", "--quiet", *newest, requirement)
 
 
