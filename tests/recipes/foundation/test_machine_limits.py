@@ -35,7 +35,7 @@ from tests.support.file_server import SHA256, TEXT, Server, get, send_rest
 from tests.support.killed_child import die
 from tests.support.small_runs import FEW
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_answers")]
 
 STAGES = ("base", "reward", "ppo")
 SMALLEST = [

@@ -26,7 +26,7 @@ from selfcorrect.train.stages.reward import GuardedRewardTrainer
 from selfcorrect.train.trainers.guarded import GuardedTrainer
 from tests.support.small_runs import FEW
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_answers")]
 
 TRAINERS = {"base": CorpusTrainer, "reward": GuardedRewardTrainer, "ppo": PPOTrainer}
 LATER = {"base": ("reward", "ppo"), "reward": ("ppo",), "ppo": ()}
