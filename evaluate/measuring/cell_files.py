@@ -322,8 +322,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         _verify_checksum(path)
         schema = pq.read_schema(path)
-    except (pa.ArrowException, OSError, ValueError):
-        raise damaged_cell(path) from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged_cell(path, error) from None
     return _settings(path, schema)
 
 
@@ -361,8 +361,8 @@ def read_table(
             wanted = present if columns is None else [name for name in columns if name in present]
             # For most cells, threads cost more than they save.
             return file.read(wanted, use_threads=False)
-    except (pa.ArrowException, OSError, ValueError):
-        raise damaged_cell(path) from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged_cell(path, error) from None
 
 
 def read_items(path: Path, items: Sequence[str]) -> list[Row]:
@@ -372,13 +372,16 @@ def read_items(path: Path, items: Sequence[str]) -> list[Row]:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(2048):
                 found += batch.filter(pc.is_in(batch["item"], value_set=wanted)).to_pylist()
-    except (pa.ArrowException, OSError, ValueError, KeyError):
-        raise damaged_cell(path) from None
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise damaged_cell(path, error) from None
     return found
 
 
-def damaged_cell(path: Path) -> InputError:
-    """Return the error for a file that cannot be read as a cell."""
+def damaged_cell(path: Path, error: Exception | None = None) -> InputError:
+    """Return the error for a file that cannot be read as a cell, because of `error`."""
+    # Arrow's own complaints about a file's content have no number.
+    if isinstance(error, OSError) and error.errno is not None:
+        return InputError(f"{path}: cannot be read ({error.strerror or error})")
     return InputError(
         f"{path}: damaged, or not an evaluation file; "
         "delete it and run `selfcorrect evaluate` again"
@@ -398,7 +401,7 @@ def read_cell_table(path: Path, leave_out: Sequence[str] = ()) -> tuple[pa.Table
     """
     try:
         _verify_checksum(path)
-    except (OSError, ValueError):
-        raise damaged_cell(path) from None
+    except (OSError, ValueError) as error:
+        raise damaged_cell(path, error) from None
     table = read_table(path, None, leave_out)
     return table, _settings(path, table.schema)

@@ -627,3 +627,10 @@ def test_parts_and_progress_follow_the_clock_but_the_files_do_not(
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(measure_rank, range(2)))
     assert [(tmp_path / "ranks" / c.file_name).read_bytes() for c in pair] == expected
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path):
+    """Its remedy is not to delete it: the fault may be a permission, or too many open files."""
+    (tmp_path / "bbq.Q.parquet").mkdir()
+    with pytest.raises(InputError, match="cannot be read"):
+        read_cell(tmp_path / "bbq.Q.parquet")
