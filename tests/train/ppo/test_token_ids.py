@@ -35,8 +35,8 @@ def turns_of(messages, text=""):
 
 
 @pytest.fixture(scope="module")
-def engine():
-    return PackedEngine(tiny_model(vocabulary=512), None)
+def model():
+    return tiny_model(vocabulary=512)
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +51,13 @@ def classifier():
 @pytest.mark.parametrize("dialogue", DIALOGUES)
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_ids_trained_on_are_ids_measured_on(name, template, dialogue, engine, classifier):
+def test_ids_trained_on_are_ids_measured_on(name, template, dialogue, model, classifier):
     tokenizer, messages = tokenizer_with(name, template), DIALOGUES[dialogue]
     pair = Preference(messages, ANSWER, "he was .")
     sampled_from = policy_prompt_ids(tokenizer, messages, STYLE)
 
     # Evaluation samples from the same ids as PPO.
-    engine.tokenizer = tokenizer
+    engine = PackedEngine(model, tokenizer)
     asked = before_sample([*turns_of(messages, SAMPLE), *turns_of(USER)])
     assert engine.check_room([render(tokenizer, asked, STYLE)], 4) == [sampled_from]
 
@@ -181,9 +181,9 @@ def test_prompt_whose_end_of_turn_outgrows_the_reward_model_is_left_out(classifi
 @pytest.mark.parametrize(
     ("template", "end"), [("end of turn", "<end_of_turn>"), ("channel", "<|return|>"), ("none", "")]
 )
-def test_end_of_the_templates_turn_ends_a_sample(engine, template, end):
+def test_end_of_the_templates_turn_ends_a_sample(model, template, end):
     """Also if generation settings and tokenizer name another token."""
     tokenizer = tokenizer_with("words", template)
-    named = {tokenizer.eos_token_id, engine.model.generation_config.eos_token_id}
+    named = {tokenizer.eos_token_id, model.generation_config.eos_token_id}
     added = {tokenizer.convert_tokens_to_ids(end)} if end else set()
-    assert end_tokens(engine.model, tokenizer) == named | added
+    assert end_tokens(model, tokenizer) == named | added
