@@ -32,9 +32,7 @@ def arms_of(runs: Path) -> Arms:
 def arm_tables(arms: Arms) -> list[str]:
     """Return Markdown paragraphs and tables; one sentence if there is nothing to compare."""
     if not arms:
-        return [
-            "No arm has been run to its end yet; the numbers of the arms above are undefined until then."
-        ]
+        return ["No arm has been run to its end yet; until then their numbers are undefined."]
     reference = arms[REFERENCE][1]
     model, last = next(iter(reference.models)), reference.steps[-1]
     assert all(results.steps[-1] == last for _, results in arms.values())
