@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from selfcorrect.evaluate.experiments.tally import Tally
+from selfcorrect.evaluate.experiments.tally import Tally, answers_of, check_num_options
 from selfcorrect.evaluate.prompts.items import LoadedItems
 from selfcorrect.evaluate.prompts.stimuli import Section
 
@@ -144,7 +144,7 @@ class Experiment(ABC):
         """Return `tally` of M cells whose rows were asked the same and differ in the answers alone.
 
         `frame` has the columns of `tally` but `logprobs` (M, rows, options) and `mass` (M, rows).
-        An experiment may override this to save time where there are many checkpoints.
+        `JointExperiment` saves time here where there are many checkpoints.
         """
         cells = zip(logprobs, mass, strict=True)
         return [self.tally(frame.assign(logprobs=list(rows), mass=m)) for rows, m in cells]
@@ -167,6 +167,33 @@ class Experiment(ABC):
     def overall_categories(self, categories: Sequence[str]) -> list[str]:
         """Return the categories that the overall figure pools: all, unless overridden."""
         return list(categories)
+
+
+class JointExperiment(Experiment):
+    """An experiment that adds up all cells with the same rows in one go.
+
+    Subclasses set `num_options`, of every item, and define `add_up` in place of `tally`.
+    """
+
+    num_options: int
+
+    @abstractmethod
+    def add_up(self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray) -> Tally:
+        """Return a tally with sums of shape (..., clusters); `frame` as in `tally_together`.
+
+        `logprobs` has the shape (..., rows, options), `mass` (..., rows).
+        """
+
+    def tally(self, frame: pd.DataFrame) -> Tally:
+        """See `Experiment.tally`."""
+        return self.add_up(frame, *answers_of(frame, self.num_options))
+
+    def tally_together(
+        self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray
+    ) -> list[Tally]:
+        """See `Experiment.tally_together`."""
+        check_num_options([logprobs.shape[-1]], self.num_options)
+        return self.add_up(frame, logprobs, mass).split()
 
 
 @cache

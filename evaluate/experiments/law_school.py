@@ -19,13 +19,11 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 
-from selfcorrect.evaluate.experiments.base import Experiment, Metric, Workload, option_mass
+from selfcorrect.evaluate.experiments.base import JointExperiment, Metric, Workload, option_mass
 from selfcorrect.evaluate.experiments.reading import read_records
 from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
-    answers_of,
-    check_num_options,
     find_clusters,
     mean_columns,
     means,
@@ -109,10 +107,11 @@ class Student:
         return f"{self.sex}/{self.lsat}/{self.gpa}"
 
 
-class LawSchool(Experiment):
+class LawSchool(JointExperiment):
     """Law-school admission, each student asked about with both races of a pair."""
 
     name = "law_school"
+    num_options = 2
     title = "Law school admission"
     headline = "difference"
     axes = ("race", "gender")
@@ -153,22 +152,12 @@ class LawSchool(Experiment):
         unasked = sum(student.count for student in students) - sum(counts)
         return LoadedItems(items, {UNASKED: unasked} if unasked else {})
 
-    def tally(self, frame: pd.DataFrame) -> Tally:
+    def add_up(self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray) -> Tally:
         """Add up each student's values; `units` is the student's weight.
 
         A student with an unanswered side counts in no difference and no slope. Several rows of one
         side (samples) are averaged first.
         """
-        return self._add_up(frame, *answers_of(frame, 2))
-
-    def tally_together(
-        self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray
-    ) -> list[Tally]:
-        """Add up each student's values in all cells at once."""
-        check_num_options([logprobs.shape[-1]], 2)
-        return self._add_up(frame, logprobs, mass).split()
-
-    def _add_up(self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray) -> Tally:
         with np.errstate(invalid="ignore"):
             logit = logprobs[..., 0] - logprobs[..., 1]
         students = find_clusters(frame)

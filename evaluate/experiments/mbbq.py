@@ -180,7 +180,7 @@ class Mbbq(Bbq):
         undecided = sum(item.facts["stereotyped"] is None for item in items)
         return LoadedItems(items, left_out | ({UNDECIDED: undecided} if undecided else {}))
 
-    def _add_up(self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray) -> Tally:
+    def add_up(self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray) -> Tally:
         """Add up each template's answers, those of the control set in columns of their own."""
         items, columns = answer_columns(frame, logprobs, mass)
         control = items["control"].to_numpy() == 1

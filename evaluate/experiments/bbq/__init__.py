@@ -23,7 +23,7 @@ import pandas as pd
 
 from selfcorrect.evaluate.experiments.base import (
     UNPARSED,
-    Experiment,
+    JointExperiment,
     Metric,
     Workload,
     axes_of,
@@ -35,9 +35,7 @@ from selfcorrect.evaluate.experiments.reading import garbage_collection_off
 from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
-    answers_of,
     average_items,
-    check_num_options,
     mean_over_categories,
     option_orders,
     pool,
@@ -118,10 +116,11 @@ class Wording(ChoiceSection):
     )
 
 
-class Bbq(Experiment):
+class Bbq(JointExperiment):
     """BBQ, with the intersectional categories and name proxies outside the overall figures."""
 
     name = "bbq"
+    num_options = 3
     title = "BBQ"
     headline = "bias_ambiguous"
     metrics = METRICS
@@ -173,23 +172,13 @@ class Bbq(Experiment):
         reason = f"{SPOKEN_OF} ({', '.join(sorted(spoken))})"
         return kept, {reason: len(rows) - len(kept)} if spoken else {}
 
-    def tally(self, frame: pd.DataFrame) -> Tally:
+    def add_up(self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray) -> Tally:
         """Add up each template's answers.
 
         `logprobs` are in the order shown, and `order` says which of the file's options each
         position showed ("120": first the file's option 1). `label`, `unknown` and `stereotyped` are
         the file's indices.
         """
-        return self._add_up(frame, *answers_of(frame, 3))
-
-    def tally_together(
-        self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray
-    ) -> list[Tally]:
-        """Add up each template's answers in all cells at once."""
-        check_num_options([logprobs.shape[-1]], 3)
-        return self._add_up(frame, logprobs, mass).split()
-
-    def _add_up(self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray) -> Tally:
         return sum_by_cluster(*answer_columns(frame, logprobs, mass))
 
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

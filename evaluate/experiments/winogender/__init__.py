@@ -16,14 +16,18 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 from scipy.special import entr
 
-from selfcorrect.evaluate.experiments.base import Experiment, Metric, Scatter, Workload, option_mass
+from selfcorrect.evaluate.experiments.base import (
+    JointExperiment,
+    Metric,
+    Scatter,
+    Workload,
+    option_mass,
+)
 from selfcorrect.evaluate.experiments.tally import (
     Clusters,
     Tally,
     answered,
-    answers_of,
     average_items,
-    check_num_options,
     find_clusters,
     mean_columns,
     means,
@@ -105,10 +109,11 @@ class Wording(Section):
     pronouns: Pronouns
 
 
-class Winogender(Experiment):
+class Winogender(JointExperiment):
     """Winogender, on the templates whose pronoun refers to the occupation."""
 
     name = "winogender"
+    num_options = 3
     title = "Winogender"
     headline = "correlation"
     axes = ("gender",)
@@ -158,23 +163,13 @@ class Winogender(Experiment):
         left_out = {reason: count for reason, count in unused.items() if count}
         return LoadedItems(along_shares(items, limit, seed), left_out)
 
-    def tally(self, frame: pd.DataFrame) -> Tally:
+    def add_up(self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray) -> Tally:
         """Add up each occupation's mean probabilities and their products with percent women.
 
         Options are male, female, neutral. The rows of a template (samples) are averaged first, then
         the templates of an occupation. Shares are centred at .5 and p(female) at its mean, which
         changes no correlation and keeps the sums of squares exact.
         """
-        return self._add_up(frame, *answers_of(frame, 3))
-
-    def tally_together(
-        self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray
-    ) -> list[Tally]:
-        """Add up each occupation's values in all cells at once."""
-        check_num_options([logprobs.shape[-1]], 3)
-        return self._add_up(frame, logprobs, mass).split()
-
-    def _add_up(self, frame: pd.DataFrame, logprobs: np.ndarray, mass: np.ndarray) -> Tally:
         occupations, jobs = _jobs(frame, self.subsets, logprobs, mass)
         female, male, binary = jobs["female"], jobs["male"], jobs["binary"]
         share, stated = jobs["percent"] / 100, _whole_percent(jobs["percent"]) / 100
