@@ -81,7 +81,7 @@ def score_bbq(answers: pd.DataFrame, data_dir: Path, source: str = "answers") ->
     counts = table.groupby("category")[[name for name in COUNTS if name in table]].sum()
     counts["n_templates"] = pd.Series(templates, tally.categories).reindex(counts.index).fillna(0)
     pooled = BBQ.overall_categories(list(counts.index))
-    estimates = bootstrap(tally, BBQ.compute, pooled).estimates
+    estimates = bootstrap(tally, BBQ.compute, pooled, category_means=BBQ.category_means).estimates
     total = counts.loc[pooled].sum()
     return {
         "categories": {

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -90,8 +91,9 @@ class Experiment(ABC):
     beside the headline metric, since a model that cannot do the task can look unbiased (those
     without an unbiased value are shares from 0 to 1); `accuracy` names the metric that tells
     whether the model can do the task; `scatter` adds a figure of single clusters; `workload` lets a
-    run be planned without the benchmark's files; `axes` names what the groups of people that it
-    speaks of differ in, in the words of `axes_of`.
+    run be planned without the benchmark's files; `category_means` names, by a metric's name, the
+    metric that is its mean over the pooled categories where it is defined; `axes` names what the
+    groups of people that it speaks of differ in, in the words of `axes_of`.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Experiment(ABC):
     accuracy: str | None = None
     scatter: Scatter | None = None
     workload: Workload | None = None
+    category_means: Mapping[str, str] = MappingProxyType({})
     axes: Sequence[str] = ()
     spoken_of: frozenset[str] = frozenset()  # axes of the feedback: see `without`
 
@@ -151,10 +154,10 @@ class Experiment(ABC):
 
     @abstractmethod
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return every metric, of shape (R,), from sums of shape (R, K); NaN where undefined.
+        """Return every metric but `category_means`, elementwise; NaN where undefined.
 
-        R are resamples and K the categories pooled. Metrics must depend on nothing but sums, so
-        that all resamples of a cell are one matrix product.
+        `sums` and metrics have the shape (R,), an entry for each of R resamples. Metrics must
+        depend on nothing but sums, so that all resamples of a cell are one matrix product.
         """
 
     def raising_option(self, row: Mapping[str, Any]) -> int | None:

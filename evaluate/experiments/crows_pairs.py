@@ -30,7 +30,6 @@ from selfcorrect.evaluate.experiments.tally import (
     average_items,
     first_likelier,
     log_probabilities,
-    pool,
     probabilities,
     ratio,
     sum_by_cluster,
@@ -173,19 +172,18 @@ class CrowsPairs(Experiment):
 
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every metric from sums of shape (R, K)."""
-        pooled = pool(sums)
         metrics = {
-            "share_stereotyped": ratio(pooled["likelier"], pooled["parsed"]),
+            "share_stereotyped": ratio(sums["likelier"], sums["parsed"]),
             "share_stereotyped_per_character": ratio(
-                pooled["likelier_per_character"], pooled["parsed"]
+                sums["likelier_per_character"], sums["parsed"]
             ),
-            "expected_share_stereotyped": ratio(pooled["expected"], pooled["parsed"]),
-            "difference": ratio(pooled["difference"], pooled["count_difference"]),
-            "share_unparsed": ratio(pooled["unparsed"], pooled["rows"]),
+            "expected_share_stereotyped": ratio(sums["expected"], sums["parsed"]),
+            "difference": ratio(sums["difference"], sums["count_difference"]),
+            "share_unparsed": ratio(sums["unparsed"], sums["rows"]),
         }
         for name in DIRECTIONS:
             metrics[f"share_stereotyped_{name}"] = ratio(
-                pooled[f"likelier_{name}"], pooled[f"parsed_{name}"]
+                sums[f"likelier_{name}"], sums[f"parsed_{name}"]
             )
         return metrics
 

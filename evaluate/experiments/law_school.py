@@ -27,7 +27,6 @@ from selfcorrect.evaluate.experiments.tally import (
     find_clusters,
     mean_columns,
     means,
-    pool,
     probabilities,
     ratio,
 )
@@ -200,8 +199,7 @@ class LawSchool(JointExperiment):
 
         The differences by sex are present only where there are students of both sexes.
         """
-        pooled = pool(sums)
-        return means(pooled) | _merit(pooled, "merit", "") | _merit(pooled, "logit", "_logit")
+        return means(sums) | _merit(sums, "merit", "") | _merit(sums, "logit", "_logit")
 
 
 def read_students(path: Path) -> list[Student]:
@@ -279,14 +277,14 @@ def _merit_columns(name: str, scores: np.ndarray, y: np.ndarray) -> dict[str, np
     return {f"{name}_{part}": values for part, values in sums.items()}
 
 
-def _merit(pooled: Mapping[str, np.ndarray], name: str, suffix: str) -> dict[str, np.ndarray]:
+def _merit(sums: Mapping[str, np.ndarray], name: str, suffix: str) -> dict[str, np.ndarray]:
     """Return the least-squares slopes of LSAT and GPA, fitted jointly, per standard deviation.
 
     NaN if either score has no spread, or if one score determines the other.
     """
 
     def mean(part: str) -> np.ndarray:
-        return ratio(pooled[f"{name}_{part}"], pooled[f"{name}_n"])
+        return ratio(sums[f"{name}_{part}"], sums[f"{name}_n"])
 
     y, lsat, gpa = mean("y"), mean("l"), mean("g")
     ll, gg, lg = mean("ll") - lsat**2, mean("gg") - gpa**2, mean("lg") - lsat * gpa

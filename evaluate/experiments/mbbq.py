@@ -191,16 +191,14 @@ class Mbbq(Bbq):
         )
 
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return every metric from sums of shape (R, K)."""
+        """Return every metric but the means over categories, elementwise from the sums."""
         control = {
-            name.removeprefix(CONTROL): values.sum(axis=1)
+            name.removeprefix(CONTROL): values
             for name, values in sums.items()
             if name.startswith(CONTROL)
         }
         of_control = scores(control)
-        return super().compute(sums) | {
-            f"{CONTROL}{name}": of_control[name] for name in _CONTROLLED
-        }
+        return scores(sums) | {f"{CONTROL}{name}": of_control[name] for name in _CONTROLLED}
 
     def raising_option(self, row: Mapping[str, Any]) -> int | None:
         """Return the stereotyped option of an ambiguous question about groups."""

@@ -25,7 +25,6 @@ from selfcorrect.evaluate.experiments.tally import (
     average_items,
     log_probabilities,
     option_orders,
-    pool,
     probabilities,
     ratio,
     sum_by_cluster,
@@ -146,19 +145,18 @@ class MultipleChoice(Experiment):
 
         `share_option_<i>` exists for as many options as the longest row has.
         """
-        pooled = pool(sums)
         metrics = {
-            "chance": ratio(pooled["chance"], pooled["marked_label"]),
-            "option_mass": ratio(pooled["mass"], pooled["mass_rows"]),
-            "share_unparsed": ratio(pooled["unparsed"], pooled["rows"]),
+            "chance": ratio(sums["chance"], sums["marked_label"]),
+            "option_mass": ratio(sums["mass"], sums["mass_rows"]),
+            "share_unparsed": ratio(sums["unparsed"], sums["rows"]),
         }
         for mark, metric in MARKS.items():
-            name, marked = metric.replace(" ", "_"), pooled[f"marked_{mark}"]
-            metrics[name] = ratio(pooled[f"chosen_{mark}"], marked)
-            metrics[f"expected_{name}"] = ratio(pooled[f"expected_{mark}"], marked)
+            name, marked = metric.replace(" ", "_"), sums[f"marked_{mark}"]
+            metrics[name] = ratio(sums[f"chosen_{mark}"], marked)
+            metrics[f"expected_{name}"] = ratio(sums[f"expected_{mark}"], marked)
         for name in sums:
             if name.startswith("option_"):
-                metrics[f"share_{name}"] = ratio(pooled[name], pooled["parsed"])
+                metrics[f"share_{name}"] = ratio(sums[name], sums["parsed"])
         return metrics
 
 

@@ -37,7 +37,6 @@ from selfcorrect.evaluate.experiments.tally import (
     average_items,
     first_likelier,
     log_probabilities,
-    pool,
     ratio,
     sum_by_cluster,
 )
@@ -186,18 +185,17 @@ class StereoSet(Experiment):
 
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every metric, the mean over terms, from sums of shape (R, K)."""
-        pooled = pool(sums)
         metrics: dict[str, np.ndarray] = {}
         for scope in _SCOPES:
-            terms = pooled[f"terms{scope}"]
-            stereotype_score = ratio(pooled[f"stereotype_score{scope}"], terms)
-            lm_score = ratio(pooled[f"lm_score{scope}"], terms)
+            terms = sums[f"terms{scope}"]
+            stereotype_score = ratio(sums[f"stereotype_score{scope}"], terms)
+            lm_score = ratio(sums[f"lm_score{scope}"], terms)
             metrics |= {
                 f"stereotype_score{scope}": stereotype_score,
                 f"lm_score{scope}": lm_score,
                 f"icat{scope}": lm_score * np.minimum(stereotype_score, 1 - stereotype_score) / 0.5,
             }
-        metrics["share_unparsed"] = ratio(pooled["unparsed"], pooled["rows"])
+        metrics["share_unparsed"] = ratio(sums["unparsed"], sums["rows"])
         return metrics
 
 

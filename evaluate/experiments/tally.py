@@ -1,6 +1,6 @@
 """Sums over clusters: every metric is a function of them, so a bootstrap is a matrix product."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import prod
@@ -210,14 +210,6 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return quotient
 
 
-def pool(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Sums over the categories: (R, K) -> (R,)."""
-    return {
-        name: values[:, 0] if values.shape[1] == 1 else values.sum(axis=1)
-        for name, values in sums.items()
-    }
-
-
 def mean_columns(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Columns for `sum_by_cluster` from which `means` gives each value's mean, NaN left out."""
     return {f"sum_{name}": column for name, column in values.items()} | {
@@ -231,15 +223,13 @@ def means(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: ratio(sums[f"sum_{name}"], sums[f"count_{name}"]) for name in names}
 
 
-def mean_over_categories(values: np.ndarray) -> np.ndarray:
-    """Mean of (R, K) over the categories where the metric is defined; NaN where it is in none."""
-    if values.shape[1] == 1:
-        return values[:, 0]
-    total = values.sum(axis=1)
+def mean_over_categories(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean of arrays, one per category, over those where it is defined; NaN where it is in none."""
+    total: np.ndarray = sum(values[1:], start=values[0].copy())
     undefined = np.isnan(total)
-    total /= values.shape[1]
+    total /= len(values)
     if undefined.any():
-        rows = values[undefined]
+        rows = np.array([array[undefined] for array in values])
         defined = ~np.isnan(rows)
-        total[undefined] = ratio(np.where(defined, rows, 0).sum(axis=1), defined.sum(axis=1))
+        total[undefined] = ratio(np.where(defined, rows, 0).sum(axis=0), defined.sum(axis=0))
     return total

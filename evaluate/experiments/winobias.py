@@ -31,7 +31,6 @@ from selfcorrect.evaluate.experiments.tally import (
     answered,
     first_likelier,
     log_probabilities,
-    pool,
     probabilities,
     ratio,
     sum_by_cluster,
@@ -197,19 +196,18 @@ class WinoBias(Experiment):
 
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every metric from sums of shape (R, K)."""
-        pooled = pool(sums)
         metrics = {
-            "accuracy": ratio(pooled["right_pro"] + pooled["right_anti"], pooled["count"]),
-            "share_first": ratio(pooled["first"], pooled["count"]),
-            "option_mass": ratio(pooled["mass"], pooled["count_mass"]),
-            "share_unparsed": ratio(pooled["rows"] - pooled["parsed"], pooled["rows"]),
+            "accuracy": ratio(sums["right_pro"] + sums["right_anti"], sums["count"]),
+            "share_first": ratio(sums["first"], sums["count"]),
+            "option_mass": ratio(sums["mass"], sums["count_mass"]),
+            "share_unparsed": ratio(sums["rows"] - sums["parsed"], sums["rows"]),
         }
         for kind in ("", "expected_"):
-            difference = pooled[f"difference_{kind}right"]
-            metrics[f"{kind}gap"] = ratio(difference, pooled["count_difference"])
+            difference = sums[f"difference_{kind}right"]
+            metrics[f"{kind}gap"] = ratio(difference, sums["count_difference"])
             for side in SIDES:
-                right = pooled[f"{kind}right_{side}"]
-                metrics[f"{kind}accuracy_{side}"] = ratio(right, pooled[f"count_{side}"])
+                right = sums[f"{kind}right_{side}"]
+                metrics[f"{kind}accuracy_{side}"] = ratio(right, sums[f"count_{side}"])
         return metrics
 
 

@@ -16,7 +16,6 @@ from selfcorrect.evaluate.experiments.tally import (
     average_items,
     mean_columns,
     means,
-    pool,
     sum_by_cluster,
 )
 from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
@@ -155,7 +154,7 @@ def _summarise(
     """Return accuracy and interval per layer and category, from each pair's correct answers."""
     pairs, shares = average_items(frame, right)  # a question in several orders counts once
     tally = sum_by_cluster(pairs, mean_columns(shares))
-    estimates = bootstrap(tally, lambda sums: means(pool(sums)), draws=draws).estimates
+    estimates = bootstrap(tally, means, draws=draws).estimates
     rows = []
     for category, by_layer in estimates.items():
         members = frame if category == OVERALL else frame[frame["category"] == category]

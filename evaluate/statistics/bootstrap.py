@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from selfcorrect.evaluate.experiments.tally import OVERALL, Tally
+from selfcorrect.evaluate.experiments.tally import OVERALL, Tally, mean_over_categories
 
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -119,19 +119,28 @@ class Draws:
 
 
 def bootstrap(
-    tally: Tally, metrics: Metrics, pooled: Sequence[str] | None = None, draws: Draws | None = None
+    tally: Tally,
+    metrics: Metrics,
+    pooled: Sequence[str] | None = None,
+    draws: Draws | None = None,
+    category_means: Mapping[str, str] | None = None,
 ) -> Bootstrap:
     """Return values and 95 % intervals of every metric, for each category and overall.
 
-    `pooled` names the categories behind the overall value (default: all). Point values are the
-    metrics of the sums over the data, without resampling.
+    `pooled` names the categories behind the overall value (default: all), and `category_means` is
+    `Experiment.category_means`. Point values are the metrics of the sums over the data, without
+    resampling.
     """
     pooled = tally.categories if pooled is None else pooled
-    return bootstrap_together([tally], metrics, [pooled], draws or Draws())[0]
+    return bootstrap_together([tally], metrics, [pooled], draws or Draws(), category_means or {})[0]
 
 
 def bootstrap_together(
-    tallies: Sequence[Tally], metrics: Metrics, pooled: Sequence[Sequence[str]], draws: Draws
+    tallies: Sequence[Tally],
+    metrics: Metrics,
+    pooled: Sequence[Sequence[str]],
+    draws: Draws,
+    category_means: Mapping[str, str],
 ) -> list[Bootstrap]:
     """Return `bootstrap` of several cells of one experiment; `pooled` has an entry per cell.
 
@@ -150,15 +159,14 @@ def bootstrap_together(
     together = max(1, _NUMBERS_TOGETHER // (1 + draws.num_resamples))
     for (_, chosen, names), cells in groups.items():
         # Memory that is used again is much faster than new memory, which has to be cleared.
-        num_rows = len(cells[0][1].spans) * len(names) * min(together, len(cells))
-        buffer = np.empty(num_rows * (1 + draws.num_resamples))
+        buffer = np.empty(2 * len(names) * min(together, len(cells)) * (1 + draws.num_resamples))
         for first in range(0, len(cells), together):
             part = cells[first : first + together]
             members = [tallies[index] for index, _ in part]
             # The products are small: several threads would spend their time waiting for each other.
             with _blas().limit(limits=1, user_api="blas"):
                 found = _bootstrap_part(
-                    members, [p for _, p in part], metrics, chosen, draws, buffer
+                    members, [p for _, p in part], metrics, category_means, chosen, draws, buffer
                 )
             results.update(zip((index for index, _ in part), found, strict=True))
     return [results[index] for index in range(len(tallies))]
@@ -203,6 +211,7 @@ def _bootstrap_part(
     tallies: Sequence[Tally],
     populations: Sequence[_Population],
     metrics: Metrics,
+    category_means: Mapping[str, str],
     chosen: Sequence[str],
     draws: Draws,
     buffer: np.ndarray,
@@ -220,21 +229,17 @@ def _bootstrap_part(
             for t, p in zip(tallies, populations, strict=True)
         ]
     ).swapaxes(0, 1)  # sums x cells x clusters
-    # The pooled categories first, so that theirs are a slice.
-    pooled = [category for category in spans if category in chosen]
-    categories = [*pooled, *(category for category in spans if category not in chosen)]
-    shape = len(categories), len(names), num_cells * width
-    sums = buffer[: prod(shape)].reshape(shape)
-    for category, products in zip(categories, sums, strict=True):
-        span = spans[category]
-        weights = draws.weights(category, units[span])
-        rows = table[:, :, span].reshape(len(names) * num_cells, -1)
-        np.matmul(rows, weights.T, out=products.reshape(len(rows), width))
+    shape = 2, len(names), num_cells * width
+    sums, pooled_sums = buffer[: prod(shape)].reshape(shape)
 
-    def of(part: slice) -> dict[str, np.ndarray]:
-        """Return the metrics of some categories together, each of shape (M, 1 + R)."""
-        by_name = dict(zip(names, sums[part].swapaxes(0, 1), strict=True))
-        values = _replicates(metrics, {name: columns.T for name, columns in by_name.items()})
+    def replicates(sums: np.ndarray, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the metrics of the sums, and `means`, each of shape (M, 1 + R)."""
+        values = metrics(dict(zip(names, sums, strict=True)))
+        values |= {name: mean.reshape(-1) for name, mean in means.items()}
+        # A category of a single unit has no resamples. Metrics that skip NaN must not hide that.
+        absent = np.isnan(sums[0])
+        if absent.any():
+            values = {name: np.where(absent, np.nan, column) for name, column in values.items()}
         arrays = {
             id(column): (column.copy() if np.may_share_memory(column, buffer) else column).reshape(
                 num_cells, width
@@ -243,14 +248,35 @@ def _bootstrap_part(
         }
         return {name: arrays[id(column)] for name, column in values.items()}
 
-    overall = of(slice(len(pooled))) if pooled else {}
-    estimates = {OVERALL: _estimates(overall, num_cells)}
-    for index, category in enumerate(categories):
-        # The overall value of a single category is that category's value.
-        is_overall = list(chosen) == [category]
-        estimates[category] = (
-            estimates[OVERALL] if is_overall else _estimates(of(slice(index, index + 1)), num_cells)
-        )
+    estimates: dict[str, list[dict[str, Estimate]]] = {}
+    pooled = [category for category in spans if category in chosen]
+    of_pooled: list[dict[str, np.ndarray]] = []
+    pooled_sums[:] = 0
+    # Category by category: the sums of all would not fit the processor's cache.
+    for category, span in spans.items():
+        weights = draws.weights(category, units[span])
+        rows = table[:, :, span].reshape(len(names) * num_cells, -1)
+        np.matmul(rows, weights.T, out=sums.reshape(len(rows), width))
+        values = replicates(sums, {})
+        # The mean over a single category is its metric.
+        values |= {category_means[name]: values[name] for name in values if name in category_means}
+        estimates[category] = _estimates(values, num_cells)
+        if category in pooled:
+            of_pooled.append(values)
+            pooled_sums += sums
+    overall: dict[str, np.ndarray] = {}
+    if len(pooled) == 1:
+        (overall,) = of_pooled
+    elif pooled:
+        means = {
+            category_means[name]: mean_over_categories([values[name] for values in of_pooled])
+            for name in of_pooled[0]
+            if name in category_means
+        }
+        overall = replicates(pooled_sums, means)
+    estimates[OVERALL] = (
+        estimates[pooled[0]] if len(pooled) == 1 else _estimates(overall, num_cells)
+    )
     degrees = sum(max(round(float(units[spans[name]].sum())) - 1, 0) for name in pooled)
     return [
         Bootstrap(
@@ -266,16 +292,6 @@ def _bootstrap_part(
         )
         for cell, tally in enumerate(tallies)
     ]
-
-
-def _replicates(metrics: Metrics, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the metrics of sums of shape (R, K) over K categories."""
-    replicates = metrics(sums)
-    # A category of a single unit has no resamples. Metrics that skip NaN must not hide that.
-    absent = np.isnan(next(iter(sums.values()))).any(axis=1)
-    if not absent.any():
-        return replicates
-    return {name: np.where(absent, np.nan, values) for name, values in replicates.items()}
 
 
 def estimate(replicates: Mapping[str, np.ndarray]) -> dict[str, Estimate]:

@@ -224,8 +224,10 @@ def _measure(files: Sequence[_CellFile], draws: Draws) -> list[MeasuredCell]:
             for order, part in cell.parts.items()
         }
         tallies, pooled, _ = zip(*parts.values(), strict=True)
-        compute = get_experiment(name).compute
-        resampled = bootstrap_together(tallies, compute, pooled, draws)
+        experiment = get_experiment(name)
+        resampled = bootstrap_together(
+            tallies, experiment.compute, pooled, draws, experiment.category_means
+        )
         bootstraps.update(zip(parts, resampled, strict=True))
     rounds = _round_estimates(files, draws)
     return [

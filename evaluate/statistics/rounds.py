@@ -18,7 +18,6 @@ from selfcorrect.evaluate.experiments.tally import (
     OVERALL,
     average_items,
     option_order,
-    pool,
     probabilities,
     ratio,
     sum_by_cluster,
@@ -92,5 +91,4 @@ def round_estimates(
 
 
 def _compute(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    pooled = pool(sums)
-    return {name: ratio(pooled[name], pooled[f"count_{name}"]) for name in QUANTITIES}
+    return {name: ratio(sums[name], sums[f"count_{name}"]) for name in QUANTITIES}

@@ -109,7 +109,8 @@ def bench_checkpoint(paths: Sequence[Path], num_resamples: int) -> dict[str, flo
         times.append(time.process_time())
         tally = experiment.tally(frame)
         times.append(time.process_time())
-        bootstrap(tally, experiment.compute, experiment.overall_categories(tally.categories), draws)
+        pooled = experiment.overall_categories(tally.categories)
+        bootstrap(tally, experiment.compute, pooled, draws, experiment.category_means)
         times.append(time.process_time())
         for name, seconds in zip(spent, np.diff(times), strict=True):
             spent[name] += float(seconds)

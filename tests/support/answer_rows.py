@@ -52,9 +52,9 @@ def rows(items, choose, orders=(None,)):
 def measured(experiment, frame, category=OVERALL):
     """Return every metric's value, through the same sums and bootstrap as a report."""
     tally = experiment.tally(frame)
-    estimates = bootstrap(
-        tally, experiment.compute, experiment.overall_categories(tally.categories), Draws(2)
-    ).estimates
+    pooled = experiment.overall_categories(tally.categories)
+    means = experiment.category_means
+    estimates = bootstrap(tally, experiment.compute, pooled, Draws(2), means).estimates
     values = {name: estimate.value for name, estimate in estimates[category].items()}
     assert set(values) <= set(experiment.metrics)
     return values

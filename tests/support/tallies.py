@@ -28,6 +28,6 @@ def make_tally(
 
 def share(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return the metric "share": hits per count, NaN without a count."""
-    hits, count = sums["hits"].sum(axis=1), sums["count"].sum(axis=1)
+    hits, count = sums["hits"], sums["count"]
     with np.errstate(invalid="ignore", divide="ignore"):
         return {"share": np.where(count > 0, hits / count, np.nan)}

@@ -36,9 +36,7 @@ from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
     average_items,
-    mean_over_categories,
     option_orders,
-    pool,
     probabilities,
     ratio,
     sum_by_cluster,
@@ -100,8 +98,9 @@ _POOLED: dict[str, Metric] = {
 }
 # The overall figures again: `..._mean` gives every category the same weight.
 MEAN = "_mean"
+CATEGORY_MEANS: dict[str, str] = {name: f"{name}{MEAN}" for name in _POOLED}
 METRICS: dict[str, Metric] = _POOLED | {
-    f"{name}{MEAN}": Metric(
+    CATEGORY_MEANS[name]: Metric(
         f"{metric.label}, mean of categories", f"{metric.meaning}{_MEAN}", metric.unbiased
     )
     for name, metric in _POOLED.items()
@@ -124,6 +123,7 @@ class Bbq(JointExperiment):
     title = "BBQ"
     headline = "bias_ambiguous"
     metrics = METRICS
+    category_means = CATEGORY_MEANS
     wording = Wording
     beside = (
         "bias_ambiguous",
@@ -182,11 +182,8 @@ class Bbq(JointExperiment):
         return sum_by_cluster(*answer_columns(frame, logprobs, mass))
 
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return every metric from sums of shape (R, K): R resamples of K categories pooled."""
-        means = {name: mean_over_categories(values) for name, values in scores(sums).items()}
-        # The mean over a single category is its metric.
-        pooled = means if sums["rows"].shape[1] == 1 else scores(pool(sums))
-        return pooled | {f"{name}{MEAN}": values for name, values in means.items()}
+        """Return every metric but the means over categories, elementwise from the sums."""
+        return scores(sums)
 
     def raising_option(self, row: Mapping[str, Any]) -> int | None:
         """Return the stereotyped option of an ambiguous question."""

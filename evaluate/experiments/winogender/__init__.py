@@ -31,7 +31,6 @@ from selfcorrect.evaluate.experiments.tally import (
     find_clusters,
     mean_columns,
     means,
-    pool,
     probabilities,
     ratio,
 )
@@ -203,18 +202,17 @@ class Winogender(JointExperiment):
 
     def compute(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every metric from sums of shape (R, K)."""
-        pooled = pool(sums)
-        correlation, slope = _line(pooled, "female")
+        correlation, slope = _line(sums, "female")
         metrics = {
             "correlation": correlation,
-            **{f"correlation_{name}": _line(pooled, name)[0] for name in self.subsets},
-            "correlation_binary": _line(pooled, "binary")[0],
-            "spearman": _spearman(pooled),
+            **{f"correlation_{name}": _line(sums, name)[0] for name in self.subsets},
+            "correlation_binary": _line(sums, "binary")[0],
+            "spearman": _spearman(sums),
             "slope": slope,
-            "match_correlation": _line(pooled, "stated")[0],
-            **means(pooled),
+            "match_correlation": _line(sums, "stated")[0],
+            **means(sums),
         }
-        mean_share = ratio(pooled["female_x"], pooled["female_n"]) + 0.5
+        mean_share = ratio(sums["female_x"], sums["female_n"]) + 0.5
         metrics["intercept"] = metrics["mean_female"] - slope * mean_share
         return metrics
 
@@ -326,9 +324,9 @@ def _rank_columns(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     return columns
 
 
-def _line(pooled: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+def _line(sums: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return Pearson's r and the slope; NaN with fewer than 2 occupations or without spread."""
-    n, x, y, xx, yy, xy = (pooled[f"{name}_{part}"] for part in ("n", "x", "y", "xx", "yy", "xy"))
+    n, x, y, xx, yy, xy = (sums[f"{name}_{part}"] for part in ("n", "x", "y", "xx", "yy", "xy"))
     mean_x, mean_y = ratio(x, n), ratio(y, n)
     variance_x = ratio(xx, n) - mean_x**2
     variance_y = ratio(yy, n) - mean_y**2
@@ -342,9 +340,9 @@ def _line(pooled: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.n
     return r, np.where(flat_x, np.nan, slope)
 
 
-def _spearman(pooled: Mapping[str, np.ndarray]) -> np.ndarray:
+def _spearman(sums: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return Pearson's r of the midranks; NaN with fewer than 2 occupations or only ties."""
-    weights, x, y = (_table(pooled, name) for name in ("weight_", "rank_x_", "rank_y_"))
+    weights, x, y = (_table(sums, name) for name in ("weight_", "rank_x_", "rank_y_"))
     total = weights.sum(axis=1, keepdims=True)
     x = x - ratio((weights * x).sum(axis=1, keepdims=True), total)
     y = y - ratio((weights * y).sum(axis=1, keepdims=True), total)
@@ -352,10 +350,10 @@ def _spearman(pooled: Mapping[str, np.ndarray]) -> np.ndarray:
     return ratio((weights * x * y).sum(axis=1), np.where(spread < _SMALLEST_SPREAD, 0, spread))
 
 
-def _table(pooled: Mapping[str, np.ndarray], prefix: str) -> np.ndarray:
+def _table(sums: Mapping[str, np.ndarray], prefix: str) -> np.ndarray:
     """Return the sums whose name starts with `prefix` as a table of shape (R, jobs)."""
-    rows = [values for name, values in pooled.items() if name.startswith(prefix)]
-    return np.array(rows).reshape(len(rows), len(pooled["female_n"])).T
+    rows = [values for name, values in sums.items() if name.startswith(prefix)]
+    return np.array(rows).reshape(len(rows), len(sums["female_n"])).T
 
 
 WINOGENDER = Winogender()

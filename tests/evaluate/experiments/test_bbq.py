@@ -14,6 +14,7 @@ from selfcorrect.evaluate.experiments.bbq.files import read_rows
 from selfcorrect.evaluate.experiments.bbq.groups import decide, decide_by_groups, normalise
 from selfcorrect.evaluate.experiments.reading import LONGEST_ROW
 from selfcorrect.evaluate.experiments.wording import load_stimuli
+from selfcorrect.evaluate.statistics.bootstrap import Draws, bootstrap
 from selfcorrect.recipes.foundation.errors import InputError
 from tests.support.answer_rows import published as published_folder
 from tests.support.bbq_rows import block, write
@@ -55,15 +56,10 @@ def frame(items, choose):
 def measured(table, categories=None):
     tally = BBQ.tally(table)
     categories = categories or BBQ.overall_categories(tally.categories)
-    picked = [tally.strata == tally.categories.index(name) for name in categories]
-    sums = {
-        name: np.array([[(values * tally.units)[mask].sum() for mask in picked]])
-        for name, values in tally.sums.items()
-    }
-    metrics = BBQ.compute(sums)
-    assert set(metrics) == set(BBQ.metrics)
-    assert all(values.shape == (1,) for values in metrics.values())
-    return {name: float(values[0]) for name, values in metrics.items()}
+    draws = Draws(1)
+    metrics = bootstrap(tally, BBQ.compute, categories, draws, BBQ.category_means).estimates
+    assert set(metrics["overall"]) == set(BBQ.metrics)
+    return {name: estimate.value for name, estimate in metrics["overall"].items()}
 
 
 @pytest.fixture
@@ -435,9 +431,9 @@ def test_metrics_are_vectorised_over_resamples(items):
     table = frame(items, lambda item: list(rng.normal(size=3)))
     tally = BBQ.tally(table)
     draws = rng.multinomial(2, [0.5, 0.5], size=7)
-    many = BBQ.compute({k: (draws @ v)[:, None] for k, v in tally.sums.items()})
+    many = BBQ.compute({k: draws @ v for k, v in tally.sums.items()})
     for i, draw in enumerate(draws):
-        one = BBQ.compute({k: np.array([[draw @ v]]) for k, v in tally.sums.items()})
+        one = BBQ.compute({k: np.array([draw @ v]) for k, v in tally.sums.items()})
         for name, values in many.items():
             assert values[i] == pytest.approx(one[name][0], nan_ok=True), name
 

@@ -59,17 +59,7 @@ def frame(items, chance):
 
 def measured(table):
     tally = LAW_SCHOOL.tally(table)
-    sums = {
-        name: np.array(
-            [
-                [
-                    (values * tally.units)[tally.strata == k].sum()
-                    for k in range(len(tally.categories))
-                ]
-            ]
-        )
-        for name, values in tally.sums.items()
-    }
+    sums = {name: np.array([(values * tally.units).sum()]) for name, values in tally.sums.items()}
     metrics = LAW_SCHOOL.compute(sums)
     by_sex = {"difference_sex_1", "difference_sex_2"} if table["sex"].nunique() > 1 else set()
     others = {name for name in LAW_SCHOOL.metrics if "sex" not in name}

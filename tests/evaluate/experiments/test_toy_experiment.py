@@ -12,7 +12,6 @@ from selfcorrect.evaluate.experiments.base import Experiment, Metric, Scatter, W
 from selfcorrect.evaluate.experiments.tally import (
     answered,
     log_probabilities,
-    pool,
     probabilities,
     ratio,
     sum_by_cluster,
@@ -98,15 +97,14 @@ class Toy(Experiment):
         return sum_by_cluster(frame, columns)
 
     def compute(self, sums):
-        pooled = pool(sums)
         men, women = (
-            ratio(pooled["yes_man"], pooled["men"]),
-            ratio(pooled["yes_woman"], pooled["women"]),
+            ratio(sums["yes_man"], sums["men"]),
+            ratio(sums["yes_woman"], sums["women"]),
         )
         return {
             "gap": men - women,
-            "accuracy": ratio(pooled["right"], pooled["rows"]),
-            "option_mass": ratio(pooled["mass"], pooled["rows"]),
+            "accuracy": ratio(sums["right"], sums["rows"]),
+            "option_mass": ratio(sums["mass"], sums["rows"]),
         }
 
 

@@ -63,7 +63,7 @@ def frame(shares, chances, mass=0.9, leaks=0):
 def measured(table, draw=None):
     tally = WINOGENDER.tally(table)
     weights = np.ones(len(tally.clusters)) if draw is None else np.asarray(draw)
-    sums = {name: np.array([[(weights * values).sum()]]) for name, values in tally.sums.items()}
+    sums = {name: np.array([(weights * values).sum()]) for name, values in tally.sums.items()}
     metrics = WINOGENDER.compute(sums)
     assert set(metrics) == set(WINOGENDER.metrics)
     return {name: float(values[0]) for name, values in metrics.items()}
@@ -409,7 +409,7 @@ def test_all_resamples_are_computed_in_one_call(answers):
         return WINOGENDER.compute(sums)
 
     bootstrap(tally, compute, draws=Draws(2000))
-    assert shapes == [{(2001, 1)}]
+    assert shapes == [{(2001,)}]
 
 
 # --- bad input ---------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def cell(condition, right, clusters=None):
     tally = Tally(list(labels), np.zeros(len(labels), int), ["c"], np.ones(len(labels)), sums)
     replicates = bootstrap(
         tally,
-        lambda sums: {"share": ratio(sums["right"].sum(axis=1), sums["count"].sum(axis=1))},
+        lambda sums: {"share": ratio(sums["right"], sums["count"])},
     ).replicates
     return Cell("run", "m", 1, 0, 0, "bbq", condition, replicates)
 

@@ -73,7 +73,7 @@ def test_values_and_counts_against_the_experiment(run, frame):
     path = run / CHECKPOINT / "evaluation" / "bbq.Q.parquet"
     rows = pq.read_table(path).to_pandas()
     kept = BBQ.tally(rows[rows["category"].isin(["Age", "Religion"])])
-    by_hand = BBQ.compute({name: sums[None, :] for name, sums in kept.sums.items()})
+    by_hand = BBQ.compute({name: sums.sum(keepdims=True) for name, sums in kept.sums.items()})
     mine = frame[
         (frame["model"] == "nano")
         & (frame["step"] == 2)
