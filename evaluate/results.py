@@ -8,6 +8,7 @@ items, lazily.
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from itertools import chain
 from operator import and_
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,11 @@ from selfcorrect.evaluate.statistics.cells import (
 )
 from selfcorrect.evaluate.statistics.files import COLUMNS as COLUMNS
 from selfcorrect.evaluate.statistics.files import checkpoints_digest, write_statistics, write_table
-from selfcorrect.evaluate.statistics.summary import record_facts
-from selfcorrect.evaluate.statistics.summary import statistics_of as statistics_of
+from selfcorrect.evaluate.statistics.summary import (
+    compare_cells,
+    record_facts,
+    statistics_of,
+)
 from selfcorrect.evaluate.statistics.thresholds import NOT_REACHED
 from selfcorrect.recipes.foundation.atomic_files import atomic_file
 from selfcorrect.recipes.foundation.errors import InputError
@@ -60,7 +64,12 @@ def load(*runs: Path, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> pd.D
     _check_names(runs)
     draws = Draws(num_resamples, seed)
     with garbage_collection_off():
-        return tidy([cell for run in runs for cell in measure_run(run, draws)])
+        cells = []
+        for group in chain.from_iterable(measure_run(run, draws) for run in runs):
+            for cell in group:
+                cell.bootstrap.replicates.keep([])
+            cells += group
+        return tidy(cells)
 
 
 def summarise(
@@ -93,10 +102,12 @@ def results_of(
     joined: dict[str, Any] = {}
     with garbage_collection_off():
         for run in runs:
-            of_run = evaluated_cells(run, draws)
+            of_run, comparisons = compare_cells(evaluated_cells(run, draws))
             cells += of_run
             checkpoints = find_checkpoints(run)
-            statistics = statistics_of(of_run, checkpoints, num_resamples, seed, thresholds)
+            statistics = statistics_of(
+                of_run, comparisons, checkpoints, num_resamples, seed, thresholds
+            )
             for name, content in statistics.items():
                 if isinstance(content, list):
                     content = [*joined.get(name, []), *content]

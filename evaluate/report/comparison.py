@@ -8,10 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from selfcorrect.evaluate.results import statistics_of, tidy
+from selfcorrect.evaluate.results import tidy
 from selfcorrect.evaluate.run_folder import find_checkpoints
 from selfcorrect.evaluate.statistics.bootstrap import Draws
-from selfcorrect.evaluate.statistics.cells import MeasuredCell, evaluated_cells
+from selfcorrect.evaluate.statistics.cells import evaluated_cells
+from selfcorrect.evaluate.statistics.summary import compare_cells, statistics_of
 from selfcorrect.recipes.foundation.checksums import flatten, read_record
 from selfcorrect.recipes.foundation.errors import InputError
 from selfcorrect.recipes.foundation.printable import escape_controls
@@ -115,11 +116,14 @@ def measure_groups(
     draws = Draws(num_resamples, seed)
     results = []
     for group in groups:
-        cells: list[MeasuredCell] = []
-        for run in group.runs.values():
-            cells += [replace(cell, run=group.label) for cell in evaluated_cells(run, draws)]
+        cells, comparisons = compare_cells(
+            [replace(cell, run=group.label) for cell in of_seed]
+            for run in group.runs.values()
+            for of_seed in evaluated_cells(run, draws)
+        )
         checkpoints = [c for run in group.runs.values() for c in find_checkpoints(run)]
-        results.append((tidy(cells), statistics_of(cells, checkpoints, num_resamples, seed)))
+        statistics = statistics_of(cells, comparisons, checkpoints, num_resamples, seed)
+        results.append((tidy(cells), statistics))
     return results
 
 

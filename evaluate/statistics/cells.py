@@ -1,8 +1,9 @@
 """Load evaluation files as measured cells: one checkpoint x experiment x condition each."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ _ANSWERS = ("logprobs", "mass", "truncated")
 # Rows of several cells that are added up at once: more would not fit the processor's cache.
 _ROWS_TOGETHER = 20_000
 Counts = dict[str, tuple[int, int]]  # category -> (items, clusters)
+# What a run's cells were asked, by experiment, condition and digest of the settings.
+Asked = dict[tuple[Any, ...], pd.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -62,36 +65,41 @@ class MeasuredCell:
     dtype: str | None = None  # of the weights while they were measured, if the file says so
 
 
-def measure_run(run: Path, draws: Draws) -> list[MeasuredCell]:
-    """Return every evaluated cell of a run, by size, model, seed, step, experiment, condition.
+def measure_run(run: Path, draws: Draws) -> Iterator[list[MeasuredCell]]:
+    """Yield the evaluated cells of each model and training seed, by size, model and seed.
 
-    Of a folder of stand-alone models, the cells have no record.
+    They are ordered by step, experiment and condition. Of a folder of stand-alone models, the cells
+    have no record. A large run has more resamples than fit into memory (`Replicates.keep`).
     """
     name = run_name(run)
-    files: list[_CellFile] = []
+    asked: Asked = {}
     for model, folder in model_folders(run).items():
-        files += _cell_files(folder, name, model, None)
-    for checkpoint in find_checkpoints(run):
-        record = checkpoint.record
-        files += _cell_files(checkpoint.evaluation, name, record.model, record)
-    return _measure(files, draws)
+        yield _measure(_cell_files(folder, name, model, None), draws, asked)
+    checkpoints = find_checkpoints(run)
+    for (model, _), of_seed in groupby(checkpoints, lambda c: (c.record.model, c.record.seed)):
+        files: list[_CellFile] = []
+        for checkpoint in of_seed:
+            files += _cell_files(checkpoint.evaluation, name, model, checkpoint.record)
+        yield _measure(files, draws, asked)
 
 
-def evaluated_cells(run: Path, draws: Draws) -> list[MeasuredCell]:
-    """Return the cells of a run as `measure_run`; raises InputError where there are none."""
-    cells = measure_run(run, draws)
-    if not cells:
+def evaluated_cells(run: Path, draws: Draws) -> Iterator[list[MeasuredCell]]:
+    """Yield the cells of a run as `measure_run`; raises InputError where there are none."""
+    is_empty = True
+    for cells in measure_run(run, draws):
+        is_empty = is_empty and not cells
+        yield cells
+    if is_empty:
         raise InputError(
             f"{run}: no checkpoint has been evaluated; run `selfcorrect evaluate {run}`"
         )
-    return cells
 
 
 def measure_folder(
     folder: Path, run: str, model: str, record: CheckpointRecord | None, draws: Draws
 ) -> list[MeasuredCell]:
     """Return every cell of one folder of parquet files, by experiment and condition."""
-    return _measure(_cell_files(folder, run, model, record), draws)
+    return _measure(_cell_files(folder, run, model, record), draws, {})
 
 
 @dataclass(frozen=True)
@@ -141,24 +149,30 @@ def _cell_files(
     )
 
 
-def _read(files: Sequence[_CellFile]) -> list[_Answers]:
+def _read(files: Sequence[_CellFile], asked: Asked) -> list[_Answers]:
     """Return the answers of the cells.
 
-    Cells of equal settings have the same rows but for the answers: what was asked is read once.
+    Cells of equal settings have the same rows but for the answers: what was asked is read once, and
+    kept in `asked`.
     """
     groups: dict[Any, list[int]] = {}
     for index, file in enumerate(files):
         cell = file.settings["experiment"], file.settings["condition"]
-        digest = file.settings.get("settings_digest") or index
+        digest = file.settings.get("settings_digest") or file.path
         groups.setdefault((*cell, digest), []).append(index)
     found: dict[int, _Answers] = {}
-    for members in groups.values():
-        table = read_table(files[members[0]].path, None, leave_out=[*_UNUSED, *_ANSWERS])
-        asked = table.to_pandas(use_threads=False)
-        together = max(1, _ROWS_TOGETHER // max(1, len(asked)))
+    for key, members in groups.items():
+        first_file = files[members[0]]
+        frame = asked.get(key)
+        if frame is None:
+            table = read_table(first_file.path, None, leave_out=[*_UNUSED, *_ANSWERS])
+            frame = table.to_pandas(use_threads=False)
+            if "settings_digest" in first_file.settings:
+                asked[key] = frame
+        together = max(1, _ROWS_TOGETHER // max(1, len(frame)))
         for first in range(0, len(members), together):
             part = members[first : first + together]
-            found.update(zip(part, _add_up([files[i] for i in part], asked), strict=True))
+            found.update(zip(part, _add_up([files[i] for i in part], frame), strict=True))
     return [found[index] for index in range(len(files))]
 
 
@@ -212,9 +226,9 @@ def _count_texts(truncated: pa.ChunkedArray) -> tuple[int, int]:
     return len(truncated) - truncated.null_count, num_truncated or 0
 
 
-def _measure(files: Sequence[_CellFile], draws: Draws) -> list[MeasuredCell]:
+def _measure(files: Sequence[_CellFile], draws: Draws, asked: Asked) -> list[MeasuredCell]:
     """Return the cells with their estimates; the cells of an experiment are resampled together."""
-    answers = _read(files)
+    answers = _read(files, asked)
     bootstraps: dict[tuple[int, str], Bootstrap] = {}
     for name in dict.fromkeys(file.settings["experiment"] for file in files):
         parts = {

@@ -4,7 +4,7 @@ Every list holds plain dicts of equal keys, so that `results.rows` can make a da
 docs/reference/statistics.md documents the keys.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,28 @@ def record_facts(record: CheckpointRecord | None) -> dict[str, Any]:
     return {name: None if record is None else getattr(record, name) for name in names}
 
 
+def compare_cells(
+    groups: Iterable[Sequence[MeasuredCell]],
+) -> tuple[list[MeasuredCell], list[Comparison]]:
+    """Return the cells of all groups, and their comparisons within each group.
+
+    A group has all cells of a model and training seed. Its resamples are forgotten once they are
+    compared, but for those of headline metrics.
+    """
+    cells: list[MeasuredCell] = []
+    comparisons: list[Comparison] = []
+    for group in groups:
+        comparisons += compare([_checkpoint_cell(cell) for cell in group])
+        for cell in group:
+            headline = get_experiment(cell.experiment).headline
+            cell.bootstrap.replicates.keep((headline, EXPECTED + headline))
+        cells += group
+    return cells, comparisons
+
+
 def statistics_of(
     cells: Sequence[MeasuredCell],
+    comparisons: Sequence[Comparison],
     checkpoints: Sequence[Checkpoint],
     num_resamples: int,
     seed: int,
@@ -51,10 +71,10 @@ def statistics_of(
 ) -> dict[str, Any]:
     """Return the content of statistics.json, of one run or of several that are seeds of a recipe.
 
-    `checkpoints` are all that exist, measured or not. `thresholds` overrides, by experiment, the
+    `comparisons` are those of `compare_cells`. `checkpoints` are all that exist, measured or not.
+    `thresholds` overrides, by experiment, the
     unbiased value of the headline metric.
     """
-    comparisons = compare([_checkpoint_cell(cell) for cell in cells])
     checkpoint_cells = [_checkpoint_cell(cell) for cell in cells if cell.record is not None]
     compared = {
         name: [_comparison_json(row) for row in comparisons if row.kind == kind]
