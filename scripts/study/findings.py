@@ -2,7 +2,7 @@
 
 A number is a mean over training seeds with Student's interval over seeds, and each seed's own
 interval over items where the statistics have one. The rule was fixed before the study's results
-were seen: docs/results/study/log.md.
+were seen: docs/results/first-study-log.md.
 """
 
 import math

@@ -23,7 +23,6 @@ from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.load import load_recipe
 from selfcorrect.scripts.study.ablations import arm_tables, arms_of
 from selfcorrect.scripts.study.findings import (
-    ALL_SIZES,
     UNDEFINED,
     Number,
     Results,
@@ -77,7 +76,6 @@ def page(runs: Path, docs: Path) -> str:
         **{key: facts[key] for key in ("jobs", "cores", "processor", "versions")},
         **_cost(run, results, facts["begun"]),
         primary=primary_table(primary_numbers(*read_results(runs))),
-        in_short=_in_short(results),
         able=_able(results),
         bbq=_ends(results, "bbq"),
         effects=_effects(results),
@@ -96,15 +94,6 @@ def page(runs: Path, docs: Path) -> str:
 
 def _by_model(results: Results, heads: Sequence[str], take: Callable[[str], list[Number]]) -> str:
     return table(["model", *heads], ([model, *take(model)] for model in results.models))
-
-
-def _in_short(results: Results) -> str:
-    lines = []
-    for finding in findings(results):
-        largest, number = list(finding.by_model.items())[-1]
-        where = "" if largest == ALL_SIZES else f" at {largest}"
-        lines.append(f"- {finding.title}: **{finding.words()}** ({number}{where}).")
-    return "\n".join(lines)
 
 
 def _cost(run: Path, results: Results, begun: str) -> dict[str, str]:
@@ -200,14 +189,13 @@ def _controls(results: Results) -> str:
 
 def _no_steps(results: Results) -> str:
     changes = no_step_effects(results)
-    clear = [f"{m}, {c} ({n})" for (m, c), n in changes.items() if n.side()]
+    sides = [number.side() for number in changes.values()]
     ends = [abs(end) for n in changes.values() for end in (n.low, n.high) if end is not None]
     sentence = (
         f"The paper finds no dependence on steps here. Of {len(changes)} changes from step 0 to "
-        f"step {results.steps[-1]}, {len(clear)} have an interval over seeds that excludes 0, "
-        "without correction for multiple tests"
+        f"step {results.steps[-1]}, {sides.count(-1)} fall and {sides.count(1)} rise with an "
+        "interval over seeds that excludes 0, without correction for multiple tests."
     )
-    sentence += f": {'; '.join(clear)}." if clear else "."
     return f"{sentence} The widest interval reaches {compact(max(ends))}." if ends else sentence
 
 
@@ -233,13 +221,11 @@ def _p(value: float) -> str:
 
 def _remain(results: Results) -> str:
     """Return a sentence on the p-values that are below .05 after Holm's correction."""
-    corrected = adjusted(findings(results))
-    clear = [f"{title}: {model}" for (title, model), p in corrected.items() if p < 0.05]
-    remain = "remains" if len(clear) == 1 else "remain"
-    return f"After Holm's correction over the {len(corrected)} numbers with a p-value, " + (
-        f"{len(clear)} {remain} below .05: {'; '.join(clear)}."
-        if clear
-        else "none remains below .05."
+    corrected = list(adjusted(findings(results)).values())
+    clear = sum(p < 0.05 for p in corrected)
+    return (
+        f"Of {len(corrected)} p-values, {clear} {'is' if clear == 1 else 'are'} below .05 after "
+        "Holm's correction over them all (in brackets)."
     )
 
 
