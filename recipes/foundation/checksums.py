@@ -13,6 +13,8 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.foundation.errors import InputError
 
@@ -90,12 +92,12 @@ def read_record(path: Path, remedy: str) -> dict[str, Any]:
     """
     try:
         data = path.read_bytes()
-        record = json.loads(data.decode("utf-8")) if has_valid_checksum(data) else None
+        record = from_json(data) if has_valid_checksum(data) else None
     except FileNotFoundError:
         raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise InputError(f"{path}: not readable as JSON (damaged?); {remedy}") from None
     if not isinstance(record, dict):
         raise InputError(f"{path}: damaged (checksum mismatch); {remedy}")

@@ -25,7 +25,7 @@ from selfcorrect.evaluate.results import (
     write_items,
     write_results,
 )
-from selfcorrect.evaluate.statistics.files import read_statistics
+from selfcorrect.evaluate.statistics.files import read_statistics, write_statistics
 from selfcorrect.recipes.foundation.errors import InputError
 from tests.support import ROOT
 from tests.support.recorded_run import CONDITIONS, Size, record_cell, record_run
@@ -100,6 +100,19 @@ def test_written_results_repeat_bitwise(run, frame, statistics):
     assert (run / "statistics.json").read_bytes() == first
     assert statistics["about"]["num_resamples"] == 200
     assert statistics["missing"] == []
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_statistics_hold_no_number_that_json_lacks(tmp_path, number):
+    path = tmp_path / "statistics.json"
+    content = {"rows": [{"run": "NaN, Infinity \u00e9", "low": 1e-300, "high": 0.1 + 0.2}]}
+    write_statistics(path, content)
+    assert read_statistics(path) == content == {"rows": json.loads(path.read_bytes())["rows"]}
+    content["rows"].append({"run": "a", "low": number, "high": None})
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_statistics(path, content)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_growth_follows_from_the_cells(statistics):
