@@ -133,10 +133,12 @@ class Results:
             return UNDEFINED
         return over([a - b for a, b in zip(first, second, strict=True)])
 
-    def growth(self, model: str, condition: str, minus: str) -> list[float]:
-        """Return how much BBQ's difference of two conditions grows over all steps, by seed."""
-        steps = (0, self.steps[-1])
-        cells = [self.at(model, step, "bbq", name) for step in steps for name in (condition, minus)]
+    def growth(
+        self, model: str, condition: str, minus: str, experiment: str = "bbq"
+    ) -> list[float]:
+        """Return how much the difference of two conditions grows over all steps, by seed."""
+        names = [(step, name) for step in (0, self.steps[-1]) for name in (condition, minus)]
+        cells = [self.at(model, step, experiment, name) for step, name in names]
         return [(c - d) - (a - b) for a, b, c, d in zip(*cells, strict=True)]
 
     def last_kl(self, model: str) -> str:

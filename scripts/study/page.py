@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from selfcorrect.evaluate.figures import curves
+from selfcorrect.evaluate.figures.overoptimisation import answer_table, overoptimisation
 from selfcorrect.evaluate.statistics.formatting import compact, p_value, without_leading_zero
 from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.load import load_recipe
@@ -39,11 +40,11 @@ TEMPLATE = Path(__file__).with_name("page.md.j2")
 LADDER = "society-ladder"
 DISCUSSION = "discussion.md"
 PAPER_CONDITIONS = ("Q", "Q+IF", "Q+IF+CoT", "Match stats")
+EXPERIMENTS = ("bbq", "law_school", "winogender")
 CONTROLS = ("Q", "Q+IF", "Q+neutral", "Q+inverted")
 STAGES = ("base", "reward", "ppo")
 SEEDS = "bands: lowest to highest seed"
 WORDS = {
-    "steps": f"Headline metrics of the three experiments against RLHF steps, largest size; {SEEDS}",
     "bbq": f"BBQ bias in ambiguous contexts against RLHF steps, a panel a size; {SEEDS}",
     "law_school": f"Difference in admission against RLHF steps, a panel a size; {SEEDS}",
     "winogender": f"Correlation of pronoun and occupation against RLHF steps, by size; {SEEDS}",
@@ -51,6 +52,7 @@ WORDS = {
     "effects": "Metric under Q less that under the instruction against RLHF steps, a line a size",
     "controls": f"BBQ bias under the instruction, a neutral and the inverted request; {SEEDS}",
     "training": "Reward and KL during PPO",
+    "overoptimisation": "What answers are worth to the reward model and to the raters, over √KL",
 }
 
 
@@ -79,7 +81,8 @@ def page(runs: Path, docs: Path) -> str:
         able=_able(results),
         bbq=_ends(results, "bbq"),
         effects=_effects(results),
-        controls=_controls(results),
+        **{f"{name}_controls": _controls(results, name) for name in EXPERIMENTS},
+        worth=_worth(run, results),
         law_school=_ends(results, "law_school"),
         winogender=_ends(results, "winogender"),
         no_steps=_no_steps(results),
@@ -88,7 +91,7 @@ def page(runs: Path, docs: Path) -> str:
         num_judged=num_judged,
         arms="\n\n".join(arm_tables(arms_of(runs))),
         discussion=(docs / DISCUSSION).read_text(encoding="utf-8").strip(),
-        figures=_draw(pd.read_parquet(run / "results.parquet"), statistics, docs),
+        figures=_draw(run, statistics, docs),
     )
 
 
@@ -175,16 +178,28 @@ def _removed(results: Results, model: str, step: int) -> Number:
     return over([1 - b / a for a, b in zip(plain, instructed, strict=True)])
 
 
-def _controls(results: Results) -> str:
+def _controls(results: Results, experiment: str) -> str:
     last = results.steps[-1]
 
     def take(model: str) -> list[Number]:
-        means = [results.mean(model, last, "bbq", condition) for condition in CONTROLS]
-        growth = over(results.growth(model, "Q+neutral", "Q+IF"))
-        return [*means, results.between(model, last, "bbq", "Q+neutral", "Q+IF"), growth]
+        means = [results.mean(model, last, experiment, condition) for condition in CONTROLS]
+        growth = over(results.growth(model, "Q+neutral", "Q+IF", experiment))
+        return [*means, results.between(model, last, experiment, "Q+neutral", "Q+IF"), growth]
 
     heads = [*CONTROLS, "Q+neutral less Q+IF", "its growth from step 0"]
     return _by_model(results, heads, take)
+
+
+def _worth(run: Path, results: Results) -> str:
+    """Return what the answers at the last step are worth, as changes from step 0."""
+    answers = answer_table(run)
+    last = answers[answers["step"] == results.steps[-1]].groupby("model")
+    changes = ("score_change", "utility_change")
+    return _by_model(
+        results,
+        ["score, change", "utility, change"],
+        lambda model: [over(last.get_group(model)[name].tolist()) for name in changes],
+    )
 
 
 def _no_steps(results: Results) -> str:
@@ -229,19 +244,20 @@ def _remain(results: Results) -> str:
     )
 
 
-def _draw(frame: pd.DataFrame, statistics: dict[str, Any], folder: Path) -> dict[str, str]:
+def _draw(run: Path, statistics: dict[str, Any], folder: Path) -> dict[str, str]:
     """Draw the figures; return their Markdown by name."""
+    frame = pd.read_parquet(run / "results.parquet")
     paper = frame[frame["condition"].isin(PAPER_CONDITIONS)]
     controls = frame[frame["condition"].isin(CONTROLS)]
     effects = [row for row in statistics["effects"] if row["condition"] in PAPER_CONDITIONS]
     ends = sorted(set(frame["step"].dropna().astype(int)))
     figures = {
-        "steps": curves.against_steps(paper),
-        **{name: curves.steps_by_size(paper, name) for name in ("bbq", "law_school", "winogender")},
+        **{name: curves.steps_by_size(paper, name) for name in EXPERIMENTS},
         "size": curves.against_size(paper, ends[0], ends[-1]),
         "effects": curves.instruction_effects(effects),
         "controls": curves.steps_by_size(controls, "bbq"),
         "training": curves.training_curves(frame),
+        "overoptimisation": overoptimisation(run),
     }
     for name, figure in figures.items():
         curves.save(figure, folder, name)

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from selfcorrect.evaluate.results import write_results
+from selfcorrect.evaluate.run_folder import AnswerWorth, find_checkpoints
 from selfcorrect.evaluate.statistics.formatting import compact
 from selfcorrect.recipes.load import load_recipe, save_recipe
 from selfcorrect.scripts.study import page
@@ -54,7 +55,13 @@ def finished(folder: Path, recipe_name: str, size: Size) -> Path:
             (job / stage / "stage.json").write_text(json.dumps(record))
         for checkpoint in job.glob("ppo/checkpoint-*"):
             for condition in ("Q+neutral", "Q+inverted"):
-                record_cell(checkpoint / "evaluation", "bbq", condition, NEUTRAL_STRENGTH, size)
+                for experiment in ("bbq", "law_school", "winogender"):
+                    evaluation = checkpoint / "evaluation"
+                    record_cell(evaluation, experiment, condition, NEUTRAL_STRENGTH, size)
+    for found in find_checkpoints(run):
+        seed, step = found.record.seed, found.record.step
+        worth = AnswerWorth(num=256, utility=-0.01 * seed * step, score=seed + step / 4, kl=step)
+        found.record.model_copy(update={"answers": worth}).write(found.folder)
     write_results(run, num_resamples=200)
     return run  # fmt: skip
 
@@ -157,8 +164,8 @@ def test_planted_effects_are_judged_and_no_others(results: Results) -> None:
 
 
 def test_missing_condition_is_undefined(results: Results) -> None:
-    assert results.mean("small", 16, "winogender", "Q+neutral") == Number(None, None, None)
-    missing = results.between("small", 16, "winogender", "Q", "Q+neutral")
+    assert results.mean("small", 16, "winogender", "Q+unknown") == Number(None, None, None)
+    missing = results.between("small", 16, "winogender", "Q", "Q+unknown")
     assert (str(missing), missing.judged(1)) == ("undefined", "not shown")
 
 
@@ -168,13 +175,14 @@ def test_page_is_written_from_the_records(runs: Path, tmp_path: Path, results: R
     written = (tmp_path / "index.md").read_text(encoding="utf-8")
     assert "Said *by hand*, {{ as it stands }}." in written and "None" not in written
     headings = [line for line in written.splitlines() if line.lstrip().startswith("#")]
-    assert len(headings) == 14 and not any(line.startswith(" ") for line in headings)
+    assert len(headings) == 15 and not any(line.startswith(" ") for line in headings)
     words = " ".join(written.split())
     assert "commit `0123456`" in words and "2026-01-02 03:04:05 UTC" in words
     named = re.findall(r"\]\((\w+\.png)\)", written)
-    assert len(named) == 7 and all((tmp_path / name).is_file() for name in named)
+    assert len(named) == 8 and all((tmp_path / name).is_file() for name in named)
     assert "| small | 509,000 | 100 | 20 | 40 | 30 | 0.50 | 75% | 2.27 |" in written
     assert str(results.compared("growth", "small", "bbq", "Q+IF")) in written
+    assert "| small | 4.00 | −.16 [−.56, .24] |" in written  # changes from step 0; over seeds
     assert "fine-tuning on the preferred answers in place of PPO" in written
     again = written
     page.main([str(runs), "--docs", str(tmp_path)])
