@@ -255,7 +255,8 @@ def _bootstrap_part(
 
     estimates: dict[str, list[dict[str, Estimate]]] = {}
     pooled = [category for category in spans if category in chosen]
-    of_pooled: list[dict[str, np.ndarray]] = []
+    overall: dict[str, np.ndarray] = {}
+    of_categories: dict[str, list[np.ndarray]] = {}  # the values behind each mean over categories
     pooled_sums[:] = 0
     # Category by category: the sums of all would not fit the processor's cache.
     for category, span in spans.items():
@@ -264,20 +265,16 @@ def _bootstrap_part(
         np.matmul(rows, weights.T, out=sums.reshape(len(rows), width))
         values = replicates(sums, {})
         # The mean over a single category is its metric.
-        values |= {category_means[name]: values[name] for name in values if name in category_means}
-        estimates[category] = _estimates(values, num_cells)
-        if category in pooled:
-            of_pooled.append(values)
+        means = {category_means[name]: values[name] for name in values if name in category_means}
+        estimates[category] = _estimates(values | means, num_cells)
+        if pooled == [category]:
+            overall = values | means
+        elif category in pooled:
             pooled_sums += sums
-    overall: dict[str, np.ndarray] = {}
-    if len(pooled) == 1:
-        (overall,) = of_pooled
-    elif pooled:
-        means = {
-            category_means[name]: mean_over_categories([values[name] for values in of_pooled])
-            for name in of_pooled[0]
-            if name in category_means
-        }
+            for mean, column in means.items():
+                of_categories.setdefault(mean, []).append(column)
+    if len(pooled) > 1:
+        means = {mean: mean_over_categories(columns) for mean, columns in of_categories.items()}
         overall = replicates(pooled_sums, means)
     estimates[OVERALL] = (
         estimates[pooled[0]] if len(pooled) == 1 else _estimates(overall, num_cells)

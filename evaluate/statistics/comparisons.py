@@ -98,7 +98,10 @@ def _compare_trajectory(cells: Sequence[Cell]) -> list[Comparison]:
 def _difference(
     kind: str, cell: Cell, terms: Sequence[tuple[int, Cell]], from_step: int | None
 ) -> list[Comparison]:
-    """Return the signed sum of `terms` for every metric of `cell`, resample by resample."""
+    """Return the signed sum of `terms` for every metric of `cell`, resample by resample.
+
+    The first term has the sign +1.
+    """
     paired = len({term.replicates.population for _, term in terms}) == 1
     metrics = [
         metric
@@ -106,9 +109,10 @@ def _difference(
         if paired and all(metric in term.replicates.metrics for _, term in terms)
     ]
     table = np.empty((len(metrics), len(next(iter(cell.replicates.metrics.values()), ()))))
+    (_, first), *others = terms
     for metric, row in zip(metrics, table, strict=True):
-        row[:] = 0
-        for sign, term in terms:
+        np.add(0.0, first.replicates.metrics[metric], out=row)  # zeros without a sign
+        for sign, term in others:
             (np.add if sign > 0 else np.subtract)(row, term.replicates.metrics[metric], out=row)
     estimates = estimate(dict(zip(metrics, table, strict=True)))
     errors = dict(zip(metrics, standard_errors(table).tolist(), strict=True))
