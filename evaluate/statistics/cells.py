@@ -34,8 +34,8 @@ _ANSWERS = ("logprobs", "mass", "truncated")
 # Rows of several cells that are added up at once: more would not fit the processor's cache.
 _ROWS_TOGETHER = 20_000
 Counts = dict[str, tuple[int, int]]  # category -> (items, clusters)
-# What a run's cells were asked, by experiment, condition and digest of the settings.
-Asked = dict[tuple[Any, ...], pd.DataFrame]
+# The rows that cells share, without their answers, by experiment, condition and settings' digest.
+Questions = dict[tuple[Any, ...], pd.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,15 @@ def measure_run(run: Path, draws: Draws) -> Iterator[list[MeasuredCell]]:
     have no record. A large run has more resamples than fit into memory (`Replicates.keep`).
     """
     name = run_name(run)
-    asked: Asked = {}
+    questions: Questions = {}
     for model, folder in model_folders(run).items():
-        yield _measure(_cell_files(folder, name, model, None), draws, asked)
+        yield _measure(_cell_files(folder, name, model, None), draws, questions)
     checkpoints = find_checkpoints(run)
     for (model, _), of_seed in groupby(checkpoints, lambda c: (c.record.model, c.record.seed)):
         files: list[_CellFile] = []
         for checkpoint in of_seed:
             files += _cell_files(checkpoint.evaluation, name, model, checkpoint.record)
-        yield _measure(files, draws, asked)
+        yield _measure(files, draws, questions)
 
 
 def evaluated_cells(run: Path, draws: Draws) -> Iterator[list[MeasuredCell]]:
@@ -149,11 +149,11 @@ def _cell_files(
     )
 
 
-def _read(files: Sequence[_CellFile], asked: Asked) -> list[_Answers]:
+def _read(files: Sequence[_CellFile], questions: Questions) -> list[_Answers]:
     """Return the answers of the cells.
 
     Cells of equal settings have the same rows but for the answers: what was asked is read once, and
-    kept in `asked`.
+    kept in `questions`.
     """
     groups: dict[Any, list[int]] = {}
     for index, file in enumerate(files):
@@ -163,12 +163,12 @@ def _read(files: Sequence[_CellFile], asked: Asked) -> list[_Answers]:
     found: dict[int, _Answers] = {}
     for key, members in groups.items():
         first_file = files[members[0]]
-        frame = asked.get(key)
+        frame = questions.get(key)
         if frame is None:
             table = read_table(first_file.path, None, leave_out=[*_UNUSED, *_ANSWERS])
             frame = table.to_pandas(use_threads=False)
             if "settings_digest" in first_file.settings:
-                asked[key] = frame
+                questions[key] = frame
         together = max(1, _ROWS_TOGETHER // max(1, len(frame)))
         for first in range(0, len(members), together):
             part = members[first : first + together]
@@ -226,9 +226,9 @@ def _count_texts(truncated: pa.ChunkedArray) -> tuple[int, int]:
     return len(truncated) - truncated.null_count, num_truncated or 0
 
 
-def _measure(files: Sequence[_CellFile], draws: Draws, asked: Asked) -> list[MeasuredCell]:
+def _measure(files: Sequence[_CellFile], draws: Draws, questions: Questions) -> list[MeasuredCell]:
     """Return the cells with their estimates; the cells of an experiment are resampled together."""
-    answers = _read(files, asked)
+    answers = _read(files, questions)
     bootstraps: dict[tuple[int, str], Bootstrap] = {}
     for name in dict.fromkeys(file.settings["experiment"] for file in files):
         parts = {

@@ -72,8 +72,7 @@ def statistics_of(
     """Return the content of statistics.json, of one run or of several that are seeds of a recipe.
 
     `comparisons` are those of `compare_cells`. `checkpoints` are all that exist, measured or not.
-    `thresholds` overrides, by experiment, the
-    unbiased value of the headline metric.
+    `thresholds` overrides, by experiment, the unbiased value of the headline metric.
     """
     checkpoint_cells = [_checkpoint_cell(cell) for cell in cells if cell.record is not None]
     compared = {

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from selfcorrect.evaluate.experiments import EXPERIMENTS
 from selfcorrect.evaluate.experiments.bbq import BBQ
 from selfcorrect.evaluate.results import (
     COLUMNS,
@@ -25,7 +26,10 @@ from selfcorrect.evaluate.results import (
     write_items,
     write_results,
 )
+from selfcorrect.evaluate.statistics.bootstrap import Draws
+from selfcorrect.evaluate.statistics.cells import evaluated_cells
 from selfcorrect.evaluate.statistics.files import read_statistics, write_statistics
+from selfcorrect.evaluate.statistics.summary import compare_cells
 from selfcorrect.recipes.foundation.errors import InputError
 from tests.support import ROOT
 from tests.support.recorded_run import CONDITIONS, Size, record_cell, record_run
@@ -113,6 +117,13 @@ def test_statistics_hold_no_number_that_json_lacks(tmp_path, number):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_statistics(path, content)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_resamples_are_kept_of_headline_metrics_alone(run):
+    cells, _ = compare_cells(evaluated_cells(run, Draws(20)))
+    kept = {(cell.experiment, name) for cell in cells for name in cell.bootstrap.replicates.metrics}
+    headlines = {(name, EXPERIMENTS[name].headline) for name in CONDITIONS}
+    assert headlines <= kept <= headlines | {(name, f"expected_{m}") for name, m in headlines}
 
 
 def test_growth_follows_from_the_cells(statistics):

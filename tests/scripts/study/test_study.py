@@ -58,10 +58,10 @@ def finished(folder: Path, recipe_name: str, size: Size) -> Path:
                 for experiment in ("bbq", "law_school", "winogender"):
                     evaluation = checkpoint / "evaluation"
                     record_cell(evaluation, experiment, condition, NEUTRAL_STRENGTH, size)
-    for found in find_checkpoints(run):
-        seed, step = found.record.seed, found.record.step
+    for kept in find_checkpoints(run):
+        seed, step = kept.record.seed, kept.record.step
         worth = AnswerWorth(num=256, utility=-0.01 * seed * step, score=seed + step / 4, kl=step)
-        found.record.model_copy(update={"answers": worth}).write(found.folder)
+        kept.record.model_copy(update={"answers": worth}).write(kept.folder)
     write_results(run, num_resamples=200)
     return run  # fmt: skip
 
