@@ -31,7 +31,7 @@ ROUNDING = 1e-12
 # Numbers of a metric, and rows of resamples, that are computed at once: more would not fit the
 # processor's cache.
 _NUMBERS_TOGETHER = 8192
-_ROWS_TOGETHER = 64
+_ROWS_TOGETHER = 32
 _TAILS = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
 
 Metrics = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
@@ -305,14 +305,16 @@ def _estimates(replicates: Mapping[str, np.ndarray], num_cells: int) -> list[dic
     """Return each cell's estimates from metrics of shape (cells, 1 + R)."""
     if not replicates:
         return [{} for _ in range(num_cells)]
-    names, same = _distinct(replicates)
-    table = np.concatenate([replicates[name] for name in names])
+    # Quantiles are slow, and some names share an array: within a single category, a mean over
+    # categories is the metric itself.
+    arrays = {id(values): values for values in replicates.values()}
+    table = np.concatenate(list(arrays.values()))
     numbers = np.column_stack([table[:, 0], _intervals(table)])
     numbers[~np.isfinite(table[:, 0])] = np.nan
     estimates = list(map(Estimate._make, numbers.tolist()))
-    by_name = {name: estimates[i * num_cells : (i + 1) * num_cells] for i, name in enumerate(names)}
-    columns = {name: by_name[same[name]] for name in replicates}
-    return [dict(zip(columns, cell, strict=True)) for cell in zip(*columns.values(), strict=True)]
+    of_array = {key: estimates[i * num_cells : (i + 1) * num_cells] for i, key in enumerate(arrays)}
+    columns = [of_array[id(values)] for values in replicates.values()]
+    return [dict(zip(replicates, cell, strict=True)) for cell in zip(*columns, strict=True)]
 
 
 def _intervals(replicates: np.ndarray) -> np.ndarray:
@@ -370,28 +372,6 @@ def _between(below: np.ndarray, above: np.ndarray, share: float) -> np.ndarray:
     """Interpolate as numpy's quantiles do, from the nearer number."""
     step = above - below
     return below + step * share if share < 0.5 else above - step * (1 - share)
-
-
-def _distinct(replicates: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str, str]]:
-    """Return the names of the distinct arrays, and the distinct name that each name equals.
-
-    Quantiles are slow, and equal arrays are common: within a single category, a mean over
-    categories is the metric itself.
-    """
-    objects: dict[int, str] = {}
-    candidates: dict[bytes, list[str]] = {}
-    same = {}
-    for name, values in replicates.items():
-        if id(values) in objects:
-            same[name] = objects[id(values)]
-            continue
-        alike = candidates.setdefault(values[:, :2].tobytes(), [])
-        bits = values.view(np.int64)
-        equal = (other for other in alike if np.array_equal(replicates[other].view(np.int64), bits))
-        same[name] = objects[id(values)] = next(equal, name)
-        if same[name] == name:
-            alike.append(name)
-    return list(dict.fromkeys(same.values())), same
 
 
 def standard_error(replicates: np.ndarray) -> float:

@@ -63,8 +63,6 @@ def mixed_slope(
     it gives the t test over slopes after a tenth of a second) or cannot be fitted well: few seeds,
     too few points, no convergence, or a variance at its boundary.
     """
-    from statsmodels.regression.mixed_linear_model import MixedLM
-
     if len(x) < MIN_SEEDS_OF_MIXED_MODEL:
         return None, f"fewer than {MIN_SEEDS_OF_MIXED_MODEL} seeds"
     if min(len(np.unique(positions)) for positions in x) < 3:
@@ -75,6 +73,8 @@ def mixed_slope(
     spread_x, spread_y = float(xs.std()), float(ys.std())
     if not spread_y > 0:
         return None, "no spread in the values"
+    from statsmodels.regression.mixed_linear_model import MixedLM
+
     lines = np.column_stack([np.ones(len(xs)), (xs - xs.mean()) / spread_x])
     seeds = np.repeat(np.arange(len(x)), [len(positions) for positions in x])
     with warnings.catch_warnings(record=True) as caught:
