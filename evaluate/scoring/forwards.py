@@ -21,8 +21,15 @@ import torch
 from selfcorrect.evaluate.scoring.limits import LARGEST_LOGITS
 from selfcorrect.evaluate.scoring.precision import device_of
 from selfcorrect.evaluate.scoring.token_trie import Pack, shared_length
+from selfcorrect.evaluate.scoring.tree_attention import (
+    SEVERAL_BLOCKS,
+    AttentionToEarlierNodes,
+    tree_attention_mask,
+)
 
 _LARGEST_SOFTMAX = 2**22  # numbers in one piece of the normaliser, to stay in the cache
+# Weights of the LM head that are held in float32 at once: on a CPU, what its cache holds.
+_NUMBERS_CONVERTED = {"cpu": 2**20, "gpu": 2**25}
 
 
 class Forwards:
@@ -79,15 +86,17 @@ class Forwards:
             keep[row, wanted[row] - start] = True
         tokens = [tree.tokens[start:] for tree, start in zip(tries, starts, strict=True)]
         depths = [tree.depths[start:] for tree, start in zip(tries, starts, strict=True)]
-        logits, _ = self.logits(
-            torch.from_numpy(keep),
-            input_ids=padded(tokens, width),
-            position_ids=padded(depths, width),
-            attention_mask=tree_attention_mask(
-                torch.from_numpy(ends).to(self.device), self.dtype, cached
-            ),
-            **inputs,
-        )
+        mask = tree_attention_mask(torch.from_numpy(ends).to(self.device), self.dtype, cached)
+        on_cpu = self.device.type == "cpu"
+        in_blocks = on_cpu and cached is None and width > SEVERAL_BLOCKS
+        with AttentionToEarlierNodes() if in_blocks else nullcontext():
+            logits, _ = self.logits(
+                torch.from_numpy(keep),
+                input_ids=padded(tokens, width),
+                position_ids=padded(depths, width),
+                attention_mask=mask,
+                **inputs,
+            )
         offsets = np.cumsum([0, *map(len, wanted)])
         rows = [
             offset + np.searchsorted(nodes, tree.wanted_nodes)
@@ -311,8 +320,13 @@ def float32_head(model: Any) -> Iterator[None]:
         return
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        bias = None if head.bias is None else head.bias.float()
-        return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
+        weight, hidden = head.weight, hidden.float()
+        most = _NUMBERS_CONVERTED["cpu" if hidden.device.type == "cpu" else "gpu"]
+        num_rows = max(1, most // weight.shape[1])
+        logits = hidden.new_empty(*hidden.shape[:-1], len(weight))
+        for piece, part in zip(weight.split(num_rows), logits.split(num_rows, -1), strict=True):
+            part.copy_(torch.nn.functional.linear(hidden, piece.float()))
+        return logits if head.bias is None else logits.add_(head.bias.float())
 
     # A hook of accelerate brings offloaded weights, and calls the forward that it has replaced.
     name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
@@ -395,23 +409,6 @@ def padded(rows: Sequence[np.ndarray], width: int) -> torch.Tensor:
     for index, row in enumerate(rows):
         table[index, : len(row)] = row
     return torch.from_numpy(table)
-
-
-def tree_attention_mask(
-    ends: torch.Tensor, dtype: torch.dtype, cached: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return the additive mask (B, 1, L, C + L) of tries in preorder: 0 for a node's ancestors.
-
-    `ends` (B, L) is the last node of each node's subtree; a node also attends to itself. `cached`
-    (B, C) marks the columns of a preceding cache that all nodes of a row attend to.
-    """
-    nodes = torch.arange(ends.shape[1], device=ends.device)
-    attended = (nodes[:, None] >= nodes) & (nodes[:, None] <= ends[:, None, :])
-    if cached is not None:
-        before = cached.to(ends.device)[:, None, :].expand(-1, len(nodes), -1)
-        attended = torch.cat([before, attended], dim=2)
-    mask = torch.full(attended.shape, torch.finfo(dtype).min, dtype=dtype, device=ends.device)
-    return mask.masked_fill_(attended, 0.0)[:, None]
 
 
 def log_probabilities(logits: torch.Tensor, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -22,9 +22,9 @@ from selfcorrect.evaluate.scoring.forwards import (
     largest_error,
     log_probabilities,
     padded,
-    tree_attention_mask,
 )
 from selfcorrect.evaluate.scoring.reordered import ReorderedLinears
+from selfcorrect.evaluate.scoring.tree_attention import tree_attention_mask
 
 _REFILL = 4  # ended rows are replaced once they are one in so many: prompts are read together
 _SHORTEST = 8  # tokens of the shortest row of a trial
@@ -145,7 +145,7 @@ class Slots:
         logits, _ = self.forwards.logits(
             keep,
             use_cache=True,
-            in_float32=False,  # converting the head in every step would take longer than the step
+            in_float32=False,  # for few rows it takes half as long again, and samples need less
             input_ids=tokens,
             position_ids=target.columns,
             attention_mask=mask,

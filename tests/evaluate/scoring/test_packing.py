@@ -9,9 +9,13 @@ import torch
 
 from selfcorrect.evaluate.prompts.tokenized import Continuation
 from selfcorrect.evaluate.scoring import trials
-from selfcorrect.evaluate.scoring.forwards import _prefix_groups, paths, tree_attention_mask
+from selfcorrect.evaluate.scoring.forwards import _prefix_groups, paths
 from selfcorrect.evaluate.scoring.packed import PackedEngine
 from selfcorrect.evaluate.scoring.token_trie import Pack, Packing, PackingCache, pack
+from selfcorrect.evaluate.scoring.tree_attention import (
+    AttentionToEarlierNodes,
+    tree_attention_mask,
+)
 from tests.support.scoring_cases import (
     REQUESTS,
     UNPACKABLE,
@@ -93,6 +97,33 @@ def test_tree_mask_shows_a_node_its_ancestors_and_itself():
         seen = np.flatnonzero(mask[node].numpy() == 0).tolist()
         assert [int(tree.tokens[u]) for u in seen] == path(tree, node) and seen[-1] == node
     assert set(mask.unique().tolist()) == {0.0, torch.finfo(torch.float32).min}
+
+
+def test_attention_in_blocks_equals_attention_to_all_nodes():
+    [tree] = pack(random_requests(1), 10_000).packs
+    mask = tree_attention_mask(torch.from_numpy(tree.ends)[None], torch.float32)
+    queries, keys, values = torch.randn(3, 2, 4, len(tree), 8)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    expected = attention(queries, keys, values, attn_mask=mask)
+    sizes = []
+
+    class Spy(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is attention:
+                sizes.append((args[0].shape[-2], args[1].shape[-2]))
+            return func(*args, **(kwargs or {}))
+
+    assert len(tree) > 128
+    with Spy(), AttentionToEarlierNodes():
+        found = attention(queries, keys, values, attn_mask=mask)
+    torch.testing.assert_close(found, expected)
+    assert sizes[:2] == [(64, 64), (64, 128)]
+    assert sizes[-1] == ((len(tree) - 1) % 64 + 1, len(tree))
+    del sizes[:]
+    with Spy(), AttentionToEarlierNodes():
+        causal = attention(queries, keys, values, is_causal=True)
+    assert sizes == [(len(tree), len(tree))]
+    assert not torch.allclose(causal, expected)
 
 
 def test_paths_and_prefix_groups_cover_every_leaf_once():
