@@ -7,8 +7,6 @@ docs/results/study/discussion.md, is written by hand and included unchanged.
 """
 
 import argparse
-import re
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from selfcorrect.scripts.study.findings import (
     over,
 )
 from selfcorrect.scripts.study.primary import primary_numbers, primary_table, read_results
-from selfcorrect.scripts.study.records import read_json, table
+from selfcorrect.scripts.study.records import read_json, table, wrapped
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/results/study"
 TEMPLATE = Path(__file__).with_name("page.md.j2")
@@ -263,16 +261,6 @@ def _draw(run: Path, statistics: dict[str, Any], folder: Path) -> dict[str, str]
         curves.save(figure, folder, name)
         (folder / f"{name}.svg").unlink()
     return {name: f"![{WORDS[name]}]({name}.png)" for name in figures}
-
-
-def wrapped(text: str) -> str:
-    """Wrap prose at 116 columns; keep tables, code, lists, headings and figures."""
-    blocks = []
-    for block in re.split(r"\n{2,}", text.strip()):
-        is_prose = not block.startswith(("|", "    ", "- ", "#", "!"))
-        joined = " ".join(line.strip() for line in block.splitlines())
-        blocks.append(textwrap.fill(joined, 116, break_on_hyphens=False) if is_prose else block)
-    return "\n\n".join(blocks) + "\n"
 
 
 def main(words: Sequence[str] | None = None) -> None:
