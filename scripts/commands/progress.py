@@ -17,7 +17,7 @@ from rich.progress import (
 
 from selfcorrect.recipes.foundation import progress
 
-SPEED_SECONDS = 600.0  # over which a bar's speed is averaged: a step may take a minute
+SPEED_SECONDS = 1800.0  # over which speed is averaged: a step may take minutes
 QUIET_SECONDS = 15.0  # without a terminal: at most one line per job in this time
 
 
@@ -42,7 +42,6 @@ class Bars:
         )
         self.tasks: dict[str, TaskID] = {}
         self.last_line: dict[str, float] = {}  # seconds, by job
-        self.begun: dict[str, tuple[float, float]] = {}  # seconds and units done, by stage
 
     def __enter__(self) -> "Bars":
         if self.console.is_terminal:
@@ -63,23 +62,22 @@ class Bars:
 
     def __call__(self, stage: str, done: float, total: int, /) -> None:
         """Show that `done` of `total` units of `stage` are finished."""
-        if not self.console.is_terminal:
-            self._print_line(stage, done, total)
-            return
         if stage not in self.tasks:
             # What was done before must not count as this process's speed.
             self.tasks[stage] = self.progress.add_task(stage, total=total, completed=int(done))
         self.progress.update(self.tasks[stage], completed=done, total=total)
+        if not self.console.is_terminal:
+            self._print_line(stage, done, total)
 
     def _print_line(self, stage: str, done: float, total: int) -> None:
         now, job = time.monotonic(), stage.partition(": ")[0]
-        begun, done_before = self.begun.setdefault(stage, (now, done))
         if done < total and now - self.last_line.get(job, 0.0) < QUIET_SECONDS:
             return
         self.last_line[job] = now
+        [seconds] = (t.time_remaining for t in self.progress.tasks if t.id == self.tasks[stage])
         left = ""
-        if done_before < done < total:
-            minutes = (total - done) / (done - done_before) * (now - begun) / 60
+        if seconds and done < total:
+            minutes = seconds / 60
             left = f", about {minutes:.0f} min left" if minutes >= 1 else ", under a minute left"
         sys.stderr.write(f"{stage} {done:.{1 if done % 1 else 0}f}/{total}{left}\n")
         sys.stderr.flush()
