@@ -1,6 +1,7 @@
 """Compare what PPO and TRL's GRPO learn on two problems, with three seeds each.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/learning.py --docs docs/results
+    OMP_NUM_THREADS=1 python scripts/benchmarks/learning.py --bf16
 
 1. `toy`: the prompt states a number k, and a random tiny Llama answers with up to four tokens; the
    reward is 1 - |target tokens among them - k| / 4. All answers are enumerated, so a policy's
@@ -26,13 +27,15 @@ import torch
 import typer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
+from selfcorrect.evaluate.prompts.dialogue import AUTO
 from selfcorrect.recipes.foundation.atomic_files import write_json
 from selfcorrect.scripts.benchmarks.learning_problems import Problem, society, toy
 from selfcorrect.scripts.benchmarks.learning_report import draw, publish, tables
 from selfcorrect.train.job import quiet_libraries
 from selfcorrect.train.ppo import PPOConfig, PPOTrainer
+from selfcorrect.train.ppo.prompts import DialoguePrompts
 from selfcorrect.train.stages.arguments import QUIET
 
 STEPS = (100, 40)
@@ -46,15 +49,20 @@ METHODS: dict[str, dict[str, Any]] = {
 SAME = {
     **QUIET, "per_device_train_batch_size": 32, "steps_per_generation": 2, "num_iterations": 2,
     "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 128, "num_generations_eval": 1,
-    "lr_scheduler_type": "constant", "adam_epsilon": 1e-5, "disable_dropout": True, "bf16": False,
+    "lr_scheduler_type": "constant", "adam_epsilon": 1e-5, "disable_dropout": True,
     "gradient_checkpointing": False, "use_cpu": True, "save_strategy": "no",
 }  # fmt: skip
 UPDATES = 4  # per step of 64 completions: two minibatches, twice
 EXACT_EVERY = 5  # steps
 
 
-class MeasuredGRPO(GRPOTrainer):
-    """TRL's GRPO, logging the same estimate of the sequence KL as PPO."""
+class MeasuredGRPO(DialoguePrompts):
+    """TRL's GRPO on PPO's prompt ids, logging the same estimate of the sequence KL.
+
+    TRL's own template would close an answer that a prompt has begun.
+    """
+
+    style = AUTO
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -87,7 +95,9 @@ class EveryStep(TrainerCallback):
         self.since = time.process_time()
 
 
-def train(problem: Problem, method: str, seed: int, folder: Path) -> dict[str, Any]:
+def train(
+    problem: Problem, method: str, seed: int, folder: Path, bf16: bool = False
+) -> dict[str, Any]:
     """Train one run; return figures of every step, and of held-out prompts before and after."""
     raw: list[float] = []  # mean score of each rollout batch, before it is shaped
     ppo = method.startswith("PPO")
@@ -105,6 +115,7 @@ def train(problem: Problem, method: str, seed: int, folder: Path) -> dict[str, A
     else:
         config["num_generations"] = 4
     settings = {"output_dir": str(folder), "seed": seed, "max_steps": problem.steps * UPDATES}
+    settings["bf16"] = bf16
     callback = EveryStep(problem.exact)
     trainer = (PPOTrainer if ppo else MeasuredGRPO)(
         model=AutoModelForCausalLM.from_pretrained(problem.policy, dtype=torch.float32),
@@ -162,6 +173,9 @@ def bench(
         tuple[int, int], typer.Option(help="Steps of the toy and the society.")
     ] = STEPS,
     seeds: Annotated[int, typer.Option(help="Number of seeds, from 0.")] = 3,
+    bf16: Annotated[
+        bool, typer.Option(help="Multiply in bfloat16; trained weights stay in float32.")
+    ] = False,
 ) -> None:
     """Train every method on both problems; print, save and draw the results."""
     quiet_libraries()
@@ -179,7 +193,7 @@ def bench(
         runs = []
         for seed in range(seeds):
             for method in METHODS:
-                runs.append(train(problem, method, seed, out / "work"))
+                runs.append(train(problem, method, seed, out / "work", bf16))
                 print(".", end="", flush=True)
         results["problems"][name] = {"facts": facts, "settings": problem.same, "runs": runs}
     results["cpu_seconds"] = time.process_time()
