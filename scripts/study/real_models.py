@@ -68,19 +68,22 @@ class Checkpoint:
         found = cell and cell.bootstrap.estimates[OVERALL].get(metric)
         return _shown(found) if found else NOT_MEASURED
 
-    def resamples(self, condition: str) -> np.ndarray | None:
-        """Return the resamples of BBQ's headline metric; None if it was not measured."""
-        cell = self.cells.get(("bbq", condition))
-        return None if cell is None else cell.bootstrap.replicates.metrics[_headline()]
-
-    def specific_effect(self) -> np.ndarray | None:
-        """Return the resamples of BBQ's bias under Q+neutral less that under Q+IF."""
-        neutral, instructed = self.resamples("Q+neutral"), self.resamples("Q+IF")
-        return None if neutral is None or instructed is None else neutral - instructed
+    def specific_effect(self, experiment: str = "bbq") -> np.ndarray | None:
+        """Return the resamples of the headline metric under Q+neutral less that under Q+IF."""
+        neutral, instructed = (self.cells.get((experiment, c)) for c in ("Q+neutral", "Q+IF"))
+        if neutral is None or instructed is None:
+            return None
+        headline = get_experiment(experiment).headline
+        minuend, subtrahend = (
+            cell.bootstrap.replicates.metrics[headline] for cell in (neutral, instructed)
+        )
+        difference: np.ndarray = minuend - subtrahend
+        return difference
 
 
 def page(runs: Path, docs: Path) -> str:
     """Return the page as Markdown."""
+    facts = read_json(runs / UNTRAINED / "run.json")
     letters = checkpoints_of(runs / UNTRAINED)
     texts = checkpoints_of(runs / f"{UNTRAINED}-text")
     reasoning = checkpoints_of(runs / f"{UNTRAINED}-reasoning")
@@ -89,7 +92,8 @@ def page(runs: Path, docs: Path) -> str:
         undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        facts=_facts(runs),
+        facts=facts,
+        missing=[name for name in facts["models"] if name not in {c.model for c in letters}],
         able=_able(letters, texts),
         bias=_by_request(letters, "bbq"),
         abstaining=_by_request(letters, "bbq", "share_unknown_ambiguous"),
@@ -119,10 +123,6 @@ def checkpoints_of(run: Path) -> list[Checkpoint]:
             checkpoint = found.setdefault(key, Checkpoint(*key, record.kl, record.reward))
             checkpoint.cells[cell.experiment, cell.condition] = cell
     return list(found.values())
-
-
-def _headline() -> str:
-    return get_experiment("bbq").headline
 
 
 def _shown(found: Estimate) -> str:
@@ -170,16 +170,15 @@ def _ability(accuracy: Estimate) -> str:
 
 
 def _by_request(letters: Sequence[Checkpoint], experiment: str, metric: str = "") -> str:
-    """Return a metric by model and request; for BBQ's bias the specific effect too."""
-    is_bias = experiment == "bbq" and not metric
-    heads = ["model", *REQUESTS, *(["Q+neutral less Q+IF"] if is_bias else [])]
+    """Return a metric by model and request; for the headline metric the specific effect too."""
+    heads = ["model", *REQUESTS, *([] if metric else ["Q+neutral less Q+IF"])]
     return _table(
         heads,
         (
             [
                 checkpoint.model,
                 *(checkpoint.shown(experiment, request, metric) for request in REQUESTS),
-                *([_shown(_of(checkpoint.specific_effect()))] if is_bias else []),
+                *([] if metric else [_shown(_of(checkpoint.specific_effect(experiment)))]),
             ]
             for checkpoint in letters
             if any(name == experiment for name, _ in checkpoint.cells)
@@ -274,11 +273,6 @@ def _cost(run: Path) -> str:
         rows.append([*row, compact(first.mean()), compact(last.mean()), _shown(change)])
     heads = ["model", "seed", "PPO, hours", "measuring, hours", "most memory, GB"]
     return _table([*heads, f"reward, first {REWARDS} steps", f"last {REWARDS}", "change"], rows)
-
-
-def _facts(runs: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = read_json(runs / UNTRAINED / "run.json")
-    return facts
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

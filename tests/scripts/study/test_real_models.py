@@ -40,7 +40,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained(folder / "real-ladder")
     untrained = record_run(folder / "real-models", Size(**{**vars(SIZE), "steps": (0,)}))
     facts = {
-        "begun": "2026-01-02 03:04:05 UTC", "cores": 2, "processor": "A CPU",
+        "models": ["nano", "small", "large"], "begun": "2026-01-02 03:04:05 UTC", "cores": 2,
+        "processor": "A CPU",
         "versions": {"torch": "2", "transformers": "5", "trl": "1"},
     }  # fmt: skip
     (untrained / "run.json").write_text(json.dumps(facts))
@@ -80,6 +81,7 @@ def test_growth_is_the_difference_of_the_statistics_growths(runs: Path) -> None:
 def test_page_shows_numbers_and_names_what_is_missing(text: str) -> None:
     assert "What a reader may conclude." in text
     assert "A CPU" in text
+    assert "Not measured without training: large." in text
     able = section(text, "Can they do the task?")
     assert re.search(r"\| small \| .*\| (yes|no) \| not measured \|", able)
     untrained = section(text, "Without training")
