@@ -8,7 +8,7 @@ import torch
 
 from selfcorrect.evaluate.measuring.cell_files import Origin
 from selfcorrect.evaluate.report.page import mixed_precision
-from selfcorrect.evaluate.scoring import precision
+from selfcorrect.evaluate.scoring import forwards, precision
 from selfcorrect.evaluate.scoring.engine import Sampling
 from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.evaluate.scoring.packed import PackedEngine
@@ -109,3 +109,24 @@ def test_cells_of_another_type_are_not_taken_for_the_same() -> None:
     assert mixed_precision(cells) == []
     [sentence] = mixed_precision([*cells, {"model": "b", "dtype": "bfloat16"}])
     assert "bfloat16 (b)" in sentence and "float32 (a, b)" in sentence
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_head_of_a_bfloat16_model_is_computed_in_float32_piece_by_piece(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model().bfloat16()
+    head = model.lm_head
+    if bias:
+        head.bias = torch.nn.Parameter(torch.randn(len(head.weight)).bfloat16())
+    hidden = torch.randn(2, 5, head.in_features).bfloat16()
+    monkeypatch.setitem(forwards._NUMBERS_CONVERTED, "cpu", 3 * head.in_features)
+    assert len(head.weight) % 3  # the last piece is smaller
+    expected = torch.nn.functional.linear(
+        hidden.float(), head.weight.float(), head.bias.float() if bias else None
+    )
+    with torch.no_grad(), forwards.float32_head(model):
+        logits = head(hidden)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert head(hidden).dtype == torch.bfloat16
