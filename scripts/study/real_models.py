@@ -171,13 +171,15 @@ def _ability(accuracy: Estimate) -> str:
 
 def _by_request(letters: Sequence[Checkpoint], experiment: str, metric: str = "") -> str:
     """Return a metric by model and request; for the headline metric the specific effect too."""
-    heads = ["model", *REQUESTS, *([] if metric else ["Q+neutral less Q+IF"])]
+    # Some experiments have no such condition.
+    requests = [r for r in REQUESTS if any((experiment, r) in c.cells for c in letters)]
+    heads = ["model", *requests, *([] if metric else ["Q+neutral less Q+IF"])]
     return _table(
         heads,
         (
             [
                 checkpoint.model,
-                *(checkpoint.shown(experiment, request, metric) for request in REQUESTS),
+                *(checkpoint.shown(experiment, request, metric) for request in requests),
                 *([] if metric else [_shown(_of(checkpoint.specific_effect(experiment)))]),
             ]
             for checkpoint in letters
