@@ -1,8 +1,10 @@
 """Compare the arithmetic of scoring with the machine's fastest matrix product.
 
     python scripts/benchmarks/scoring_peak.py --tokenizer FOLDER [--limit 200] [--threads 1]
+    python scripts/benchmarks/scoring_peak.py --tokenizer FOLDER --model FOLDER --dtype bfloat16
 
-Needs BBQ in the data folder. The model is random, because its answers do not affect the cost.
+Needs BBQ in the data folder. The model is random unless you name one: answers do not affect the
+cost.
 Useful operations are counted on one trie of all requests: 2 x parameters of the matrix products per
 distinct node, attention to a node's true ancestors, and the output head where a probability is
 needed. Everything else (padding, masked pairs, prefixes that are in two packs, norms, rotary
@@ -69,13 +71,17 @@ def best_product(model: Any, clock: Callable[[], float]) -> tuple[float, str]:
 
 def measure_peak(arguments: argparse.Namespace) -> None:
     """Print the share of the peak, and the peak in turns with it, since a shared machine varies."""
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(arguments.threads)
     # CPU seconds of one thread exclude other processes; several threads need wall-clock time.
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    model = random_llama(tokenizer, arguments.hidden, arguments.layers, arguments.dtype)
+    if arguments.model:
+        dtype = getattr(torch, arguments.dtype)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
+    else:
+        model = random_llama(tokenizer, arguments.hidden, arguments.layers, arguments.dtype)
     requests = planned_requests(
         tokenizer, arguments.data_dir, "bbq", ["Q", "Q+IF"], limit=arguments.limit
     )
@@ -123,6 +129,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True, help="folder or hub name")
+    parser.add_argument("--model", help="folder or hub name [default: a random model]")
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--dtype", default="float32")

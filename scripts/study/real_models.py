@@ -293,7 +293,10 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     for needed in (arguments.runs / UNTRAINED / "run.json", arguments.docs / "discussion.md"):
         if not needed.is_file():
-            parser.error(f"{needed}: missing")
+            parser.error(
+                f"{needed}: missing; `selfcorrect evaluate {UNTRAINED}` writes run.json, and "
+                "discussion.md is written by hand"
+            )
     write_text(arguments.docs / "index.md", wrapped(page(arguments.runs, arguments.docs)))
 
 
