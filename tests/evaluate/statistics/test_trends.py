@@ -113,6 +113,17 @@ def test_missing_and_undefined_points():
     assert row["value"] is None
 
 
+def test_line_without_an_interval():
+    """A metric without a value in a tenth of one checkpoint's resamples has a line, no interval."""
+    gaps = np.random.default_rng(2).normal(0.4, 0.01, 201)
+    gaps[1:21] = np.nan
+    rows = trends([noisy(0), noisy(10, metrics={METRIC: gaps})])
+    row = find(rows, model="small", against="step", seed=0)
+    assert row["value"] is not None
+    assert (row["low"], row["high"]) == (None, None)
+    assert "too many resamples" in row["undefined_because"]
+
+
 def test_sizes_at_the_last_common_step():
     cells = [one for one in ladder() if (one.model, one.step) != ("large", 40)]
     cells = [one for one in cells if (one.model, one.condition) != ("middle", "Q+IF")]
