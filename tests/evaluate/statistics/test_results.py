@@ -394,6 +394,11 @@ def test_side_by_side(statistics):
     assert both["expected_growth"] == growth["value"]
     assert both["headline_growth"] != growth["value"]
     assert np.sign(both["expected_slope"]) == np.sign(both["headline_slope"]) == 1
+    trends = rows(statistics, "trends").set_index(["metric", "quantity", "condition", "against"])
+    trends = trends[(trends["model"] == "small") & trends["seed"].notna()]
+    for name, metric in (("headline", "bias_ambiguous"), ("expected", "expected_bias_ambiguous")):
+        trend = trends.loc[(metric, "effect", "Q+IF", "step")]
+        assert both[f"{name}_slope"] == trend["value"]
     law = frame.loc[("law_school", "small", "Q+IF")]
     assert pd.isna(law["expected_growth"])
     assert law["undefined_because"] == "law_school measures no expected_difference"

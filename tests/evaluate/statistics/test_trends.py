@@ -162,6 +162,10 @@ def test_trends_over_seeds():
     size = find(rows, against="log10_parameters", condition="Q+IF", unit="seeds")
     assert size["value"] == pytest.approx(-0.04)
     assert size["undefined_because"] == "the seeds agree: no interval"
+    two = find(trends(ladder((0, 1), by=0.5)), model="small", against="step", condition="Q+IF",
+               unit="seeds")  # fmt: skip
+    test = stats.ttest_1samp([-0.003, -0.0035], 0)
+    assert (two["value"], two["p_value"]) == pytest.approx((-0.00325, test.pvalue))
 
 
 def test_mixed_model_from_five_seeds():
