@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import pandas as pd
 from scipy.stats import ttest_ind
 
 from selfcorrect.evaluate.experiments import get_experiment
@@ -38,6 +39,7 @@ from selfcorrect.evaluate.statistics.formatting import (
 from selfcorrect.evaluate.statistics.significance import correct, wald_p
 from selfcorrect.recipes.foundation.atomic_files import write_text
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.scripts.study.real_answers import FILE, NO_ANSWER, name_of
 from selfcorrect.scripts.study.records import read_json, table, wrapped
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/results/real-models"
@@ -105,6 +107,7 @@ def page(runs: Path, docs: Path) -> str:
         growth=_growth(ladder),
         steps=_steps(ladder),
         cost=_cost(runs / LADDER),
+        answers=_answers(runs / LADDER, ladder),
         discussion=(docs / "discussion.md").read_text(encoding="utf-8").strip(),
     )
 
@@ -275,6 +278,36 @@ def _cost(run: Path) -> str:
         rows.append([*row, compact(first.mean()), compact(last.mean()), _shown(change)])
     heads = ["model", "seed", "PPO, hours", "measuring, hours", "most memory, GB"]
     return _table([*heads, f"reward, first {REWARDS} steps", f"last {REWARDS}", "change"], rows)
+
+
+def _answers(run: Path, ladder: Iterable[Checkpoint]) -> str:
+    """Return what the policies' sampled answers to PPO's own prompts mean (real_answers.py)."""
+    counted = read_json(run / FILE) if (run / FILE).is_file() else {}
+    shares = [  # of the answers that can be read: request, context, meaning
+        *((kind, "ambiguous", "undecided") for kind in ("plain", "fair", "neutral", "inverted")),
+        *((kind, "ambiguous", "stereotype") for kind in ("plain", "inverted")),
+    ]
+
+    def row(checkpoint: Checkpoint) -> list[object]:
+        identity = checkpoint.model, checkpoint.seed, checkpoint.step
+        found = pd.DataFrame(counted[name_of(*identity)])
+        read = found[found["meaning"] != NO_ANSWER]
+        decided = read[read["context"] == "decided"]
+        parts = [(read[read["well_formed"]], found), (read, found)]
+        parts.append((decided[decided["meaning"] == "right"], decided))
+        for kind, context, meaning in shares:
+            of = read[(read["request"] == kind) & (read["context"] == context)]
+            parts.append((of[of["meaning"] == meaning], of))
+        return [*identity, *(_part(*(f["number"].sum() for f in pair)) for pair in parts)]
+
+    heads = ["model", "seed", "step", "well-formed", "readable", "right, decided"]
+    heads += [f"{meaning}, {kind}" for kind, _, meaning in shares]
+    known = [c for c in ladder if name_of(c.model, c.seed, c.step) in counted]
+    return _table(heads, map(row, known))
+
+
+def _part(number: int, total: int) -> str:
+    return f"{number} of {total}"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
