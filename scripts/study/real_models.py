@@ -298,7 +298,7 @@ def _answers(run: Path, ladder: Iterable[Checkpoint]) -> str:
         for kind, context, meaning in shares:
             of = read[(read["request"] == kind) & (read["context"] == context)]
             parts.append((of[of["meaning"] == meaning], of))
-        return [*identity, *(_part(*(f["number"].sum() for f in pair)) for pair in parts)]
+        return [*identity, *(_part(chosen, of) for chosen, of in parts)]
 
     heads = ["model", "seed", "step", "well-formed", "readable", "right, decided"]
     heads += [f"{meaning}, {kind}" for kind, _, meaning in shares]
@@ -306,8 +306,8 @@ def _answers(run: Path, ladder: Iterable[Checkpoint]) -> str:
     return _table(heads, map(row, known))
 
 
-def _part(number: int, total: int) -> str:
-    return f"{number} of {total}"
+def _part(chosen: pd.DataFrame, of: pd.DataFrame) -> str:
+    return f"{chosen['number'].sum()} of {of['number'].sum()}"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
