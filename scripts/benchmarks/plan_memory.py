@@ -57,6 +57,7 @@ CASES = [
     make_case("ppo", size="small", rows=16, prompt=160),
     make_case("ppo", "gpt_neox", "deep"),
     make_case("ppo", "olmo2"),
+    make_case("ppo", "gemma3_text"),
     make_case("ppo", critic="shared"),
     make_case("ppo", size="small", lora=LORA, prompt=160),
     make_case("ppo", size="small", rows=16, prompt=224, checkpointing=True),
@@ -67,6 +68,8 @@ CASES = [
     make_case("sft"),
     make_case("sft", "gpt_neox", "small", rows=16, prompt=224),
     make_case("sft", size="small", lora=LORA, prompt=160),
+    make_case("sft", "gemma3_text"),
+    make_case("sft", "gemma3_text", "small", lora=LORA, prompt=160),
     make_case("reward", lora=LORA, frozen="bfloat16"),
     make_case("ppo", lora=LORA, frozen="bfloat16"),
     make_case("ppo", lora=LORA, prompt=160, frozen="bfloat16", checkpointing=True),
@@ -196,7 +199,7 @@ def make_tokenizer() -> Any:
     """Return a tokenizer of WORDS words, one token per word."""
     special = ["<pad>", "<s>", "</s>", "Human", "Assistant", ":"]
     words = [*special, *(f"w{i}" for i in range(WORDS - len(special)))]
-    return word_tokenizer(words, "<pad>", pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return word_tokenizer(words, "w0", pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def save_models(case: Case, folder: Path) -> None:

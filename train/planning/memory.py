@@ -156,9 +156,10 @@ def saved_per_token(
     inputs += i if targets & MLP_OUT else 0
     inputs += 0 if adapter is None else adapter.rank * len(targets)
     if shape.model_type in GATED:
-        in_heads = q + k if shape.model_type in ("qwen3", "olmo2") else 0
-        norms, stream, rest = 2 * h + in_heads, 0, inputs + 2 * q + 2 * k + 3 * i
-        if adapter is None and shape.model_type == "olmo2":
+        in_heads = q + k if shape.model_type in ("qwen3", "olmo2", "gemma3_text") else 0
+        around = 4 * h if shape.model_type == "gemma3_text" else 2 * h
+        norms, stream, rest = around + in_heads, 0, inputs + 2 * q + 2 * k + 3 * i
+        if adapter is None and shape.model_type in ("olmo2", "gemma3_text"):
             norms *= 2  # a trained norm weight also keeps the normed value
         elif adapter is None:  # which the others have cast to the type of the norm's input
             stream, rest = 2 * h, rest + in_heads

@@ -9,7 +9,7 @@ from selfcorrect.recipes.foundation.errors import InputError, is_from_outside, r
 from selfcorrect.recipes.schema import Model
 from selfcorrect.train.planning.known_models import known_fields
 
-GATED = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
+GATED = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "gemma3_text")
 MODEL_TYPES = (*GATED, "gpt_neox", "gpt2")
 
 # transformers' defaults for fields that a configuration leaves out
@@ -23,6 +23,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": _QWEN,
     "qwen3": {**_QWEN, "head_dim": 128},
     "olmo2": {**_LLAMA, "vocab_size": 50304},
+    "smollm3": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+                "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 128256,
+                "tie_word_embeddings": True},
+    "gemma3_text": {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+                    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+                    "vocab_size": 262208, "tie_word_embeddings": True},
     "gpt_neox": {"hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44,
                  "num_attention_heads": 64, "vocab_size": 50432, "tie_word_embeddings": False},
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None, "n_positions": 1024,
@@ -87,8 +93,10 @@ class ModelShape:
             vectors += self.queries + 2 * self.keys  # biases
         if self.model_type == "olmo2":
             vectors += self.queries + self.keys  # norms of queries and keys
-        if self.model_type == "qwen3":
+        if self.model_type in ("qwen3", "gemma3_text"):
             vectors += 2 * self.head
+        if self.model_type == "gemma3_text":
+            vectors += 2 * self.hidden  # norms after attention and MLP too
         return weights + vectors
 
     @property

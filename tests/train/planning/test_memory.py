@@ -27,7 +27,8 @@ SMALL = {
     "gpt_neox": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
                  "vocab_size": 50},
     **{kind: {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50} for kind in GATED},
+              "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50,
+              "pad_token_id": None} for kind in GATED},
 }  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def test_activations_match_autograd(kind: str, lora: str | None) -> None:
     [("all-linear", "bfloat16", True), (None, "float32", True), (None, "bfloat16", False)],
     ids=["adapter on a half base", "autocast", "pure"],
 )
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "olmo2", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "olmo2", "gemma3_text", "gpt_neox", "gpt2"])
 def test_activations_in_half_precision_match_autograd(
     kind: str, lora: str | None, held: str, autocast: bool
 ) -> None:
