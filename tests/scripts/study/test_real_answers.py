@@ -6,8 +6,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from selfcorrect.evaluate.scoring.engine import Sample
 from selfcorrect.recipes.load import check_recipe
@@ -16,42 +14,13 @@ from selfcorrect.scripts.study import real_answers, real_models
 from selfcorrect.scripts.study.records import read_json
 from selfcorrect.train.feedback.feedback import load_feedback
 from selfcorrect.train.run import prepare_run, train_run
-from tests.support.bbq_rows import block, write
-from tests.support.tiny_models import tiny_config
-from tests.support.tokenizer_forms import byte_level
+from tests.support.feedback_runs import recipe_content, write_bbq, write_model
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    folder, tokenizer = tmp_path_factory.mktemp("model"), byte_level()
-    torch.manual_seed(0)
-    config = tiny_config("llama", len(tokenizer), context=640)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    data = tmp_path_factory.mktemp("data")
-    for category in ("Age", "Gender_identity"):
-        rows = []
-        for n in range(8):
-            met = f"Two met at {n}."
-            rows += block(4 * n, category=category, template=n // 4, context=met)
-        write(data, rows, f"{category}.jsonl")
-    content: dict[str, Any] = {
-        "name": "small",
-        "models": [{"name": "tiny", "path": str(folder)}],
-        "data": {
-            "benchmarks": str(data),
-            "feedback": {"bbq": ["Age"], "pairs": 8, "prompts": 40},
-        },
-        "reward": {"functions": {"raters": 1.0}},
-        "policy": {
-            "steps": 1,
-            "checkpoints": [0, 1],
-            "trainer": {"per_device_train_batch_size": 4, "max_completion_length": 4},
-        },
-        "evaluate": {"experiments": ["bbq"], "conditions": ["Q"], "attach": "off"},
-        "launch": {"threads": 1},
-    }
-    return check_recipe(content, "small")
+    data, model = write_bbq(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("model")
+    return check_recipe(recipe_content(data, write_model(model)), "small")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +64,7 @@ def test_answers_are_counted_by_request_context_meaning_and_form(
     by_context = counts.groupby(["context", "meaning"])["number"].sum().to_dict()
     ambiguous = sum(prompt.case.row.ambiguous for prompt in PROMPTS)
     assert by_context == {
-        ("ambiguous", "undecided"): ambiguous, ("decided", "right"): 40 - ambiguous,
+        ("ambiguous", "undecided"): ambiguous, ("decided", "right"): 24 - ambiguous,
     }  # fmt: skip
     by_request = counts.groupby("request")["number"].sum()
     assert by_request["fair"] == sum(prompt.request.kind == "fair" for prompt in PROMPTS)
@@ -104,8 +73,8 @@ def test_answers_are_counted_by_request_context_meaning_and_form(
 def test_a_run_is_sampled_once_and_each_checkpoint_with_the_same_noise(run, monkeypatch) -> None:
     real_answers.main([str(run)])
     answers = read_json(run / "answers.json")
-    assert list(answers) == ["tiny seed 0 step 0", "tiny seed 0 step 1"]
-    assert {sum(row["number"] for row in rows) for rows in answers.values()} == {40}
+    assert list(answers) == ["tiny seed 0 step 0", "tiny seed 0 step 2"]
+    assert {sum(row["number"] for row in rows) for rows in answers.values()} == {24}
     monkeypatch.setattr(real_answers, "count_answers", None)  # calling it would fail
     real_answers.main([str(run)])
     assert read_json(run / "answers.json") == answers

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
 from selfcorrect.evaluate.experiments.bbq.files import read_rows
 from selfcorrect.evaluate.measuring.run import as_trained, evaluate_run, recipe_plan
@@ -30,33 +28,14 @@ from selfcorrect.train.ppo.rewards import RatersRule, WeightedSum
 from selfcorrect.train.run import prepare_run, train_run
 from selfcorrect.train.stages.reuse import reusable_stages
 from tests.support.bbq_rows import block, write
+from tests.support.feedback_runs import recipe_content, write_bbq, write_model
 from tests.support.tiny_gguf import write_gguf
-from tests.support.tiny_models import tiny_config
 from tests.support.tokenizer_forms import byte_level
-
-ELDER, YOUTH = ("elder", "old"), ("youth", "nonOld")
-GROUPS: dict[str, tuple[Any, Any]] = {
-    "Age": (ELDER, YOUTH),
-    "Religion": (("Jew", "Jewish"), ("Sikh", "Sikh")),
-    "SES": (("poor one", "lowSES"), ("rich one", "highSES")),
-    "Physical_appearance": (("fat one", "obese"), ("thin one", "nonObese")),
-    "Race_x_SES": (("poor Kenyan", "lowSES-Kenyan"), ("rich Dane", "highSES-Danish")),
-}
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """BBQ in miniature: each category has two templates of four blocks; contexts name the block."""
-    folder = tmp_path_factory.mktemp("data")
-    for category, people in GROUPS.items():
-        rows = []
-        for number in range(8):
-            rows += block(
-                4 * number, people, (people[0][1].split("-")[-1],), category=category,
-                template=number // 4, context=f"Two met in {category} {number}.",
-            )  # fmt: skip
-        write(folder, rows, f"{category}.jsonl")
-    return folder
+    return write_bbq(tmp_path_factory.mktemp("data"))
 
 
 def source(data_dir: Path, **feedback: Any) -> Source:
@@ -276,37 +255,9 @@ def test_wrong_rewards_are_one_line(data_dir, changes, message) -> None:
 # ---- runs --------------------------------------------------------------------------------------
 
 
-def recipe_content(data_dir: Path, model: str) -> dict[str, Any]:
-    return {
-        "name": "small",
-        "models": [{"name": "tiny", "path": model}],
-        "data": {
-            "benchmarks": str(data_dir),
-            "feedback": {"bbq": ["Age", "SES"], "pairs": 24, "prompts": 24},
-        },
-        "reward": {"functions": {"raters": 1.0}},
-        "policy": {
-            "steps": 2,
-            "checkpoints": [0, 2],
-            "resume_every": 1,
-            "trainer": {
-                "learning_rate": 1e-3, "per_device_train_batch_size": 4,
-                "steps_per_generation": 2, "num_iterations": 1, "max_completion_length": 4,
-            },
-        },
-        "evaluate": {"experiments": ["bbq"], "conditions": ["Q"], "attach": "off"},
-        "launch": {"threads": 1},
-    }  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder, tokenizer = tmp_path_factory.mktemp("model"), byte_level()
-    torch.manual_seed(0)
-    config = tiny_config("llama", len(tokenizer), context=640)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 LORA = {"lora": {"r": 2, "target_modules": ["q_proj"]}}
