@@ -211,16 +211,24 @@ def _load_weights(
     device: str,
     placement: Mapping[str, Any] | None = None,
 ) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     # GGUF files have their own loader, which ignores use_safetensors.
     safetensors = {} if "gguf_file" in options else {"use_safetensors": True}
+    if "gguf_file" in options and dtype == "4bit":
+        raise InputError(
+            f"{source}/{options['gguf_file']}: a GGUF file cannot be held in 4bit; use bfloat16, "
+            "or a folder with safetensors"
+        )
     with _input_errors(source, "model"), refuse_pickles(source):
         if dtype == "fast":
             config = AutoConfig.from_pretrained(source, **options)
             count = num_parameters(config, options["trust_remote_code"])
             dtype = chosen("auto", count, fast_dtype(device))
         held = loading_options(dtype, device) | _placement_options(placement)
+        if "gguf_file" in options:
+            # Where transformers finds kernels, it would keep the weights packed, and train nothing.
+            held["quantization_config"] = GgufConfig(dequantize=True)
         return AutoModelForCausalLM.from_pretrained(source, **held, **safetensors, **options)
 
 

@@ -218,8 +218,10 @@ def _load_scored(path: str | Path, dtype: str, trust_remote_code: bool) -> Loade
     model, report = kind.from_pretrained(
         path, config=config, use_safetensors=True, output_loading_info=True, **held, **trust
     )
-    if dtype != "float32":  # the head keeps its type: a view that holds the whole file in memory
-        model.score.weight.data = model.score.weight.data.clone()
+    if dtype != "float32":
+        # The head stays float32: a view that holds the whole file in memory, and bfloat16 where
+        # bitsandbytes has loaded the trunk.
+        model.score.weight.data = model.score.weight.data.to(torch.float32, copy=True)
     return model, sorted(report["missing_keys"])
 
 

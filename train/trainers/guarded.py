@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -45,6 +46,11 @@ class GuardedTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if isinstance(self.model, PeftModel):
+            # Over 4-bit weights TRL casts them to bfloat16, which loses steps below 1/256 of one.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         leave_casts_to_autocast(self.model)
 
     @property

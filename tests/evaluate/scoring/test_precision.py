@@ -14,6 +14,7 @@ from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.evaluate.scoring.packed import PackedEngine
 from selfcorrect.evaluate.scoring.precision import check_device, check_dtype, fast_dtype, held_in
 from selfcorrect.recipes.foundation.errors import InputError
+from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import WORDS, save_model, tiny_model, tiny_tokenizer
 
 
@@ -130,3 +131,12 @@ def test_the_head_of_a_bfloat16_model_is_computed_in_float32_piece_by_piece(
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert head(hidden).dtype == torch.bfloat16
+
+
+def test_weights_of_a_gguf_file_are_unpacked(tmp_path) -> None:
+    """transformers would keep those of some families packed, where adapters cannot train."""
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "tiny.gguf")
+    model, _ = load_model(tmp_path / "tiny.gguf", dtype="bfloat16", device="cpu")
+    assert held_in(model) == "bfloat16"
+    assert not hasattr(model, "hf_quantizer")
