@@ -194,9 +194,10 @@ def _by_request(letters: Sequence[Checkpoint], experiment: str, metric: str = ""
 def growths(ladder: Sequence[Checkpoint]) -> list[dict[str, Any]]:
     """Return the growth of the specific effect of each finished job, with Holm's p over models.
 
-    Holm's correction is over the models of each seed. A job counts from its first to its last
-    measured step; keys: model, run (the seed), steps, effects, growth, p_value, p_adjusted.
+    Holm's correction is over the models of each seed. A job is finished if it was measured at the
+    last step of any; keys: model, run (the seed), steps, effects, growth, p_value, p_adjusted.
     """
+    end = max((checkpoint.step for checkpoint in ladder), default=0)
     jobs: dict[tuple[str, int], list[Checkpoint]] = {}
     for checkpoint in ladder:
         jobs.setdefault((checkpoint.model, checkpoint.seed), []).append(checkpoint)
@@ -204,7 +205,7 @@ def growths(ladder: Sequence[Checkpoint]) -> list[dict[str, Any]]:
     for (model, seed), checkpoints in jobs.items():
         first, last = checkpoints[0], checkpoints[-1]
         before, after = first.specific_effect(), last.specific_effect()
-        if first is last or before is None or after is None:
+        if first is last or last.step < end or before is None or after is None:
             continue
         degrees = last.cells["bbq", "Q+IF"].bootstrap.replicates.degrees
         growth = after - before

@@ -1,5 +1,6 @@
 """The page on real models: its numbers are the statistics' own, and what is missing is named."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -76,6 +77,9 @@ def test_growth_is_the_difference_of_the_statistics_growths(runs: Path) -> None:
         assert row["growth"].low < row["growth"].value < row["growth"].high
         assert row["p_adjusted"] >= row["p_value"]
     assert rows[1]["growth"].value > 0.3
+    unfinished = [c for c in real_models.checkpoints_of(runs / "real-ladder") if c.model == "nano"]
+    longer = [*unfinished, *(dataclasses.replace(c, model="long", step=99) for c in unfinished[:1])]
+    assert real_models.growths(longer) == []
 
 
 def test_page_shows_numbers_and_names_what_is_missing(text: str) -> None:
