@@ -6,7 +6,7 @@ Needs a GPU, and neither network nor data: models have random weights, prompts c
 synthetic society. A shape that would begin after `--minutes` is left out, and the table says so.
 Parts:
 
-- tests: those marked `gpu` (where pytest is installed)
+- tests: those marked `gpu`, and those of weights in 4 bits where bitsandbytes is installed
 - packed: log-probabilities of the packed engine against rows read alone by the model, in float32
   and bfloat16, on the smallest shape: largest and mean distance, and choices that differ
 - scoring: prompts a second, against a padded row for every option (lm-eval's HFLM where lm-eval is
@@ -121,14 +121,21 @@ def society(folder: Path, prompts: int) -> tuple[Any, list[Request]]:
 
 
 def run_tests() -> list[Row]:
-    """Run the tests marked `gpu`."""
+    """Run the tests marked `gpu`, and those of weights in 4 bits."""
     root = Path(__file__).parents[2]
     if importlib.util.find_spec("pytest") is None or not (root / "tests").is_dir():
         return [("tests marked gpu", "not run: they need pytest and a clone", "")]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:xdist", "tests"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    print(done.stdout[-3000:], done.stderr[-1000:])
-    return [("tests marked gpu", (done.stdout.strip().splitlines() or ["no output"])[-1], "")]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist"]
+    rows: list[Row] = []
+    for name, chosen in (
+        ("tests marked gpu", ["-m", "gpu", "tests"]),
+        ("tests of 4 bits", ["tests/train/stages/test_four_bits.py"]),
+    ):
+        command = [*pytest, *chosen]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        print(done.stdout[-3000:], done.stderr[-1000:])
+        rows.append((name, (done.stdout.strip().splitlines() or ["no output"])[-1], ""))
+    return rows
 
 
 def scored(logs: torch.Tensor, option: Continuation) -> float:

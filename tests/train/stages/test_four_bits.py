@@ -1,4 +1,4 @@
-"""Frozen weights in 4 bits. Users need a CUDA GPU; bitsandbytes also computes on a CPU, slowly."""
+"""Frozen weights in 4 bits, on a GPU or, where users may not, on a CPU."""
 
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ SHAPE = {
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let 4 bits pass where a CUDA GPU is asked for; skip where bitsandbytes is missing."""
+def lifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let 4 bits pass on a CPU too; skip where bitsandbytes is missing."""
     pytest.importorskip("bitsandbytes")
+    if torch.cuda.is_available():
+        return
     for module in (precision, loading):
         monkeypatch.setattr(module, "check_dtype", lambda *_: None)
 
@@ -63,14 +65,14 @@ def stored_bytes(model: torch.nn.Module) -> int:
 
 
 def test_weights_take_what_plan_says_and_compute_nearly_the_same(model: Path) -> None:
-    held, tokenizer = load_model(model, dtype="4bit", device="cpu")
-    full, _ = load_model(model, dtype="float32", device="cpu")
+    held, tokenizer = load_model(model, dtype="4bit")
+    full, _ = load_model(model, dtype="float32")
     assert held_in(held) == "4bit"
     shape = shape_of({**SHAPE, "vocab_size": len(tokenizer)}, "model")
     assert stored_bytes(held) == pytest.approx(
         held_bytes(shape, shape.parameters, "4bit"), rel=0.01
     )
-    ids = torch.arange(3, 60)[None]
+    ids = torch.arange(3, 60, device=held.device)[None]
     with torch.no_grad():
         seen = torch.stack([held(ids).logits.float().flatten(), full(ids).logits.flatten()])
     assert 0.9 < torch.corrcoef(seen)[0, 1] < 0.99999
@@ -80,7 +82,7 @@ def test_head_of_a_reward_model_stays_float32(model: Path) -> None:
     made = new_reward_model(model, dtype="4bit")
     assert made.score.weight.dtype == torch.float32
     with torch.no_grad():
-        scores = made(input_ids=torch.arange(3, 60)[None]).logits
+        scores = made(input_ids=torch.arange(3, 60, device=made.device)[None]).logits
     assert scores.dtype == torch.float32
 
 
@@ -114,4 +116,4 @@ def test_a_gguf_file_in_four_bits_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     write_gguf(tmp_path / "tiny.gguf")
     with pytest.raises(InputError, match=r"tiny\.gguf: a GGUF file cannot be held in 4bit"):
-        load_model(tmp_path / "tiny.gguf", dtype="4bit", device="cpu")
+        load_model(tmp_path / "tiny.gguf", dtype="4bit")
