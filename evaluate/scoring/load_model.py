@@ -27,6 +27,10 @@ DIVIDED = (
     "the adapter changes the embeddings or the head, which must lie on a device then: give "
     "device_map more memory, or merge the adapter into its base"
 )
+GGUF_ON_DISK = (
+    "weights of a GGUF file cannot lie on the disk; raise max_memory, or use a folder with "
+    "safetensors"
+)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -217,10 +221,10 @@ def _load_weights(
     safetensors = {} if "gguf_file" in options else {"use_safetensors": True}
     if "gguf_file" in options and dtype == "4bit":
         raise InputError(
-            f"{source}/{options['gguf_file']}: a GGUF file cannot be held in 4bit; use bfloat16, "
-            "or a folder with safetensors"
+            f"{_name(source, options)}: a GGUF file cannot be held in 4bit; use bfloat16, or a "
+            "folder with safetensors"
         )
-    with _input_errors(source, "model"), refuse_pickles(source):
+    with _input_errors(_name(source, options), "model"), refuse_pickles(source):
         if dtype == "fast":
             config = AutoConfig.from_pretrained(source, **options)
             count = num_parameters(config, options["trust_remote_code"])
@@ -229,7 +233,16 @@ def _load_weights(
         if "gguf_file" in options:
             # Where transformers finds kernels, it would keep the weights packed, and train nothing.
             held["quantization_config"] = GgufConfig(dequantize=True)
-        return AutoModelForCausalLM.from_pretrained(source, **held, **safetensors, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, **held, **safetensors, **options)
+    if "gguf_file" in options and "disk" in getattr(model, "hf_device_map", {}).values():
+        # transformers puts some of them nowhere.
+        raise InputError(f"{_name(source, options)}: {GGUF_ON_DISK}")
+    return model
+
+
+def _name(source: str, options: Mapping[str, Any]) -> str:
+    """Return the GGUF file among the options of `from_pretrained`, or else `source`."""
+    return str(Path(source) / options["gguf_file"]) if "gguf_file" in options else source
 
 
 def _placement_options(placement: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -439,7 +452,7 @@ def _load_tokenizer(source: str, fallback: str, options: dict[str, Any]) -> Any:
     folder = Path(source)
     if folder.is_dir() and not any(folder.glob("tokenizer*")) and "gguf_file" not in options:
         source = fallback
-    with _input_errors(source, "tokenizer"):
+    with _input_errors(_name(source, options), "tokenizer"):
         return AutoTokenizer.from_pretrained(source, **options)
 
 
@@ -473,6 +486,10 @@ def _input_errors(source: str, part: str) -> Iterator[None]:
         remedy = "give a model folder, or a hub id (with network, or the model in the local cache)"
         if Path(source).is_dir():
             remedy = "the folder needs config.json, *.safetensors and the tokenizer's files"
+        elif source.endswith(".gguf"):
+            remedy = "it may be damaged or incomplete: fetch it again"
+            if "offload_folder" in reason:
+                raise InputError(f"{source}: {GGUF_ON_DISK}") from error
         if part == "adapter" and "size mismatch" in reason:
             remedy = "give it the base that it was trained on"
         if "custom code" in reason:

@@ -9,6 +9,7 @@ from selfcorrect.evaluate.scoring.load_model import load_model
 from selfcorrect.evaluate.scoring.packed import PackedEngine
 from selfcorrect.evaluate.scoring.weights import CheckpointLoader, weights_digest
 from selfcorrect.recipes.foundation.errors import InputError
+from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 
 REQUESTS = [
@@ -69,3 +70,13 @@ def test_checkpoints_of_a_run_are_divided_one_after_another(folders):
 def test_wrong_placement_is_one_line(folders):
     with pytest.raises(InputError, match=r"cannot load the model: .*fastest"):
         load_model(folders / "0", placement={"device_map": "fastest"})
+
+
+@pytest.mark.parametrize("given", [{}, {"offload_folder": "offloaded"}])
+def test_gguf_weights_on_the_disk_are_refused(given, tmp_path, monkeypatch):
+    """transformers leaves some of them out of the offloaded files."""
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    write_gguf(tmp_path / "tiny.gguf")
+    with pytest.raises(InputError, match=r"tiny\.gguf: weights of a GGUF file cannot lie on the"):
+        load_model(tmp_path / "tiny.gguf", placement={**PLACEMENT, **given})

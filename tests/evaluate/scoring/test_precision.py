@@ -140,3 +140,11 @@ def test_weights_of_a_gguf_file_are_unpacked(tmp_path) -> None:
     model, _ = load_model(tmp_path / "tiny.gguf", dtype="bfloat16", device="cpu")
     assert held_in(model) == "bfloat16"
     assert not hasattr(model, "hf_quantizer")
+
+
+def test_a_damaged_gguf_file_is_named(tmp_path) -> None:
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "tiny.gguf").read_bytes()[:-4000])
+    with pytest.raises(InputError, match=r"cut\.gguf: cannot load .*fetch it again$"):
+        load_model(tmp_path / "cut.gguf", device="cpu")
