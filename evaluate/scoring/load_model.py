@@ -224,7 +224,8 @@ def _load_weights(
             f"{_name(source, options)}: a GGUF file cannot be held in 4bit; use bfloat16, or a "
             "folder with safetensors"
         )
-    with _input_errors(_name(source, options), "model"), refuse_pickles(source):
+    remedy = "check device_map, max_memory and offload_folder" if placement else None
+    with _input_errors(_name(source, options), "model", remedy), refuse_pickles(source):
         if dtype == "fast":
             config = AutoConfig.from_pretrained(source, **options)
             count = num_parameters(config, options["trust_remote_code"])
@@ -470,7 +471,7 @@ def _check_vocabulary(source: str, model: Any, tokenizer: Any) -> None:
 
 
 @contextmanager
-def _input_errors(source: str, part: str) -> Iterator[None]:
+def _input_errors(source: str, part: str, remedy: str | None = None) -> Iterator[None]:
     """Convert the libraries' errors about `part` into one-line InputErrors with a remedy."""
     try:
         yield
@@ -483,13 +484,9 @@ def _input_errors(source: str, part: str) -> Iterator[None]:
         if is_from_outside(error):
             raise
         reason = reason_of(error)
-        remedy = "give a model folder, or a hub id (with network, or the model in the local cache)"
-        if Path(source).is_dir():
-            remedy = "the folder needs config.json, *.safetensors and the tokenizer's files"
-        elif source.endswith(".gguf"):
-            remedy = "it may be damaged or incomplete: fetch it again"
-            if "offload_folder" in reason:
-                raise InputError(f"{source}: {GGUF_ON_DISK}") from error
+        if source.endswith(".gguf") and "offload_folder" in reason:
+            raise InputError(f"{source}: {GGUF_ON_DISK}") from error
+        remedy = remedy or _remedy(source)
         if part == "adapter" and "size mismatch" in reason:
             remedy = "give it the base that it was trained on"
         if "custom code" in reason:
@@ -499,3 +496,11 @@ def _input_errors(source: str, part: str) -> Iterator[None]:
             )
         message = f"{source}: cannot load the {part}: {reason.rstrip('.')}; {remedy}"
         raise InputError(message) from error
+
+
+def _remedy(source: str) -> str:
+    if Path(source).is_dir():
+        return "the folder needs config.json, *.safetensors and the tokenizer's files"
+    if source.endswith(".gguf"):
+        return "it may be damaged or incomplete: fetch it again"
+    return "give a model folder, or a hub id (with network, or the model in the local cache)"

@@ -59,6 +59,8 @@ def main() -> None:
         _stop(str(error), 2)
     except RunFailure as error:
         _stop(str(error), 1)
+    except NotADirectoryError as error:
+        _stop(f"{error.filename}: part of this path is a file; name another folder", 2)
     except SystemExit as error:
         if error.code == 130:  # typer turns Ctrl-C into this
             _stop("stopped; run the same command to resume", 130)

@@ -88,6 +88,7 @@ def test_other_weights_of_the_same_name_are_measured_again(
         (["{folder}/one", "--data-dir", "{folder}/one"], "bbq"),
         (["{folder}/one", "--experiments", "bbk"], "bbk"),
         (["{folder}/one", "--conditions", "Z"], "condition 'Z'"),
+        (["{folder}/one", "--out", "{folder}/one/config.json"], "a file; name another folder"),
         (["{folder}/one", "--stimuli", "{folder}/one/config.json"], "config.json"),
     ],
 )
