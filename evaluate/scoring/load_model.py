@@ -232,11 +232,11 @@ def _load_weights(
             dtype = chosen("auto", count, fast_dtype(device))
         held = loading_options(dtype, device) | _placement_options(placement)
         if "gguf_file" in options:
-            # Where transformers finds kernels, it would keep the weights packed, and train nothing.
+            # With `kernels`, transformers would keep some packed, where LoRA cannot train.
             held["quantization_config"] = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(source, **held, **safetensors, **options)
     if "gguf_file" in options and "disk" in getattr(model, "hf_device_map", {}).values():
-        # transformers puts some of them nowhere.
+        # transformers leaves some weights out of the offloaded files.
         raise InputError(f"{_name(source, options)}: {GGUF_ON_DISK}")
     return model
 

@@ -54,15 +54,15 @@ def count_answers(
     sampling = Sampling(new_tokens, temperature=1.0, seed=0)
     counts: Counter[tuple[str, str, str, bool]] = Counter()
     for first in range(0, len(prompts), ROWS):
-        part = prompts[first : first + ROWS]
-        messages = [list(prompt.messages) for prompt in part]
+        batch = prompts[first : first + ROWS]
+        messages = [list(prompt.messages) for prompt in batch]
         ids = [policy_prompt_ids(tokenizer, dialogue, AUTO) for dialogue in messages]
-        keys = [f"answer {first + index}" for index in range(len(part))]
+        keys = [f"answer {first + index}" for index in range(len(batch))]
         samples = sample_batch(model, tokenizer, ids, keys, sampling).samples
-        for prompt, sample in zip(part, samples, strict=True):
+        for prompt, sample in zip(batch, samples, strict=True):
             context = "ambiguous" if prompt.case.row.ambiguous else "decided"
-            found = meaning(prompt, sample.text, not sample.truncated)
-            counts[prompt.request.kind, context, *found] += 1
+            answer = meaning(prompt, sample.text, not sample.truncated)
+            counts[prompt.request.kind, context, *answer] += 1
     names = ("request", "context", "meaning", "well_formed")
     return [dict(zip(names, key, strict=True)) | {"number": n} for key, n in sorted(counts.items())]
 

@@ -249,6 +249,7 @@ def _steps(ladder: Sequence[Checkpoint]) -> str:
         ("KL", lambda c: compact(c.kl)),
         *((r, lambda c, r=r: c.shown("bbq", r)) for r in REQUESTS),  # type: ignore[misc]
         ("specific effect", lambda c: _shown(_of(c.specific_effect()))),
+        ("option mass, Q", lambda c: c.shown("bbq", "Q", "option_mass")),
         ("right, Q", lambda c: c.shown("bbq", "Q", "accuracy_disambiguated")),
         ("right, Q+IF", lambda c: c.shown("bbq", "Q+IF", "accuracy_disambiguated")),
         ("unknown, Q", lambda c: c.shown("bbq", "Q", "share_unknown_ambiguous")),
@@ -291,15 +292,15 @@ def _answers(run: Path, ladder: Iterable[Checkpoint]) -> str:
 
     def row(checkpoint: Checkpoint) -> list[object]:
         identity = checkpoint.model, checkpoint.seed, checkpoint.step
-        found = pd.DataFrame(counted[name_of(*identity)])
-        read = found[found["meaning"] != NO_ANSWER]
-        decided = read[read["context"] == "decided"]
-        parts = [(read[read["well_formed"]], found), (read, found)]
-        parts.append((decided[decided["meaning"] == "right"], decided))
+        answers = pd.DataFrame(counted[name_of(*identity)])
+        readable = answers[answers["meaning"] != NO_ANSWER]
+        decided = readable[readable["context"] == "decided"]
+        counts = [(readable[readable["well_formed"]], answers), (readable, answers)]
+        counts.append((decided[decided["meaning"] == "right"], decided))
         for kind, context, meaning in shares:
-            of = read[(read["request"] == kind) & (read["context"] == context)]
-            parts.append((of[of["meaning"] == meaning], of))
-        return [*identity, *(_part(chosen, of) for chosen, of in parts)]
+            group = readable[(readable["request"] == kind) & (readable["context"] == context)]
+            counts.append((group[group["meaning"] == meaning], group))
+        return [*identity, *(_count(chosen, group) for chosen, group in counts)]
 
     heads = ["model", "seed", "step", "well-formed", "readable", "right, decided"]
     heads += [f"{meaning}, {kind}" for kind, _, meaning in shares]
@@ -307,8 +308,8 @@ def _answers(run: Path, ladder: Iterable[Checkpoint]) -> str:
     return _table(heads, map(row, known))
 
 
-def _part(chosen: pd.DataFrame, of: pd.DataFrame) -> str:
-    return f"{chosen['number'].sum()} of {of['number'].sum()}"
+def _count(chosen: pd.DataFrame, group: pd.DataFrame) -> str:
+    return f"{chosen['number'].sum()} of {group['number'].sum()}"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

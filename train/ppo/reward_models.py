@@ -219,8 +219,8 @@ def _load_scored(path: str | Path, dtype: str, trust_remote_code: bool) -> Loade
         path, config=config, use_safetensors=True, output_loading_info=True, **held, **trust
     )
     if dtype != "float32":
-        # The head stays float32: a view that holds the whole file in memory, and bfloat16 where
-        # bitsandbytes has loaded the trunk.
+        # The head is held in float32, and copied: as loaded it keeps the whole file in memory, and
+        # beside a trunk in 4 bits it is bfloat16.
         model.score.weight.data = model.score.weight.data.to(torch.float32, copy=True)
     return model, sorted(report["missing_keys"])
 

@@ -47,7 +47,7 @@ class GuardedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if isinstance(self.model, PeftModel):
-            # Over 4-bit weights TRL casts them to bfloat16, which loses steps below 1/256 of one.
+            # TRL casts adapters over 4-bit weights to bfloat16, which loses small updates.
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()

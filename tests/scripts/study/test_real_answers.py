@@ -1,5 +1,6 @@
 """What policies answer to PPO's own prompts: sampled from a run, read, counted, and shown."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,7 +92,7 @@ def test_page_gives_shares_of_what_can_be_read(tmp_path) -> None:
     ]
     names = ("request", "context", "meaning", "well_formed", "number")
     counted = {"tiny seed 0 step 40": [dict(zip(names, row, strict=True)) for row in rows]}
-    real_answers.write_text(tmp_path / "answers.json", real_answers.json.dumps(counted))
+    (tmp_path / "answers.json").write_text(json.dumps(counted))
     ladder = [real_models.Checkpoint("tiny", 0, step, None, None) for step in (0, 40)]
     heads, _, row = real_models._answers(tmp_path, ladder).splitlines()
     cells = dict(zip(heads.split(" | "), row.split(" | "), strict=True))
