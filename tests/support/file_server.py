@@ -37,8 +37,9 @@ class Server:
                     answer(server, self)
 
             def send(self, body: bytes) -> None:
-                self.wfile.write(body)
+                # Counted before it is written: the client may have all of it before write returns.
                 server.sent[self.request_number] += len(body)
+                self.wfile.write(body)
 
             def log_message(self, *args: object) -> None:
                 pass
