@@ -282,7 +282,7 @@ def tidy(cells: Sequence[MeasuredCell]) -> pd.DataFrame:
             lengths.append(len(cell.rounds))
             metrics += cell.rounds
             estimates += cell.rounds.values()
-    numbers = np.array(estimates, dtype=float).reshape(-1, 3)
+    numbers = np.fromiter(chain.from_iterable(estimates), float, 3 * len(estimates)).reshape(-1, 3)
     own: dict[str, Any] = {
         "metric": metrics,
         "value": numbers[:, 0],

@@ -202,12 +202,14 @@ def _clusters(clusters: tuple[str, ...], categories_of_rows: tuple[str, ...]) ->
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Quotient of two arrays, NaN wherever the denominator is 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        quotient: np.ndarray = np.asarray(numerator / denominator)
-    undefined = np.asarray(denominator == 0)
-    if undefined.any():
-        np.copyto(quotient, np.nan, where=undefined)
-    return quotient
+    try:
+        # The processor notices zeros by itself; to look for them takes as long as to divide.
+        with np.errstate(divide="raise", invalid="raise"):
+            return np.asarray(numerator / denominator)
+    except FloatingPointError:
+        quotient = np.full(np.broadcast(numerator, denominator).shape, np.nan)
+        np.divide(numerator, denominator, out=quotient, where=np.asarray(denominator != 0))
+        return quotient
 
 
 def mean_columns(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -225,7 +227,9 @@ def means(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def mean_over_categories(values: Sequence[np.ndarray]) -> np.ndarray:
     """Mean of arrays, one per category, over those where it is defined; NaN where it is in none."""
-    total: np.ndarray = sum(values[1:], start=values[0].copy())
+    total = values[0].copy()
+    for array in values[1:]:
+        total += array
     undefined = np.isnan(total)
     total /= len(values)
     if undefined.any():

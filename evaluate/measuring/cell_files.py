@@ -319,12 +319,18 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     Raises InputError if the file is damaged, or if its name is that of another cell.
     """
+    return read_footer(path)[0]
+
+
+def read_footer(path: Path) -> tuple[dict[str, Any], pq.FileMetaData]:
+    """Return `read_settings`, and what spares `read_table` from parsing the file's footer again."""
     try:
         _verify_checksum(path)
-        schema = pq.read_schema(path)
+        with pq.ParquetFile(path) as file:
+            schema, footer = file.schema_arrow, file.metadata
     except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged_cell(path, error) from None
-    return _settings(path, schema)
+    return _settings(path, schema), footer
 
 
 def _settings(path: Path, schema: pa.Schema) -> dict[str, Any]:
@@ -352,11 +358,14 @@ def _verify_checksum(path: Path) -> None:
 
 
 def read_table(
-    path: Path, columns: Sequence[str] | None, leave_out: Sequence[str] = ()
+    path: Path,
+    columns: Sequence[str] | None,
+    leave_out: Sequence[str] = (),
+    footer: pq.FileMetaData | None = None,
 ) -> pa.Table:
     """Return those of `columns` that the file has (None: all); InputError if it is damaged."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
             present = [name for name in file.schema_arrow.names if name not in leave_out]
             wanted = present if columns is None else [name for name in columns if name in present]
             # For most cells, threads cost more than they save.

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from selfcorrect.evaluate.experiments import EXPERIMENTS, get_experiment
 from selfcorrect.evaluate.experiments.base import Experiment, condition_rank
@@ -18,7 +19,7 @@ from selfcorrect.evaluate.experiments.tally import OVERALL, Tally
 from selfcorrect.evaluate.measuring.cell_files import (
     damaged_cell,
     read_cell_table,
-    read_settings,
+    read_footer,
     read_table,
 )
 from selfcorrect.evaluate.run_folder import CheckpointRecord, find_checkpoints, model_folders
@@ -111,6 +112,7 @@ class _CellFile:
     model: str
     record: CheckpointRecord | None
     settings: dict[str, Any]
+    footer: pq.FileMetaData
 
     @property
     def checkpoint(self) -> tuple[Any, ...]:
@@ -135,10 +137,10 @@ def _cell_files(
     """Return the files of a folder's cells, by experiment and condition."""
     files = []
     for path in sorted(folder.glob("*.parquet")):
-        settings = read_settings(path)
+        settings, footer = read_footer(path)
         _check_origin(path, settings, record)
         get_experiment(settings["experiment"])
-        files.append(_CellFile(path, run, model, record, settings))
+        files.append(_CellFile(path, run, model, record, settings, footer))
     order = list(EXPERIMENTS)
     return sorted(
         files,
@@ -179,7 +181,7 @@ def _read(files: Sequence[_CellFile], questions: Questions) -> list[_Answers]:
 def _add_up(files: Sequence[_CellFile], asked: pd.DataFrame) -> list[_Answers]:
     """Return the answers of cells whose rows were asked the same, `asked`."""
     try:
-        tables = [read_table(file.path, _ANSWERS) for file in files]
+        tables = [read_table(file.path, _ANSWERS, footer=file.footer) for file in files]
         parts = _parts(get_experiment(files[0].settings["experiment"]), asked, tables)
     except (KeyError, TypeError, IndexError, ValueError, pa.ArrowException):
         if len(files) == 1:

@@ -60,15 +60,18 @@ class Series:
         self.models = sorted(self.parameters, key=lambda model: self.parameters[model])
         self.conditions = list(dict.fromkeys(cell.condition for cell in cells))
         self.judged = {cell.condition: cell.judged for cell in cells}
+        self._steps: dict[tuple[str, int], set[int]] = {}
+        for cell in cells:
+            self._steps.setdefault((cell.model, cell.seed), set()).add(cell.step)
         self.degrees = min(cell.replicates.degrees for cell in cells)
 
     def seeds(self, model: str | None = None) -> list[int]:
         """Return the training seeds of a model, or of all models."""
-        return sorted({key[1] for key in self.cells if model in (None, key[0])})
+        return sorted({seed for name, seed in self._steps if model in (None, name)})
 
     def steps(self, model: str, seed: int) -> list[int]:
         """Return the evaluated steps of one training run."""
-        return sorted({key[3] for key in self.cells if key[:2] == (model, seed)})
+        return sorted(self._steps.get((model, seed), ()))
 
     def metrics(self) -> list[str]:
         """Return the headline metric, and the same from probabilities where it is measured."""

@@ -58,11 +58,16 @@ def file_has_valid_checksum(path: Path) -> bool:
 
 def _digits_start(data: bytes | mmap) -> int | None:
     """Return where the 64 digits begin: in the footer of a parquet file, in the head of others."""
-    is_parquet = data[:4] == b"PAR1"
-    for mark in _MARKS:
-        at = data.rfind(mark) if is_parquet else data.find(mark, 0, _HEAD)
-        if at >= 0:
-            return at + len(mark)
+    starts = [0]
+    if is_parquet := data[:4] == b"PAR1":
+        # To search backwards through all is slow, but a damaged length must not hide the checksum.
+        length = int.from_bytes(data[-8:-4], "little")
+        starts = [max(0, len(data) - 8 - length), 0]
+    for start in starts:
+        for mark in _MARKS:
+            at = data.rfind(mark, start) if is_parquet else data.find(mark, 0, _HEAD)
+            if at >= 0:
+                return at + len(mark)
     return None
 
 

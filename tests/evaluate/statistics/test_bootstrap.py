@@ -198,6 +198,24 @@ def test_intervals_are_numpys_quantiles(num_resamples):
         assert np.array_equal(ends, expected)
 
 
+@pytest.mark.parametrize("hole", [np.nan, np.inf, -np.inf])
+def test_undefined_resamples_are_left_out_up_to_a_twentieth(hole):
+    """Among complete rows, whose numbers they must not change; the rows given stay as they are."""
+    rows = np.random.default_rng(0).normal(size=(70, 2001))
+    for i, num_undefined in enumerate([1, 2, 50, 51, 52, 99, 100, 101, 1999, 2000]):
+        rows[7 * i, 1 + np.random.default_rng(i).permutation(2000)[:num_undefined]] = hole
+    given = {str(i): row for i, row in enumerate(rows.copy())}
+    found = [(e.low, e.high) for e in estimate(given).values()]
+    expected = [
+        np.quantile(defined, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+        if len(defined := row[1:][np.isfinite(row[1:])]) >= 1900
+        else (np.nan, np.nan)
+        for row in rows
+    ]
+    assert np.array_equal(found, expected, equal_nan=True)
+    assert np.array_equal(list(given.values()), rows, equal_nan=True)
+
+
 def test_threads_of_blas_change_no_bit():
     generator = np.random.default_rng(0)
     hits = generator.random((3, 900))

@@ -59,7 +59,7 @@ def test_given_threshold_from_below():
     cells = [replicated(0, np.full(50, -0.2)), replicated(10, np.full(50, 0.2))]
     assert one_row(cells)["value"] == pytest.approx(5)
     row = one_row(cells, thresholds={"bbq": 0.1})
-    assert row["value"] == row["low"] == row["high"] == pytest.approx(7.5)
+    assert [row[name] for name in ("value", "low", "high")] == pytest.approx([7.5] * 3)
     assert row["starts"] == "below"
 
 
