@@ -88,7 +88,10 @@ def check_device(device: str | None, key: str = "--device") -> str:
 
 
 def check_dtype(dtype: str, device: str, key: str) -> None:
-    """Raise InputError, which begins with `key`, for a type in which the device cannot compute."""
+    """Raise InputError, which begins with `key`, for a type in which the device cannot compute.
+
+    A CPU that computes in it slowly is named in a warning.
+    """
     if dtype == "4bit":
         if not device.startswith("cuda"):
             raise InputError(f"{key}: 4bit needs a CUDA GPU; use bfloat16 or auto")
@@ -98,11 +101,24 @@ def check_dtype(dtype: str, device: str, key: str) -> None:
             )
     if dtype == "float16" and device == "cpu":
         raise InputError(f"{key}: a CPU does not compute in float16; use bfloat16 or float32")
+    if dtype == "bfloat16" and device == "cpu":
+        _warn_if_slow()
     if dtype in ("bfloat16", "4bit") and device.startswith("cuda"):
         import torch
 
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             raise InputError(f"{key}: this GPU does not compute in bfloat16; use float32")
+
+
+@functools.cache
+def _warn_if_slow() -> None:
+    """Warn once if bfloat16 costs time on this CPU; what it spares is memory alone."""
+    slower = 1 / cpu_speed_of_bf16()
+    if slower > FASTER:
+        logger.warning(
+            "bfloat16: this CPU takes %.1f times as long as in float32, which auto would choose",
+            slower,
+        )
 
 
 def loading_options(dtype: str, device: str, skipped: tuple[str, ...] = ()) -> dict[str, Any]:

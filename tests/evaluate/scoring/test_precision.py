@@ -97,6 +97,19 @@ def test_a_device_or_type_that_is_missing_is_one_line(monkeypatch: pytest.Monkey
         check_dtype("4bit", "cuda", "key")
 
 
+@pytest.mark.parametrize(("speed", "words"), [(0.25, "4.0 times as long"), (0.9, ""), (2, "")])
+def test_a_cpu_that_is_slow_in_bfloat16_is_named_once(
+    speed: float, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(precision, "cpu_speed_of_bf16", lambda: speed)
+    precision._warn_if_slow.cache_clear()
+    for dtype in ("bfloat16", "bfloat16", "float32", "auto"):
+        check_dtype(dtype, "cpu", "--dtype")
+    precision._warn_if_slow.cache_clear()
+    assert len(caplog.records) == bool(words)
+    assert words in caplog.text
+
+
 def test_cells_of_another_type_are_not_taken_for_the_same() -> None:
     """Files without a type are older ones of ours, in float32, or another engine's."""
     half, unknown = Origin("w", dtype="bfloat16"), Origin("w")
