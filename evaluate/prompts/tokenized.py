@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 from selfcorrect.evaluate.prompts.dialogue import (
@@ -189,7 +188,9 @@ def continuations(tokenizer: Any, requests: Sequence[Request]) -> list[list[Cont
 
 def _shared_length(sequences: list[Tokens]) -> int:
     """Return the length of the longest common prefix."""
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*sequences)))  # noqa: B905
+    first, last = min(sequences), max(sequences)  # what these two share, all between them share
+    pairs = enumerate(zip(first, last, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), len(first))
 
 
 def opening(text: str) -> str:

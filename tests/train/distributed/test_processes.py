@@ -49,6 +49,12 @@ while any(child.poll() is None for child in children):
 sys.exit(any(child.returncode for child in children))
 """
 WAITS = "time.sleep(3000)"
+# The second process is killed; the first one notices half a second later, however slow both are.
+DIES = (
+    "dying = run / 'dying'; "
+    "first or (dying.touch(), os.kill(os.getpid(), signal.SIGKILL)); "
+    "[time.sleep(0.5) for _ in iter(dying.exists, True)]; time.sleep(0.5)"
+)
 
 
 def run_with(work: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list:
@@ -81,8 +87,7 @@ def test_progress_is_reported_whatever_libraries_print(tmp_path, monkeypatch) ->
             r"^ValueError: odd, and more; the traceback is in .*processes\.log$",
         ),
         (
-            "time.sleep(0.5) if first else os.kill(os.getpid(), signal.SIGKILL); "
-            "raise RuntimeError('connection closed by peer')",
+            f"{DIES}; raise RuntimeError('connection closed by peer')",
             RunFailure,
             r"^a training process was killed \(out of memory\?\); run the same command again",
         ),
