@@ -20,7 +20,6 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from selfcorrect.evaluate.experiments.reading import garbage_collection_off
 from selfcorrect.evaluate.experiments.tally import OVERALL
 from selfcorrect.evaluate.measuring.cell_files import read_settings
 from selfcorrect.evaluate.run_folder import find_checkpoints, model_folders
@@ -43,6 +42,7 @@ from selfcorrect.evaluate.statistics.summary import (
 from selfcorrect.evaluate.statistics.thresholds import NOT_REACHED
 from selfcorrect.recipes.foundation.atomic_files import atomic_file
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.garbage import garbage_collection_off
 
 # Columns that `items_dataset` adds before those of the evaluation files.
 ITEM_FACTS = [

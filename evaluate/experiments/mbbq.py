@@ -38,11 +38,11 @@ from selfcorrect.evaluate.experiments.bbq import (
 from selfcorrect.evaluate.experiments.bbq import Wording as BbqWording
 from selfcorrect.evaluate.experiments.bbq.files import Decision, Row, read_rows
 from selfcorrect.evaluate.experiments.bbq.groups import decide_by_groups
-from selfcorrect.evaluate.experiments.reading import garbage_collection_off
 from selfcorrect.evaluate.experiments.tally import Tally, sum_by_cluster
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems
 from selfcorrect.evaluate.prompts.stimuli import PLACEHOLDER, Turn, Word
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.garbage import garbage_collection_off
 
 UNTRANSLATED = "en"
 LANGUAGES = {"en": "English", "es": "Spanish", "nl": "Dutch", "tr": "Turkish"}

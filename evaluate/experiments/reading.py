@@ -1,13 +1,11 @@
 """Read benchmark files row by row; a bad row ends the reading with its file and line."""
 
 import csv
-import gc
 import gzip
 import json
 import reprlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -174,15 +172,3 @@ def _check(header: Sequence[str], columns: Sequence[str], where: str) -> None:
             problem = "appears twice" if name in header else "is missing"
             present = ", ".join(reprlib.repr(column) for column in header[:12])
             raise InputError(f"{where}: column {name!r} {problem}; the columns are {present}")
-
-
-@contextmanager
-def garbage_collection_off() -> Iterator[None]:
-    """Make many lasting objects without cycle searches, which take up to a third of the time."""
-    collected = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collected:
-            gc.enable()

@@ -44,6 +44,7 @@ from selfcorrect.evaluate.prompts.tokenized import (
 )
 from selfcorrect.evaluate.scoring.engine import Engine, Sample
 from selfcorrect.recipes.foundation.errors import InputError, RunFailure
+from selfcorrect.recipes.foundation.garbage import garbage_of_new_objects
 from selfcorrect.recipes.foundation.progress import Progress, no_progress
 from selfcorrect.recipes.foundation.ranks import SINGLE, Ranks
 
@@ -123,15 +124,16 @@ def measure_with(
     )
     missing = [cell for cell in cells if cell.name in missing_names]
     # The cells of an experiment share most of their prompts: those without samples go together.
-    for experiment in dict.fromkeys(cell.experiment for cell in missing):
-        cells = [cell for cell in missing if cell.experiment == experiment]
-        unsampled = [cell for cell in cells if cell.sampling is None]
-        if unsampled:
-            _measure_together(unsampled, work, _score_slice)
-        for cell in cells:
-            if cell.sampling is not None:
-                _check_room(cell, engine)
-                _measure_together([cell], work, _sample_slice)
+    with garbage_of_new_objects():
+        for experiment in dict.fromkeys(cell.experiment for cell in missing):
+            cells = [cell for cell in missing if cell.experiment == experiment]
+            unsampled = [cell for cell in cells if cell.sampling is None]
+            if unsampled:
+                _measure_together(unsampled, work, _score_slice)
+            for cell in cells:
+                if cell.sampling is not None:
+                    _check_room(cell, engine)
+                    _measure_together([cell], work, _sample_slice)
     return [folder / cell.file_name for cell in plan.cells]
 
 

@@ -3,7 +3,6 @@
 statsmodels is imported in the functions that call it: importing it takes a second.
 """
 
-import gc
 import math
 import re
 import warnings
@@ -15,6 +14,7 @@ import numpy as np
 from scipy import special
 
 from selfcorrect.evaluate.statistics.bootstrap import CONFIDENCE, ROUNDING
+from selfcorrect.recipes.foundation.garbage import garbage_of_new_objects
 
 POWER = 0.8
 # Fewer seeds do not allow the mixed model to estimate a variance between them.
@@ -137,11 +137,8 @@ def correct(rows: Sequence[dict[str, Any]]) -> None:
         row["p_adjusted"] = None
         if row["family"] is not None and row["p_value"] is not None:
             families.setdefault((row["run"], row["family"]), []).append(row)
-    gc.freeze()  # multipletests calls gc.collect(), which takes 0.2 s over all loaded modules
-    try:
+    with garbage_of_new_objects():  # multipletests collects garbage each time
         for family in families.values():
             adjusted = multipletests([row["p_value"] for row in family], method="holm")[1]
             for row, p in zip(family, adjusted, strict=True):
                 row["p_adjusted"] = float(p)
-    finally:
-        gc.unfreeze()

@@ -31,7 +31,6 @@ from selfcorrect.evaluate.experiments.base import (
 )
 from selfcorrect.evaluate.experiments.bbq.files import Decision, Row, read_rows
 from selfcorrect.evaluate.experiments.bbq.groups import INTERSECTION, decide
-from selfcorrect.evaluate.experiments.reading import garbage_collection_off
 from selfcorrect.evaluate.experiments.tally import (
     Tally,
     answered,
@@ -44,6 +43,7 @@ from selfcorrect.evaluate.experiments.tally import (
 from selfcorrect.evaluate.prompts.items import Item, LoadedItems, systematic_sample
 from selfcorrect.evaluate.prompts.stimuli import ChoiceSection
 from selfcorrect.recipes.foundation.errors import InputError
+from selfcorrect.recipes.foundation.garbage import garbage_collection_off
 
 NAMES = " (names)"
 BLOCK = 4
