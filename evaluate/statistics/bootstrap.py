@@ -343,9 +343,10 @@ def _intervals(resamples: np.ndarray) -> np.ndarray:
         resamples[:, below + 2 :].partition(above - below - 2, axis=1)
         lower, upper = resamples[:, : below + 1], resamples[:, above + 1 :]
         # Partitions bring infinities and NaN to the ends.
-        incomplete = ~np.isfinite(lower.min(axis=1) + upper.max(axis=1))
-        intervals[:, 0] = _between(lower.max(axis=1), resamples[:, below + 1], low_share)
-        intervals[:, 1] = _between(resamples[:, above], upper.min(axis=1), high_share)
+        with np.errstate(invalid="ignore"):  # of rows with infinities, which are computed below
+            incomplete = ~np.isfinite(lower.min(axis=1) + upper.max(axis=1))
+            intervals[:, 0] = _between(lower.max(axis=1), resamples[:, below + 1], low_share)
+            intervals[:, 1] = _between(resamples[:, above], upper.min(axis=1), high_share)
     for row in np.flatnonzero(incomplete):
         defined = resamples[row][np.isfinite(resamples[row])]
         enough = len(defined) >= (1 - LARGEST_UNDEFINED_SHARE) * num_resamples

@@ -198,6 +198,7 @@ def test_intervals_are_numpys_quantiles(num_resamples):
         assert np.array_equal(ends, expected)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("hole", [np.nan, np.inf, -np.inf])
 def test_undefined_resamples_are_left_out_up_to_a_twentieth(hole):
     """Among complete rows, whose numbers they must not change; the rows given stay as they are."""

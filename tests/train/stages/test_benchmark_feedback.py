@@ -305,6 +305,9 @@ def test_rule_trains_without_a_reward_model(  # and PPO resumes bitwise
     content["policy"] |= {"method": method, **more}
     if method == "grpo":
         content["policy"]["trainer"]["num_generations"] = 4
+        # An untrained model's answers are worth the same, all of them: there is nothing to learn.
+        worth = lambda _, text, *raters, ended: len(set(text)) / 10  # noqa: E731
+        monkeypatch.setattr(Prompt, "utility_of_text", worth)
     recipe = check_recipe(content, "small")
     weights = trained(recipe, tmp_path / "whole")
     job = tmp_path / "whole" / "tiny" / "seed-0"
@@ -314,6 +317,7 @@ def test_rule_trains_without_a_reward_model(  # and PPO resumes bitwise
     if method != "dpo":
         assert last.reward is not None and -3 <= last.reward <= 2
     if method != "ppo":
+        assert method == "dpo" or last.reward > 0
         return
     with pytest.raises(KeyboardInterrupt):
         trained(recipe, tmp_path / "cut", stop_at=1)
