@@ -208,7 +208,8 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
             return np.asarray(numerator / denominator)
     except FloatingPointError:
         quotient = np.full(np.broadcast(numerator, denominator).shape, np.nan)
-        np.divide(numerator, denominator, out=quotient, where=np.asarray(denominator != 0))
+        with np.errstate(invalid="ignore"):
+            np.divide(numerator, denominator, out=quotient, where=np.asarray(denominator != 0))
         return quotient
 
 

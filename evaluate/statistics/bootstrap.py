@@ -321,8 +321,8 @@ def _numbers(arrays: Sequence[np.ndarray]) -> np.ndarray:
     scratch = np.empty((together * num_cells, width))
     numbers = np.empty((len(arrays) * num_cells, 3))
     for first in range(0, len(arrays), together):
-        part = arrays[first : first + together]
-        block = np.concatenate(part, out=scratch[: len(part) * num_cells])
+        neighbours = arrays[first : first + together]
+        block = np.concatenate(neighbours, out=scratch[: len(neighbours) * num_cells])
         rows = numbers[first * num_cells :][: len(block)]
         rows[:, 0] = block[:, 0]
         rows[:, 1:] = _intervals(block[:, 1:])

@@ -460,6 +460,7 @@ def _evaluate_models(
             if name in folders:  # two model folders with the same last part
                 name = f"{name} {folder.name}"
             folders[name] = folder
+            gc.freeze()
             gc.enable()
             # Wait for a process that measures the same model into the same folder.
             with hold_lock(folder, math.inf) if ranks.rank == 0 else nullcontext():

@@ -185,7 +185,7 @@ def test_resamples_are_computed_together():
 
 @pytest.mark.parametrize("num_resamples", [1, 2, 10, 39, 40, 200, 1999, 2000, 5001])
 def test_intervals_are_numpys_quantiles(num_resamples):
-    """Bit for bit, though only tails are sorted: skewed, tied, constant and sorted resamples."""
+    """Bit for bit, though rows are only partitioned: skewed, tied, constant, sorted resamples."""
     random = np.random.default_rng(num_resamples)
     normal = random.normal(size=(70, 1 + num_resamples))
     kinds = [normal, np.exp(4 * normal), np.round(normal), normal > 1.5, 0 * normal,
@@ -205,16 +205,16 @@ def test_undefined_resamples_are_left_out_up_to_a_twentieth(hole):
     rows = np.random.default_rng(0).normal(size=(70, 2001))
     for i, num_undefined in enumerate([1, 2, 50, 51, 52, 99, 100, 101, 1999, 2000]):
         rows[7 * i, 1 + np.random.default_rng(i).permutation(2000)[:num_undefined]] = hole
-    given = {str(i): row for i, row in enumerate(rows.copy())}
-    found = [(e.low, e.high) for e in estimate(given).values()]
+    replicates = {str(i): row for i, row in enumerate(rows.copy())}
+    intervals = [(e.low, e.high) for e in estimate(replicates).values()]
     expected = [
         np.quantile(defined, [(1 - 0.95) / 2, (1 + 0.95) / 2])
         if len(defined := row[1:][np.isfinite(row[1:])]) >= 1900
         else (np.nan, np.nan)
         for row in rows
     ]
-    assert np.array_equal(found, expected, equal_nan=True)
-    assert np.array_equal(list(given.values()), rows, equal_nan=True)
+    assert np.array_equal(intervals, expected, equal_nan=True)
+    assert np.array_equal(list(replicates.values()), rows, equal_nan=True)
 
 
 def test_threads_of_blas_change_no_bit():
